@@ -1,0 +1,39 @@
+"""aot-cache: an ahead-of-time compile artifact cache and loader for LLM serving.
+
+Importing this package imports neither torch nor Triton, and never touches a GPU.
+
+Declare what a model launches (`Recipe`, `declare`, `Range`, `Values`, `Call`), build it with `aot-cache build`, and in the
+serving process `load` the bundle (or `import aot_cache.auto`), call `ready` before the first capture and `seal` after it;
+`stats` gives the ledger, `recording` writes down what a program launches.
+"""
+
+from __future__ import annotations
+
+from aot_cache.errors import AotCacheError
+from aot_cache.recipe import Call, Case, Recipe, declare
+from aot_cache.runtime.kernels import Report
+from aot_cache.runtime.loader import AotCacheWarning, load, prime, seal, stats
+from aot_cache.runtime.record import recording
+from aot_cache.shapes import Range, Values
+from aot_cache.tune import ready
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AotCacheError",
+    "AotCacheWarning",
+    "Call",
+    "Case",
+    "Range",
+    "Recipe",
+    "Report",
+    "Values",
+    "__version__",
+    "declare",
+    "load",
+    "prime",
+    "ready",
+    "recording",
+    "seal",
+    "stats",
+]

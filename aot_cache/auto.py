@@ -1,0 +1,21 @@
+"""`import aot_cache.auto` in a serving process: load what the environment names.
+
+AOT_CACHE         a bundle, or a folder with one bundle for each kind of GPU; unset: nothing happens
+AOT_CACHE_DIGEST  the bundle's digest; any other is refused
+AOT_CACHE_STRICT  1: raise instead of serving without the bundle
+
+Import it before the model; it imports neither torch nor Triton itself and initialises no GPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+if _path := os.environ.get("AOT_CACHE"):
+    from aot_cache.runtime.loader import load
+
+    load(
+        _path,
+        digest=os.environ.get("AOT_CACHE_DIGEST") or None,
+        strict=os.environ.get("AOT_CACHE_STRICT") == "1",
+    )

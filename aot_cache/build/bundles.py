@@ -1,0 +1,98 @@
+"""Put a plan's compiled units together into a bundle's manifest and objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from aot_cache.key import UNITS
+from aot_cache.plan import Plan, Tuning
+from aot_cache.store import Store
+from aot_cache.target import Target
+
+Json = Any
+
+
+def assemble(
+    target: Target, spec: str, plan: Plan, store: Store, answer: Mapping[str, Json]
+) -> tuple[dict[str, Json], dict[str, bytes]]:
+    """(manifest, objects) of the bundle for `plan`; `answer` is the worker's `compiled` event."""
+    kernels = sorted({unit.kernel for unit in plan.units})
+    number = {name: n for n, name in enumerate(kernels)}
+    units: list[dict[str, Json]] = []
+    pruned: list[dict[str, Json]] = []
+    objects: dict[str, bytes] = {}
+    for unit, unit_key in zip(plan.units, answer["keys"]):
+        record = store.get_record(UNITS, unit_key)
+        if record is None:
+            continue  # it failed, and is listed so
+        misfit = record.get("pruned") or _misfit(record["metadata"], target)
+        if misfit and not unit.launched_without_tuner():
+            pruned.append({"kernel": unit.kernel, "unit": unit.id, "via": unit.via, "why": misfit})
+            continue
+        objects[record["object"]] = store.get(record["object"])
+        units.append(
+            {
+                "kernel": number[unit.kernel],
+                "key": unit_key,
+                "specialization": unit.specialization,
+                "options": unit.options,
+                "object": record["object"],
+                "metadata": record["metadata"],
+                "via": unit.via,
+                "reached": unit.reached,
+            }
+        )
+    for native in answer["native"]:
+        objects[native["object"]] = store.get(native["object"])
+    manifest = {
+        "kind": "kernels",
+        "recipe": plan.recipe,
+        "spec": spec,
+        "origin": plan.origin,
+        "target": target.properties(),
+        "toolchain": answer["toolchain"],
+        "cases": [asdict(case) for case in plan.cases],
+        "kernels": [{"name": name, "closure": plan.closures[name]} for name in kernels],
+        "metadata": _factor(units),
+        "units": units,
+        "tunings": [
+            {**asdict(t), "kernel": number[t.kernel], "default": _first_that_fits(n, t, units, pruned)}
+            for n, t in enumerate(plan.tunings)
+        ],
+        "pruned": pruned,
+        "failed": list(answer["failed"]),
+        "native": list(answer["native"]),
+        "complete": not answer["failed"],
+    }
+    return manifest, objects
+
+
+def _first_that_fits(
+    number: int, tuning: Tuning, units: list[dict[str, Json]], pruned: list[dict[str, Json]]
+) -> int | None:
+    """The candidate that is taken without a measurement: the first whose every unit is in the bundle."""
+    here = {c for unit in units for t, c in unit["via"] if t == number}
+    lacking = {c for unit in pruned for t, c in unit["via"] if t == number}
+    return next((c for c in range(len(tuning.candidates)) if c in here and c not in lacking), None)
+
+
+def _misfit(metadata: Mapping[str, Json], target: Target) -> str:
+    """Why a compiled kernel cannot be loaded on `target`; empty when it can. Triton finds out at the first launch."""
+    if metadata.get("shared", 0) > target.shared_memory_per_block_optin:
+        return f"needs {metadata['shared']} bytes of shared memory, {target.id} has {target.shared_memory_per_block_optin}"
+    return ""
+
+
+def _factor(units: list[dict[str, Json]]) -> dict[str, Json]:
+    """Move what all units' metadata have in common into one mapping: most of it, and load parses it once."""
+    if not units:
+        return {}
+    common = dict(units[0]["metadata"])
+    for unit in units:
+        metadata = unit["metadata"]
+        common = {k: v for k, v in common.items() if k in metadata and metadata[k] == v}
+    for unit in units:
+        unit["metadata"] = {k: v for k, v in unit["metadata"].items() if k not in common}
+    return common

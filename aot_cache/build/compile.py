@@ -1,0 +1,210 @@
+"""Compile a plan's units for the target, in forked children, into the store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from aot_cache import key, shapes
+from aot_cache.build import pool
+from aot_cache.build.trace import functions_at
+from aot_cache.errors import TargetError
+from aot_cache.key import NATIVE, UNITS
+from aot_cache.plan import Plan, Unit
+from aot_cache.recipe import Recipe
+from aot_cache.store import Store
+from aot_cache.target import Target
+from aot_cache.upstream import triton_compile, triton_jit, triton_launcher
+
+Progress = Callable[[str, int, int], None]
+Json = Any
+
+
+@dataclass
+class Outcome:
+    """What became of a plan's units: `keys[i]` is the store key of `plan.units[i]`."""
+
+    keys: list[str]
+    compiled: int = 0
+    native: list[dict[str, str]] = field(default_factory=list)
+    failed: list[dict[str, str]] = field(default_factory=list)
+    toolchain: dict[str, Json] = field(default_factory=dict)
+
+
+def toolchain(target: Target, line_info: bool) -> dict[str, Json]:
+    """The key's parts that all kernels of this build share."""
+    import triton
+
+    return key.toolchain_parts(
+        triton=triton.__version__,
+        target={"backend": target.backend, "arch": target.arch, "warp_size": target.warp_size},
+        toolkit=triton_compile.toolkit(target),
+        environment=triton_compile.code_environment(),
+        line_info=line_info,
+    )
+
+
+def compile_plan(
+    plan: Plan,
+    recipe: Recipe | None,
+    target: Target,
+    store: Store,
+    *,
+    line_info: bool,
+    pythons: list[triton_launcher.Python],
+    progress: Progress,
+    workers: int | None = None,
+) -> Outcome:
+    """Compile what the store lacks. A unit that fails is listed in `failed`; the rest goes on."""
+    shared = toolchain(target, line_info)
+    keys = [
+        key.unit_key(key.unit_parts(u.kernel, u.source, u.specialization, u.options, u.overrides, shared))
+        for u in plan.units
+    ]
+    outcome = Outcome(keys, toolchain=shared)
+    first: dict[str, int] = {}
+    for number, unit_key in enumerate(keys):
+        first.setdefault(unit_key, number)
+    missing = [number for unit_key, number in first.items() if not _stored(store, unit_key)]
+
+    def run(number: int) -> _Result:
+        return _compile(plan, number, recipe, target)
+
+    progress("compile", 0, len(missing))
+    for done, (index, result) in enumerate(pool.run(run, missing, workers), 1):
+        number = missing[index]
+        if isinstance(result, pool.Died):
+            result = _Result(error=result.why)
+        _keep(store, plan.units[number], keys[number], result, outcome)
+        progress("compile", done, len(missing))
+    if target.backend == "cuda":
+        _build_native(plan, outcome, store, pythons, progress, workers)
+    return outcome
+
+
+@dataclass
+class _Result:
+    binary: bytes = b""
+    metadata: dict[str, Json] = field(default_factory=dict)
+    error: str = ""
+    pruned: str = ""
+
+
+def _stored(store: Store, unit_key: str) -> bool:
+    record = store.get_record(UNITS, unit_key)
+    return record is not None and ("pruned" in record or store.has(record["object"]))
+
+
+def _compile(plan: Plan, number: int, recipe: Recipe | None, target: Target) -> _Result:
+    unit = plan.units[number]
+    try:
+        function = _function(unit, recipe)
+        if function is None:
+            return _Result(error="no kernel of this name can be reached: is its module installed here?")
+        differs = triton_jit.closure_differs(function, plan.closures[unit.kernel])
+        if differs:
+            return _Result(error=f"the plan is of other source: {differs}")
+        specialization = [triton_jit.decode(pair) for pair in unit.specialization]
+        kwargs = {k: triton_jit.decode(v) for k, v in {**unit.overrides, **unit.options}.items()}
+        compiled = triton_compile.compile_specialization(function, specialization, kwargs, target)
+    except Exception as error:
+        if not unit.launched_without_tuner() and triton_compile.is_pruned_like_triton(error):
+            return _Result(pruned=_one_line(error))
+        return _Result(error=_one_line(error))
+    return _Result(compiled.binary, compiled.metadata)
+
+
+def _function(unit: Unit, recipe: Recipe | None) -> Any:
+    function = triton_jit.unwrap(triton_jit.find(unit.kernel))
+    if function is not None and triton_jit.name_of(function) == unit.kernel:
+        return function
+    if recipe is None:
+        return None
+    for name, boxes in unit.reached.items():  # made inside a function: run the host code that makes it
+        case = next(c for c in recipe.cases if c.name == name)
+        return functions_at(case, shapes.expand(boxes[:1])[0]).get(unit.kernel)
+    return None
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Triton's message ends with what is wrong and begins with where; ptxas' says it in its own first line.
+    text = " / ".join([lines[0], lines[-1]] if len(lines) > 1 else lines)
+    return f"{type(error).__name__}: {text}"[:600]
+
+
+def _keep(store: Store, unit: Unit, unit_key: str, result: _Result, outcome: Outcome) -> None:
+    if result.error:
+        outcome.failed.append({"kernel": unit.kernel, "unit": unit.id, "error": result.error})
+        return
+    outcome.compiled += 1
+    if result.pruned:
+        store.put_record(UNITS, unit_key, {"pruned": result.pruned})
+        return
+    digest = store.put(result.binary)
+    store.put_record(
+        UNITS, unit_key, {"object": digest, "size": len(result.binary), "metadata": result.metadata}
+    )
+
+
+# --- C modules ---------------------------------------------------------------------------------------------------------
+
+
+def _build_native(
+    plan: Plan,
+    outcome: Outcome,
+    store: Store,
+    pythons: list[triton_launcher.Python],
+    progress: Progress,
+    workers: int | None,
+) -> None:
+    """The C modules that Triton would build with gcc when the kernels are loaded."""
+    if not outcome.keys:
+        return
+    sources = {triton_launcher.source_key(s): (s, triton_launcher.UTILS) for s in [triton_launcher.utils_source()]}
+    for unit, unit_key in zip(plan.units, outcome.keys):
+        record = store.get_record(UNITS, unit_key)
+        if record is None or "pruned" in record:
+            continue
+        source = _launcher_source(unit, record["metadata"])
+        if source is not None:
+            sources.setdefault(triton_launcher.source_key(source), (source, triton_launcher.LAUNCHER))
+    jobs = [(k, s, name, python) for k, (s, name) in sorted(sources.items()) for python in pythons]
+    todo = [job for job in jobs if not _native_stored(store, job)]
+
+    def run(job: Any) -> Any:
+        _, source, name, python = job
+        try:
+            return triton_launcher.build(source, name, python)
+        except TargetError as error:
+            return error
+
+    for index, result in pool.run(run, todo, workers):
+        job = todo[index]
+        if isinstance(result, bytes):
+            store.put_record(NATIVE, _native_key(job), {"object": store.put(result), "size": len(result)})
+        else:
+            message = result.why if isinstance(result, pool.Died) else str(result)
+            outcome.failed.append({"kernel": f"{job[2]} ({job[3].suffix})", "unit": job[0][:16], "error": message})
+    for job in jobs:
+        record = store.get_record(NATIVE, _native_key(job))
+        if record is not None:
+            outcome.native.append(
+                {"name": job[2], "source": job[0], "suffix": job[3].suffix, "object": record["object"]}
+            )
+
+
+def _launcher_source(unit: Unit, metadata: dict[str, Json]) -> str | None:
+    types = [triton_jit.decode(pair)[0] for pair in unit.specialization]
+    return triton_launcher.launcher_source(dict(enumerate(types)), metadata.get("tensordesc_meta"))
+
+
+def _native_key(job: Any) -> str:
+    return key.digest({"schema": key.SCHEMA, "source": job[0], "suffix": job[3].suffix, "cc": os.environ.get("CC", "gcc")})
+
+
+def _native_stored(store: Store, job: Any) -> bool:
+    record = store.get_record(NATIVE, _native_key(job))
+    return record is not None and store.has(record["object"])

@@ -1,0 +1,89 @@
+"""Run a function over items in forked children that may die.
+
+A compiler can crash its process (LLVM aborts, the kernel's memory killer). multiprocessing.Pool then waits for ever and
+ProcessPoolExecutor gives up everything; here one item is lost, with its reason, and a new child goes on.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Died:
+    """The child that worked on an item is gone."""
+
+    why: str
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run(function: Callable[[T], Any], items: Sequence[T], workers: int | None = None) -> Iterator[tuple[int, Any]]:
+    """Yield (index, result) as items finish; a result is what `function` returned or `Died`.
+
+    `function` must not raise: it returns its errors. Children are forked, so they share what is imported.
+    """
+    context = multiprocessing.get_context("fork")
+    waiting = list(range(len(items)))[::-1]
+    children: dict[Connection, tuple[BaseProcess, int]] = {}
+
+    def start() -> None:
+        ours, theirs = context.Pipe()
+        child = context.Process(target=_child, args=(function, items, theirs, [ours, *children]), daemon=True)
+        child.start()
+        theirs.close()
+        index = waiting.pop()
+        ours.send(index)
+        children[ours] = (child, index)
+
+    try:
+        while waiting or children:
+            while waiting and len(children) < (workers or cores()):
+                start()
+            for pipe in wait(list(children)):
+                assert isinstance(pipe, Connection)
+                child, index = children[pipe]
+                try:
+                    result = pipe.recv()
+                except (EOFError, OSError):
+                    child.join()
+                    del children[pipe]
+                    yield index, Died(_how(child.exitcode))
+                    continue
+                if waiting:
+                    children[pipe] = (child, waiting.pop())
+                    pipe.send(children[pipe][1])
+                else:
+                    pipe.send(None)
+                    child.join()
+                    del children[pipe]
+                yield index, result
+    finally:
+        for child, _ in children.values():
+            child.kill()
+
+
+def _child(function: Callable[[T], Any], items: Sequence[T], pipe: Connection, others: list[Connection]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, once
+    for other in others:
+        other.close()  # an inherited end would keep a dead sibling's pipe open
+    while (index := pipe.recv()) is not None:
+        pipe.send(function(items[index]))
+
+
+def _how(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"its process was killed by {signal.Signals(-code).name}"
+    return f"its process ended with exit code {code}"

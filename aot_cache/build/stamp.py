@@ -1,0 +1,81 @@
+"""What a build read, so that the next one can tell that there is nothing to do without importing any of it.
+
+Packages that an installer recorded are told by their RECORD file; everything else (the recipe, editable installs) by
+the content of each file that was imported. Built for `build` with nothing changed: no torch is imported to say so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+import sysconfig
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+Json = Any
+
+# Variables that say where and for whom a shell runs. Any other may steer host code, and is part of the stamp.
+_SHELL = frozenset(
+    "PWD OLDPWD SHLVL _ TERM COLUMNS LINES LS_COLORS USER LOGNAME HOSTNAME PS1 LESSOPEN LESSCLOSE MAIL DISPLAY "
+    "PYTEST_CURRENT_TEST GITHUB_RUN_ID TMPDIR".split()
+)
+
+
+def inputs() -> dict[str, Json]:
+    """What this process imported: `{"python", "packages": {name: digest}, "files": {path: sha256}}`."""
+    roots = tuple({sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]})
+    standard = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["platstdlib"])
+    tops: set[str] = set()
+    files: dict[str, str] = {}
+    for name, module in list(sys.modules.items()):
+        path = getattr(module, "__file__", None)
+        if not isinstance(path, str) or not os.path.isfile(path):
+            continue
+        if path.startswith(roots):
+            tops.add(name.partition(".")[0])
+        elif not path.startswith(standard):
+            files[path] = _file_digest(path)
+    owners = metadata.packages_distributions()
+    packages = {name: package_digest(name) for top in sorted(tops) for name in owners.get(top, [])}
+    return {"python": platform.python_version(), "packages": packages, "files": dict(sorted(files.items()))}
+
+
+def environment() -> str:
+    """Digest of the environment variables that could change what host code launches."""
+    kept = sorted(f"{k}={v}" for k, v in os.environ.items() if k not in _SHELL and not k.startswith("SSH_"))
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()
+
+
+def changed(before: dict[str, Json]) -> str:
+    """What differs from `before` now; empty when nothing does."""
+    if before.get("python") != platform.python_version():
+        return "Python's version"
+    for name, digest in before.get("packages", {}).items():
+        if package_digest(name) != digest:
+            return f"package {name}"
+    for path, digest in before.get("files", {}).items():
+        try:
+            if _file_digest(path) != digest:
+                return path
+        except OSError:
+            return path
+    return ""
+
+
+def package_digest(name: str) -> str:
+    """Version and RECORD of an installed package; never equal for one without a record."""
+    try:
+        distribution = metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return "gone"
+    record = distribution.read_text("RECORD")
+    if record is None:
+        return f"{distribution.version} (no record)"
+    return f"{distribution.version} {hashlib.sha256(record.encode()).hexdigest()[:32]}"
+
+
+def _file_digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

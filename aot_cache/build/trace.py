@@ -1,0 +1,200 @@
+"""Run a recipe's host code at every declared point on the virtual device and write down what it launches."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import triton
+
+from aot_cache import shapes
+from aot_cache.build import pool, virtual_device
+from aot_cache.errors import AotCacheError, DeclarationError, TraceError
+from aot_cache.plan import CasePlan, Plan, Tuning, Unit
+from aot_cache.recipe import Case, Recipe
+from aot_cache.shapes import Enumeration, Point
+from aot_cache.upstream import triton_jit
+from aot_cache.upstream.triton_launches import LaunchLog, instead_of_launching
+
+BLOCK = 256
+"""Points that a child runs before it reports."""
+
+Progress = Callable[[str, int, int], None]
+Json = Any
+
+
+@dataclass
+class _Block:
+    """What a child saw over some points of one case."""
+
+    case: int
+    units: list[dict[str, Json]] = field(default_factory=list)
+    tunings: list[dict[str, Json]] = field(default_factory=list)
+    unit_marks: list[list[int]] = field(default_factory=list)
+    tuning_marks: list[list[int]] = field(default_factory=list)
+    via: list[list[tuple[int, int]]] = field(default_factory=list)
+    closures: dict[str, Json] = field(default_factory=dict)
+    error: AotCacheError | None = None
+
+
+def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None = None) -> Plan:
+    """Enumerate what `recipe` launches. The process must have become `target` (see `virtual_device.become`).
+
+    Raises:
+        DeclarationError: when the recipe's own code raises at a point.
+        TraceError: when host code cannot run without a GPU.
+    """
+    enumerations = [shapes.enumerate_points(case.dims) for case in recipe.cases]
+    jobs = [
+        (number, start)
+        for number, points in enumerate(enumerations)
+        for start in range(0, len(points.points), BLOCK)
+    ]
+    total = sum(len(e.points) for e in enumerations)
+    merged = _Merged(recipe, target, enumerations)
+    done = 0
+
+    def run(job: tuple[int, int]) -> _Block:
+        number, start = job
+        return _run_block(recipe.cases[number], number, enumerations[number].points, start)
+
+    progress("trace", 0, total)
+    for index, block in pool.run(run, jobs, workers):
+        number, start = jobs[index]
+        if isinstance(block, pool.Died):
+            case = recipe.cases[number]
+            first = _where(enumerations[number].points[start])
+            raise TraceError(f"case {case.name!r} to run from {first}", block.why)
+        if block.error is not None:
+            raise block.error
+        merged.add(block)
+        done += min(BLOCK, len(enumerations[number].points) - start)
+        progress("trace", done, total)
+    return merged.plan()
+
+
+_closures: dict[str, Json] = {}
+
+
+def _run_block(case: Case, number: int, points: list[Point], start: int) -> _Block:
+    log = LaunchLog()
+    block = _Block(number)
+    with instead_of_launching(log), virtual_device.tensors(), case.modes():
+        for offset, point in enumerate(points[start : start + BLOCK]):
+            log.mark = start + offset
+            error = _run_point(case, point)
+            if error is not None:
+                block.error = error
+                return block
+    block.units, block.tunings = log.units, log.tunings
+    block.unit_marks, block.tuning_marks = log.seen_units, log.seen_tunings
+    block.via = [sorted(v) for v in log.via]
+    for name, function in log.functions.items():
+        if name not in _closures:
+            _closures[name] = triton_jit.closure(function)
+        block.closures[name] = _closures[name]
+    return block
+
+
+def _run_point(case: Case, point: Point) -> AotCacheError | None:
+    try:
+        case.call(point)()
+    except TraceError as error:
+        return type(error)(f"{error.wanted}, in case {case.name!r} at {_where(point)}", error.found, error.do)
+    except AotCacheError as error:
+        return error
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        return DeclarationError(
+            f"case {case.name!r} to run at {_where(point)}",
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} ({frame.filename}:{frame.lineno})",
+            "fix the recipe, or narrow its range",
+        )
+    return None
+
+
+def _where(point: Point) -> str:
+    return ", ".join(f"{k}={v}" for k, v in point.items())
+
+
+def functions_at(case: Case, point: Point) -> dict[str, Any]:
+    """The kernels that `case` launches at `point`, by name: the way to kernels that are made inside functions."""
+    log = LaunchLog()
+    with instead_of_launching(log), virtual_device.tensors(), case.modes():
+        case.call(point)()
+    return dict(log.functions)
+
+
+class _Merged:
+    """Blocks of all children, put together into a plan."""
+
+    def __init__(self, recipe: Recipe, target: str, enumerations: list[Enumeration]) -> None:
+        self._recipe, self._target, self._enumerations = recipe, target, enumerations
+        self._units: dict[str, dict[str, Json]] = {}
+        self._unit_marks: dict[str, dict[int, list[int]]] = {}
+        self._via: dict[str, set[tuple[str, int]]] = {}
+        self._tunings: dict[str, dict[str, Json]] = {}
+        self._tuning_marks: dict[str, dict[int, list[int]]] = {}
+        self._closures: dict[str, Json] = {}
+
+    def add(self, block: _Block) -> None:
+        names = [json.dumps(t) for t in block.tunings]
+        for name, tuning, marks in zip(names, block.tunings, block.tuning_marks):
+            self._tunings.setdefault(name, tuning)
+            self._tuning_marks.setdefault(name, {}).setdefault(block.case, []).extend(marks)
+        for unit, marks, via in zip(block.units, block.unit_marks, block.via):
+            name = json.dumps(unit)  # the order of options is part of Triton's key
+            self._units.setdefault(name, unit)
+            self._unit_marks.setdefault(name, {}).setdefault(block.case, []).extend(marks)
+            self._via.setdefault(name, set()).update((names[t] if t >= 0 else "", c) for t, c in via)
+        self._closures.update(block.closures)
+
+    def plan(self) -> Plan:
+        tuning_order = sorted(self._tunings)
+        number_of = {name: number for number, name in enumerate(tuning_order)}
+        digests = {name: triton_jit.closure_digest(c) for name, c in self._closures.items()}
+        units = [
+            Unit(
+                source=digests[self._units[name]["kernel"]],
+                via=[list(v) for v in sorted((number_of.get(t, -1), c) for t, c in self._via[name])],
+                reached=self._reached(self._unit_marks[name]),
+                **self._units[name],
+            )
+            for name in sorted(self._units)
+        ]
+        tunings = [
+            Tuning(reached=self._reached(self._tuning_marks[name]), **self._tunings[name]) for name in tuning_order
+        ]
+        cases = [
+            CasePlan(
+                case.name,
+                {d: v.text for d, v in case.dims.items()},
+                len(e.points),
+                e.total,
+                list(e.sampled),
+                case.mode,
+                case.autocast,
+            )
+            for case, e in zip(self._recipe.cases, self._enumerations)
+        ]
+        return Plan(
+            self._recipe.name,
+            self._target,
+            "traced",
+            triton.__version__,
+            cases,
+            units,
+            tunings,
+            dict(sorted(self._closures.items())),
+        )
+
+    def _reached(self, marks: dict[int, list[int]]) -> dict[str, list[dict[str, str]]]:
+        out = {}
+        for number in sorted(marks):
+            case = self._recipe.cases[number]
+            points = self._enumerations[number].points
+            out[case.name] = shapes.describe((points[m] for m in sorted(set(marks[number]))), case.dims)
+        return out

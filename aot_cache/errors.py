@@ -1,0 +1,111 @@
+"""The errors of aot-cache, in one tree.
+
+AotCacheError
+├── DeclarationError        a recipe, range or dimension is wrong, or a recipe's own code raised
+├── UnknownName             a model, target or dimension that nobody declared
+├── TargetError             a target cannot be used here (or differs from the device)
+├── TraceError              host code could not be run on the virtual device
+│   └── DataDependent       host code read values of a tensor that has none
+├── CompileFailed           one or more units did not compile
+├── StoreError              bytes on disk
+│   ├── StoreUnwritable     no permission, no space, not a folder
+│   ├── BundleCorrupt       a hash, the header or the layout is wrong
+│   ├── BundleMissing       no such bundle
+│   └── DigestMismatch      the bundle is not the one that was pinned
+├── Incompatible            the bundle is sound but not for this host
+├── NotReady                something declared is not installed, or a sealed process missed
+└── TuneError               tuning could not run
+
+Every message says what was wanted, what was found, and what to do. The command line prints exactly one line and
+exits with `exit_code`; it shows no traceback for anything in this tree.
+"""
+
+from __future__ import annotations
+
+
+class AotCacheError(Exception):
+    """Base of every error that aot-cache raises on purpose.
+
+    Args:
+        wanted: what the caller asked for.
+        found: what was there instead.
+        do: what the reader can do about it.
+    """
+
+    exit_code = 3
+
+    def __init__(self, wanted: str, found: str = "", do: str = "") -> None:
+        self.wanted = wanted
+        self.found = found
+        self.do = do
+        super().__init__("; ".join(part for part in (wanted, found, do) if part))
+
+    def __reduce__(self) -> tuple[type[AotCacheError], tuple[str, str, str]]:
+        # Errors cross process boundaries (the builder's workers); the default would lose `found` and `do`.
+        return (type(self), (self.wanted, self.found, self.do))
+
+
+class DeclarationError(AotCacheError):
+    """Raised when a recipe, range or dimension is wrong, or the recipe's own code raises."""
+
+
+class UnknownName(AotCacheError):
+    """Raised for a model, target or dimension that nobody declared."""
+
+
+class TargetError(AotCacheError):
+    """Raised when a target cannot be used on this machine."""
+
+
+class TraceError(AotCacheError):
+    """Raised when host code cannot be run on the virtual device."""
+
+
+class DataDependent(TraceError):
+    """Raised when host code reads the values of a virtual tensor that carries none."""
+
+
+class CompileFailed(AotCacheError):
+    """Raised after a build in which units failed to compile; the others were kept."""
+
+    exit_code = 4
+
+
+class StoreError(AotCacheError):
+    """Raised when the store's bytes cannot be read or written."""
+
+
+class StoreUnwritable(StoreError):
+    """Raised when the store cannot be written: no permission, no space, or not a folder."""
+
+
+class BundleCorrupt(StoreError):
+    """Raised when a bundle's header, layout or one of its hashes is wrong."""
+
+    exit_code = 8
+
+
+class BundleMissing(StoreError):
+    """Raised when there is no bundle where one was named."""
+
+
+class DigestMismatch(StoreError):
+    """Raised when a sound bundle is not the one that was pinned by its digest."""
+
+    exit_code = 8
+
+
+class Incompatible(AotCacheError):
+    """Raised when a bundle is sound but not for this host; names the parts of the key that differ."""
+
+    exit_code = 16
+
+
+class NotReady(AotCacheError):
+    """Raised by `ready(strict=True)` when what is declared is not installed."""
+
+    exit_code = 32
+
+
+class TuneError(AotCacheError):
+    """Raised when a bundle cannot be tuned here."""

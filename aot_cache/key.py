@@ -1,0 +1,79 @@
+"""The key: named components, each hashed apart, so that a miss can name the part that differs. Pure functions.
+
+Built like JAX's `cache_key.py`. A kernel's key holds no torch and no Python version, no path, no time: one bundle serves
+many images, and the same input gives the same bytes twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SCHEMA = "1"
+UNITS, NATIVE = "units", "native"
+"""Kinds of records in the store: compiled units, and the C modules that Triton would build at run time."""
+Json = Any
+
+
+def digest(value: Json) -> str:
+    """sha256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def toolchain_parts(
+    *, triton: str, target: Mapping[str, Json], toolkit: str, environment: Mapping[str, str], line_info: bool
+) -> dict[str, Json]:
+    """What the compiled bytes of every kernel of one build depend on.
+
+    Args:
+        triton: Triton's version.
+        target: backend, arch and warp size.
+        toolkit: the assembler's version (`ptxas`), empty where there is none.
+        environment: variables that change code generation.
+        line_info: whether line numbers are kept for profiling.
+    """
+    return {
+        "schema": SCHEMA,
+        "triton": triton,
+        "target": {k: target[k] for k in ("backend", "arch", "warp_size")},
+        "toolkit": toolkit,
+        "environment": dict(sorted(environment.items())),
+        "line_info": line_info,
+    }
+
+
+def unit_parts(
+    kernel: str, source: str, specialization: Json, options: Json, overrides: Json, toolchain: Mapping[str, Json]
+) -> dict[str, Json]:
+    """All named parts of one kernel unit's key. Options are a mapping here: their order changes no code."""
+    return {
+        **toolchain,
+        "kernel": kernel,
+        "source": source,
+        "specialization": specialization,
+        "options": dict(sorted(options.items())),
+        "overrides": dict(sorted(overrides.items())),
+    }
+
+
+def unit_key(parts: Mapping[str, Json]) -> str:
+    """The key itself: the hash of the parts' hashes."""
+    return digest({name: digest(value) for name, value in parts.items()})
+
+
+@dataclass(frozen=True)
+class Part:
+    """One named part of a bundle's key beside what this host has."""
+
+    name: str
+    wanted: str
+    found: str
+    needed: bool = True
+    """False where a difference costs something but does not forbid loading (GPU name, launchers)."""
+
+    @property
+    def same(self) -> bool:
+        return self.wanted == self.found

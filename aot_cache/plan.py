@@ -1,0 +1,230 @@
+"""The plan: every unit that a recipe can launch, with the points that reach it. Readable, diffable JSON; no torch.
+
+The builder writes it from the virtual device, `aot-cache record` from a real GPU, in the same form.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aot_cache.errors import DeclarationError
+from aot_cache.store import write_atomic
+
+SCHEMA = 1
+Json = Any
+Reached = dict[str, list[dict[str, str]]]
+"""Case name → boxes of points (see `shapes.describe`)."""
+
+
+@dataclass
+class Unit:
+    """One specialization of one kernel.
+
+    Args:
+        kernel: `module:qualname`.
+        source: digest of the kernel's source closure.
+        specialization: Triton's (type, value) for each parameter, encoded.
+        options: launch options in the order in which they were passed.
+        overrides: backend options that are also kernel parameters.
+        via: `[tuning, candidate]` pairs through which it is launched; `[-1, -1]` is a launch without a tuner.
+        reached: the points that reach it.
+    """
+
+    kernel: str
+    source: str
+    specialization: list[Json]
+    options: dict[str, Json]
+    overrides: dict[str, Json] = field(default_factory=dict)
+    via: list[list[int]] = field(default_factory=list)
+    reached: Reached = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """Short, stable name of what is compiled (source included, target not)."""
+        return _digest([self.kernel, self.source, self.specialization, self.options, self.overrides])[:16]
+
+    def launched_without_tuner(self) -> bool:
+        return not self.via or [-1, -1] in self.via
+
+
+@dataclass
+class Tuning:
+    """One choice that an autotuner makes: between `candidates`, under `key`.
+
+    Args:
+        kernel: `module:qualname` of the kernel.
+        tuner: which of the autotuners around it.
+        key: the tuner's key, encoded.
+        candidates: each config's launch arguments, after pruning, in order.
+        choice: the config that was measured best, or None: the first that fits is taken.
+        measured: on what, how, with what spread; empty without a measurement.
+        reached: the points that ask for it.
+    """
+
+    kernel: str
+    tuner: int
+    key: list[Json]
+    candidates: list[dict[str, Json]]
+    choice: dict[str, Json] | None = None
+    measured: dict[str, Json] = field(default_factory=dict)
+    reached: Reached = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return _digest([self.kernel, self.tuner, self.key])[:16]
+
+
+@dataclass
+class CasePlan:
+    """What was enumerated of one case."""
+
+    name: str
+    dims: dict[str, str]
+    points: int
+    total: int
+    sampled: list[str]
+    mode: str = "inference"
+    autocast: str | None = None
+
+
+@dataclass
+class Plan:
+    """All units of a recipe for one target. `origin` is `traced` or `recorded`."""
+
+    recipe: str
+    target: str
+    origin: str = "traced"
+    triton: str = ""
+    cases: list[CasePlan] = field(default_factory=list)
+    units: list[Unit] = field(default_factory=list)
+    tunings: list[Tuning] = field(default_factory=list)
+    closures: dict[str, Json] = field(default_factory=dict)
+    """Kernel → source closure (see `upstream.triton_jit.closure`)."""
+
+    def to_json(self) -> dict[str, Json]:
+        return {"aot-cache plan": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Json]) -> Plan:
+        """Raises DeclarationError when `data` is no plan of this schema."""
+        if data.get("aot-cache plan") != SCHEMA:
+            raise DeclarationError(
+                f"a plan of schema {SCHEMA}", f"schema {data.get('aot-cache plan')!r}", "write it anew with this version"
+            )
+        try:
+            return cls(
+                recipe=data["recipe"],
+                target=data["target"],
+                origin=data["origin"],
+                triton=data["triton"],
+                cases=[CasePlan(**c) for c in data["cases"]],
+                units=[Unit(**u) for u in data["units"]],
+                tunings=[Tuning(**t) for t in data["tunings"]],
+                closures=dict(data["closures"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise DeclarationError("a complete plan", f"{type(error).__name__}: {error}", "write it anew") from error
+
+    def write(self, path: Path) -> None:
+        """Write the plan, one unit a line, so that a diff of two plans reads well."""
+        data = self.to_json()
+        lines = ["{"]
+        for name, value in data.items():
+            if name in ("units", "tunings", "cases") and value:
+                body = ",\n  ".join(json.dumps(v) for v in value)
+                lines.append(f"{json.dumps(name)}: [\n  {body}\n],")
+            else:
+                lines.append(f"{json.dumps(name)}: {json.dumps(value)},")
+        lines[-1] = lines[-1].rstrip(",")
+        write_atomic(path, ("\n".join([*lines, "}"]) + "\n").encode())
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Raises DeclarationError when the file is no plan."""
+        try:
+            data = json.loads(path.read_text())
+        except OSError as error:
+            raise DeclarationError(f"a plan at {path}", error.strerror or str(error)) from error
+        except ValueError as error:
+            raise DeclarationError(f"a plan at {path}", f"not JSON ({error})") from error
+        if not isinstance(data, dict):
+            raise DeclarationError(f"a plan at {path}", "JSON of another kind")
+        return cls.from_json(data)
+
+    @property
+    def sampled(self) -> list[str]:
+        """Dimensions that were sampled, as `case.dimension`; empty when everything declared was enumerated."""
+        return [f"{case.name}.{dim}" for case in self.cases for dim in case.sampled]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What one plan has and another lacks."""
+
+    only_left: list[Unit]
+    only_right: list[Unit]
+    tunings_left: list[Tuning]
+    tunings_right: list[Tuning]
+
+    @property
+    def same(self) -> bool:
+        return not (self.only_left or self.only_right or self.tunings_left or self.tunings_right)
+
+
+def diff(left: Plan, right: Plan) -> Difference:
+    """Compare what is launched, whatever points reach it."""
+    units_left, units_right = {u.id: u for u in left.units}, {u.id: u for u in right.units}
+    tunings_left = {_tuning_identity(t): t for t in left.tunings}
+    tunings_right = {_tuning_identity(t): t for t in right.tunings}
+    return Difference(
+        [u for i, u in units_left.items() if i not in units_right],
+        [u for i, u in units_right.items() if i not in units_left],
+        [t for i, t in tunings_left.items() if i not in tunings_right],
+        [t for i, t in tunings_right.items() if i not in tunings_left],
+    )
+
+
+def merge(plans: Iterable[Plan]) -> Plan:
+    """One plan of several recordings of one program (its processes).
+
+    Raises:
+        DeclarationError: when there is none, or they are for different targets.
+    """
+    plans = list(plans)
+    if not plans:
+        raise DeclarationError("at least one recorded plan", "none", "did the program launch a Triton kernel?")
+    targets = sorted({p.target for p in plans})
+    if len(targets) > 1:
+        raise DeclarationError("recordings of one target", f"{', '.join(targets)}")
+    out = Plan(plans[0].recipe, plans[0].target, plans[0].origin, plans[0].triton)
+    units: dict[str, Unit] = {}
+    tunings: dict[str, int] = {}
+    for plan in plans:
+        renumber = {-1: -1}
+        for number, tuning in enumerate(plan.tunings):
+            identity = _tuning_identity(tuning)
+            if identity not in tunings:
+                tunings[identity] = len(out.tunings)
+                out.tunings.append(tuning)
+            renumber[number] = tunings[identity]
+        for unit in plan.units:
+            unit.via = [[renumber[t], c] for t, c in unit.via]
+            known = units.setdefault(unit.id, unit)
+            known.via = sorted({tuple(v) for v in [*known.via, *unit.via]})  # type: ignore[arg-type]
+            known.via = [list(v) for v in known.via]
+        out.closures.update(plan.closures)
+    out.units = list(units.values())
+    return out
+
+
+def _tuning_identity(tuning: Tuning) -> str:
+    return _digest([tuning.kernel, tuning.tuner, tuning.key, tuning.candidates])
+
+
+def _digest(value: Json) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

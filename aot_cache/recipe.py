@@ -1,0 +1,210 @@
+"""Recipes: which callables of a model run, with what arguments, over which declared ranges.
+
+A recipe is written once and used three times: on the virtual device to enumerate what can be launched, on a GPU to tune
+and to check, and (its name) in the bundle, so that a reader knows what was declared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from dataclasses import replace as _replace
+from difflib import get_close_matches
+from importlib import metadata
+from typing import Any
+
+from aot_cache.errors import DeclarationError, UnknownName
+from aot_cache.shapes import Dimension, Point
+
+ENTRY_POINTS = "aot_cache.recipes"
+MODES = ("inference", "no_grad", "grad")
+
+
+class Call:
+    """A function and the arguments to call it with; what a declared case returns.
+
+    >>> Call(torch.add, x, y, alpha=2)
+    """
+
+    __slots__ = ("args", "fn", "kwargs")
+
+    def __init__(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        self.fn = fn
+        self.args = args
+        self.kwargs = kwargs
+
+    def __call__(self) -> Any:
+        return self.fn(*self.args, **self.kwargs)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One callable of a recipe: makes the arguments of a point (on device `cuda`) and says what to call with them.
+
+    Args:
+        name: unique within the recipe.
+        make: takes the point's values by name, returns a `Call`.
+        dims: the declared dimensions, in order.
+        mode: `inference`, `no_grad` or `grad`: what serving runs under.
+        autocast: a dtype name (`"bfloat16"`) when serving runs under `torch.autocast`, else None.
+    """
+
+    name: str
+    make: Callable[..., Call]
+    dims: Mapping[str, Dimension]
+    mode: str = "inference"
+    autocast: str | None = None
+
+    def call(self, point: Point) -> Call:
+        """The call at `point`.
+
+        Raises:
+            DeclarationError: when the recipe's code raises or returns something else.
+        """
+        made = self.make(**point)
+        if not isinstance(made, Call):
+            raise DeclarationError(
+                f"case {self.name!r} to return aot_cache.Call(function, *arguments)", f"a {type(made).__name__}"
+            )
+        return made
+
+    @contextlib.contextmanager
+    def modes(self) -> Iterator[None]:
+        """The grad and autocast mode that the case declares."""
+        import torch
+
+        grad: Any = {"inference": torch.inference_mode, "no_grad": torch.no_grad, "grad": torch.enable_grad}[self.mode]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(grad())
+            if self.autocast is not None:
+                stack.enter_context(torch.autocast("cuda", dtype=getattr(torch, self.autocast)))
+            yield
+
+
+def declare(
+    *, name: str | None = None, mode: str = "inference", autocast: str | None = None, **dims: Dimension
+) -> Callable[[Callable[..., Call]], Case]:
+    """Declare a case: the decorated function makes the `Call` of a point.
+
+    >>> @declare(batch=Range(1, 512), tokens=Range(1, 4))
+    ... def decode(batch, tokens):
+    ...     q = torch.randn(batch, tokens, 16, 128, dtype=torch.bfloat16, device="cuda")
+    ...     return Call(attention_step, q)
+
+    Raises:
+        DeclarationError: for an unknown mode, something that is no dimension, or names that do not fit the function.
+    """
+
+    def decorate(make: Callable[..., Call]) -> Case:
+        label = name or make.__name__
+        if mode not in MODES:
+            raise DeclarationError(f"mode of case {label!r} to be one of {', '.join(MODES)}", repr(mode))
+        for dim, value in dims.items():
+            if not isinstance(value, Dimension):
+                raise DeclarationError(f"dimension {dim!r} of case {label!r} to be a Range or Values", repr(value))
+        accepted = inspect.signature(make).parameters
+        unfit = sorted(set(dims) ^ set(accepted))
+        if unfit:
+            raise DeclarationError(
+                f"the parameters of case {label!r} to be its dimensions",
+                f"a mismatch in {', '.join(unfit)}",
+                "name the same ones in @declare(...) and in the function",
+            )
+        return Case(label, make, dict(dims), mode, autocast)
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model's cases under one name.
+
+    Args:
+        name: what `aot-cache build --model` calls it.
+        cases: at least one; names are unique.
+        doc: one line for people.
+    """
+
+    name: str
+    cases: Sequence[Case]
+    doc: str = ""
+    spec: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        names = [case.name for case in self.cases]
+        if not names:
+            raise DeclarationError(f"recipe {self.name!r} to declare at least one case", "none")
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise DeclarationError(f"recipe {self.name!r} to name each case once", f"{', '.join(twice)} twice")
+
+    def narrowed(self, ranges: Mapping[str, Dimension]) -> Recipe:
+        """The recipe with `ranges` in place of its own for these dimensions, in every case that has them.
+
+        Raises:
+            UnknownName: for a dimension that no case has.
+        """
+        known = {dim for case in self.cases for dim in case.dims}
+        for dim in ranges:
+            if dim not in known:
+                raise UnknownName(
+                    f"a dimension called {dim!r} in recipe {self.name!r}", f"it has {', '.join(sorted(known))}"
+                )
+        cases = [
+            _replace(case, dims={dim: ranges.get(dim, own) for dim, own in case.dims.items()}) for case in self.cases
+        ]
+        return _replace(self, cases=cases)
+
+
+def names() -> dict[str, str]:
+    """Installed recipes: name → `module:object`."""
+    return {entry.name: entry.value for entry in metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def resolve(spec: str) -> str:
+    """The `module:object` of a recipe given by its name or as `module:object`. Imports nothing.
+
+    Raises:
+        UnknownName: when there is no such recipe.
+    """
+    if ":" in spec:
+        return spec
+    known = names()
+    if spec in known:
+        return known[spec]
+    near = get_close_matches(spec, known, n=1)
+    raise UnknownName(
+        f"a model called {spec!r}",
+        f"known: {', '.join(sorted(known)) or 'none'}",
+        f"did you mean {near[0]!r}?" if near else "name one of these, or module:object",
+    )
+
+
+def load(spec: str) -> Recipe:
+    """Import the recipe called `spec`.
+
+    Raises:
+        UnknownName: when the module or the object is not there.
+        DeclarationError: when importing it raises, or the object is no recipe.
+    """
+    path = resolve(spec)
+    module_name, _, attribute = path.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        wanted = f"the module {module_name!r} of recipe {spec!r}"
+        raise UnknownName(wanted, f"no module named {error.name!r}", "install it, or set PYTHONPATH") from error
+    except Exception as error:
+        raise DeclarationError(
+            f"recipe {spec!r} to import", f"{type(error).__name__}: {error}", "fix the recipe's module"
+        ) from error
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    if isinstance(found, Case):
+        found = Recipe(found.name, [found])
+    if not isinstance(found, Recipe):
+        raise UnknownName(f"a Recipe at {path}", f"a {type(found).__name__}", "name a Recipe or a declared case")
+    return _replace(found, spec=spec)

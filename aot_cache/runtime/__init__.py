@@ -1,0 +1,1 @@
+"""The serving wing: verify, install, prime, seal, count. Never raises by default, never touches the hit path."""

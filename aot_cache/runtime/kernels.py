@@ -1,0 +1,203 @@
+"""Install a bundle's kernel units into Triton's in-memory caches, on the devices that the process uses."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from aot_cache.runtime.ledger import Ledger
+from aot_cache.store import Bundle
+from aot_cache.upstream import torch_capture
+
+Json = Any
+
+
+@dataclass
+class Report:
+    """What `load`, `prime` and `ready` did so far. Counts are of kernel units of this bundle.
+
+    Args:
+        installed: units in Triton's caches, on the devices primed so far.
+        pending: kernels whose module the process has not imported yet.
+        stale: kernel → why its source here is not what was built.
+        unchosen: autotuner choices that could not be taken, with the reason.
+        other_kind: set when choices were measured on another kind of GPU, and were therefore not used.
+    """
+
+    path: str
+    digest: str
+    units: int
+    installed: int = 0
+    primed: int = 0
+    pending: list[str] = field(default_factory=list)
+    stale: dict[str, str] = field(default_factory=dict)
+    unchosen: dict[str, str] = field(default_factory=dict)
+    other_kind: str = ""
+    devices: list[int] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Json]:
+        return dict(self.__dict__)
+
+
+class KernelSet:
+    """The kernel units of one bundle in this process."""
+
+    def __init__(self, bundle: Bundle, ledger: Ledger) -> None:
+        self.bundle = bundle
+        manifest = bundle.manifest
+        self.report = Report(str(bundle.path), bundle.digest, len(manifest["units"]))
+        self._ledger = ledger
+        self._names = [kernel["name"] for kernel in manifest["kernels"]]
+        self._units: dict[int, list[dict[str, Json]]] = {}
+        for unit in manifest["units"]:
+            self._units.setdefault(unit["kernel"], []).append(unit)
+        self._tunings: dict[int, list[dict[str, Json]]] = {}
+        for tuning in manifest["tunings"]:
+            self._tunings.setdefault(tuning["kernel"], []).append(tuning)
+        self._kernels: dict[int, list[Any]] = {}  # device → installed kernels: strong references keep modules loaded
+        self._done: set[tuple[int, int, int]] = set()  # (pid, device, kernel number)
+        self._chosen: set[int] = set()
+        self._lock = threading.RLock()
+
+    def covers(self, name: str) -> bool:
+        return name in self._names
+
+    def name_of(self, tuning: Mapping[str, Json]) -> str:
+        """The kernel that a tuning of this bundle is of."""
+        return self._names[tuning["kernel"]]
+
+    def is_chosen(self, tuning: Mapping[str, Json]) -> bool:
+        """Whether a measured choice of this bundle is in force here."""
+        return tuning["choice"] is not None and not self.report.other_kind
+
+    def choose_now(self, number: int, candidate: int) -> None:
+        """Put a choice that was just measured in place of the default."""
+        from aot_cache.upstream import triton_jit, triton_kernel
+
+        tuning = self.bundle.manifest["tunings"][number]
+        function = triton_jit.unwrap(triton_jit.find(self.name_of(tuning), loaded_only=True))
+        if function is not None:
+            config = tuning["candidates"][candidate]
+            triton_kernel.choose(function, tuning["tuner"], tuning["key"], config, replace=True)
+
+    def waiting(self, device: int) -> bool:
+        """Whether any kernel of this bundle is not yet installed on `device`."""
+        pid = os.getpid()
+        return any((pid, device, n) not in self._done for n in range(len(self._names)))
+
+    def install(self, device: int) -> int:
+        """Install every kernel whose module the process has imported; returns how many units are new.
+
+        Raises:
+            BundleCorrupt: when an object's hash is wrong.
+        """
+        from aot_cache.upstream import triton_kernel  # imports Triton, which the process has by now
+
+        with self._lock:
+            missing = [n for n in range(len(self._names)) if (os.getpid(), device, n) not in self._done]
+            if not missing:
+                return 0
+            installer = triton_kernel.Installer(
+                triton_kernel.current_target(),
+                self.bundle.manifest["metadata"],
+                self.bundle.manifest["toolchain"]["triton"],
+            )
+            found = self._functions(missing)
+            new = 0
+            for number in missing:
+                for function in found.get(number, []):
+                    new += self._install_kernel(installer, function, number, device)
+            self.report.pending = [self._names[n] for n in range(len(self._names)) if not self._known(n)]
+            if device not in self.report.devices:
+                self.report.devices.append(device)
+            self._ledger.note("installed", "", torch_capture.capturing(), new)
+            return new
+
+    def prime(self, device: int) -> int:
+        """Load what is installed onto the current device, which must be `device`; returns how many modules."""
+        from aot_cache.upstream import triton_kernel
+
+        with self._lock:
+            self._ledger.priming(True)
+            try:
+                loaded = triton_kernel.prime(self._kernels.get(device, []))
+            finally:
+                self._ledger.priming(False)
+            self.report.primed += loaded
+            return loaded
+
+    def _known(self, number: int) -> bool:
+        return self._names[number] in self.report.stale or any(n == number for _, _, n in self._done)
+
+    def _functions(self, numbers: list[int]) -> dict[int, list[Any]]:
+        from aot_cache.upstream import triton_jit, triton_kernel
+
+        out: dict[int, list[Any]] = {}
+        local: dict[str, int] = {}
+        for number in numbers:
+            name = self._names[number]
+            function = triton_jit.unwrap(triton_jit.find(name, loaded_only=True))
+            if function is not None and triton_jit.name_of(function) == name:
+                out[number] = [function]
+            elif "<locals>" in name:
+                local[name] = number
+        if local:
+            for name, functions in triton_kernel.functions_in_memory(set(local)).items():
+                out[local[name]] = functions
+        return out
+
+    def _install_kernel(self, installer: Any, function: Any, number: int, device: int) -> int:
+        from aot_cache.upstream import triton_jit
+
+        name = self._names[number]
+        differs = triton_jit.closure_differs(function, self.bundle.manifest["kernels"][number]["closure"])
+        self._done.add((os.getpid(), device, number))
+        if differs:
+            self.report.stale[name] = differs
+            return 0
+        kernels = self._kernels.setdefault(device, [])
+        units = self._units.get(number, [])
+        for unit in units:
+            kernels.append(
+                installer.install(
+                    function,
+                    device,
+                    [triton_jit.decode_pair(pair) for pair in unit["specialization"]],
+                    {k: triton_jit.decode(v) for k, v in unit["options"].items()},
+                    unit["metadata"],
+                    bytes(self.bundle.object(unit["object"])),
+                    unit["key"],
+                )
+            )
+        self.report.installed += len(units)
+        if number not in self._chosen:
+            self._chosen.add(number)
+            self._choose(function, number)
+        return len(units)
+
+    def _choose(self, function: Any, number: int) -> None:
+        """Fill the autotuners: the recorded choice where it was measured on this kind of GPU, else the first that fits."""
+        from aot_cache.upstream import triton_kernel
+
+        same_kind = torch_capture.device_name() == self.bundle.manifest["target"]["name"]
+        for tuning in self._tunings.get(number, []):
+            config = self._config(tuning, same_kind)
+            why = "no candidate of it compiled and fits" if config is None else ""
+            if config is not None:
+                why = triton_kernel.choose(function, tuning["tuner"], tuning["key"], config)
+            if why:
+                self.report.unchosen[f"{self._names[number]} {tuning['key']}"] = why
+
+    def _config(self, tuning: Mapping[str, Json], same_kind: bool) -> Mapping[str, Json] | None:
+        if tuning["choice"] is not None:
+            if same_kind:
+                return tuning["choice"]  # type: ignore[no-any-return]
+            self.report.other_kind = (
+                f"choices were measured on {self.bundle.manifest['target']['name']}, "
+                f"this is {torch_capture.device_name()}: the first config that fits is used"
+            )
+        default = tuning["default"]
+        return None if default is None else tuning["candidates"][default]  # type: ignore[no-any-return]

@@ -1,0 +1,93 @@
+"""The counters: every event that a warm process must not have, each with "was a capture active"."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+KINDS = (
+    "compile",
+    "disk_hit",
+    "tuning",
+    "benchmark",
+    "module_load",
+    "gcc",
+    "installed",
+    "primed",
+    "late_install",
+    "rejected_bundle",
+)
+"""What is counted. The first six are what a capture must never meet; the others are what aot-cache did."""
+
+HARMFUL = ("compile", "disk_hit", "tuning", "benchmark", "module_load", "gcc")
+_KEPT = 256
+
+
+@dataclass(frozen=True)
+class Event:
+    """One counted event."""
+
+    kind: str
+    name: str
+    in_capture: bool
+    sealed: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+class Ledger:
+    """Thread-safe counts of events, and the last few by name."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._totals: Counter[str] = Counter()
+        self._in_capture: Counter[str] = Counter()
+        self._after_seal: Counter[str] = Counter()
+        self._recent: list[Event] = []
+        self._sealed = False
+        self._own = threading.local()
+
+    def note(self, kind: str, name: str, in_capture: bool, count: int = 1) -> None:
+        """Count an event. What aot-cache itself loads while priming is counted as `primed`, not as a module load."""
+        if kind == "module_load" and getattr(self._own, "priming", False):
+            kind = "primed"
+        with self._lock:
+            self._totals[kind] += count
+            if in_capture:
+                self._in_capture[kind] += count
+            if self._sealed:
+                self._after_seal[kind] += count
+            if kind in HARMFUL:
+                self._recent = [*self._recent[-_KEPT + 1 :], Event(kind, name, in_capture, self._sealed)]
+
+    def priming(self, active: bool) -> None:
+        """Tell that this thread's module loads are aot-cache's own."""
+        self._own.priming = active
+
+    def seal(self) -> None:
+        """From here on every harmful event is a miss."""
+        with self._lock:
+            self._sealed = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Totals, in-capture counts and counts after the seal, for every kind; and the recent harmful events."""
+        with self._lock:
+            return {
+                "sealed": self._sealed,
+                "total": {kind: self._totals[kind] for kind in KINDS},
+                "in_capture": {kind: self._in_capture[kind] for kind in KINDS},
+                "after_seal": {kind: self._after_seal[kind] for kind in KINDS},
+                "events": [event.to_json() for event in self._recent],
+            }
+
+    def reset(self) -> None:
+        """Start again from zero (tests, and a process after a fork)."""
+        with self._lock:
+            self._totals.clear()
+            self._in_capture.clear()
+            self._after_seal.clear()
+            self._recent = []
+            self._sealed = False

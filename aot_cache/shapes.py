@@ -1,0 +1,394 @@
+"""Dimensions, the points they span, and point sets as readable text.
+
+A dimension names the integers that one size of a model may take. `enumerate_points` turns declared dimensions into the
+points that a build visits; `describe` and `expand` write a set of points as text that people can read and diff, and back.
+
+The text of a set in one dimension is a comma-separated list of runs, `a`, `a..b` or `a..b/step` (ends included),
+optionally followed by ` except ` and the runs to take away: `1..8191 except 16..8176/16`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeGuard
+
+from aot_cache.errors import DeclarationError
+
+Point = dict[str, int]
+"""One choice for every dimension, in the order in which the dimensions were declared."""
+
+LARGEST = 2**63 - 2
+"""The largest value of a dimension: sizes are int64, and `len()` of a longer range overflows."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values `lo`, `lo + step`, … up to `hi`, which is included when the steps meet it.
+
+    Raises:
+        DeclarationError: a bound is no int, is negative or too large, or the range is empty.
+    """
+
+    lo: int
+    hi: int
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        for value in (self.lo, self.hi, self.step):
+            _check_value(value, f"Range({self.lo!r}, {self.hi!r}, {self.step!r})")
+        if self.step < 1 or self.hi < self.lo:
+            raise DeclarationError(
+                "a range with at least one value",
+                f"Range({self.lo}, {self.hi}, {self.step}) has none",
+                "give lo <= hi and step >= 1",
+            )
+
+    @property
+    def values(self) -> Sequence[int]:
+        """The values in rising order; costs nothing however long the range is."""
+        return range(self.lo, self.hi + 1, self.step)
+
+    @property
+    def text(self) -> str:
+        """The declaration as `parse_dimension` reads it: `1..512` or `1..512/4`."""
+        return f"{self.lo}..{self.hi}" + (f"/{self.step}" if self.step > 1 else "")
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __contains__(self, value: object) -> bool:
+        return _is_int(value) and value in self.values
+
+
+@dataclass(frozen=True, init=False)
+class Values:
+    """Exactly these values; kept in rising order and each once, so that equal sets make equal plans.
+
+    Raises:
+        DeclarationError: there is no value, or one is no int, is negative or too large.
+    """
+
+    values: tuple[int, ...]
+
+    def __init__(self, *values: int) -> None:
+        if not values:
+            raise DeclarationError("at least one value", "Values() has none", "list the values, as in Values(16, 32)")
+        for value in values:
+            _check_value(value, f"Values{values!r}")
+        object.__setattr__(self, "values", tuple(sorted(set(values))))
+
+    def __repr__(self) -> str:
+        return f"Values({', '.join(map(str, self.values))})"
+
+    @property
+    def text(self) -> str:
+        """The declaration as `parse_dimension` reads it: `16,32,48`."""
+        return ",".join(map(str, self.values))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __contains__(self, value: object) -> bool:
+        return _is_int(value) and value in self.values
+
+
+Dimension = Range | Values
+
+# Nineteen digits hold every int64; the bound also keeps int() from refusing a text of thousands of digits.
+_RUN = re.compile(r"([0-9]{1,19})(?:\.\.([0-9]{1,19})(?:/([0-9]{1,19}))?)?")
+
+
+def parse_dimension(text: str) -> Dimension:
+    """Read `1..512`, `1..512/16`, `16,32` or `8`.
+
+    Raises:
+        DeclarationError: the text is none of these, or the dimension it names is empty.
+    """
+    parts = [_RUN.fullmatch(part.strip()) for part in text.split(",")]
+    if len(parts) == 1 and parts[0] is not None and parts[0][2] is not None:
+        return Range(int(parts[0][1]), int(parts[0][2]), int(parts[0][3] or 1))
+    if all(part is not None and part[2] is None for part in parts):
+        return Values(*(int(part[1]) for part in parts if part is not None))
+    raise DeclarationError("a dimension", f"{text!r}", "write it as 1..512, 1..512/16, or 16,32,48")
+
+
+# --- from dimensions to points ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Enumeration:
+    """The points to visit.
+
+    Attributes:
+        points: every point, the last dimension changing fastest.
+        total: how many points were declared; more than `len(points)` when something was sampled.
+        sampled: the dimensions of which only some values are visited, in declared order.
+    """
+
+    points: list[Point]
+    total: int
+    sampled: tuple[str, ...]
+
+
+_SPREAD = 64
+_ENDS, _KEYS, _POWERS, _OTHERS = range(4)
+# Where Triton's keys change: a size of 1 is a constant, a multiple of 16 an attribute, and 2**31 takes an i64.
+_KEY_CHANGES = (1, 2, 15, 16, 17, 31, 32, 33, 2**31 - 1, 2**31)
+
+
+def enumerate_points(dims: Mapping[str, Dimension], limit: int = 16384) -> Enumeration:
+    """List the points of `dims`, at most `limit` of them.
+
+    Above the limit the dimensions, the longest first, are cut down to the values around which kernels' keys change,
+    until the product fits; if it still does not, the least telling values go, but never a dimension's two ends.
+
+    Raises:
+        DeclarationError: `limit` is below 1, a dimension is none, or the ends alone are more than `limit` points.
+    """
+    if not _is_int(limit) or limit < 1:
+        raise DeclarationError("a limit of at least 1 point", repr(limit), "")
+    for name, dim in dims.items():
+        if not isinstance(name, str) or not isinstance(dim, (Range, Values)):
+            raise DeclarationError("a name and a Range or Values", f"{name!r}: {dim!r}", "declare each dimension so")
+    total = math.prod(len(dim) for dim in dims.values())
+    chosen: dict[str, Sequence[int]] = {name: dim.values for name, dim in dims.items()}
+    ranked: dict[str, list[tuple[int, int]]] = {}
+    for name in sorted(dims, key=lambda name: -len(dims[name])):
+        if math.prod(map(len, chosen.values())) <= limit:
+            break
+        ranked[name] = _sample(dims[name].values)
+        chosen[name] = [value for value, _ in ranked[name]]
+    if math.prod(map(len, chosen.values())) > limit:
+        _thin(ranked, limit)
+    for name, values in ranked.items():
+        chosen[name] = sorted(value for value, _ in values)
+    points = [dict(zip(dims, combination)) for combination in itertools.product(*chosen.values())]
+    return Enumeration(points, total, tuple(name for name in dims if len(chosen[name]) < len(dims[name])))
+
+
+def _sample(values: Sequence[int]) -> list[tuple[int, int]]:
+    """(value, rank) pairs out of rising `values`, the ones to keep longest first."""
+    ranks = {values[0]: _ENDS, values[-1]: _ENDS}
+
+    def add(target: int, rank: int) -> None:
+        # A dimension with steps may jump over the target: then its neighbours on both sides stand for it.
+        after = bisect_left(values, target)
+        for index in (bisect_right(values, target) - 1, after):
+            if 0 <= index < len(values):
+                ranks.setdefault(values[index], rank)
+
+    for target in _KEY_CHANGES:
+        add(target, _KEYS)
+    powers = [2**exponent for exponent in range(values[-1].bit_length() + 1) if 2 ** (exponent + 1) > values[0]]
+    for power in powers:
+        for target in (power, power - 1, power + 1):
+            add(target, _POWERS)
+        for value in _one_of_each(values, power):
+            ranks.setdefault(value, _POWERS)
+    wanted = min(len(values), len(ranks) + _SPREAD)
+    for number in itertools.count(1):
+        # Multiples of the golden ratio: even over the range whatever the count, and in step with no power of two.
+        if len(ranks) >= wanted or number > 16 * _SPREAD:
+            break
+        fraction = number * 0x9E3779B97F4A7C15 % 2**64
+        ranks.setdefault(values[fraction * len(values) >> 64], _OTHERS)
+    return list(ranks.items())
+
+
+def _one_of_each(values: Sequence[int], power: int) -> Iterator[int]:
+    """A multiple of 16 and a non-multiple among the values in [power, 2 * power), from its middle on if possible."""
+    start, middle, stop = (bisect_left(values, bound) for bound in (power, power + power // 2, 2 * power))
+    # Sixteen neighbours of an arithmetic sequence show every remainder that it has; a list has to be searched whole.
+    reach = 16 if isinstance(values, range) else len(values)
+    indices = [*range(middle, min(stop, middle + reach)), *range(start, min(middle, start + reach))]
+    for multiple in (True, False):
+        for index in indices:
+            if (values[index] % 16 == 0) is multiple:
+                yield values[index]
+                break
+
+
+def _thin(ranked: dict[str, list[tuple[int, int]]], limit: int) -> None:
+    """Drop values from the tails of `ranked`, the least telling and of the longest first, until the product fits."""
+    while math.prod(map(len, ranked.values())) > limit:
+        name = max(ranked, key=lambda name: (ranked[name][-1][1], len(ranked[name])))
+        if ranked[name][-1][1] == _ENDS:
+            raise DeclarationError(
+                f"at most {limit} points",
+                f"the ends of {len(ranked)} dimensions alone are {math.prod(map(len, ranked.values()))}",
+                "declare fewer dimensions or a higher limit",
+            )
+        ranked[name].pop()
+
+
+# --- sets of points as text ------------------------------------------------------------------------------------------
+
+_Row = tuple[int, ...]
+
+
+def describe(points: Iterable[Point], dims: Iterable[str]) -> list[dict[str, str]]:
+    """Write a set of points as boxes: dimension -> text of its values.
+
+    The boxes are disjoint and their union is exactly the set; a full product is one box. `dims` gives the names in
+    their order; a mapping of dimensions does.
+
+    Raises:
+        DeclarationError: a point does not have exactly these dimensions, or a value is not an int of at least 0.
+    """
+    names = list(dims)
+    rows: set[_Row] = set()
+    for point in points:
+        if len(point) != len(names) or not all(name in point for name in names):
+            raise DeclarationError(f"a point of {', '.join(names) or 'no dimension'}", repr(point), "")
+        rows.add(tuple(point[name] for name in names))
+    for value in set(itertools.chain.from_iterable(rows)):
+        _check_value(value, "a point")
+    return [dict(zip(names, texts)) for texts in _boxes(sorted(rows), len(names))]
+
+
+def expand(boxes: Iterable[Mapping[str, str]], limit: int = 1 << 20) -> list[Point]:
+    """The inverse of `describe`: every point of the boxes once, in rising order (the last dimension fastest).
+
+    Raises:
+        DeclarationError: a text is not in the grammar, the boxes differ in their dimensions, or they hold more than
+            `limit` points (a typing error in a plan must not fill the memory).
+    """
+    names: list[str] | None = None
+    rows: set[_Row] = set()
+    left = limit
+    for box in boxes:
+        names = list(box) if names is None else names
+        if set(box) != set(names):
+            raise DeclarationError(f"boxes of {', '.join(names)}", f"one of {', '.join(box)}", "give all the same")
+        sets = [_parse_set(box[name], limit) for name in names]
+        left -= math.prod(map(len, sets))
+        if left < 0:
+            raise DeclarationError(f"at most {limit} points", "the boxes hold more", "")
+        rows.update(itertools.product(*sets))
+    return [dict(zip(names or [], row)) for row in sorted(rows)]
+
+
+def _boxes(rows: Sequence[_Row], width: int) -> Iterator[list[str]]:
+    """The texts of disjoint boxes that make up the rising `rows`."""
+    if width == 0 or not rows:
+        yield from ([] for _ in rows)
+        return
+    if width == 1:
+        yield [_set_text([row[0] for row in rows])]
+        return
+    # Values of the first dimension that go with the same rest share a box; different ones make different boxes, so
+    # that these are disjoint, and a product has one rest only.
+    firsts: dict[tuple[_Row, ...], list[int]] = {}
+    for first, group in itertools.groupby(rows, key=lambda row: row[0]):
+        firsts.setdefault(tuple(row[1:] for row in group), []).append(first)
+    for rest, values in firsts.items():
+        text = _set_text(values)
+        for texts in _boxes(rest, width - 1):
+            yield [text, *texts]
+
+
+# Texts up to this many characters are short enough; the search for shorter ones is the slow part.
+_SHORT = 64
+# At most so many values are taken away for each one kept: a set with wide gaps would otherwise cost its whole span.
+_TAKEN = 4
+
+
+def _set_text(values: Sequence[int]) -> str:
+    """The shortest text that we find for rising, distinct `values`, at least one."""
+    forms = [(values, "")]
+    step = math.gcd(*(after - before for before, after in itertools.pairwise(values))) or 1
+    whole = range(values[0], values[-1] + 1, step)
+    if 0 < len(whole) - len(values) <= _TAKEN * len(values):
+        present = set(values)
+        forms.append(([value for value in whole if value not in present], f"{_run_text(whole)} except "))
+    shortest = min((prefix + _adjacent_runs(part) for part, prefix in forms), key=len)
+    if len(shortest) > _SHORT:  # runs that interleave, such as two remainders of one modulus, are worth a search
+        shortest = min(shortest, *(prefix + _interleaved_runs(part) for part, prefix in forms), key=len)
+    return shortest
+
+
+def _run_text(run: range) -> str:
+    """The run as text: a list where that is shorter (`2,4,6`), else `a..b` or `a..b/step`."""
+    step = f"/{run.step}" if run.step > 1 else ""
+    short = f"{run[0]}..{run[-1]}{step}"
+    return short if len(run) > 2 and len(short) < len(",".join(map(str, run[:8]))) else ",".join(map(str, run))
+
+
+def _adjacent_runs(values: Sequence[int]) -> str:
+    """Runs of neighbours, from the left, each as long as its first step holds."""
+    texts = []
+    index = 0
+    while index < len(values):
+        end = index
+        step = values[index + 1] - values[index] if index + 1 < len(values) else 1
+        while end + 1 < len(values) and values[end + 1] - values[end] == step:
+            end += 1
+        run = range(values[index], values[end] + 1, step)
+        text = _run_text(run)
+        if ".." not in text:  # too short a run: its other values may begin a better one
+            run, text = run[:1], str(values[index])
+        texts.append(text)
+        index += len(run)
+    return ",".join(texts)
+
+
+def _interleaved_runs(values: Sequence[int]) -> str:
+    """Runs that may pass over each other: from the least value left, the longest one among the nearest steps."""
+    left = set(values)
+    texts = []
+    for index, first in enumerate(values):
+        if first not in left:
+            continue
+        best = range(first, first + 1)
+        for other in values[index + 1 : index + 33]:
+            last = other
+            while last in left:
+                last += other - first
+            run = range(first, last, other - first)
+            best = max(best, run, key=len)
+        text = _run_text(best)
+        if ".." not in text:
+            best, text = best[:1], str(first)
+        left.difference_update(best)
+        texts.append(text)
+    return ",".join(texts)
+
+
+def _parse_set(text: str, limit: int) -> set[int]:
+    """The values that `text` names, which are at most `limit` where `_set_text` wrote it."""
+    limit *= _TAKEN + 1
+    plain, separator, taken = text.partition(" except ")
+    found: list[set[int]] = []
+    for part in (plain, taken) if separator else (plain,):
+        values: set[int] = set()
+        for run in part.split(","):
+            match = _RUN.fullmatch(run)
+            if match is None:
+                raise DeclarationError("a set of values", repr(text), "write it as 1..8191 except 16..8176/16")
+            span = Range(int(match[1]), int(match[2] or match[1]), int(match[3] or 1))
+            if len(values) + len(span) > limit:
+                raise DeclarationError(f"at most {limit} values", f"{text!r} names more", "check its bounds")
+            values.update(span)
+        found.append(values)
+    return found[0].difference(*found[1:])
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    # True == 1, but a flag where a size belongs is a mistake.
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_value(value: object, where: str) -> None:
+    if not _is_int(value) or not 0 <= value <= LARGEST:
+        raise DeclarationError(f"an int from 0 to {LARGEST}", f"{value!r} in {where}", "")

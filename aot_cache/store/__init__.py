@@ -1,0 +1,13 @@
+"""Bytes on disk: content-addressed objects, records, and bundles. Knows neither torch nor Triton.
+
+Writers take a lock and replace files whole; readers take no lock, write nothing and trust no byte that they did not
+hash. Nothing here is ever unpickled or executed.
+"""
+
+from __future__ import annotations
+
+from aot_cache.store.atomic import write_atomic
+from aot_cache.store.bundle import Bundle, read_bundle, write_bundle
+from aot_cache.store.objects import Store
+
+__all__ = ["Bundle", "Store", "read_bundle", "write_atomic", "write_bundle"]

@@ -1,0 +1,270 @@
+"""The bundle: one safetensors file with a manifest in its header and the objects as byte tensors.
+
+    8 bytes    length of the header, little endian
+    header     JSON, padded with spaces to 8 bytes:
+               {"__metadata__": {"format": "aot-cache", "manifest": <JSON>, "manifest_sha256": .., "schema": "1"},
+                <sha256>: {"dtype": "U8", "shape": [size], "data_offsets": [begin, end]}, ...}
+    objects    in the order of their digests, without gaps
+
+The same manifest and objects give the same bytes, and a header is accepted only if it is, byte for byte, the one that
+`write_bundle` writes for its manifest. So there is one way to say a thing, and no second reading of it to attack.
+
+A bundle's *digest* is the sha256 of its first two parts. It covers the objects too, because the manifest lists their
+hashes: whoever pins it has pinned every byte. Without a pin, a damaged header is still found (the layout is fixed and
+`manifest_sha256` covers the rest), but a forged one is not.
+
+The file is written here and not by `safetensors.serialize`, which orders the metadata by chance (0.8.0), so that the
+same input would have many digests; safetensors reads it like any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from aot_cache.errors import BundleCorrupt, DigestMismatch, StoreError
+from aot_cache.store.atomic import open_regular, write_atomic
+
+FORMAT = "aot-cache"
+SCHEMA = "1"
+MAX_HEADER = 100_000_000  # bytes; safetensors refuses more
+
+_PREFIX = 8  # bytes of the header's length
+_MAX_OBJECT = 2**63  # no file is larger, and a longer number may not even be printable
+_DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_REPR = reprlib.Repr()
+_REPR.maxstring = 80
+
+
+class Bundle:
+    """A bundle whose header and layout were found sound. Made by `read_bundle`.
+
+    May be used from many threads at the same time; hashing releases the interpreter's lock.
+
+    Attributes:
+        path: the file it was read from; it is not looked at again.
+        manifest: what `write_bundle` was given, and "objects": {sha256: bytes}.
+        digest: 64 hex digits that stand for the whole bundle.
+        size: the file's size in bytes.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], digest: str, header_size: int, body: bytes) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.digest = digest
+        self.size = header_size + len(body)
+        self._body = memoryview(body)
+        self._checked: dict[str, memoryview] = {}
+        self._spans: dict[str, tuple[int, int]] = {}
+        begin = 0
+        for name, size in sorted(manifest["objects"].items()):
+            self._spans[name] = (begin, begin + size)
+            begin += size
+
+    def object(self, digest: str) -> memoryview:
+        """The bytes that hash to `digest`, read-only; they are hashed on the first call.
+
+        Raises:
+            BundleCorrupt: they hash to something else, or the bundle has no such object.
+        """
+        # Two threads may both hash an object that is new to them: they agree, and it costs less than a lock.
+        checked = self._checked.get(digest)
+        if checked is not None:
+            return checked
+        if digest not in self._spans:
+            _refuse(self.path, f"it has no object {digest!r}")
+        view = self._view(digest)
+        if hashlib.sha256(view).hexdigest() != digest:
+            _refuse(self.path, f"the bytes of object {digest} do not hash to its name")
+        self._checked[digest] = view
+        return view
+
+    def check_all(self) -> list[str]:
+        """Hash every object, also those that were hashed before; returns the digests of the bad ones, sorted."""
+        return [name for name in self._spans if hashlib.sha256(self._view(name)).hexdigest() != name]
+
+    def _view(self, digest: str) -> memoryview:
+        begin, end = self._spans[digest]
+        return self._body[begin:end]
+
+
+def write_bundle(path: str | os.PathLike[str], manifest: Mapping[str, Any], objects: Mapping[str, bytes]) -> str:
+    """Write a bundle in one step and return its digest.
+
+    Args:
+        path: the file; one that is there is replaced whole, and missing folders are made.
+        manifest: plain JSON (its keys strings, its numbers finite). Its "objects" is set here, the rest stays.
+        objects: bytes by their sha256 (64 lower-case hex digits).
+
+    Raises:
+        BundleCorrupt: an object's bytes do not hash to its name.
+        StoreError: the header would be larger than `MAX_HEADER`.
+        StoreUnwritable: no space, no permission, ...
+        TypeError, ValueError: `manifest` is not plain JSON.
+    """
+    path = Path(path)
+    for name, data in objects.items():
+        if hashlib.sha256(data).hexdigest() != name:
+            raise BundleCorrupt(f"to write {path}", f"the bytes of object {name!r} do not hash to its name")
+    sizes = {name: len(data) for name, data in objects.items()}
+    text = _canonical({**manifest, "objects": sizes})
+    if _canonical(_parse(text)) != text:  # keys that are numbers become strings, and may then sort or meet otherwise
+        raise ValueError("the manifest is not plain JSON: what is read back would not be what was written")
+    header = _header(text, sizes)
+    if len(header) - _PREFIX > MAX_HEADER:
+        found = f"the header would have {len(header):,} bytes, and {MAX_HEADER:,} are allowed"
+        raise StoreError(f"to write {path}", found, "make more than one bundle")
+    write_atomic(path, b"".join([header, *(objects[name] for name in sorted(objects))]))
+    return hashlib.sha256(header).hexdigest()
+
+
+def read_bundle(path: str | os.PathLike[str], digest: str | None = None) -> Bundle:
+    """Read a bundle once, wholly, and check its header and layout; the objects are hashed when they are asked for.
+
+    Writes nothing and takes no lock. The bytes are copied into memory rather than mapped: a mapped file that somebody
+    shortens kills its readers, and one that changes after it was hashed was hashed for nothing.
+
+    Args:
+        path: the file.
+        digest: the digest that the bundle must have, or None for any.
+
+    Raises:
+        BundleMissing: there is no file.
+        BundleCorrupt: it is damaged, or no bundle; the message says what is wrong.
+        DigestMismatch: a sound bundle, but not the one that was asked for.
+        StoreError: the file cannot be read.
+    """
+    path = Path(path)
+    with open_regular(path) as (file, size):
+        header = file.read(_PREFIX)
+        if len(header) < _PREFIX:
+            _refuse(path, f"it has {size} bytes, too few for a header")
+        length = int.from_bytes(header, "little")
+        if length > min(MAX_HEADER, size - _PREFIX):
+            _refuse(path, f"it says that its header has {length:,} bytes, and the file has {size:,}")
+        header += file.read(length)
+        manifest = _check_header(path, header)
+        wanted = sum(manifest["objects"].values())
+        if size - len(header) != wanted:
+            _refuse(path, f"it has {size - len(header):,} bytes of objects, and its manifest says {wanted:,}")
+        try:
+            body = file.readall()
+        except MemoryError as error:
+            raise StoreError(f"to read {path}", f"its {size:,} bytes do not fit into memory", "free some") from error
+    if len(body) != wanted:
+        _refuse(path, "it became longer or shorter while it was read")
+    actual = hashlib.sha256(header).hexdigest()
+    if digest is not None and digest != actual:
+        raise DigestMismatch(f"the bundle {digest} at {path}", f"it is {actual}", "install or pin the right one")
+    return Bundle(path, manifest, actual, len(header), body)
+
+
+def _refuse(path: Path, found: str) -> NoReturn:
+    raise BundleCorrupt(f"a sound bundle at {path}", found, "copy or build it again")
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _parse(text: str) -> Any:
+    """Parse JSON; ValueError or RecursionError for anything that has more than one meaning or none."""
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a key is there twice")
+    return table
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
+
+
+def _metadata(text: str) -> dict[str, str]:
+    check = hashlib.sha256(text.encode("ascii")).hexdigest()
+    return {"format": FORMAT, "manifest": text, "manifest_sha256": check, "schema": SCHEMA}
+
+
+def _header(text: str, sizes: Mapping[str, int]) -> bytes:
+    """The one header, with its length before it, for the manifest `text` and objects of these sizes (bytes)."""
+    parts = [f'"__metadata__":{_canonical(_metadata(text))}']
+    begin = 0
+    for name in sorted(sizes):  # by hand, for digests and numbers need no escapes: this is on the way of every load
+        end = begin + sizes[name]
+        parts.append(f'"{name}":{{"dtype":"U8","shape":[{sizes[name]}],"data_offsets":[{begin},{end}]}}')
+        begin = end
+    header = f"{{{','.join(parts)}}}".encode("ascii")
+    header += b" " * (-len(header) % 8)  # objects then begin on a multiple of 8, as safetensors has it
+    return len(header).to_bytes(_PREFIX, "little") + header
+
+
+def _check_header(path: Path, header: bytes) -> dict[str, Any]:
+    """The manifest in `header`, which begins with its length and is the one that `write_bundle` writes for it."""
+    try:
+        table = json.loads(header[_PREFIX:].decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        _refuse(path, f"its header is not JSON ({_short(error)})")
+    metadata = table.get("__metadata__") if isinstance(table, dict) else None
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        _refuse(path, f"its header does not say that it is of format {FORMAT!r}")
+    if metadata.get("schema") != SCHEMA:
+        _refuse(path, f"it has schema {_short(metadata.get('schema'))}, and this aot-cache reads {SCHEMA!r}")
+    text = metadata.get("manifest")
+    if not isinstance(text, str) or not text.isascii():
+        _refuse(path, "its header has no manifest in ASCII")
+    manifest = _check_manifest(path, text)
+    wanted = _header(text, manifest["objects"])
+    if header != wanted:  # this accepts or refuses; what follows only looks for the words
+        _refuse(path, _difference(header, wanted))
+    return manifest
+
+
+def _check_manifest(path: Path, text: str) -> dict[str, Any]:
+    try:
+        manifest = _parse(text)
+    except (ValueError, RecursionError) as error:
+        _refuse(path, f"its manifest is not JSON ({_short(error)})")
+    objects = manifest.get("objects") if isinstance(manifest, dict) else None
+    if not isinstance(manifest, dict) or not isinstance(objects, dict):
+        _refuse(path, "its manifest lists no objects")
+    for name, size in objects.items():
+        if not _DIGEST.fullmatch(name):
+            _refuse(path, f"its manifest has an object {_short(name)}, which is no sha256")
+        if type(size) is not int or not 0 <= size < _MAX_OBJECT:
+            _refuse(path, f"its manifest says that object {name} has {_short(size)} bytes")
+    return manifest
+
+
+def _difference(header: bytes, wanted: bytes) -> str:
+    """Say, for a person, how a header differs from `wanted`, the one that its manifest asks for."""
+    try:
+        found = _parse(header[_PREFIX:].decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        return f"its header has more than one meaning ({_short(error)})"
+    tensors = _parse(wanted[_PREFIX:].decode("ascii"))
+    metadata = tensors.pop("__metadata__")
+    if found.pop("__metadata__").get("manifest_sha256") != metadata["manifest_sha256"]:
+        return "its manifest does not hash to the manifest_sha256 beside it"
+    for name in sorted(found.keys() - tensors.keys()):
+        return f"it has a tensor {_short(name)} that its manifest does not list"
+    for name in sorted(tensors.keys() - found.keys()):
+        return f"it lacks the object {name} that its manifest lists"
+    for name, tensor in tensors.items():
+        if found[name] != tensor:
+            return f"the tensor {name} is {_short(found[name])}, and its manifest asks for {_short(tensor)}"
+    return "its header is not written as write_bundle writes it (order, spacing, padding or keys)"
+
+
+def _short(value: object) -> str:
+    """`value` in one short line: it may be hostile, that is long, deep or full of control characters."""
+    text = str(value) if isinstance(value, Exception) else _REPR.repr(value)
+    return "".join(character if character.isprintable() else "?" for character in text[:200])

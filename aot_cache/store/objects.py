@@ -1,0 +1,166 @@
+"""The store: a folder of objects named by their hash, and of small records named by their key.
+
+    <root>/.lock                        taken by writers that must not meet
+    <root>/v1/objects/<aa>/<digest>     bytes; the name is their sha256
+    <root>/v1/records/<kind>/<key>.json facts about them
+
+A change of this layout is a new `v<n>` beside the old one, so that two releases can share a root.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from aot_cache.errors import BundleCorrupt, BundleMissing, StoreError, StoreUnwritable
+from aot_cache.store.atomic import open_regular, probe_writable, unwritable, write_atomic
+
+LAYOUT = "v1"
+
+_DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+# Kinds and keys become file names: nothing that could lead out of the folder or hide in it.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", re.ASCII)
+
+
+class Store:
+    """A folder of content-addressed objects and of records.
+
+    Making a `Store` touches no disk, reading never writes and never waits for a lock, and the first write makes the
+    folders. One `Store` may be used from many threads, and one root from many processes at the same time.
+
+    Args:
+        root: the folder.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+        self._home = self.root / LAYOUT
+
+    def put(self, data: bytes) -> str:
+        """Keep `data`; returns its sha256 as 64 hex digits. Bytes that are there already are not written again.
+
+        Raises:
+            StoreUnwritable: no space, no permission, ...
+        """
+        digest = hashlib.sha256(data).hexdigest()
+        path = self._object(digest)
+        if not _has_size(path, len(data)):
+            write_atomic(path, data)
+        return digest
+
+    def get(self, digest: str) -> bytes:
+        """The bytes that hash to `digest`; they are hashed on every call.
+
+        Raises:
+            BundleMissing: no such object.
+            BundleCorrupt: the file's bytes hash to something else.
+            StoreError: the file cannot be read.
+        """
+        if not _DIGEST.fullmatch(digest):
+            raise BundleMissing(f"the object {digest!r}", "that is no sha256", "name it by 64 lower-case hex digits")
+        path = self._object(digest)
+        with open_regular(path) as (file, _):
+            data = file.readall()
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise BundleCorrupt(f"the object {path}", "its bytes do not hash to its name", "remove it and build again")
+        return data
+
+    def has(self, digest: str) -> bool:
+        """Whether there is a file for `digest`; its bytes are not looked at."""
+        return bool(_DIGEST.fullmatch(digest)) and self._object(digest).is_file()
+
+    def put_record(self, kind: str, key: str, value: dict[str, Any]) -> None:
+        """Keep `value`, which must be plain JSON, under `kind` and `key`; an older record is replaced.
+
+        Raises:
+            StoreUnwritable: no space, no permission, ...
+            StoreError: `kind` or `key` cannot be a file name.
+            TypeError, ValueError: `value` is not plain JSON.
+        """
+        path = self._record(kind, key)
+        text = json.dumps(value, sort_keys=True, indent=1, allow_nan=False)
+        write_atomic(path, text.encode("ascii") + b"\n")
+
+    def get_record(self, kind: str, key: str) -> dict[str, Any] | None:
+        """The record under `kind` and `key`, or None.
+
+        A record only saves work, so one that cannot be read or parsed counts as absent.
+
+        Raises:
+            StoreError: `kind` or `key` cannot be a file name.
+        """
+        path = self._record(kind, key)
+        try:
+            with open_regular(path) as (file, _):
+                value = json.loads(file.readall().decode("utf-8"))
+        except (StoreError, ValueError, RecursionError):
+            return None
+        return value if isinstance(value, dict) else None
+
+    @contextmanager
+    def writer(self, timeout: float = -1) -> Iterator[None]:
+        """Hold the store against other writers (other threads and processes); readers do not notice.
+
+        `put` and `put_record` are safe without it: it is for work that must not be done twice, or for removing.
+        May be entered again by the thread that holds it. The system frees it when the holder dies.
+
+        Args:
+            timeout: seconds to wait for the writer before; negative waits for ever.
+
+        Raises:
+            StoreUnwritable: the lock cannot be made, or is still held after `timeout`.
+        """
+        # Imported here because readers need no lock, and this import is slower than reading a bundle.
+        from filelock import FileLock, Timeout
+
+        path = self.root / ".lock"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            # One instance per path and process lets a thread that holds the lock enter again instead of waiting
+            # for itself; a file lock knows only descriptors.
+            lock = FileLock(path, is_singleton=True)
+            lock.acquire(timeout=timeout)
+        except Timeout as error:
+            found = f"another writer has held it for {timeout:g} s"
+            raise StoreUnwritable(f"the lock {path}", found, "wait for it or end it") from error
+        except OSError as error:
+            raise unwritable(path, error) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def check_writable(self) -> None:
+        """Find out whether this process can write here, before the work whose result would be lost.
+
+        Raises:
+            StoreUnwritable: no space, no permission, a read-only file system, ...
+        """
+        probe_writable(self.root)  # the lock goes there
+        probe_writable(self._home)
+
+    def _object(self, digest: str) -> Path:
+        return self._home / "objects" / digest[:2] / digest
+
+    def _record(self, kind: str, key: str) -> Path:
+        for name in (kind, key):
+            if not _NAME.fullmatch(name):
+                do = "use up to 200 letters, digits, '.', '_' and '-'"
+                raise StoreError("a record's kind and key that can be file names", repr(name), do)
+        return self._home / "records" / kind / f"{key}.json"
+
+
+def _has_size(path: Path, size: int) -> bool:
+    """Whether an ordinary file of `size` bytes is there; a link does not count, and is replaced by `put`."""
+    try:
+        status = path.lstat()
+    except OSError:  # writing will say what is wrong, if anything is
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size == size

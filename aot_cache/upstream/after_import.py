@@ -1,0 +1,44 @@
+"""Run something when a module has been imported, without importing it."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+
+def after_import(name: str, action: Callable[[], None]) -> None:
+    """Call `action()` once `name` is imported: now if it is, else right after its import, whoever does it."""
+    if name in sys.modules:
+        action()
+        return
+    sys.meta_path.insert(0, _Waiter(name, action))
+
+
+class _Waiter(importlib.abc.MetaPathFinder):
+    def __init__(self, name: str, action: Callable[[], None]) -> None:
+        self.name = name
+        self.action = action
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        inner = spec.loader
+        run = inner.exec_module
+        action = self.action
+
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            action()
+
+        inner.exec_module = exec_module  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,134 @@
+"""What Python code asks `torch.cuda` about the device, answered from a target.
+
+Only ever called in a worker process of the builder, before anything else is imported there: libraries decide at import
+(fla fixes warps and Hopper flags, transformers asks `is_available()`). torch itself must not reach the driver.
+Seen to hold: see `versions.TORCH_SEEN`.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from aot_cache.target import Target
+
+ASSUMED_CUDA = "13.0"
+ASSUMED_ROCM = "7.1"
+"""`torch.version` of a serving image; a CPU-only builder has none, and libraries read it."""
+
+
+class _Context:
+    """Stands for `torch.cuda.device` and `torch.cuda.stream`: there is one device and one stream."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __enter__(self) -> _Context:
+        return self
+
+    def __exit__(self, *_: object) -> bool:
+        return False
+
+
+class _Stream(_Context):
+    """Stands for a stream and for an event."""
+
+    cuda_stream = 0
+    stream_id = 0
+    device_index = 0
+    device = torch.device("cuda", 0)
+
+    def synchronize(self) -> None: ...
+    def wait_stream(self, _: Any) -> None: ...
+    def wait_event(self, _: Any) -> None: ...
+    def record(self, *_: Any) -> None: ...
+    def record_event(self, *_: Any) -> _Stream:
+        return self
+
+    def query(self) -> bool:
+        return True
+
+
+def device_properties(target: Target) -> SimpleNamespace:
+    """The fields of `torch.cuda.get_device_properties` that code generation and libraries read."""
+    return SimpleNamespace(
+        name=target.name,
+        major=target.capability[0],
+        minor=target.capability[1],
+        multi_processor_count=target.multiprocessors,
+        total_memory=target.memory_bytes,
+        warp_size=target.warp_size,
+        regs_per_multiprocessor=target.registers_per_multiprocessor,
+        max_threads_per_multi_processor=target.threads_per_multiprocessor,
+        max_threads_per_block=target.threads_per_block,
+        shared_memory_per_block=target.shared_memory_per_block,
+        shared_memory_per_block_optin=target.shared_memory_per_block_optin,
+        shared_memory_per_multiprocessor=target.shared_memory_per_multiprocessor,
+        L2_cache_size=target.l2_bytes,
+        gcnArchName=target.arch if target.backend == "hip" else "",
+        is_integrated=False,
+        is_multi_gpu_board=False,
+    )
+
+
+def pretend(target: Target) -> None:
+    """Answer for `target` in this process, for good. There is no way back: use a worker process."""
+    properties = device_properties(target)
+    cuda: Any = torch.cuda
+    answers: dict[str, Any] = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda _device: None,
+        "get_device_properties": lambda _device=None: properties,
+        "get_device_capability": lambda _device=None: target.capability,
+        "get_device_name": lambda _device=None: target.name,
+        "get_arch_list": lambda: [f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)],
+        "is_bf16_supported": lambda *_, **__: target.backend != "cuda" or target.capability >= (8, 0),
+        "mem_get_info": lambda _device=None: (target.memory_bytes, target.memory_bytes),
+        "synchronize": lambda _device=None: None,
+        "empty_cache": lambda: None,
+        "current_stream": lambda _device=None: _Stream(),
+        "default_stream": lambda _device=None: _Stream(),
+        "is_current_stream_capturing": lambda: False,
+        "init": lambda: None,
+        "_lazy_init": lambda: None,
+        "device": _Context,
+        "stream": _Context,
+        "StreamContext": _Context,
+        "Stream": _Stream,
+        "Event": _Stream,
+    }
+    for name, answer in answers.items():
+        setattr(cuda, name, answer)
+    version: Any = torch.version
+    version.hip = ASSUMED_ROCM if target.backend == "hip" else None
+    if target.backend == "hip":
+        version.cuda = None
+    elif version.cuda is None:
+        version.cuda = ASSUMED_CUDA
+    # A CUDA build without a GPU has a real device guard that fails; torch has a no-op one for fake tensors.
+    torch._C._ensureCUDADeviceGuardSet()
+    _make_tensors_through_cpu()
+
+
+def _make_tensors_through_cpu() -> None:
+    """`torch.tensor(values, device="cuda")` takes a device guard in C++, which CPU-only builds lack: go by way of `to`."""
+    module: Any = torch
+    for name in ("tensor", "as_tensor"):
+        original = getattr(torch, name)
+
+        def make(data: Any, *, _original: Any = original, device: Any = None, **kwargs: Any) -> Any:
+            if _is_cuda(device):
+                return _original(data, **kwargs).to(device)
+            return _original(data, device=device, **kwargs)
+
+        setattr(module, name, make)
+
+
+def _is_cuda(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "cuda"

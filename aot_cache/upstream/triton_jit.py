@@ -1,0 +1,350 @@
+"""Triton's kernels as data: names, source closures, and specializations that can be written down and read back.
+
+Upstream: `triton/runtime/jit.py` (`JITFunction`, `create_function_from_signature`, `compute_cache_key`, `_pack_args`).
+Seen to hold: see `versions.TRITON_SEEN`.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import json
+import math
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton.language as tl
+from triton.compiler import make_backend
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction, compute_cache_key
+
+from aot_cache.errors import TraceError
+
+try:
+    from triton.runtime.jit import JITCallable
+except ImportError:  # pragma: no cover - every version in TRITON_SEEN has it
+    JITCallable = JITFunction
+
+Json = Any
+
+
+def name_of(function: Any) -> str:
+    """`module:qualified.name` of a kernel or of a function that kernels call."""
+    return f"{function.fn.__module__}:{function.fn.__qualname__}"
+
+
+def unwrap(kernel: Any) -> JITFunction | None:
+    """The `JITFunction` under heuristics and autotuners, or None when `kernel` is no kernel."""
+    seen = 0
+    while not isinstance(kernel, JITFunction):
+        kernel = getattr(kernel, "fn", None)
+        seen += 1
+        if kernel is None or seen > 8:
+            return None
+    return kernel
+
+
+def wrappers(kernel: Any) -> Iterator[Any]:
+    """`kernel` and what it wraps, outermost first."""
+    seen = 0
+    while kernel is not None and seen <= 8:
+        yield kernel
+        if isinstance(kernel, JITFunction):
+            return
+        kernel = getattr(kernel, "fn", None)
+        seen += 1
+
+
+def find(name: str, loaded_only: bool = False) -> Any:
+    """The object called `module:qualname`, or None when it cannot be reached by that name.
+
+    `loaded_only` never imports: a loader must not import a model's modules before the process does.
+    """
+    module_name, _, qualname = name.partition(":")
+    try:
+        import sys
+
+        owner: Any = sys.modules.get(module_name) if loaded_only else importlib.import_module(module_name)
+        for part in qualname.split("."):
+            owner = getattr(owner, part)
+    except (ImportError, AttributeError):
+        return None
+    return owner
+
+
+# --- source -----------------------------------------------------------------------------------------------------------
+
+
+def closure(function: Any) -> dict[str, Json]:
+    """What decides a kernel's code: the source of every function that it calls, and what each name in them meant.
+
+    Unlike Triton's own `cache_key` this has no line number (moving a kernel within its file changes nothing), and unlike
+    a plain hash it can be checked in the serving process without parsing: see `closure_differs`.
+
+    Returns:
+        `{function name: {"src": sha256, "refs": {dotted name: meaning}}}`.
+    """
+    out: dict[str, Json] = {}
+    _close(function, out)
+    return dict(sorted(out.items()))
+
+
+def _close(function: Any, out: dict[str, Json]) -> None:
+    name = name_of(function)
+    if name in out:
+        return
+    refs: dict[str, str] = {}
+    out[name] = {"src": _source_digest(function), "refs": refs}
+    for dotted in sorted(_names(function)):
+        value = _look_up(function, dotted)
+        meaning = _meaning(value)
+        if meaning is None:
+            continue
+        refs[dotted] = meaning
+        if isinstance(value, JITCallable):
+            _close(value, out)
+
+
+def closure_digest(document: dict[str, Json]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def closure_differs(function: Any, document: dict[str, Json]) -> str:
+    """Why `function` here is not the one of `document`; empty when it is."""
+    pending, seen = [function], set()
+    while pending:
+        current = pending.pop()
+        name = name_of(current)
+        if name in seen:
+            continue
+        seen.add(name)
+        entry = document.get(name)
+        if entry is None:
+            return f"{name} is not among the functions that it was built from"
+        if _source_digest(current) != entry["src"]:
+            return f"the source of {name} differs"
+        for dotted, meaning in entry["refs"].items():
+            value = _look_up(current, dotted)
+            found = _meaning(value)
+            if found != meaning:
+                return f"{dotted} in {name} was {meaning} and is {found}"
+            if isinstance(value, JITCallable):
+                pending.append(value)
+    return ""
+
+
+def _source_digest(function: Any) -> str:
+    return hashlib.sha256(function.src.encode()).hexdigest()[:32]
+
+
+class _Names(ast.NodeVisitor):
+    def __init__(self) -> None:
+        self.found: set[str] = set()
+
+    def visit_Name(self, node: ast.Name) -> None:
+        self.found.add(node.id)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        parts = [node.attr]
+        inner: ast.expr = node.value
+        while isinstance(inner, ast.Attribute):
+            parts.append(inner.attr)
+            inner = inner.value
+        if isinstance(inner, ast.Name):
+            self.found.add(".".join([inner.id, *reversed(parts)]))
+        else:
+            self.visit(inner)
+
+
+def _names(function: Any) -> set[str]:
+    visitor = _Names()
+    visitor.visit(ast.parse(function.src))
+    return visitor.found
+
+
+def _look_up(function: Any, dotted: str) -> Any:
+    first, *rest = dotted.split(".")
+    python = function.fn
+    cells = dict(zip(python.__code__.co_freevars, python.__closure__ or ()))
+    if first in cells:
+        try:
+            value = cells[first].cell_contents
+        except ValueError:
+            return None
+    else:
+        value = python.__globals__.get(first)
+    for part in rest:
+        if value is None:
+            return None
+        value = getattr(value, part, None)
+    return value
+
+
+def _meaning(value: Any) -> str | None:
+    """What a global name stands for, in words that are the same in every process; None when it cannot change code."""
+    if isinstance(value, JITCallable):
+        return f"jit {name_of(value)}"
+    if isinstance(value, (tl.constexpr, tl.dtype, bool, int, float, str)):
+        return repr(value)
+    if isinstance(value, (tuple, list)):
+        inner = [_meaning(v) for v in value]
+        return None if any(m is None for m in inner) else f"[{', '.join(str(m) for m in inner)}]"
+    if isinstance(value, ModuleType) or value is None:
+        return None
+    module = getattr(value, "__module__", "") or ""
+    if module.startswith("triton."):
+        # Which of Triton's builtins a name means can depend on the machine (fla: `exp` is a fast one or libdevice's).
+        return f"triton {module.removeprefix('triton.')}.{getattr(value, '__qualname__', '?')}"
+    return None
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def encode(value: Any) -> Json:
+    """A specialization's value as JSON.
+
+    Raises:
+        TraceError: for a value that has no written form.
+    """
+    if value is None or isinstance(value, (bool, str)) or (isinstance(value, int) and type(value) is int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": repr(value)}
+    if isinstance(value, tl.constexpr):
+        return {"constexpr": encode(value.value)}
+    if isinstance(value, tl.dtype):
+        return {"dtype": value.name}
+    if isinstance(value, torch.dtype):
+        return {"torch": str(value).removeprefix("torch.")}
+    if isinstance(value, JITCallable):
+        return {"jit": name_of(value)}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return {"named": f"{type(value).__module__}:{type(value).__qualname__}", "t": [encode(v) for v in value]}
+    if isinstance(value, tuple):
+        return {"t": [encode(v) for v in value]}
+    if isinstance(value, list):
+        return {"l": [encode(v) for v in value]}
+    if isinstance(value, int):  # a subclass: an enum or a SymInt that has a value
+        return int(value)
+    raise TraceError(
+        "a constexpr that can be written to a plan (number, string, dtype, tuple, jit function)",
+        f"a {type(value).__module__}.{type(value).__qualname__}",
+        "pass it as one of those",
+    )
+
+
+def decode(value: Json) -> Any:
+    """The inverse of `encode`. Names are imported: only ever call it on a plan or bundle whose hash was checked.
+
+    Raises:
+        TraceError: when a jit function that is named cannot be found.
+    """
+    if not isinstance(value, dict):
+        return value
+    if "constexpr" in value:
+        return tl.constexpr(decode(value["constexpr"]))
+    if "dtype" in value:
+        return tl.dtype(value["dtype"])
+    if "torch" in value:
+        return getattr(torch, value["torch"])
+    if "float" in value:
+        return float(value["float"])
+    if "named" in value:
+        return find(value["named"])(*[decode(v) for v in value["t"]])
+    if "t" in value:
+        return tuple(decode(v) for v in value["t"])
+    if "l" in value:
+        return [decode(v) for v in value["l"]]
+    found = find(value["jit"])
+    function = found if isinstance(found, JITCallable) else unwrap(found)
+    if function is None:
+        raise TraceError(f"the jit function {value['jit']}", "no such name", "import what defines it")
+    return function
+
+
+def decode_pair(pair: Json) -> tuple[Any, Any]:
+    """One parameter's (type, value); plain pairs, nearly all, without a walk."""
+    first, second = pair["t"]
+    if isinstance(first, dict):
+        first = decode(first)
+    if isinstance(second, dict):
+        second = decode(second)
+    return (first, second)
+
+
+# --- specializations --------------------------------------------------------------------------------------------------
+
+
+def bind(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, list[Any], dict[str, Any]]:
+    """What one launch asks for: (Triton's in-memory key, specialization, options), computed by Triton's own binder."""
+    _, keys, _, _, binder = function.device_caches[0]
+    _, specialization, options = binder(*args, **kwargs)
+    return compute_cache_key(keys, specialization, options), specialization, options
+
+
+def memory_key(specialization: list[Any], options: dict[str, Any]) -> str:
+    """Triton's in-memory key, computed by the Triton of this process."""
+    return str(compute_cache_key({}, specialization, options))
+
+
+def launch_defaults(function: JITFunction, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`kwargs` with what `JITFunction.run` adds before it binds; the order matters, it is part of the key."""
+    from triton import knobs
+
+    kwargs["debug"] = kwargs.get("debug", function.debug) or knobs.runtime.debug
+    for name in ("instrumentation_mode", "fpsan_homomorphic_casts"):
+        if hasattr(knobs.compilation, name) and (name != "fpsan_homomorphic_casts" or _run_adds(name)):
+            kwargs[name] = getattr(knobs.compilation, name)
+    return kwargs
+
+
+_run_sources: dict[str, bool] = {}
+
+
+def _run_adds(name: str) -> bool:
+    if name not in _run_sources:
+        import inspect
+
+        _run_sources[name] = f'kwargs["{name}"]' in inspect.getsource(_ORIGINAL_RUN)
+    return _run_sources[name]
+
+
+_ORIGINAL_RUN = JITFunction.run
+
+
+def option_overrides(function: JITFunction, kwargs: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Backend options that reached a launch as kernel parameters of the same name (`num_warps: tl.constexpr`)."""
+    names = {p.name for p in function.params}
+    backend = function.device_caches[0][3]
+    fields = set(backend.parse_options({}).__dict__)
+    return {k: v for k, v in kwargs.items() if k in names and k in fields and k not in options}
+
+
+def pack(function: JITFunction, specialization: list[Any], kwargs: dict[str, Any], target: Any) -> tuple[Any, Any, Any, Any]:
+    """(options, signature, constexprs, attrs) that `triton.compile` takes for a specialization."""
+    backend = make_backend(target)
+    bound = {p.name: value for p, (_, value) in zip(function.params, specialization)}
+    return function._pack_args(backend, dict(kwargs), bound, specialization, kwargs)  # type: ignore[no-any-return]
+
+
+def signature_of(function: JITFunction, specialization: list[Any]) -> dict[str, Any]:
+    """Parameter name → type, as the launcher reads it."""
+    return {p.name: ty for p, (ty, _) in zip(function.params, specialization)}
+
+
+def tuning_key(tuner: Autotuner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The key under which an autotuner remembers its choice, as `Autotuner.run` computes it."""
+    named = {**dict(zip(tuner.arg_names, args)), **kwargs}
+    named = {k: v for k, v in named.items() if k in tuner.arg_names}
+    key = [named[k] for k in tuner.keys if k in named]
+    key += [str(v.dtype) for v in named.values() if hasattr(v, "dtype")]
+    return tuple(key)
+
+
+def config_kwargs(config: Any) -> dict[str, Any]:
+    """A config's launch arguments, as `Autotuner.run` passes them."""
+    return dict(config.all_kwargs())

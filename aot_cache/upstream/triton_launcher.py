@@ -1,0 +1,206 @@
+"""The C modules that Triton builds with gcc at run time: built ahead, and served from memory.
+
+Triton 3.6 builds one launcher for each kernel signature at the kernel's first load; 3.7 and later have one generic
+launcher in `cuda_utils`, which every version builds when its driver comes up. Both are keyed by Triton itself by their C
+source, so what was built ahead is found by the hash of the source that the host's own Triton asks for.
+
+Upstream: `triton/backends/nvidia/driver.py`, `driver.c`, `triton/runtime/build.py`. Seen to hold: see
+`versions.TRITON_SEEN`. NVIDIA only: AMD's launcher holds the path of the HIP runtime of the machine that builds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.machinery
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import triton
+
+from aot_cache.errors import TargetError
+from aot_cache.upstream.versions import LAUNCHER_PER_SIGNATURE, minor
+
+LAUNCHER = "__triton_launcher"
+UTILS = "cuda_utils"
+
+
+@dataclass(frozen=True)
+class Python:
+    """An interpreter for which C modules are built: its ABI tag and the folder of its headers."""
+
+    suffix: str
+    include: str
+
+
+def this_python() -> Python:
+    return Python(str(sysconfig.get_config_var("EXT_SUFFIX")), sysconfig.get_paths()["include"])
+
+
+def other_python(executable: str) -> Python:
+    """Ask another interpreter for its headers.
+
+    Raises:
+        TargetError: when it cannot be run or has no headers.
+    """
+    code = "import sysconfig,json;print(json.dumps([sysconfig.get_config_var('EXT_SUFFIX'),sysconfig.get_paths()['include']]))"
+    try:
+        output = subprocess.run([executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        suffix, include = json.loads(output)
+    except (OSError, subprocess.CalledProcessError, ValueError) as error:
+        raise TargetError(f"a Python interpreter at {executable}", f"{type(error).__name__}: {error}") from error
+    if not (Path(include) / "Python.h").exists():
+        raise TargetError(f"Python's headers for {executable}", f"no Python.h in {include}", "install its -dev package")
+    return Python(suffix, include)
+
+
+def source_key(source: str) -> str:
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
+def utils_source() -> str:
+    """The C source of the module that Triton's driver builds when it comes up."""
+    from triton.backends.nvidia import driver
+
+    return (Path(driver.dirname) / "driver.c").read_text()
+
+
+def launcher_source(signature: dict[str, Any], tensordesc_meta: Any) -> str | None:
+    """The C source of a kernel's launcher, or None where the launcher is generic."""
+    if minor(triton.__version__) not in LAUNCHER_PER_SIGNATURE:
+        return None
+    from triton.backends.nvidia import driver
+
+    return str(driver.make_launcher({}, dict(signature), tensordesc_meta))
+
+
+def build(source: str, name: str, python: Python) -> bytes:
+    """Compile one C module for `python`, without libcuda: it is linked by name against a stub.
+
+    Raises:
+        TargetError: when there is no C compiler or it fails.
+    """
+    from triton.backends.nvidia import driver
+
+    with tempfile.TemporaryDirectory() as folder:
+        _stub_libcuda(folder, source)
+        Path(folder, "main.c").write_text(source)
+        command = ["-O3", "-shared", "-fPIC", "-Wno-psabi", "main.c", "-o", "main.so", "-L."]
+        command += ["-Wl,--no-as-needed", "-l:libcuda.so.1", f"-I{python.include}"]
+        command += [f"-I{path}" for path in driver.include_dirs]
+        _cc(command, folder, f"{name} for {python.suffix}")
+        return Path(folder, "main.so").read_bytes()
+
+
+def _stub_libcuda(folder: str, source: str) -> None:
+    names = sorted(set(re.findall(r"\bcu[A-Z]\w+(?=\s*\()", source)))
+    Path(folder, "stub.c").write_text("".join(f"int {name}(void) {{ return 999; }}\n" for name in names))
+    _cc(["-shared", "-fPIC", "stub.c", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so.1"], folder, "a stub of libcuda")
+
+
+def _cc(arguments: list[str], folder: str, what: str) -> None:
+    compiler = os.environ.get("CC", "gcc")
+    try:
+        subprocess.run([compiler, *arguments], cwd=folder, check=True, capture_output=True, text=True)
+    except OSError as error:
+        raise TargetError(f"a C compiler to build {what}", f"{compiler}: {error.strerror}", "install gcc or set CC") from error
+    except subprocess.CalledProcessError as error:
+        lines = (error.stderr or "").strip().splitlines()
+        raise TargetError(f"{compiler} to build {what}", lines[0] if lines else f"exit {error.returncode}") from error
+
+
+# --- serving ----------------------------------------------------------------------------------------------------------
+
+Lookup = Callable[[str], "bytes | None"]
+
+_served: dict[str, ModuleType] = {}
+_lookups: list[Lookup] = []
+_patched = False
+_lock = threading.Lock()
+
+
+def serve(lookup: Lookup, on_miss: Callable[[str], None]) -> None:
+    """From now on Triton's C modules come from `lookup(source key)`; what it lacks is built as before.
+
+    Nothing is written: modules are loaded from memory, so that neither a writable folder nor an exec-able /tmp is needed.
+    """
+    global _patched
+    with _lock:
+        _lookups.append(lookup)
+        if _patched:
+            return
+        _patched = True
+    import triton.runtime.build as build_module
+
+    original = build_module.compile_module_from_src
+
+    def compile_module_from_src(src: str, name: str, *args: Any, **kwargs: Any) -> ModuleType:
+        key = source_key(src)
+        with _lock:
+            if key in _served:
+                return _served[key]
+            for find in _lookups:
+                binary = find(key)
+                if binary is not None:
+                    _served[key] = load_module(binary, name, key)
+                    return _served[key]
+        on_miss(name)
+        return original(src, name, *args, **kwargs)
+
+    build_module.compile_module_from_src = compile_module_from_src
+    nvidia: Any = importlib.import_module("triton.backends.nvidia.driver")
+    nvidia.compile_module_from_src = compile_module_from_src
+
+
+def load_module(binary: bytes | memoryview, name: str, key: str) -> ModuleType:
+    """Load a C extension from memory under a name of its own (CPython remembers extensions by name and file)."""
+    handle = os.memfd_create(f"aot_cache_{key[:16]}", 0)
+    _write(handle, binary)
+    path = f"/proc/self/fd/{handle}"  # stays open: a number that is used again would be taken for this module
+    full_name = f"aot_cache_native_{key[:16]}.{name}"
+    loader = importlib.machinery.ExtensionFileLoader(full_name, path)
+    spec = importlib.util.spec_from_file_location(full_name, path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def _write(handle: int, binary: bytes | memoryview) -> None:
+    rest = memoryview(binary)
+    while rest:
+        rest = rest[os.write(handle, rest) :]
+
+
+def count_compiler_runs(on_run: Callable[[str], None]) -> Callable[[], None]:
+    """Call `on_run(name)` whenever Triton runs a C compiler. Returns a function that stops it."""
+    import triton.runtime.build as build_module
+
+    original: Any = build_module._build
+
+    def counted(name: str, *args: Any, **kwargs: Any) -> Any:
+        on_run(name)
+        return original(name, *args, **kwargs)
+
+    build_module._build = counted
+
+    def undo() -> None:
+        build_module._build = original
+
+    return undo
+
+
+def interpreter_tag() -> str:
+    """The ABI tag of this process's Python."""
+    return str(sysconfig.get_config_var("EXT_SUFFIX")) or sys.implementation.cache_tag or ""

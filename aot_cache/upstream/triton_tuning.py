@@ -1,0 +1,65 @@
+"""Benchmark an autotuner's candidates with Triton's own benchmark, without ever compiling one.
+
+Upstream: `triton/runtime/autotuner.py` (`Autotuner.run`, `_bench`). Seen to hold: see `versions.TRITON_SEEN`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from triton.runtime.autotuner import Autotuner
+
+from aot_cache.upstream import triton_jit, triton_launches
+
+Json = Any
+Allowed = Callable[[str, int, list[Json], dict[str, Json]], bool]
+Measured = Callable[[str, int, list[Json], dict[str, Json], list[float]], None]
+
+
+@contextlib.contextmanager
+def benchmarking(allowed: Allowed, measured: Measured) -> Iterator[None]:
+    """While active, tuners whose choice is forgotten benchmark only the candidates that are `allowed`.
+
+    Both callbacks get (kernel, tuner, key, config as encoded launch arguments); `measured` also the times in
+    milliseconds: median, 20th and 80th percentile.
+    """
+    original: Any = Autotuner._bench
+
+    def bench(self: Autotuner, *args: Any, config: Any, **meta: Any) -> list[float]:
+        function = triton_jit.unwrap(self)
+        assert function is not None
+        name, ordinal = triton_jit.name_of(function), triton_launches.tuner_ordinal(self)
+        key = [triton_jit.encode(k) for k in triton_jit.tuning_key(self, args, meta)]
+        encoded = {k: triton_jit.encode(v) for k, v in triton_jit.config_kwargs(config).items()}
+        if not allowed(name, ordinal, key, encoded):
+            return [float("inf")] * 3
+        times = [float(t) for t in original(self, *args, config=config, **meta)]
+        measured(name, ordinal, key, encoded, times)
+        return times
+
+    Autotuner._bench = bench  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Autotuner._bench = original  # type: ignore[method-assign]
+
+
+def forget(kernel: str, ordinal: int, key: list[Json]) -> bool:
+    """Make a tuner choose again under `key`, in this process only (its disk cache is not asked either)."""
+    function = triton_jit.unwrap(triton_jit.find(kernel))
+    if function is None:
+        return False
+    tuners = triton_launches.tuners_of(function)
+    if ordinal >= len(tuners):
+        return False
+    tuners[ordinal].cache_results = False
+    tuners[ordinal].cache.pop(tuple(triton_jit.decode(k) for k in key), None)
+    return True
+
+
+def identity(kernel: str, ordinal: int, key: list[Json]) -> str:
+    """One tuning's name within a process."""
+    return json.dumps([kernel, ordinal, key])

@@ -1,0 +1,67 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hypothesis
+import pytest
+
+if TYPE_CHECKING:
+    from aot_cache.store import Store
+
+# No test of ours asserts on time: a busy machine must not fail one.
+hypothesis.settings.register_profile("aot-cache", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("aot-cache")
+
+GPU_TESTS = Path(__file__).parent / "gpu"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything under tests/gpu is marked `gpu`, and what is marked is skipped where there is no GPU."""
+    for item in items:
+        if GPU_TESTS in item.path.parents:
+            item.add_marker("gpu")
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return  # nobody asks: do not look
+    missing = _why_no_gpu()
+    for item in marked:
+        if missing:
+            item.add_marker(pytest.mark.skip(reason=missing))
+
+
+@cache
+def _why_no_gpu() -> str:
+    """Why tests on a GPU cannot run here; empty when they can."""
+    if not (Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists() or Path("/dev/dxg").exists()):
+        return "no GPU: no device file"
+    # In a process of its own: asking initialises the driver, after which forked children cannot use the GPU, and this
+    # process would import torch, which other tests check that they can do without.
+    code = "import torch; print(torch.cuda.is_available(), torch.version.cuda or torch.version.hip)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    if done.returncode:
+        return f"no GPU: torch does not import: {done.stderr.strip().splitlines()[-1]}"
+    found, toolkit = done.stdout.split()
+    return "" if found == "True" else f"no GPU: torch (for {toolkit}) finds none"
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A developer's own AOT_CACHE* variables would change what the tests see."""
+    for name in list(os.environ):
+        if name.startswith("AOT_CACHE"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def clean_store(tmp_path: Path) -> Store:
+    """An empty store in a folder of its own."""
+    from aot_cache.store import Store
+
+    return Store(tmp_path / "store")

@@ -1,0 +1,265 @@
+"""The bundle: what is written is what is read, the same input gives the same bytes, and every byte is covered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+from hypothesis import given
+from hypothesis import strategies as st
+
+import aot_cache.store
+from aot_cache.errors import BundleCorrupt, BundleMissing, DigestMismatch, StoreError, StoreUnwritable
+from aot_cache.store import Bundle, bundle, read_bundle, write_bundle
+
+BLOBS = [b"", b"a", b"first object", bytes(range(256)) * 40]
+TEXT = st.text(max_size=20)
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+def named(*blobs: bytes) -> dict[str, bytes]:
+    return {hashlib.sha256(data).hexdigest(): data for data in blobs}
+
+
+def flip(path: Path, data: bytes) -> None:
+    """Flip one bit of the only place where `path` has `data`."""
+    content = bytearray(path.read_bytes())
+    assert content.count(data) == 1
+    content[content.index(data)] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "bundle.safetensors"
+
+
+@given(manifest=st.dictionaries(TEXT, PLAIN, max_size=5), blobs=st.lists(st.binary(max_size=300), max_size=8))
+def test_what_is_written_is_read(manifest: dict[str, Any], blobs: list[bytes]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bundle.safetensors"
+        objects = named(*blobs)
+        digest = write_bundle(path, manifest, objects)
+        found = read_bundle(path, digest)
+        sizes = {name: len(data) for name, data in objects.items()}
+        assert found.manifest == {**manifest, "objects": sizes}
+        assert {name: bytes(found.object(name)) for name in sizes} == objects
+        assert found.check_all() == []
+        assert (found.path, found.digest, found.size) == (path, digest, path.stat().st_size)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_complete_stays_and_objects_is_set(path: Path, complete: bool) -> None:
+    given = {"complete": complete, "objects": {"of": "another bundle"}}
+    write_bundle(path, given, named(b"a"))
+    assert read_bundle(path).manifest == {"complete": complete, "objects": {hashlib.sha256(b"a").hexdigest(): 1}}
+    assert given["objects"] == {"of": "another bundle"}
+
+
+def test_the_bytes_are_known(path: Path) -> None:
+    """The format itself: whoever changes these bytes changes the schema, for old bundles are no longer read."""
+    digest = write_bundle(path, {"b": "ü", "a": [1, 2.5, None]}, named(b"abc", b""))
+    empty, abc = hashlib.sha256(b"").hexdigest(), hashlib.sha256(b"abc").hexdigest()
+    assert abc < empty
+    manifest = f'{{"a":[1,2.5,null],"b":"\\u00fc","objects":{{"{abc}":3,"{empty}":0}}}}'
+    check = hashlib.sha256(manifest.encode()).hexdigest()
+    metadata = f'{{"format":"aot-cache","manifest":{json.dumps(manifest)},"manifest_sha256":"{check}","schema":"1"}}'
+    tensors = f'"{abc}":{{"dtype":"U8","shape":[3],"data_offsets":[0,3]}},'
+    tensors += f'"{empty}":{{"dtype":"U8","shape":[0],"data_offsets":[3,3]}}'
+    header = f'{{"__metadata__":{metadata},{tensors}}}'.encode()
+    header += b" " * (-len(header) % 8)
+    content = path.read_bytes()
+    assert content == len(header).to_bytes(8, "little") + header + b"abc"
+    assert digest == hashlib.sha256(content[:-3]).hexdigest()
+
+
+def test_safetensors_reads_it(path: Path) -> None:
+    objects = named(*BLOBS)
+    write_bundle(path, {"a": "ü"}, objects)
+    tensors = dict(safetensors.deserialize(path.read_bytes()))
+    assert {name: bytes(tensor["data"]) for name, tensor in tensors.items()} == objects
+    assert {(tensor["dtype"], len(tensor["shape"])) for tensor in tensors.values()} == {("U8", 1)}
+
+
+def test_the_same_input_gives_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    script = """if True:
+        import hashlib, sys
+        from aot_cache.store import write_bundle
+        order = int(sys.argv[2])
+        blobs = [b"%d" % number for number in range(50)][::order]
+        manifest = dict([("units", [{"b": 1, "a": 2}]), ("target", "h200"), ("complete", True)][::order])
+        print(write_bundle(sys.argv[1], manifest, {hashlib.sha256(blob).hexdigest(): blob for blob in blobs}))
+    """
+    seen = set()
+    for seed, order in (("1", 1), ("2", -1), ("3", 1)):
+        path = tmp_path / seed / "bundle.safetensors"
+        root = str(Path(aot_cache.store.__file__).parents[2])
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": root}
+        line = [sys.executable, "-c", script, str(path), str(order)]
+        done = subprocess.run(line, env=environment, check=True, capture_output=True, text=True)
+        seen.add((done.stdout, path.read_bytes()))
+    assert len(seen) == 1
+
+
+def test_the_pin(path: Path, tmp_path: Path) -> None:
+    digest = write_bundle(path, {"version": 1}, named(*BLOBS))
+    other = write_bundle(tmp_path / "other", {"version": 2}, named(*BLOBS))
+    fewer = write_bundle(tmp_path / "fewer", {"version": 1}, named(*BLOBS[1:]))
+    assert len({digest, other, fewer}) == 3
+    assert read_bundle(path, digest).digest == digest
+    with pytest.raises(DigestMismatch) as caught:
+        read_bundle(path, other)
+    assert digest in str(caught.value) and other in str(caught.value)
+    with pytest.raises(DigestMismatch):
+        read_bundle(path, "")
+
+
+def test_damage_is_not_called_another_bundle(path: Path) -> None:
+    digest = write_bundle(path, {"version": "one"}, {})
+    flip(path, b"one")
+    with pytest.raises(BundleCorrupt):
+        read_bundle(path, digest)
+
+
+def test_an_object_is_hashed_when_it_is_asked_for(path: Path) -> None:
+    objects = named(*BLOBS)
+    digest = write_bundle(path, {}, objects)
+    bad = hashlib.sha256(b"first object").hexdigest()
+    flip(path, b"first object")
+    found = read_bundle(path, digest)
+    for name in objects.keys() - {bad}:
+        assert found.object(name) == objects[name]
+    for _ in range(2):
+        with pytest.raises(BundleCorrupt, match=bad) as caught:
+            found.object(bad)
+        assert str(path) in str(caught.value)
+    assert found.check_all() == [bad]
+
+
+def test_an_object_that_is_not_there(path: Path) -> None:
+    write_bundle(path, {}, named(b"a"))
+    for name in ("0" * 64, "__metadata__", "", hashlib.sha256(b"a").hexdigest().upper()):
+        with pytest.raises(BundleCorrupt, match="no object"):
+            read_bundle(path).object(name)
+
+
+def test_an_object_cannot_be_changed_and_is_hashed_once(path: Path) -> None:
+    write_bundle(path, {}, named(b"abc"))
+    found = read_bundle(path)
+    view = found.object(hashlib.sha256(b"abc").hexdigest())
+    assert view.readonly
+    assert found.object(hashlib.sha256(b"abc").hexdigest()) is view
+
+
+def test_threads_get_the_same_bytes(path: Path) -> None:
+    objects = named(*(bytes([number]) * 50_000 for number in range(40)))
+    write_bundle(path, {}, objects)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    bad = max(objects)  # its bytes are the last
+    found = read_bundle(path)
+    results: list[set[str]] = []
+
+    def work() -> None:
+        refused = set()
+        for name, data in objects.items():
+            try:
+                assert found.object(name) == data
+            except BundleCorrupt:
+                refused.add(name)
+        results.append(refused)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [{bad}] * 6
+
+
+def test_what_happens_to_the_file_later_does_not_matter(path: Path) -> None:
+    objects = named(*BLOBS)
+    write_bundle(path, {}, objects)
+    found = read_bundle(path)
+    with path.open("r+b") as file:  # in place, as `cp` does it: this would kill the reader of a mapped file
+        file.truncate(0)
+    path.unlink()
+    assert found.check_all() == []
+    assert {name: bytes(found.object(name)) for name in objects} == objects
+
+
+def test_reading_changes_nothing(path: Path) -> None:
+    digest = write_bundle(path, {}, named(*BLOBS))
+    before = (os.listdir(path.parent), path.stat().st_mtime_ns, path.read_bytes())
+    assert read_bundle(path, digest).check_all() == []
+    assert (os.listdir(path.parent), path.stat().st_mtime_ns, path.read_bytes()) == before
+
+
+def test_a_bundle_may_be_moved_and_linked(path: Path, tmp_path: Path) -> None:
+    digest = write_bundle(path, {}, named(*BLOBS))
+    shutil.move(path, tmp_path / "moved")
+    (tmp_path / "link").symlink_to("moved")
+    assert read_bundle(str(tmp_path / "link"), digest).check_all() == []
+
+
+def test_writing_again_replaces(path: Path) -> None:
+    first = write_bundle(path, {"version": 1}, named(*BLOBS))
+    second = write_bundle(path, {"version": 2}, {})
+    assert read_bundle(path, second).manifest == {"version": 2, "objects": {}}
+    with pytest.raises(DigestMismatch):
+        read_bundle(path, first)
+    assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("name", ["", "0" * 64, "x", hashlib.sha256(b"a").hexdigest().upper()])
+def test_an_object_under_a_false_name_is_not_written(path: Path, name: str) -> None:
+    with pytest.raises(BundleCorrupt, match="do not hash"):
+        write_bundle(path, {}, {name: b"a"})
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "manifest", [{"a": float("nan")}, {"a": float("inf")}, {"a": b""}, {"a": {1: 2, "1": 3}}, {"a": {10: 0, 9: 0}}]
+)
+def test_a_manifest_that_is_not_plain_json_is_not_written(path: Path, manifest: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        write_bundle(path, manifest, {})
+    assert not path.exists()
+
+
+def test_a_header_that_no_reader_would_take_is_not_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "MAX_HEADER", 1000)
+    write_bundle(path, {"a": "x" * 500}, {})
+    assert read_bundle(path).manifest["a"] == "x" * 500
+    with pytest.raises(StoreError, match="1,000 are allowed"):
+        write_bundle(path, {"a": "x" * 1000}, {})
+    assert read_bundle(path).manifest["a"] == "x" * 500
+
+
+def test_no_bundle(path: Path) -> None:
+    with pytest.raises(BundleMissing, match=path.name):
+        read_bundle(path)
+    path.write_bytes(b"")
+    with pytest.raises(BundleMissing):
+        read_bundle(path / "inside")
+    with pytest.raises(StoreUnwritable):
+        write_bundle(path / "inside", {}, {})
+
+
+def test_there_is_no_way_around_the_hash() -> None:
+    assert {name for name in dir(Bundle) if not name.startswith("_")} == {"object", "check_all"}
