@@ -46,7 +46,8 @@ class Unit:
     @property
     def id(self) -> str:
         """Short, stable name of what is compiled (source included, target not)."""
-        return _digest([self.kernel, self.source, self.specialization, self.options, self.overrides])[:16]
+        options = list(self.options.items())  # their order is part of Triton's key
+        return _digest([self.kernel, self.source, self.specialization, options, self.overrides])[:16]
 
     def launched_without_tuner(self) -> bool:
         return not self.via or [-1, -1] in self.via

@@ -1,28 +1,22 @@
 """Facts about plans, bundles, builds and targets as plain JSON-able dicts: what `--json` prints and tables are made of.
 
-Knows neither torch nor Triton. All are pure functions but `parameter_names`, which reads the kernel's source file.
+Pure functions; they know neither torch nor Triton.
 """
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import json
-import os
-import sys
-import textwrap
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache
-from importlib.machinery import PathFinder
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aot_cache.errors import AotCacheError, BundleCorrupt, DeclarationError, DigestMismatch, Incompatible, NotReady
 from aot_cache.key import Part
-from aot_cache.plan import Plan, Tuning, Unit
+from aot_cache.plan import SCHEMA, Plan, Tuning, Unit
 from aot_cache.plan import diff as plan_diff
+from aot_cache.signature import Names, closure_digest, no_names, signature, value_text
 from aot_cache.store import Bundle
 from aot_cache.target import Difference, Target
 
@@ -31,19 +25,14 @@ if TYPE_CHECKING:
 
 Json = Any
 Facts = dict[str, Json]
-Names = Callable[[str, Mapping[str, Json]], Sequence[str]]
-"""(kernel, its source closure) → its parameters' names, or none when they are not known here."""
+_TUNING = tuple(field.name for field in fields(Tuning))
+"""A bundle says more of a tuning than a plan does."""
 
 SHORT = 16
 """Characters of a digest that are shown to people."""
 
 
-def no_names(kernel: str, closure: Mapping[str, Json]) -> Sequence[str]:
-    """Arguments are then called by their position."""
-    return ()
-
-
-# --- plans and bundles -------------------------------------------------------------------------------------------------
+# --- plans and bundles ------------------------------------------------------------------------------------------------
 
 
 def bundle(found: Bundle, kernel: str | None = None, points: bool = False, names: Names = no_names) -> Facts:
@@ -59,7 +48,7 @@ def bundle(found: Bundle, kernel: str | None = None, points: bool = False, names
     """
     m = found.manifest
     with _form(BundleCorrupt, f"a bundle of this version at {found.path}"):
-        plan = plan_of(m)
+        inside = plan_of(m)
         objects = [(unit["object"], int(m["objects"][unit["object"]])) for unit in m["units"]]
         compiled = [
             {
@@ -77,14 +66,14 @@ def bundle(found: Bundle, kernel: str | None = None, points: bool = False, names
             "spec": m["spec"],
             "device": m["target"]["name"],
             "complete": bool(m["complete"]),
-            "failed": [dict(f) for f in m["failed"]],
+            "failed": [{k: str(f[k]) for k in ("kernel", "unit", "error")} for f in m["failed"]],
             "pruned": len(m["pruned"]),
             "key": dict(m["toolchain"]),
-            **_common(plan),
-            "kernels": _kernels(plan, objects),
+            **_common(inside),
+            "kernels": _kernels(inside, _chosen(inside, kernel), objects),
         }
         if kernel is not None or points:
-            facts["specializations"] = _specializations(plan, _chosen(plan, kernel), compiled, names)
+            facts["specializations"] = _specializations(inside, _chosen(inside, kernel), compiled, names)
     return facts
 
 
@@ -95,34 +84,47 @@ def plan(found: Plan, path: Path, kernel: str | None = None, points: bool = Fals
         DeclarationError: a value in it has another form than this version writes, or no kernel is called so.
     """
     with _form(DeclarationError, f"a plan of this version at {path}"):
-        facts = {"kind": "plan", "path": str(path), **_common(found), "kernels": _kernels(found, [])}
+        facts = {"kind": "plan", "path": str(path), **_common(found)}
+        facts["kernels"] = _kernels(found, _chosen(found, kernel), [])
         if kernel is not None or points:
             facts["specializations"] = _specializations(found, _chosen(found, kernel), [], names)
     return facts
 
 
 def plan_of(manifest: Mapping[str, Json]) -> Plan:
-    """The plan that a bundle's manifest carries, without the units that failed or do not fit."""
+    """The plan that a bundle's manifest carries, without the units that failed or do not fit.
+
+    Raises:
+        KeyError, ValueError, ...: the manifest has another form than this version writes; see `_form`.
+    """
     name = [k["name"] for k in manifest["kernels"]]
     closures = {k["name"]: k["closure"] for k in manifest["kernels"]}
-    sources = {k: _source(closure) for k, closure in closures.items()}
-    keep = ("specialization", "options", "via", "reached")
-    return Plan.from_json(
+    sources = {k: closure_digest(closure) for k, closure in closures.items()}
+    units = [
         {
-            "aot-cache plan": 1,
-            "recipe": manifest["recipe"],
-            "target": manifest["target"]["id"],
-            "origin": manifest["origin"],
-            "triton": manifest["toolchain"]["triton"],
-            "cases": manifest["cases"],
-            "units": [
-                {"kernel": name[u["kernel"]], "source": sources[name[u["kernel"]]], **{k: u[k] for k in keep}}
-                for u in manifest["units"]
-            ],
-            "tunings": [{**t, "kernel": name[t["kernel"]]} for t in manifest["tunings"]],
-            "closures": closures,
+            "kernel": name[u["kernel"]],
+            "source": sources[name[u["kernel"]]],
+            "options": {option: u["options"][option] for option in u["option_order"]},
+            **{k: u[k] for k in ("specialization", "via", "reached")},
         }
-    )
+        for u in manifest["units"]
+    ]
+    tunings = [{**{k: t[k] for k in _TUNING if k in t}, "kernel": name[t["kernel"]]} for t in manifest["tunings"]]
+    document = {
+        "aot-cache plan": SCHEMA,
+        "recipe": manifest["recipe"],
+        "target": manifest["target"]["id"],
+        "origin": manifest["origin"],
+        "triton": manifest["toolchain"]["triton"],
+        "cases": manifest["cases"],
+        "units": units,
+        "tunings": tunings,
+        "closures": closures,
+    }
+    try:
+        return Plan.from_json(document)
+    except DeclarationError as error:  # it would tell of a plan file, and this is none
+        raise ValueError(error.found) from error
 
 
 def coverage(origin: str, points: int, sampled: Sequence[str]) -> str:
@@ -131,7 +133,7 @@ def coverage(origin: str, points: int, sampled: Sequence[str]) -> str:
         return f"sampled: {', '.join(sampled)}"
     if origin == "recorded" or not points:
         return "recorded: what ran, nothing else"
-    return f"proved {points} points"
+    return f"proved {points} point{'s' if points > 1 else ''}"
 
 
 def _common(found: Plan) -> Facts:
@@ -142,7 +144,14 @@ def _common(found: Plan) -> Facts:
         "origin": found.origin,
         "triton": found.triton,
         "cases": [
-            {"name": c.name, "dims": c.dims, "points": c.points, "total": c.total, "mode": c.mode} for c in found.cases
+            {
+                "name": c.name,
+                "dims": {dim: str(v) for dim, v in c.dims.items()},
+                "points": c.points,
+                "total": c.total,
+                "mode": c.mode,
+            }
+            for c in found.cases
         ],
         "points": points,
         "sampled": found.sampled,
@@ -156,10 +165,10 @@ def _is_choice(tuning: Tuning) -> bool:
     return len(tuning.candidates) > 1
 
 
-def _kernels(found: Plan, objects: Sequence[tuple[str, int]]) -> list[Facts]:
+def _kernels(found: Plan, kernels: Collection[str], objects: Sequence[tuple[str, int]]) -> list[Facts]:
     """One row a kernel. `objects` are (digest, bytes) of each unit; equal binaries are stored, and counted, once."""
     rows = []
-    for name in sorted({unit.kernel for unit in found.units}):
+    for name in sorted(kernels):
         tunings = [t for t in found.tunings if t.kernel == name]
         choices = [t for t in tunings if _is_choice(t)]
         configs = {json.dumps(c, sort_keys=True) for t in tunings for c in t.candidates}
@@ -207,6 +216,7 @@ def _specializations(found: Plan, kernels: Collection[str], compiled: Sequence[F
                 "signature": signature(unit, called[unit.kernel]),
                 **(compiled[number] if compiled else {"id": unit.id}),
                 "reached": unit.reached,
+                "reached_by": reached_text(unit.reached),
                 "parts": parts,
             }
         )
@@ -222,96 +232,6 @@ def _form(error: type[AotCacheError], wanted: str) -> Iterator[None]:
         raise error(wanted, f"{type(caught).__name__}: {caught}", "build it again with this version") from caught
 
 
-# --- signatures --------------------------------------------------------------------------------------------------------
-
-
-def signature(unit: Unit, names: Sequence[str] = ()) -> str:
-    """`q:*bf16:16 T:i32 K=128 num_warps=1`: what one specialization was compiled for, on one line."""
-    if len(names) != len(unit.specialization):
-        names = [f"#{n}" for n in range(len(unit.specialization))]
-    words = [_argument(name, pair) for name, pair in zip(names, unit.specialization)]
-    # Options that are off, or empty, say nothing.
-    words += [f"{k}={_value(v)}" for k, v in unit.options.items() if v not in (None, False, "") and k not in names]
-    return " ".join(words)
-
-
-def _argument(name: str, pair: Json) -> str:
-    kind, value = pair["t"]
-    if isinstance(kind, dict):  # a tuple: each element has a type and a value of its own
-        values = value["t"] if isinstance(value, dict) else [None] * len(kind["t"])
-        return " ".join(_argument(f"{name}.{n}", {"t": [k, v]}) for n, (k, v) in enumerate(zip(kind["t"], values)))
-    if kind == "constexpr":
-        return f"{name}={_value(value)}"
-    # Triton's letters: D is divisible by 16, S a pointer into less than 2 GiB (AMD's 32-bit offsets).
-    marks = {"D": ":16", "S": ":32bit"}
-    return f"{name}:{kind}" + "".join(marks.get(c, f":{c}") for c in (value if isinstance(value, str) else ""))
-
-
-def _value(value: Json) -> str:
-    """An encoded value (see `upstream.triton_jit.encode`) as Python would write it."""
-    if not isinstance(value, dict):
-        return repr(value)
-    if "named" in value:
-        return f"{value['named'].rpartition(':')[2]}({', '.join(map(_value, value['t']))})"
-    for tag, write in _WRITTEN.items():
-        if tag in value:
-            return write(value[tag])
-    raise ValueError(f"no value of a known kind: {value}")
-
-
-_WRITTEN: dict[str, Callable[[Json], str]] = {
-    "constexpr": _value,
-    "dtype": str,
-    "torch": "torch.{}".format,
-    "float": str,
-    "jit": lambda name: str(name).rpartition(":")[2],
-    "t": lambda items: f"({', '.join(map(_value, items))})",
-    "l": lambda items: f"[{', '.join(map(_value, items))}]",
-}
-
-
-def _source(closure: Mapping[str, Json]) -> str:
-    # The same as `upstream.triton_jit.closure_digest`, which cannot be had without importing Triton.
-    return hashlib.sha256(json.dumps(closure, sort_keys=True).encode()).hexdigest()
-
-
-@cache
-def _module_text(module: str) -> str:
-    """A module's source, found without importing it or the packages above it; empty when it is not here."""
-    path: list[str] | None = [os.getcwd(), *sys.path]  # the builder's worker looks in the working folder first, too
-    name, origin = "", None
-    for part in module.split("."):
-        name = f"{name}.{part}".lstrip(".")
-        spec = PathFinder.find_spec(name, path)
-        if spec is None:
-            return ""
-        path = list(spec.submodule_search_locations or ())
-        origin = spec.origin
-    try:
-        return Path(origin).read_text(encoding="utf-8") if origin and origin.endswith(".py") else ""
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def parameter_names(kernel: str, closure: Mapping[str, Json]) -> Sequence[str]:
-    """A kernel's parameters, from the source that is installed here; none unless it is the source it was built from."""
-    module, _, qualname = kernel.partition(":")
-    text = _module_text(module)
-    wanted = closure[kernel]["src"]
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError):
-        return ()
-    lines = text.splitlines(keepends=True)
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.FunctionDef) or node.name != qualname.rpartition(".")[2]:
-            continue
-        body = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno]))
-        if hashlib.sha256(body.encode()).hexdigest().startswith(wanted):
-            return [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-    return ()
-
-
 def reached_text(reached: Mapping[str, Iterable[Mapping[str, str]]]) -> list[str]:
     """`decode: batch 1..64, tokens 1`: one line for each box of points."""
     return [
@@ -321,7 +241,7 @@ def reached_text(reached: Mapping[str, Iterable[Mapping[str, str]]]) -> list[str
     ]
 
 
-# --- comparing ---------------------------------------------------------------------------------------------------------
+# --- comparing --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -340,7 +260,7 @@ def side(found: Bundle) -> Side:
         return Side(found.path, plan_of(found.manifest), frozenset(p["unit"] for p in found.manifest["pruned"]))
 
 
-def diff(left: Side, right: Side) -> Facts:
+def diff(left: Side, right: Side, names: Names = no_names) -> Facts:
     """What each side launches and the other does not.
 
     A bundle's units have no overrides written down (they are values of the specialization, too), and lack what does not
@@ -353,8 +273,8 @@ def diff(left: Side, right: Side) -> Facts:
             "left": str(left.path),
             "right": str(right.path),
             "same": found.same,
-            "only_left": _only(found.only_left, found.tunings_left, left.plan),
-            "only_right": _only(found.only_right, found.tunings_right, right.plan),
+            "only_left": _only(found.only_left, found.tunings_left, left.plan, names),
+            "only_right": _only(found.only_right, found.tunings_right, right.plan, names),
         }
 
 
@@ -365,25 +285,31 @@ def _comparable(one: Side, other: Side) -> Plan:
     return replace(one.plan, units=units)
 
 
-def _only(units: Iterable[Unit], tunings: Iterable[Tuning], found: Plan) -> Facts:
+def _only(units: Iterable[Unit], tunings: Iterable[Tuning], found: Plan, names: Names) -> Facts:
     return {
         "units": [
             {
                 "kernel": u.kernel,
-                "signature": signature(u, parameter_names(u.kernel, found.closures.get(u.kernel, {u.kernel: {"src": "-"}}))),
+                "signature": signature(u, names(u.kernel, found.closures[u.kernel])),
                 "source": u.source,
                 "reached": u.reached,
+                "reached_by": reached_text(u.reached),
             }
             for u in units
         ],
         "tunings": [
-            {"kernel": t.kernel, "key": [_value(k) for k in t.key], "candidates": len(t.candidates), "reached": t.reached}
+            {
+                "kernel": t.kernel,
+                "key": [value_text(k) for k in t.key],
+                "candidates": len(t.candidates),
+                "reached": t.reached,
+            }
             for t in tunings
         ],
     }
 
 
-# --- a bundle on this host ---------------------------------------------------------------------------------------------
+# --- a bundle on this host --------------------------------------------------------------------------------------------
 
 
 def findings(found: Bundle, digest: str | None, parts: Iterable[Part]) -> list[Facts]:
@@ -432,7 +358,7 @@ def _status(part: Part) -> str:
     return "differs" if part.needed else "costs"
 
 
-# --- builds and targets ------------------------------------------------------------------------------------------------
+# --- builds and targets -----------------------------------------------------------------------------------------------
 
 
 def built(result: Built) -> Facts:
@@ -459,9 +385,7 @@ def targets(rows: Iterable[Target]) -> list[Facts]:
 
 def differences(target: str, found: Iterable[Difference]) -> list[Facts]:
     """Where this machine's GPU is not what the table says of `target`."""
-    return [
-        {"target": target, "field": d.field, "table": _plain(d.table), "device": _plain(d.device)} for d in found
-    ]
+    return [{"target": target, "field": d.field, "table": _plain(d.table), "device": _plain(d.device)} for d in found]
 
 
 def _plain(value: object) -> Json:

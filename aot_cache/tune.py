@@ -6,7 +6,6 @@ untuned, before any capture. Nothing is compiled: a candidate that is not in the
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 import statistics
@@ -19,6 +18,7 @@ from typing import Any
 from aot_cache import recipe as recipes
 from aot_cache import shapes
 from aot_cache.errors import TuneError
+from aot_cache.manifest import split, whole
 from aot_cache.recipe import Case, Recipe
 from aot_cache.runtime import loader
 from aot_cache.runtime.kernels import KernelSet, Report
@@ -66,11 +66,13 @@ def ready(*, strict: bool = False, tune: bool = False) -> list[Report]:
         if not torch_capture.cuda_is_up() or torch_capture.capturing():
             raise TuneError("to tune before the first capture", "CUDA is not up, or a capture is active", "call it earlier")
         for kernels in loader.loaded():
-            open_ones = [n for n, t in enumerate(kernels.bundle.manifest["tunings"]) if not kernels.is_chosen(t)]
-            for number, result in _measure(kernels, open_ones, 1, lambda *_: None).items():
+            manifest = whole(kernels.bundle)
+            open_ones = [n for n, t in enumerate(manifest["tunings"]) if not kernels.is_chosen(t)]
+            for number, result in _measure(kernels, manifest, open_ones, 1, lambda *_: None).items():
                 best = result.best()
                 if best is not None:
-                    kernels.choose_now(number, best)
+                    tuning = manifest["tunings"][number]
+                    kernels.choose_now(tuning, tuning["candidates"][best])
     return reports
 
 
@@ -100,17 +102,19 @@ def tune(bundle_path: Path, out: Path, *, prune: bool, points: int, progress: Pr
             f"a {bundle.manifest['target']['name']}", f"a {name}", "choices are measured on the kind of GPU that serves"
         )
     before = _clocks()
-    recipes.load(bundle.manifest["spec"])  # its modules are imported, so that every kernel is installed
+    manifest = whole(bundle)
+    recipes.load(manifest["spec"])  # its modules are imported, so that every kernel is installed
     report = loader.load(bundle_path, strict=True)
     loader.ready(strict=True)
     kernels = next(k for k in loader.loaded() if k.report is report)
-    results = _measure(kernels, range(len(bundle.manifest["tunings"])), points, progress)
-    manifest = copy.deepcopy(bundle.manifest)
+    results = _measure(kernels, manifest, range(len(manifest["tunings"])), points, progress)
     device = {"name": name, "clocks_before": before, "clocks_after": _clocks()}
     chosen = _write_choices(manifest, results, device)
     dropped = _prune(manifest) if prune else 0
     objects = {digest: bytes(bundle.object(digest)) for digest in _needed(manifest)}
-    digest = write_bundle(out, manifest, objects)
+    lean, details = split(manifest)
+    objects[lean["details"]] = details
+    digest = write_bundle(out, lean, objects)
     return {
         "bundle": str(out),
         "digest": digest,
@@ -125,13 +129,14 @@ def tune(bundle_path: Path, out: Path, *, prune: bool, points: int, progress: Pr
     }
 
 
-def _measure(kernels: KernelSet, numbers: Any, points: int, progress: Progress) -> dict[int, _Times]:
+def _measure(
+    kernels: KernelSet, manifest: Mapping[str, Json], numbers: Any, points: int, progress: Progress
+) -> dict[int, _Times]:
     """Run the recipe at points that ask for each tuning and benchmark its candidates."""
     import torch
 
     from aot_cache.upstream import triton_tuning
 
-    manifest = kernels.bundle.manifest
     recipe = recipes.load(manifest["spec"])
     results: dict[int, _Times] = {}
     names = {}

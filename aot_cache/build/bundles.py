@@ -38,6 +38,7 @@ def assemble(
                 "key": unit_key,
                 "specialization": unit.specialization,
                 "options": unit.options,
+                "option_order": list(unit.options),  # part of Triton's key, and a manifest's keys are sorted
                 "object": record["object"],
                 "metadata": record["metadata"],
                 "via": unit.via,

@@ -19,6 +19,7 @@ from aot_cache import errors, key, recipe
 from aot_cache.build import stamp
 from aot_cache.build.bundles import assemble
 from aot_cache.errors import AotCacheError, TargetError
+from aot_cache.manifest import split
 from aot_cache.plan import Plan
 from aot_cache.store import Store, read_bundle, write_bundle
 from aot_cache.target import Target
@@ -236,8 +237,10 @@ def _drain(stream: IO[str], into: deque[str]) -> None:
 def _finish(request: Request, store: Store, plan: Plan, answer: Mapping[str, Json]) -> Built:
     manifest, objects = assemble(request.target, request.model or str(request.plan), plan, store, answer)
     path = bundle_path(request, plan.recipe)
+    lean, details = split(manifest)
+    objects[lean["details"]] = details
     with store.writer():
-        digest = write_bundle(path, manifest, objects)
+        digest = write_bundle(path, lean, objects)
         plan.write(path.with_suffix(".plan.json"))
     return Built(
         target=request.target.id,

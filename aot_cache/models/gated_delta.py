@@ -21,6 +21,7 @@ CONV_WIDTH = 4
 VALUE_HEADS = Values(16, 32, 48, 64)
 MAX_BATCH = 512
 MAX_TOKENS = 8192
+MAX_PACKED = 64
 MAX_VERIFIED = 4  # one token and up to three drafts
 
 
@@ -80,6 +81,25 @@ def _prefill(value_heads: int) -> Case:
     return prefill
 
 
+@declare(requests=Range(1, MAX_PACKED), tokens=Values(17, 64, 1000), value_heads=VALUE_HEADS)
+def prefill_packed(requests: int, tokens: int, value_heads: int) -> Call:
+    """Prompts of several requests in one row, told apart by `cu_seqlens`, whose values the host code reads."""
+    q, k, v, g, beta = _projections(1, requests * tokens, value_heads)
+    starts = torch.tensor([n * tokens for n in range(requests + 1)], dtype=torch.int64, device="cuda")
+    return Call(
+        chunk_gated_delta_rule,
+        q,
+        k,
+        v,
+        g=g,
+        beta=beta,
+        initial_state=_state(requests, value_heads),
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+        cu_seqlens=starts,
+    )
+
+
 @declare(batch=Range(1, MAX_BATCH), value_heads=VALUE_HEADS)
 def conv_update(batch: int, value_heads: int) -> Call:
     """One step of the causal convolution for a batch of requests."""
@@ -112,6 +132,6 @@ def gate(batch: int, tokens: int, value_heads: int) -> Call:
 
 recipe = Recipe(
     "gated-delta",
-    [decode, *(_prefill(heads) for heads in VALUE_HEADS), conv_update, l2norm, gate],
+    [decode, *(_prefill(heads) for heads in VALUE_HEADS), prefill_packed, conv_update, l2norm, gate],
     "Qwen3.5's gated delta rule, by fla-core: decode, verification, prefill, convolution, norm, gate",
 )

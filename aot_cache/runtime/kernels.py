@@ -73,14 +73,12 @@ class KernelSet:
         """Whether a measured choice of this bundle is in force here."""
         return tuning["choice"] is not None and not self.report.other_kind
 
-    def choose_now(self, number: int, candidate: int) -> None:
+    def choose_now(self, tuning: Mapping[str, Json], config: Mapping[str, Json]) -> None:
         """Put a choice that was just measured in place of the default."""
         from aot_cache.upstream import triton_jit, triton_kernel
 
-        tuning = self.bundle.manifest["tunings"][number]
         function = triton_jit.unwrap(triton_jit.find(self.name_of(tuning), loaded_only=True))
         if function is not None:
-            config = tuning["candidates"][candidate]
             triton_kernel.choose(function, tuning["tuner"], tuning["key"], config, replace=True)
 
     def waiting(self, device: int) -> bool:
@@ -160,13 +158,14 @@ class KernelSet:
             return 0
         kernels = self._kernels.setdefault(device, [])
         units = self._units.get(number, [])
+        options = [{k: triton_jit.decode(v) for k, v in pairs} for pairs in self.bundle.manifest["options"]]
         for unit in units:
             kernels.append(
                 installer.install(
                     function,
                     device,
                     [triton_jit.decode_pair(pair) for pair in unit["specialization"]],
-                    {k: triton_jit.decode(v) for k, v in unit["options"].items()},
+                    options[unit["options"]],
                     unit["metadata"],
                     bytes(self.bundle.object(unit["object"])),
                     unit["key"],
@@ -199,5 +198,4 @@ class KernelSet:
                 f"choices were measured on {self.bundle.manifest['target']['name']}, "
                 f"this is {torch_capture.device_name()}: the first config that fits is used"
             )
-        default = tuning["default"]
-        return None if default is None else tuning["candidates"][default]  # type: ignore[no-any-return]
+        return tuning["first"]  # type: ignore[no-any-return]

@@ -166,7 +166,7 @@ def _arm() -> None:
     from aot_cache.upstream import triton_events, triton_kernel, triton_launcher
 
     triton_events.listen(lambda kind, name: LEDGER.note(kind, name, torch_capture.capturing()))
-    triton_launcher.serve(_native, lambda _name: None)
+    triton_launcher.serve(_native)
     triton_kernel.on_miss(_on_miss)
     torch_capture.before_capture(_before_capture)
 

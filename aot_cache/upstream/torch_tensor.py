@@ -11,6 +11,7 @@ Seen to hold: see `versions.TORCH_SEEN`. Private names used: `Tensor._make_wrapp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,16 +31,6 @@ _SCALARS = frozenset({_aten._local_scalar_dense.default, _aten.item.default})  #
 _TO_COPY = _aten._to_copy.default
 _COPY_ = _aten.copy_.default
 _PRIM_DEVICE = torch.ops.prim.device.default
-
-
-# Torch computes these shapes in Python, at some 150 microseconds each; every declared point makes and scales its inputs
-# with them, so they are answered here.
-_RANDOM = frozenset({_aten.randn.default, _aten.rand.default})
-_EMPTY_LIKE = _aten.empty_like.default
-_PLAIN_FORMATS = (None, torch.contiguous_format, torch.preserve_format)
-_SAME_SHAPE = frozenset(
-    getattr(_aten, name).default for name in ("neg", "abs", "sigmoid", "exp", "log", "silu", "tanh", "sqrt", "rsqrt")
-)
 
 
 class VirtualTensor(torch.Tensor):
@@ -109,6 +100,10 @@ class VirtualTensor(torch.Tensor):
 class VirtualMode(TorchDispatchMode):
     """While active, tensors made on `cuda` are virtual."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would wrap each dispatch in torch.compiler.disable, a fifth of a point's time
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -125,6 +120,11 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         DataDependent: when the operator needs values that are not known.
         TraceError: when torch has no shape rule for it.
     """
+    quick = _QUICK.get(func)
+    if quick is not None:
+        made = quick(args, kwargs)
+        if made is not None:
+            return made
     tensors = [t for t in _leaves(args) if isinstance(t, VirtualTensor)]
     if kwargs:
         tensors += [t for t in _leaves(tuple(kwargs.values())) if isinstance(t, VirtualTensor)]
@@ -152,9 +152,6 @@ def _compute(
 ) -> Any:
     if func._schema.name == "aten::to":
         return _to(func, args, kwargs)
-    quick = _quick(func, args, kwargs)
-    if quick is not None:
-        return quick
     known = _known(func, args, kwargs, tensors, device)
     meta_kwargs = {**kwargs, "device": "meta"} if device is not None else kwargs
     try:
@@ -168,25 +165,6 @@ def _compute(
     if out_device.type == "cuda":
         out_device = DEVICE
     return _wrap(out, known, tensors, out_device, func._schema.is_mutable)
-
-
-def _quick(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
-    if func in _RANDOM:
-        dtype = kwargs.get("dtype") or torch.get_default_dtype()
-        return VirtualTensor(torch.empty(args[0], dtype=dtype, device="meta"))
-    if func in _SAME_SHAPE and args[0].known is None and args[0].dtype.is_floating_point:
-        return VirtualTensor(_like(args[0].meta_, args[0].dtype), None, args[0].device)
-    if func is _EMPTY_LIKE and isinstance(args[0], VirtualTensor) and kwargs.get("device") is None:
-        source = args[0].meta_
-        if source.is_contiguous() and kwargs.get("memory_format") in _PLAIN_FORMATS:
-            return VirtualTensor(_like(source, kwargs.get("dtype") or source.dtype), None, args[0].device)
-    return None
-
-
-def _like(meta: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if meta.is_contiguous():
-        return torch.empty(meta.shape, dtype=dtype, device="meta")
-    return torch.empty_like(meta, dtype=dtype)
 
 
 def _to(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -358,3 +336,69 @@ def _device_of(tensors: list[VirtualTensor]) -> torch.device:
         if tensor.device.type == "cuda":
             return DEVICE
     return tensors[0].device
+
+
+# --- short cuts -------------------------------------------------------------------------------------------------------
+# Every declared point is run, and these few operators are most of what host code around kernels does. torch computes
+# their shapes in 30 to 400 microseconds (partly in Python), which would be most of a build's tracing. Each answers None
+# where the general way has more to say (values that are known, other formats).
+
+
+def _quick_factory(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
+    device = kwargs.get("device")
+    if device is None or device.type != "cuda" or kwargs.get("memory_format") not in _PLAIN_FORMATS:
+        return None
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
+    return VirtualTensor(torch.empty(args[0], dtype=dtype, device="meta"))
+
+
+def _quick_zeros(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
+    return _quick_factory(args, kwargs) if dtype.is_floating_point else None  # integers keep their values
+
+
+def _quick_new(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
+    source = args[0]
+    dtype = kwargs.get("dtype") or source.dtype
+    if not isinstance(source, VirtualTensor) or kwargs.get("device") is not None or not dtype.is_floating_point:
+        return None
+    return VirtualTensor(torch.empty(args[1], dtype=dtype, device="meta"), None, source.device)
+
+
+def _quick_empty_like(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
+    source = args[0]
+    if not isinstance(source, VirtualTensor) or kwargs.get("device") is not None:
+        return None
+    if not source.meta_.is_contiguous() or kwargs.get("memory_format") not in _PLAIN_FORMATS:
+        return None
+    dtype = kwargs.get("dtype") or source.dtype
+    return VirtualTensor(torch.empty(source.meta_.shape, dtype=dtype, device="meta"), None, source.device)
+
+
+def _quick_pointwise(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
+    source = args[0]
+    if source.known is not None or not source.dtype.is_floating_point or not source.meta_.is_contiguous():
+        return None
+    return VirtualTensor(torch.empty(source.meta_.shape, dtype=source.dtype, device="meta"), None, source.device)
+
+
+def _quick_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
+    source = args[0]
+    if not isinstance(source, VirtualTensor) or source.known is not None:
+        return None
+    return VirtualTensor(source.meta_.view(args[1]), None, source.device)
+
+
+_PLAIN_FORMATS = (None, torch.contiguous_format, torch.preserve_format)
+_POINTWISE = ("neg", "abs", "sigmoid", "exp", "log", "silu", "tanh", "sqrt", "rsqrt")  # floats keep dtype and shape
+_QUICK: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], VirtualTensor | None]] = {
+    _aten.empty.memory_format: _quick_factory,
+    _aten.randn.default: _quick_factory,
+    _aten.rand.default: _quick_factory,
+    _aten.zeros.default: _quick_zeros,
+    _aten.new_empty.default: _quick_new,
+    _aten.new_zeros.default: _quick_new,
+    _aten.empty_like.default: _quick_empty_like,
+    _aten.view.default: _quick_view,
+    **{getattr(_aten, name).default: _quick_pointwise for name in _POINTWISE},
+}

@@ -268,7 +268,7 @@ def decode(value: Json) -> Any:
 
 def decode_pair(pair: Json) -> tuple[Any, Any]:
     """One parameter's (type, value); plain pairs, nearly all, without a walk."""
-    first, second = pair["t"]
+    first, second = pair["t"] if isinstance(pair, dict) else pair
     if isinstance(first, dict):
         first = decode(first)
     if isinstance(second, dict):

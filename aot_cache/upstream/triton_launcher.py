@@ -124,13 +124,12 @@ def _cc(arguments: list[str], folder: str, what: str) -> None:
 
 Lookup = Callable[[str], "bytes | None"]
 
-_served: dict[str, ModuleType] = {}
 _lookups: list[Lookup] = []
 _patched = False
 _lock = threading.Lock()
 
 
-def serve(lookup: Lookup, on_miss: Callable[[str], None]) -> None:
+def serve(lookup: Lookup) -> None:
     """From now on Triton's C modules come from `lookup(source key)`; what it lacks is built as before.
 
     Nothing is written: modules are loaded from memory, so that neither a writable folder nor an exec-able /tmp is needed.
@@ -145,22 +144,47 @@ def serve(lookup: Lookup, on_miss: Callable[[str], None]) -> None:
 
     original = build_module.compile_module_from_src
 
+    by_source: dict[str, ModuleType] = {}
+
     def compile_module_from_src(src: str, name: str, *args: Any, **kwargs: Any) -> ModuleType:
-        key = source_key(src)
-        with _lock:
-            if key in _served:
-                return _served[key]
-            for find in _lookups:
-                binary = find(key)
-                if binary is not None:
-                    _served[key] = load_module(binary, name, key)
-                    return _served[key]
-        on_miss(name)
-        return original(src, name, *args, **kwargs)
+        module = by_source.get(src)
+        if module is None:
+            module = _find(src, name)
+            if module is None:
+                return original(src, name, *args, **kwargs)
+            by_source[src] = module
+        return module
 
     build_module.compile_module_from_src = compile_module_from_src
     nvidia: Any = importlib.import_module("triton.backends.nvidia.driver")
     nvidia.compile_module_from_src = compile_module_from_src
+    if hasattr(nvidia, "make_launcher"):
+        nvidia.make_launcher = _remembering(nvidia.make_launcher)
+
+
+def _find(src: str, name: str) -> ModuleType | None:
+    key = source_key(src)
+    with _lock:
+        for find in _lookups:
+            binary = find(key)
+            if binary is not None:
+                return load_module(binary, name, key)
+    return None
+
+
+def _remembering(make_launcher: Any) -> Any:
+    """Kernels share few signatures, and writing a launcher's C text takes longer than loading a kernel."""
+    texts: dict[Any, str] = {}
+
+    def make(constants: Any, signature: dict[int, Any], tensordesc_meta: Any) -> str:
+        if tensordesc_meta:
+            return str(make_launcher(constants, signature, tensordesc_meta))
+        key = tuple(signature.items())
+        if key not in texts:
+            texts[key] = make_launcher(constants, signature, tensordesc_meta)
+        return texts[key]
+
+    return make
 
 
 def load_module(binary: bytes | memoryview, name: str, key: str) -> ModuleType:

@@ -1,0 +1,253 @@
+"""Tables and lines from the dicts of `report`. Formats only: nothing is computed or looked up here.
+
+What is shown can come from a file of unknown origin, so no text is ever read as markup or reaches the terminal with its
+control characters.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from aot_cache.report import SHORT
+
+Json = Any
+Facts = Mapping[str, Json]
+WIDE = 100_000
+"""Columns when stdout is no terminal: a pipe or a log shall have whole names, not ones folded at 80."""
+
+
+def clean(text: object) -> str:
+    """`text` on one line and without control characters."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in str(text))
+
+
+def line(text: object = "") -> None:
+    """One line on stdout, never folded: people copy them."""
+    sys.stdout.write(clean(text) + "\n")
+
+
+def document(value: Json) -> None:
+    """The one JSON document of `--json`."""
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> None:
+    """A table on stdout; the columns in `right` hold numbers."""
+    drawn = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
+    for name in head:
+        drawn.add_column(Text(name), justify="right" if name in right else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text(clean(cell)) for cell in row))
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDE, highlight=False)
+    console.print(drawn)
+
+
+def size(count: int | None) -> str:
+    """Bytes for people; `-` where there are none to speak of."""
+    if count is None:
+        return "-"
+    amount, units = float(count), ["B", "kB", "MB", "GB"]
+    while amount >= 1000 and len(units) > 1:
+        amount, units = amount / 1000, units[1:]
+    return f"{count} B" if units[0] == "B" else f"{amount:.1f} {units[0]}"
+
+
+class Progress:
+    """Bars on stderr for `build(progress=...)`; silent where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self.target = ""
+        self._tasks: dict[str, TaskID] = {}
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bars = Bars(*columns, console=Console(file=sys.stderr), disable=not sys.stderr.isatty(), transient=True)
+
+    def __enter__(self) -> Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if not total:
+            return
+        label = f"{self.target}: {stage}" if self.target else stage
+        if label not in self._tasks:
+            self._tasks[label] = self._bars.add_task(label, total=total)
+        self._bars.update(self._tasks[label], completed=done, total=total)
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def chosen(facts: Facts) -> None:
+    """Which targets, why, and how to choose; then where a native one is not what the table says."""
+    line(f"target: {', '.join(facts['targets'])} ({facts['why']})")
+    for d in facts["differences"]:
+        line(f"native: {d['field']} is {d['device']} on this {d['target']}, and {d['table']} in the table")
+
+
+def builds(rows: Sequence[Facts]) -> None:
+    """The summary at the end of a build."""
+    numbers = ("units", "compiled now", "does not fit", "failed", "size", "seconds")
+    cells = [
+        (
+            b["target"],
+            b["units"],
+            b["compiled"],
+            b["pruned"],
+            len(b["failed"]),
+            size(b["size"]),
+            b["coverage"],
+            f"{b['seconds']:.2f}",
+        )
+        for b in rows
+    ]
+    table(("target", *numbers[:-1], "coverage", "seconds"), cells, numbers)
+    for b in rows:
+        line()
+        if b["nothing_to_do"]:
+            line(f"{b['target']}: nothing to do, nothing has changed since this was built")
+        for failure in b["failed"]:
+            line(f"{b['target']}: failed: {failure['kernel']}: {failure['error']}")
+        line(f"bundle: {b['path']}")
+        line(f"digest: {b['digest']}")
+        line(f"Dockerfile: {b['dockerfile']}")
+
+
+# --- plans and bundles ------------------------------------------------------------------------------------------------
+
+
+def plan_or_bundle(facts: Facts) -> None:
+    """`inspect`, and `build --show-plan`."""
+    for name, value in _summary(facts):
+        line(f"{name + ':':<10} {value}")
+    line()
+    right = ("specializations", "configs", "size")
+    rows = [(k["kernel"], k["specializations"], k["configs"], size(k["bytes"]), _tuned(k)) for k in facts["kernels"]]
+    table(("kernel", *right, "tuned"), rows, right)
+    for one in facts.get("specializations", ()):
+        _specialization(one)
+
+
+def _summary(facts: Facts) -> Iterable[tuple[str, object]]:
+    yield "recipe", f"{facts['recipe']} ({facts['origin']})"
+    yield "target", f"{facts['target']}, {facts['device']}" if "device" in facts else facts["target"]
+    yield "triton", facts["triton"]
+    if facts["kind"] == "bundle":
+        yield "digest", facts["digest"]
+        yield "size", f"{size(facts['bytes'])} ({facts['bytes']} bytes)"
+        yield "complete", "yes" if facts["complete"] else f"no, {len(facts['failed'])} failed"
+        for failure in facts["failed"]:
+            yield "failed", f"{failure['kernel']}: {failure['error']}"
+    yield "units", facts["units"]
+    if "pruned" in facts:
+        yield "pruned", f"{facts['pruned']} that do not fit the target"
+    yield "coverage", facts["coverage"]
+    for case in facts["cases"]:
+        dims = " ".join(f"{dim}={values}" for dim, values in case["dims"].items())
+        seen = f"{case['points']} points" if case["points"] == case["total"] else f"{case['points']} of {case['total']}"
+        yield "case", f"{case['name']}: {dims} ({seen}, {case['mode']})"
+    if facts["untuned"]:
+        yield "untuned", f"{facts['untuned']} choices are not tuned: the first config that fits is used"
+    if "specializations" in facts:
+        for name, value in facts.get("key", {}).items():
+            yield "key", f"{name} = {value if isinstance(value, str) else json.dumps(value)}"
+
+
+def _tuned(kernel: Facts) -> str:
+    if not kernel["choices"]:
+        return "no choice"
+    if kernel["tuned"] in (0, kernel["choices"]):
+        return "tuned" if kernel["tuned"] else "untuned"
+    return f"{kernel['tuned']} of {kernel['choices']}"
+
+
+def _specialization(one: Facts) -> None:
+    line()
+    line(one["kernel"])
+    line(f"  {one['signature']}")
+    if "key" in one:
+        line(f"  {size(one['bytes'])}, {one['shared']} bytes of shared memory, key {one['key']}")
+    else:
+        line(f"  id {one['id']}")
+    line(f"  source {one['parts']['source'][:SHORT]}")
+    for text in one["reached_by"]:
+        line(f"  reached by {text}")
+
+
+def difference(facts: Facts) -> None:
+    """`diff`: what each side has and the other lacks."""
+    if facts["same"]:
+        line("the same is launched by both")
+    for side, path in (("only_left", facts["left"]), ("only_right", facts["right"])):
+        only = facts[side]
+        if not only["units"] and not only["tunings"]:
+            continue
+        line(f"only in {path}: {len(only['units'])} specializations, {len(only['tunings'])} choices")
+        for unit in only["units"]:
+            line(f"  {unit['kernel']} (source {unit['source'][:SHORT]})")
+            line(f"    {unit['signature']}")
+            for text in unit["reached_by"]:
+                line(f"    reached by {text}")
+        for tuning in only["tunings"]:
+            line(f"  {tuning['kernel']}: choice of {tuning['candidates']} configs for ({', '.join(tuning['key'])})")
+
+
+# --- hosts and targets ------------------------------------------------------------------------------------------------
+
+
+def findings(facts: Facts) -> None:
+    """`verify`: a line for each finding, or `ok`."""
+    for found in facts["findings"]:
+        line(f"{found['kind']}: {found['what']}")
+    if not facts["findings"]:
+        line("ok")
+
+
+def explanation(facts: Facts) -> None:
+    """`explain`: this host beside the bundle."""
+    table(
+        ("part", "bundle", "this host", ""), [(p["name"], p["bundle"], p["host"], p["status"]) for p in facts["parts"]]
+    )
+    line()
+    line("this bundle loads here" if facts["loads"] else "this bundle does not load here: see the parts that differ")
+
+
+def targets(rows: Sequence[Facts]) -> None:
+    """The table of targets and, below it, where its numbers come from."""
+    right = ("SMs", "shared memory", "memory")
+    cells = [
+        (
+            t["id"],
+            t["name"],
+            f"{t['backend']} {t['arch']}",
+            t["multiprocessors"],
+            t["shared_memory_per_block_optin"],
+            size(t["memory_bytes"]),
+            "measured" if t["measured"] else "published",
+        )
+        for t in rows
+    ]
+    table(("target", "device", "arch", *right, "numbers"), cells, right)
+    line()
+    for t in rows:
+        line(f"{t['id']}: {t['source']}")
+
+
+def pairs(facts: Facts, head: Sequence[str]) -> None:
+    """A mapping as a table of two columns."""
+    table(head, [(k, v if isinstance(v, (str, int, float)) else json.dumps(v)) for k, v in facts.items()])

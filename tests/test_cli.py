@@ -1,0 +1,548 @@
+"""aot_cache.cli: what each command prints, its exit codes, and that mistakes are one line. Builds are real ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+
+from aot_cache import cli
+from aot_cache import target as targets
+from aot_cache.build import pipeline
+from aot_cache.build.pipeline import Built, Request
+from aot_cache.errors import StoreUnwritable, TargetError
+from aot_cache.key import Part
+from aot_cache.plan import Plan
+from aot_cache.store import read_bundle, write_bundle
+from aot_cache.target import Difference
+
+ROOT = Path(__file__).parents[1]
+RECIPES = """
+import torch
+import triton
+import triton.language as tl
+from aot_cache import Call, Range, Recipe, declare
+
+@triton.jit
+def scale(x, y, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, tl.load(x + at, mask=at < n) * 2, mask=at < n)
+
+@triton.jit
+def broken(x):
+    tl.store(x, no_such_name)
+
+def run(x):
+    scale[(1,)](x, torch.empty_like(x), x.numel(), BLOCK=64, num_warps=2)
+
+def run_broken(x):
+    run(x)
+    broken[(1,)](x)
+
+@declare(n=Range(15, 17))
+def twice(n):
+    return Call(run, torch.empty(n, device="cuda"))
+
+@declare(n=Range(16, 16))
+def fails(n):
+    return Call(run_broken, torch.empty(n, device="cuda"))
+
+good, bad = Recipe("good", [twice]), Recipe("bad", [fails])
+"""
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """The one JSON document on stdout."""
+        return json.loads(self.out)
+
+
+Run = Callable[..., Said]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """`aot-cache ARGUMENTS` in an empty folder of a machine without a GPU; also what children print is caught."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "gpu_here", lambda: False)
+
+    def call(*arguments: object) -> Said:
+        capfd.readouterr()
+        code = cli.main([str(a) for a in arguments])
+        return Said(code, *capfd.readouterr())
+
+    return call
+
+
+def assert_one_line(said: Said, *words: str, code: int = 3) -> None:
+    """A mistake is one line on stderr, and no traceback."""
+    assert said.code == code, said
+    assert said.err.startswith("aot-cache: ") and said.err.count("\n") == 1, said.err
+    assert all(word in said.err for word in words), said.err
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Run:
+    """`aot-cache ARGUMENTS` in a process of its own, in a folder with the recipes."""
+    (tmp_path / "tiny.py").write_text(RECIPES)
+
+    def call(*arguments: str) -> Said:
+        done = command(tmp_path, *arguments)
+        return Said(done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+class Sample(NamedTuple):
+    """A bundle that was built by the command line, once for all tests."""
+
+    bundle: Path
+    plan: Path
+    said: subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    folder = tmp_path_factory.mktemp("sample")
+    (folder / "tiny.py").write_text(RECIPES)
+    said = command(folder, "build", "--model", "tiny:good")
+    bundle = folder / "artifacts" / "bundles" / "good-h200.safetensors"
+    return Sample(bundle, bundle.with_suffix(".plan.json"), said)
+
+
+def command(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`aot-cache ARGUMENTS` as users run it, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "aot_cache.cli", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def host(monkeypatch: pytest.MonkeyPatch, *parts: Part) -> None:
+    """Have the runtime find these parts."""
+    fake = ModuleType("aot_cache.runtime.compatible")
+    fake.parts = lambda manifest, **_: list(parts)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "aot_cache.runtime.compatible", fake)
+
+
+FITS = Part("triton", "3.7.1", "3.7.1")
+COSTS = Part("gpu name", "NVIDIA H200", "NVIDIA H100", needed=False)
+MISFIT = Part("arch", "90", "80")
+
+
+# --- build ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_build_ends_with_what_a_dockerfile_needs(sample: Sample) -> None:
+    said = sample.said
+    assert (said.returncode, said.stderr) == (0, "")  # no bars where stderr is no terminal
+    digest = read_bundle(sample.bundle).digest
+    lines = said.stdout.splitlines()
+    assert lines[0].startswith("target: h200 (the default without a GPU here; choose with --target")
+    assert lines[-1] == f"Dockerfile: ENV AOT_CACHE={sample.bundle} AOT_CACHE_DIGEST={digest}"
+    assert f"digest: {digest}" in lines
+    assert "proved 3 points" in said.stdout and "compiled now" in said.stdout
+
+
+def test_a_build_again_has_nothing_to_do(real: Run, tmp_path: Path) -> None:
+    first = real("build", "--model", "tiny:good", "--range", "n=16", "--out", "a.safetensors", "--json")
+    assert (first.code, first.err) == (0, "")
+    (built,) = first.document["bundles"]
+    assert (built["points"], built["units"], built["compiled"], built["nothing_to_do"]) == (1, 1, 1, False)
+    assert Path(built["path"]) == tmp_path / "a.safetensors"
+    again = real("build", "--model", "tiny:good", "--range", "n = 16", "--out", "a.safetensors")
+    assert "nothing to do" in again.out
+    assert built["digest"] in again.out
+
+
+def test_a_kernel_that_fails_is_named_and_the_rest_kept(real: Run, run: Run) -> None:
+    said = real("build", "--model", "tiny:bad", "--target", "h200")
+    assert_one_line(said, "1 failed", "tiny:broken", code=4)
+    assert "h200: failed: tiny:broken: CompilationError" in said.out and "no_such_name" in said.out
+    found = run("verify", "artifacts/bundles/bad-h200.safetensors", "--json")
+    assert found.code == 32
+    assert "tiny:broken" in found.document["findings"][0]["what"]
+    assert "no, 1 failed" in run("inspect", "artifacts/bundles/bad-h200.safetensors").out
+
+
+def test_the_plan_can_be_seen_without_compiling(real: Run, tmp_path: Path) -> None:
+    (plan,) = real("build", "--model", "tiny:good", "--show-plan", "--json").document["plans"]
+    assert (plan["units"], plan["points"], plan["coverage"]) == (2, 3, "proved 3 points")
+    assert plan["kernels"][0]["kernel"] == "tiny:scale"
+    assert not (tmp_path / "artifacts").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [("--model tiny:good --range m=1..2", ["'m'", "it has n"]), ("--model nowhere:x", ["nowhere"])],
+)
+def test_a_mistake_that_the_worker_finds(real: Run, arguments: str, words: list[str]) -> None:
+    said = real("build", *arguments.split(), "--json")
+    assert_one_line(said, *words)
+    assert said.out == ""
+
+
+class Pipeline:
+    """Stands in for `pipeline.build`: notes what is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[Request] = []
+
+    def __call__(self, request: Request, progress: Callable[[str, int, int], None]) -> Built:
+        self.asked.append(request)
+        progress("trace", 1, 1)
+        if request.target.id == "b200":
+            raise StoreUnwritable("to write there", "no space")
+        path = Path("b.safetensors")
+        return Built(request.target.id, path, "d" * 64, 9, 1, 1, 0, [], sampled=["twice.n"], points=1, seconds=0.1)
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    made = Pipeline()
+    monkeypatch.setattr(pipeline, "build", made)
+    return made
+
+
+def test_a_plan_is_built_for_its_own_target(run: Run, sample: Sample, stub: Pipeline) -> None:
+    plan = Plan.read(sample.plan)
+    plan.target = "a100"
+    plan.write(Path("recorded.plan.json"))
+    said = run("build", "--plan", "recorded.plan.json")
+    assert said.out.startswith("target: a100 (the plan's; choose with --target")
+    (asked,) = stub.asked
+    assert (asked.target.id, asked.plan, asked.model) == ("a100", Path("recorded.plan.json"), None)
+
+
+def test_every_option_arrives(run: Run, stub: Pipeline) -> None:
+    options = "--target h200 --target a100 --target h200 --range n=1..4/2 --range m=8 --store S --line-info --workers 3"
+    said = run("build", "--model", "tiny:good", *options.split(), "--python", "p1", "--python", "p2", "--json")
+    assert said.code == 0
+    assert [r.target.id for r in stub.asked] == ["h200", "a100"]
+    asked = stub.asked[1]
+    assert (asked.ranges, asked.store, asked.out) == ({"n": "1..4/2", "m": "8"}, Path("S"), None)
+    assert (asked.line_info, asked.workers, asked.pythons) == (True, 3, ("p1", "p2"))
+
+
+def test_what_was_built_before_an_error_is_said(run: Run, stub: Pipeline) -> None:
+    arguments = ("build", "--model", "tiny:good", "--target", "h200", "--target", "b200")
+    said = run(*arguments)
+    assert_one_line(said, "no space")
+    assert "sampled: twice.n" in said.out and "AOT_CACHE_DIGEST" in said.out
+    assert [b["target"] for b in run(*arguments, "--json").document["bundles"]] == ["h200"]
+    nothing = run(*arguments[:3], "--target", "b200", "--json")
+    assert (nothing.code, nothing.out) == (3, "")
+
+
+def test_control_c_ends_with_130(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time; print('up', flush=True); time.sleep(60)")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aot_cache.cli", "build", "--model", "slow:x"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "AOT_CACHE_DEBUG": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "up\n"  # the worker runs, and would for long
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("", ["--model", "--plan"]),
+        ("--model tiny:good --plan x", ["--model", "--plan", "both"]),
+        ("--model no-such-model", ["no-such-model"]),
+        ("--model tiny:good --target h2000", ["h2000", "did you mean 'h200'"]),
+        ("--model tiny:good --target h200 --target a100 --out x", ["--out", "2 targets"]),
+        ("--model tiny:good --range n", ["'n'", "--range tokens=1..64"]),
+        ("--model tiny:good --range =3", ["'=3'"]),
+        ("--model tiny:good --range n=", ["n="]),
+        ("--model tiny:good --range n=1-4", ["n=1-4", "'1-4'"]),
+        ("--model tiny:good --range n=5..1", ["n=5..1", "at least one value"]),
+        ("--model tiny:good --range n=1 --range n=2", ["'n'", "two"]),
+        ("--plan no.json", ["no.json", "No such file"]),
+        ("--plan tiny.py", ["tiny.py", "not JSON"]),
+        ("--plan no.json --range n=1", ["--range", "--plan"]),
+    ],
+)
+def test_a_mistake_is_found_before_anything_starts(
+    run: Run, stub: Pipeline, tmp_path: Path, arguments: str, words: list[str]
+) -> None:
+    (tmp_path / "tiny.py").write_text(RECIPES)
+    said = run("build", *arguments.split())
+    assert_one_line(said, *words)
+    assert (said.out, stub.asked) == ("", [])
+
+
+# --- the machine's own GPU --------------------------------------------------------------------------------------------
+
+NATIVE = replace(targets.get("h200"), memory_bytes=1, measured=True)
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "native", lambda: (NATIVE, [Difference("memory_bytes", 2, 1)]))
+
+
+@pytest.mark.usefixtures("native")
+def test_native_says_where_the_device_differs(run: Run, stub: Pipeline) -> None:
+    said = run("build", "--model", "tiny:good", "--target", "native")
+    assert said.out.startswith("target: h200 (as asked)\nnative: memory_bytes is 1 on this h200, and 2 in the table\n")
+    assert stub.asked[0].target is NATIVE
+    facts = run("build", "--model", "tiny:good", "--target", "native", "--json").document
+    assert facts["differences"] == [{"target": "h200", "field": "memory_bytes", "table": 2, "device": 1}]
+
+
+@pytest.mark.usefixtures("native")
+def test_a_gpu_that_is_here_is_the_default(run: Run, stub: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "gpu_here", lambda: True)
+    assert run("build", "--model", "tiny:good").out.startswith("target: h200 (this machine's GPU; choose with --target")
+    assert stub.asked[0].target is NATIVE
+
+
+def test_a_gpu_that_cannot_be_used_is_said(run: Run, stub: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unusable() -> None:
+        raise TargetError("the GPU of this machine", "torch 2.13 finds none", "")
+
+    monkeypatch.setattr(cli, "gpu_here", lambda: True)
+    monkeypatch.setattr(targets, "native", unusable)
+    said = run("build", "--model", "tiny:good")
+    assert said.out.startswith("target: h200 (the default, because torch 2.13 finds none;")
+    assert_one_line(run("build", "--model", "tiny:good", "--target", "native"), "finds none")
+
+
+@pytest.mark.parametrize(
+    ("devices", "environment", "here"),
+    [
+        ([], {}, False),
+        (["nvidiactl"], {}, False),
+        (["nvidia0"], {}, True),
+        (["nvidia3"], {"CUDA_VISIBLE_DEVICES": "0"}, True),
+        (["nvidia0"], {"CUDA_VISIBLE_DEVICES": ""}, False),
+        (["nvidia0"], {"CUDA_VISIBLE_DEVICES": "-1"}, False),
+        (["kfd"], {}, True),
+        (["kfd"], {"HIP_VISIBLE_DEVICES": ""}, False),
+        (["kfd"], {"CUDA_VISIBLE_DEVICES": ""}, False),
+    ],
+)
+def test_a_gpu_is_seen_without_torch(
+    tmp_path: Path, devices: list[str], environment: dict[str, str], here: bool
+) -> None:
+    for name in devices:
+        (tmp_path / name).touch()
+    assert cli.gpu_here(tmp_path, environment) is here
+
+
+# --- looking ----------------------------------------------------------------------------------------------------------
+
+
+def test_inspecting_a_bundle(run: Run, sample: Sample) -> None:
+    said = run("inspect", sample.bundle)
+    assert (said.code, said.err) == (0, "")
+    for words in ("good (traced)", "h200, NVIDIA H200", read_bundle(sample.bundle).digest, "proved 3 points"):
+        assert words in said.out
+    assert "tiny:scale" in said.out and "toolkit" not in said.out
+
+
+def test_inspecting_a_kernel(run: Run, sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(sample.bundle.parents[2])  # where the recipe's source is: names come from it
+    said = run("inspect", sample.bundle, "--kernel", "scal")
+    assert "x:*fp32:16 y:*fp32:16 n:i32:16 BLOCK=64 num_warps=2" in said.out
+    assert "reached by twice: n 15,17" in said.out
+    assert "bytes of shared memory, key " in said.out and "toolkit = " in said.out
+    facts = run("inspect", sample.bundle, "--kernel", "scal", "--json").document
+    assert {s["signature"].split()[2] for s in facts["specializations"]} == {"n:i32", "n:i32:16"}
+    assert_one_line(run("inspect", sample.bundle, "--kernel", "nope"), "'nope'", "tiny:scale")
+
+
+def test_inspecting_a_plan(run: Run, sample: Sample) -> None:
+    facts = run("inspect", sample.plan, "--points", "--json").document
+    assert (facts["kind"], facts["units"], len(facts["specializations"])) == ("plan", 2, 2)
+    assert "tiny:scale" in run("inspect", sample.plan, "--points").out
+
+
+def test_a_file_that_is_neither(run: Run, tmp_path: Path) -> None:
+    Path("empty").write_bytes(b"")
+    Path("list.json").write_text("[1]")
+    Path("other.json").write_text('{"a": 1}')
+    # A bundle whose header has 123 bytes begins with the byte of "{".
+    Path("brace").write_bytes(b"{" + bytes(7) + b"x" * 200)
+    assert_one_line(run("inspect", "nowhere"), "nowhere")
+    assert_one_line(run("inspect", "."), "folder", code=8)
+    assert_one_line(run("inspect", "empty"), "empty", code=8)
+    assert_one_line(run("inspect", "list.json"), "list.json", code=8)
+    assert_one_line(run("inspect", "other.json"), "schema None")
+    assert_one_line(run("inspect", "brace"), "brace", "header", code=8)
+
+
+def test_verifying(run: Run, sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    host(monkeypatch, FITS, COSTS)
+    assert run("verify", sample.bundle) == Said(0, "ok\n", "")
+    host(monkeypatch, FITS, MISFIT)
+    said = run("verify", sample.bundle, "--digest", "0" * 64)
+    assert (said.code, said.err, said.out.count("\n")) == (8 | 16, "", 2)
+    assert "arch: the bundle is for 90, this host has 80" in said.out
+    facts = run("verify", sample.bundle, "--json").document
+    assert (facts["exit_code"], [f["code"] for f in facts["findings"]]) == (16, [16])
+
+
+def test_verifying_what_is_damaged(run: Run, sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = read_bundle(sample.bundle)
+    objects = {name: bytes(bundle.object(name)) for name in bundle.manifest["objects"]}
+    write_bundle("bad", bundle.manifest | {"complete": False}, objects)
+    data = bytearray(Path("bad").read_bytes())
+    data[-1] ^= 1
+    Path("bad").write_bytes(data)
+    host(monkeypatch, MISFIT)
+    assert run("verify", "bad").code == 8 | 16 | 32
+    Path("bad").write_bytes(data[:-1])
+    said = run("verify", "bad", "--json")
+    assert (said.code, said.document["digest"]) == (8, None)
+    assert_one_line(run("verify", "nowhere"), "nowhere")
+
+
+def test_verifying_on_this_host(run: Run, sample: Sample) -> None:
+    """With the real comparison: what was built here by this Triton fits here."""
+    assert run("verify", sample.bundle) == Said(0, "ok\n", "")
+    assert "this bundle loads here" in run("explain", sample.bundle).out
+
+
+def test_explaining(run: Run, sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    host(monkeypatch, FITS, COSTS, MISFIT)
+    said = run("explain", sample.bundle)
+    assert said.code == 0
+    rows = [line.split() for line in said.out.splitlines() if line.startswith(("triton", "gpu", "arch"))]
+    assert [row[-1] for row in rows] == ["ok", "costs", "differs"]
+    assert not run("explain", sample.bundle, "--json").document["loads"]
+    assert_one_line(run("explain", "nowhere"), "nowhere")
+
+
+def test_comparing(run: Run, sample: Sample) -> None:
+    assert run("diff", sample.plan, sample.bundle) == Said(0, "the same is launched by both\n", "")
+    plan = Plan.read(sample.plan)
+    gone = plan.units.pop()
+    plan.write(Path("less.json"))
+    said = run("diff", sample.bundle, "less.json")
+    assert (said.code, said.err) == (1, "")
+    assert f"only in {sample.bundle}: 1 specializations" in said.out and gone.kernel in said.out
+    assert "only in less.json" not in said.out
+    facts = run("diff", "less.json", sample.plan, "--json").document
+    assert (facts["same"], len(facts["only_right"]["units"])) == (False, 1)
+    assert_one_line(run("diff", sample.plan, "nowhere"), "nowhere")
+
+
+def test_the_table_of_targets(run: Run) -> None:
+    said = run("targets")
+    assert "NVIDIA H200" in said.out and "h200: limits per SM" in said.out
+    assert [row["id"] for row in run("targets", "--json").document["targets"]] == list(targets.TARGETS)
+
+
+def test_the_installed_models(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aot_cache.recipe.names", lambda: {"b": "x:y", "a": "m:r"})
+    assert run("models", "--json").document == {"models": {"a": "m:r", "b": "x:y"}}
+    assert "m:r" in run("models").out
+    monkeypatch.setattr("aot_cache.recipe.names", dict)
+    assert "no recipe is installed" in run("models").out
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("code", "exit_code"), [(0, 0), (7, 7), (-9, 137)])
+def test_recording(run: Run, sample: Sample, monkeypatch: pytest.MonkeyPatch, code: int, exit_code: int) -> None:
+    asked: list[Any] = []
+    fake = ModuleType("aot_cache.runtime.record")
+
+    def run_command(*given: Any) -> tuple[int, Plan]:
+        asked.append(given)
+        return code, Plan.read(sample.plan)
+
+    fake.run_command = run_command  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "aot_cache.runtime.record", fake)
+    said = run("record", "--out", "day/seen.plan.json", "--", "python", "serve.py", "--json", "--out", "x")
+    assert asked == [(["python", "serve.py", "--json", "--out", "x"], Path("day/seen.plan.json"), "seen")]
+    assert (said.code, said.out) == (exit_code, "")  # stdout is the program's
+    assert "2 specializations of 1 kernels" in said.err
+    run("record", "--out", "p", "--recipe-name", "mine", "true")
+    assert asked[-1] == (["true"], Path("p"), "mine")
+
+
+def test_tuning(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    fake = ModuleType("aot_cache.tune")
+
+    def tune(path: Path, out: Path, **more: Any) -> dict[str, Any]:
+        more.pop("progress")("measure", 1, 2)
+        asked.append((path, out, more))
+        return {"digest": "d", "device": {"name": "NVIDIA H200"}, "measured": 3}
+
+    fake.tune = tune  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "aot_cache.tune", fake)
+    said = run("tune", "a", "--out", "b", "--prune", "--points", "5")
+    assert (said.code, said.err) == (0, "")
+    assert asked == [(Path("a"), Path("b"), {"prune": True, "points": 5})]
+    assert "NVIDIA H200" in said.out
+    assert run("tune", "a", "--out", "b", "--json").document["measured"] == 3
+
+
+# --- the command itself -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["frobnicate", "build --frobnicate", "build --workers 0", "build --workers x", "record --out x", "diff a"],
+)
+def test_what_is_not_understood_is_one_line(run: Run, arguments: str) -> None:
+    assert_one_line(run(*arguments.split()), code=2)
+
+
+def test_help_names_every_command(run: Run) -> None:
+    said = run()
+    assert said.code == 0
+    assert all(name in said.out for name in "build inspect verify explain targets record diff tune models".split())
+    assert run("build", "--help").code == 0
+
+
+def test_looking_imports_no_torch(sample: Sample) -> None:
+    code = (
+        "import sys; from aot_cache.cli import main\n"
+        f"bundle, plan = {str(sample.bundle)!r}, {str(sample.plan)!r}\n"
+        "commands = ['inspect', bundle], ['diff', plan, bundle], ['targets'], ['build', '--model', 'x'], ['verify', bundle]\n"
+        "codes = [main(c) for c in commands]\n"
+        "print(codes, *[m for m in ('torch', 'triton', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout.splitlines()[-1] == "[0, 0, 0, 3, 0]", done.stderr

@@ -1,0 +1,426 @@
+"""aot_cache.report, aot_cache.signature and aot_cache.render: facts from plans and bundles, without torch."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aot_cache import render, report
+from aot_cache.build.pipeline import Built
+from aot_cache.errors import BundleCorrupt, DeclarationError
+from aot_cache.key import Part
+from aot_cache.plan import CasePlan, Plan, Tuning, Unit
+from aot_cache.signature import closure_digest, parameter_names, signature, value_text
+from aot_cache.store import Bundle, read_bundle, write_bundle
+from aot_cache.target import TARGETS, Difference
+
+KERNEL, OTHER = "pack.mod:add", "pack.mod:norm"
+CLOSURES: dict[str, Any] = {name: {name: {"src": "ab" * 16, "refs": {}}} for name in (KERNEL, OTHER)}
+SPECIALIZATION = [{"t": ["*bf16", "D"]}, {"t": ["i32", None]}, {"t": ["constexpr", 128]}]
+ONE, TWO = b"one binary", b"another binary"
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def a_unit(kernel: str = KERNEL, warps: int = 4, **more: Any) -> Unit:
+    return Unit(
+        kernel,
+        closure_digest(CLOSURES[kernel]),
+        copy.deepcopy(SPECIALIZATION),
+        {"num_warps": warps, "debug": False},  # not in order of name: a manifest sorts its keys
+        reached={"decode": [{"batch": "1..4", "tokens": "1"}]},
+        **more,
+    )
+
+
+def a_plan(**more: Any) -> Plan:
+    cases = [CasePlan("decode", {"batch": "1..4", "tokens": "1"}, 4, 4, [])]
+    units = [a_unit(), a_unit(OTHER, 1, via=[[0, 0]]), a_unit(OTHER, 2, via=[[0, 1]])]
+    tunings = [Tuning(OTHER, 0, [128, "torch.bfloat16"], [{"num_warps": 1}, {"num_warps": 2}])]
+    return replace(Plan("tiny", "h200", "traced", "3.7.1", cases, units, tunings, CLOSURES), **more)
+
+
+def a_manifest(plan: Plan | None = None) -> dict[str, Any]:
+    """What `build.bundles.assemble` writes, by hand, for the two kernels of `a_plan`."""
+    plan = plan or a_plan()
+    number = {KERNEL: 0, OTHER: 1}
+    return {
+        "kind": "kernels",
+        "recipe": plan.recipe,
+        "spec": "tiny:recipe",
+        "origin": plan.origin,
+        "target": TARGETS["h200"].properties(),
+        "toolchain": {"schema": "1", "triton": plan.triton, "toolkit": "ptxas 12.8"},
+        "cases": [case.__dict__ for case in plan.cases],
+        "kernels": [{"name": name, "closure": CLOSURES[name]} for name in number],
+        "metadata": {"shared": 64},
+        "units": [
+            {
+                "kernel": number[u.kernel],
+                "key": f"{n}" * 64,
+                "specialization": u.specialization,
+                "options": u.options,
+                "option_order": list(u.options),
+                "object": sha(TWO if n else ONE),
+                "metadata": {"shared": 1024} if n == 2 else {},
+                "via": u.via,
+                "reached": u.reached,
+            }
+            for n, u in enumerate(plan.units)
+        ],
+        "tunings": [{**t.__dict__, "kernel": number[t.kernel], "default": 0} for t in plan.tunings],
+        "pruned": [],
+        "failed": [],
+        "native": [],
+        "complete": True,
+    }
+
+
+def a_bundle(folder: Path, manifest: dict[str, Any] | None = None) -> Bundle:
+    path = folder / "tiny.safetensors"
+    write_bundle(path, manifest or a_manifest(), {sha(data): data for data in (ONE, TWO)})
+    return read_bundle(path)
+
+
+def as_json(facts: Any) -> Any:
+    """The facts as they are after a trip through JSON; fails where they are not plain."""
+    assert json.loads(json.dumps(facts)) == facts
+    return facts
+
+
+# --- signatures -------------------------------------------------------------------------------------------------------
+
+
+def test_a_signature_reads_like_a_call() -> None:
+    assert signature(a_unit(), ["x", "n", "BLOCK"]) == "x:*bf16:16 n:i32 BLOCK=128 num_warps=4"
+
+
+def test_arguments_without_names_go_by_position() -> None:
+    assert signature(a_unit()) == "#0:*bf16:16 #1:i32 #2=128 num_warps=4"
+    assert signature(a_unit(), ["too", "few"]) == signature(a_unit())
+
+
+def test_a_signature_of_tuples_and_amd_pointers() -> None:
+    pair = {"t": [{"t": ["*fp32", "constexpr"]}, {"t": ["DS", 3]}]}
+    unit = replace(a_unit(), specialization=[pair, {"t": [{"t": ["i32"]}, None]}], options={})
+    assert signature(unit, ["pair", "one"]) == "pair.0:*fp32:16:32bit pair.1=3 one.0:i32"
+
+
+def test_an_option_that_is_a_parameter_is_said_once() -> None:
+    unit = replace(a_unit(), specialization=[{"t": ["constexpr", 4]}])
+    assert signature(unit, ["num_warps"]) == "num_warps=4"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "None"),
+        (True, "True"),
+        (3, "3"),
+        ("silu", "'silu'"),
+        ({"float": "inf"}, "inf"),
+        ({"dtype": "fp32"}, "fp32"),
+        ({"torch": "bfloat16"}, "torch.bfloat16"),
+        ({"constexpr": 8}, "8"),
+        ({"jit": "a.b:act"}, "act"),
+        ({"t": [1, {"dtype": "int8"}]}, "(1, int8)"),
+        ({"l": [1, 2]}, "[1, 2]"),
+        ({"named": "a.b:Shape", "t": [1, 2]}, "Shape(1, 2)"),
+    ],
+)
+def test_values_as_python_would_write_them(value: Any, text: str) -> None:
+    assert value_text(value) == text
+
+
+def test_a_closure_is_hashed_as_the_builder_does() -> None:
+    triton_jit = pytest.importorskip("aot_cache.upstream.triton_jit")
+    assert closure_digest(CLOSURES[KERNEL]) == triton_jit.closure_digest(CLOSURES[KERNEL])
+
+
+SOURCE = "def add(x, n, *, BLOCK: 'tl.constexpr'):\n    return x\n"
+
+
+def a_module(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: str = SOURCE) -> dict[str, Any]:
+    """A kernel in `name.mod`, in packages that must not be imported; returns its closure."""
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text("raise RuntimeError('nothing may import this')\n")
+    (folder / name / "mod.py").write_text(f"import nothing_of_this_name\n\nif True:\n    @jit\n    {INDENTED}")
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    return {f"{name}.mod:add": {"src": sha(source.encode())[:32], "refs": {}}}
+
+
+INDENTED = SOURCE.replace("\n", "\n    ").rstrip(" ")
+
+
+def test_names_come_from_the_source_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closure = a_module(tmp_path, monkeypatch, "never_imported_1")
+    assert list(parameter_names("never_imported_1.mod:add", closure)) == ["x", "n", "BLOCK"]
+    assert "never_imported_1" not in sys.modules
+
+
+def test_names_of_other_source_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closure = a_module(tmp_path, monkeypatch, "never_imported_2", SOURCE + "# other\n")
+    assert not parameter_names("never_imported_2.mod:add", closure)
+
+
+@pytest.mark.parametrize("kernel", ["no_such_module:f", "json.nothing:f", "math:f", "json:f", "..:f", ":f", "a/b:f"])
+def test_names_of_what_is_not_here(kernel: str) -> None:
+    assert not parameter_names(kernel, {kernel: {"src": "00"}})
+
+
+# --- plans and bundles ------------------------------------------------------------------------------------------------
+
+
+def test_the_facts_of_a_bundle(tmp_path: Path) -> None:
+    found = a_bundle(tmp_path)
+    facts = as_json(report.bundle(found))
+    wanted = {"kind": "bundle", "recipe": "tiny", "target": "h200", "device": "NVIDIA H200", "triton": "3.7.1"}
+    assert wanted.items() <= facts.items()
+    assert (facts["digest"], facts["bytes"]) == (found.digest, found.path.stat().st_size)
+    assert (facts["units"], facts["untuned"], facts["pruned"], facts["complete"]) == (3, 1, 0, True)
+    assert facts["coverage"] == "proved 4 points"
+    assert "specializations" not in facts
+
+
+def test_the_row_of_a_kernel(tmp_path: Path) -> None:
+    rows = report.bundle(a_bundle(tmp_path))["kernels"]
+    assert rows == [
+        {"kernel": KERNEL, "specializations": 1, "configs": 1, "bytes": len(ONE), "choices": 0, "tuned": 0},
+        # two units with one binary, which the bundle has once
+        {"kernel": OTHER, "specializations": 2, "configs": 2, "bytes": len(TWO), "choices": 1, "tuned": 0},
+    ]
+
+
+def test_a_choice_that_was_measured_counts_as_tuned(tmp_path: Path) -> None:
+    plan = a_plan()
+    plan.tunings[0].choice = {"num_warps": 2}
+    facts = report.bundle(a_bundle(tmp_path, a_manifest(plan)))
+    assert facts["untuned"] == 0
+    assert facts["kernels"][1]["tuned"] == 1
+
+
+def test_one_candidate_is_no_choice() -> None:
+    plan = a_plan(tunings=[Tuning(OTHER, 0, [1], [{"num_warps": 1}])])
+    facts = report.plan(plan, Path("p"))
+    assert (facts["untuned"], facts["kernels"][1]["choices"]) == (0, 0)
+
+
+def test_the_specializations_of_a_kernel(tmp_path: Path) -> None:
+    facts = as_json(report.bundle(a_bundle(tmp_path), "norm", names=lambda *_: ["x", "n", "D"]))
+    assert [k["kernel"] for k in facts["kernels"]] == [OTHER]
+    first, second = facts["specializations"]
+    assert first["signature"] == "x:*bf16:16 n:i32 D=128 num_warps=1"
+    assert (first["shared"], second["shared"]) == (64, 1024)
+    assert (first["bytes"], first["key"]) == (len(TWO), "1" * 64)
+    assert first["reached_by"] == ["decode: batch 1..4, tokens 1"]
+    assert list(first["parts"]) == ["kernel", "source", "specialization", "options"]
+    assert facts["key"]["toolkit"] == "ptxas 12.8"
+
+
+def test_points_lists_every_kernel() -> None:
+    plan = a_plan()
+    plan.units[0].overrides = {"num_warps": 4}
+    facts = as_json(report.plan(plan, Path("p"), points=True))
+    assert [s["kernel"] for s in facts["specializations"]] == [KERNEL, OTHER, OTHER]
+    assert facts["specializations"][0]["id"] == plan.units[0].id
+    assert facts["specializations"][0]["parts"]["overrides"] == {"num_warps": 4}
+    assert facts["kernels"][0]["bytes"] is None
+
+
+def test_no_kernel_of_that_name(tmp_path: Path) -> None:
+    with pytest.raises(DeclarationError, match=r"'nope'.*pack\.mod:add"):
+        report.bundle(a_bundle(tmp_path), "nope")
+    with pytest.raises(DeclarationError, match="'nope'"):
+        report.plan(a_plan(), Path("p"), "nope")
+
+
+def test_a_bundle_without_units(tmp_path: Path) -> None:
+    facts = report.bundle(a_bundle(tmp_path, a_manifest() | {"units": []}), points=True)
+    assert (facts["units"], facts["kernels"], facts["specializations"]) == (0, [], [])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"units": 3},
+        {"units": [{}]},
+        {"tunings": [{"kernel": 9}]},
+        {"kernels": []},
+        {"cases": [{"name": "x"}]},
+        {"target": None},
+        {"toolchain": []},
+        {"failed": [1]},
+        {"kernels": None, "metadata": 3},
+    ],
+)
+def test_a_sound_file_with_another_manifest_is_one_error(tmp_path: Path, change: dict[str, Any]) -> None:
+    found = a_bundle(tmp_path, a_manifest() | change)
+    with pytest.raises(BundleCorrupt, match="build it again"):
+        report.bundle(found, points=True)
+
+
+def test_a_plan_with_strange_values_is_one_error() -> None:
+    for strange in ({"reached": 5}, {"reached": {"a": [1]}}, {"specialization": [1]}, {"specialization": [{"t": [1]}]}):
+        with pytest.raises(DeclarationError):
+            report.plan(a_plan(units=[replace(a_unit(), **strange)]), Path("p"), points=True)
+
+
+@pytest.mark.parametrize(
+    ("origin", "points", "sampled", "text"),
+    [
+        ("traced", 1112, [], "proved 1112 points"),
+        ("traced", 1, [], "proved 1 point"),
+        ("traced", 90, ["decode.batch", "prefill.tokens"], "sampled: decode.batch, prefill.tokens"),
+        ("recorded", 0, [], "recorded: what ran, nothing else"),
+        ("", 0, [], "recorded: what ran, nothing else"),
+    ],
+)
+def test_coverage_in_words(origin: str, points: int, sampled: list[str], text: str) -> None:
+    assert report.coverage(origin, points, sampled) == text
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def side(plan: Plan) -> report.Side:
+    return report.Side(Path("left.json"), plan)
+
+
+def test_a_plan_is_the_same_as_itself_and_its_bundle(tmp_path: Path) -> None:
+    bundle = report.side(a_bundle(tmp_path))
+    assert report.diff(side(a_plan()), side(a_plan()))["same"]
+    assert report.diff(side(a_plan()), bundle)["same"]
+    assert report.diff(bundle, side(a_plan()))["same"]
+
+
+def test_what_a_bundle_left_out_as_unfit_is_no_difference(tmp_path: Path) -> None:
+    plan, manifest = a_plan(), a_manifest()
+    plan.units[1].overrides = {"num_warps": 1}  # which a bundle does not write down
+    unfit = a_unit(OTHER, 32, via=[[0, 2]])
+    plan.units.append(unfit)
+    assert not report.diff(side(plan), report.side(a_bundle(tmp_path, manifest)))["same"]
+    manifest["pruned"] = [{"kernel": OTHER, "unit": unfit.id, "via": [[0, 2]], "why": "too much shared memory"}]
+    assert report.diff(side(plan), report.side(a_bundle(tmp_path, manifest)))["same"]
+    assert report.diff(report.side(a_bundle(tmp_path, manifest)), side(plan))["same"]
+
+
+def test_each_side_says_what_the_other_lacks() -> None:
+    left = a_plan(units=[a_unit()], tunings=[])
+    facts = as_json(report.diff(side(left), side(a_plan(units=[a_unit(warps=8)])), lambda *_: ["x", "n", "B"]))
+    assert not facts["same"]
+    assert [u["signature"] for u in facts["only_left"]["units"]] == ["x:*bf16:16 n:i32 B=128 num_warps=4"]
+    assert [u["signature"] for u in facts["only_right"]["units"]] == ["x:*bf16:16 n:i32 B=128 num_warps=8"]
+    assert facts["only_left"]["tunings"] == []
+    assert facts["only_right"]["tunings"][0]["key"] == ["128", "'torch.bfloat16'"]
+
+
+# --- a bundle on this host --------------------------------------------------------------------------------------------
+
+FITS = [Part("triton", "3.7.1", "3.7.1"), Part("gpu name", "H200", "H100", needed=False)]
+MISFIT = Part("arch", "90", "80")
+
+
+def test_nothing_is_found(tmp_path: Path) -> None:
+    found = a_bundle(tmp_path)
+    assert report.findings(found, None, FITS) == []
+    assert report.findings(found, found.digest, FITS) == []
+
+
+def test_every_finding_has_its_bit(tmp_path: Path) -> None:
+    failed = [{"kernel": KERNEL, "unit": "0", "error": "E"}]
+    path = a_bundle(tmp_path, a_manifest() | {"complete": False, "failed": failed}).path
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    found = as_json(report.findings(read_bundle(path), "0" * 64, [*FITS, MISFIT]))
+    assert [f["code"] for f in found] == [8, 8, 16, 32]
+    assert [f["kind"] for f in found] == ["corrupt", "corrupt", "not for this host", "incomplete"]
+    assert found[2]["what"] == "arch: the bundle is for 90, this host has 80"
+    assert KERNEL in found[3]["what"]
+
+
+def test_a_unit_without_its_object(tmp_path: Path) -> None:
+    manifest = a_manifest()
+    manifest["units"][0]["object"] = "0" * 64
+    (found,) = report.findings(a_bundle(tmp_path, manifest), None, FITS)
+    assert found["code"] == 8
+
+
+def test_explaining_part_by_part(tmp_path: Path) -> None:
+    facts = as_json(report.explain(a_bundle(tmp_path), [*FITS, MISFIT]))
+    assert [p["status"] for p in facts["parts"]] == ["ok", "costs", "differs"]
+    assert not facts["loads"]
+    assert report.explain(a_bundle(tmp_path), FITS)["loads"]
+
+
+# --- builds and targets -----------------------------------------------------------------------------------------------
+
+
+def a_built(path: Path, **more: Any) -> Built:
+    given = {"failed": [], "sampled": [], "points": 4, "seconds": 0.5, **more}
+    return Built("h200", path, "d" * 64, 10, 3, 3, 0, **given)
+
+
+def test_a_build_says_what_goes_into_the_dockerfile() -> None:
+    facts = as_json(report.built(a_built(Path("/a/b.safetensors"))))
+    assert facts["dockerfile"] == f"ENV AOT_CACHE=/a/b.safetensors AOT_CACHE_DIGEST={'d' * 64}"
+    assert facts["coverage"] == "proved 4 points"
+    assert Path(report.built(a_built(Path("b")))["path"]).is_absolute()
+
+
+def test_a_path_that_a_dockerfile_would_take_apart_is_quoted() -> None:
+    assert 'ENV AOT_CACHE="/a b/\\$c" ' in report.built(a_built(Path("/a b/$c")))["dockerfile"]
+
+
+def test_targets_are_plain() -> None:
+    rows = as_json(report.targets(TARGETS.values()))
+    assert [row["id"] for row in rows] == list(TARGETS)
+    assert all(row["source"] for row in rows)
+    found = [Difference("capability", (9, 0), (9, 1))]
+    assert as_json(report.differences("h200", found)) == [
+        {"target": "h200", "field": "capability", "table": [9, 0], "device": [9, 1]}
+    ]
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(None, "-"), (0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1_623_432, "1.6 MB"), (143 * 10**12, "143000.0 GB")],
+)
+def test_sizes(count: int | None, text: str) -> None:
+    assert render.size(count) == text
+
+
+def test_hostile_text_reaches_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = a_manifest() | {"recipe": "\x1b[31m[bold]red\x07\nsecond line"}
+    manifest["cases"][0]["dims"]["batch"] = "\x9b2J"
+    render.plan_or_bundle(report.bundle(a_bundle(tmp_path, manifest), points=True))
+    out = capsys.readouterr().out
+    assert all(c.isprintable() or c == "\n" for c in out)
+    assert "?[31m[bold]red? second line" in out
+
+
+def test_a_table_that_is_piped_folds_no_name(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a.very.long.module:" + "kernel_" * 40
+    render.table(("kernel", "n"), [(name, 1)], ("n",))
+    assert name in capsys.readouterr().out
+
+
+def test_tuned_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    tunings = [Tuning(OTHER, 0, [n], [{"num_warps": 1}, {"num_warps": 2}]) for n in range(2)]
+    tunings[0].choice = {"num_warps": 1}
+    render.plan_or_bundle(report.plan(a_plan(tunings=tunings), Path("p")))
+    out = capsys.readouterr().out
+    assert "1 of 2" in out and "no choice" in out
+    assert "1 choices are not tuned: the first config that fits is used" in out

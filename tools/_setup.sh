@@ -1,0 +1,48 @@
+# Sourced by the scripts beside it. Gives $root (the repository), $venv and the function set_up.
+# shellcheck shell=bash
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+venv=$root/.venv-test
+
+heading() { printf '\n== %s ==\n' "$*"; }
+
+# What the environment was made from: when one of these differs, pip runs again. The path, because a venv cannot move.
+_stamp() {
+    "${PYTHON:-python3}" --version
+    printf '%s\n' "$root"
+    cat -- "$root/constraints.txt" "$root/pyproject.toml" "$root/tools/_setup.sh"
+}
+
+_install() {
+    local python=$venv/bin/python
+    if ! [ -x "$python" ] || [ "$("$python" --version)" != "$("${PYTHON:-python3}" --version)" ]; then
+        rm -rf -- "$venv"
+        "${PYTHON:-python3}" -m venv "$venv" || return
+    fi
+    local pip=("$python" -m pip --disable-pip-version-check install --quiet --progress-bar off
+        --constraint "$root/constraints.txt")
+    # torch first and by its exact version: where pip knows of a local CPU build of it, that one is taken, and what
+    # comes after is content with it. A bare `torch` would fetch gigabytes of CUDA.
+    "${pip[@]}" "$(grep -E '^torch==' "$root/constraints.txt")" || return
+    "${pip[@]}" --editable "$root[fla,dev]" || return
+}
+
+# Makes or renews the environment; does nothing when it is as it should be.
+set_up() {
+    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+        echo "Python 3.10 or later is needed; ${PYTHON:-python3} is not (set PYTHON)" >&2
+        return 1
+    }
+    # Under a lock, because two runs in one checkout would install into each other.
+    (
+        flock 9
+        stamp=$(_stamp | sha256sum)
+        if [ "$(cat -- "$venv/stamp" 2>/dev/null)" = "$stamp" ]; then
+            echo "$venv is up to date"
+        else
+            echo "installing into $venv"
+            rm -f -- "$venv/stamp"
+            _install && printf '%s\n' "$stamp" >"$venv/stamp"
+        fi
+    ) 9>"$root/.venv-test.lock"
+}

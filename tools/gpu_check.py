@@ -1,0 +1,454 @@
+#!/usr/bin/env python3
+"""Check on a real GPU what aot-cache claims, and print one JSON record. Grows with each capability.
+
+    python tools/gpu_check.py --bundle BUNDLE [--points 64] [--out RECORD.json] [--only capture,without,parity,tune]
+
+Every part runs in a fresh process with empty caches. `without` is the same as `capture` without the bundle: it shows what
+happens today, and that the check can fail. Exit code 0 when every claim holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+Json = Any
+TOLERANCE = 1e-2  # relative norm, bf16
+
+
+# --- what every part needs ---------------------------------------------------------------------------------------------
+
+
+def chosen_points(recipe: Any, count: int) -> list[tuple[Any, dict[str, int]]]:
+    """(case, point): both ends, powers of two and odd ones of every case, at least `count` in all."""
+    from aot_cache.shapes import enumerate_points
+
+    out = []
+    for case in recipe.cases:
+        points = enumerate_points(case.dims).points
+        share = max(4, -(-count // len(recipe.cases)))
+        picks = {0, len(points) - 1}
+        step = 0
+        while len(picks) < min(share, len(points)):
+            step += 1
+            picks.add((step * 2654435761) % len(points))  # spread, odd and even alike, the same on every run
+        out += [(case, points[index]) for index in sorted(picks)]
+    return out
+
+
+class Independent:
+    """Counts the events by hooking upstream itself, beside the ledger: the two must agree."""
+
+    def __init__(self) -> None:
+        import triton.compiler
+        import triton.runtime.autotuner as autotuner
+        import triton.runtime.build as build
+
+        self.counts: Counter[str] = Counter()
+        self._wrap(triton.compiler, "compile", "compile")
+        self._wrap(autotuner.Autotuner, "_bench", "benchmark")
+        self._wrap(build.subprocess, "check_call", "gcc")
+
+    def watch_driver(self) -> None:
+        from triton.runtime.driver import driver
+
+        self._wrap(driver.active.utils, "load_binary", "module_load")
+
+    def _wrap(self, owner: Any, name: str, kind: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.counts[kind] += 1
+            return original(*args, **kwargs)
+
+        setattr(owner, name, counted)
+
+
+def clone_call(call: Any) -> Any:
+    """The same call on copies of its tensors."""
+    import torch
+
+    from aot_cache import Call
+
+    def copy(value: Any) -> Any:
+        return value.clone() if isinstance(value, torch.Tensor) else value
+
+    return Call(call.fn, *[copy(a) for a in call.args], **{k: copy(v) for k, v in call.kwargs.items()})
+
+
+def tensors_of(value: Any) -> list[Any]:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [t for v in value for t in tensors_of(v)]
+    return []
+
+
+def distance(found: Any, wanted: Any) -> float:
+    """Largest relative norm of the difference, over all tensors."""
+    worst = 0.0
+    for a, b in zip(tensors_of(found), tensors_of(wanted), strict=True):
+        a, b = a.double(), b.double()
+        worst = max(worst, float((a - b).norm() / max(float(b.norm()), 1e-30)))
+    return worst
+
+
+def capture_first_call(call: Any) -> tuple[Any, Any]:
+    """Call for the first time inside a capture. Returns (graph, static outputs)."""
+    import torch
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    return graph, out
+
+
+# --- the parts, each in its own process --------------------------------------------------------------------------------
+
+
+def part_capture(options: argparse.Namespace) -> Json:
+    """First call inside a capture at every chosen point; with `--no-bundle` the same without aot-cache."""
+    independent = Independent()
+    import torch
+
+    import aot_cache
+    from aot_cache import recipe as recipes
+    from aot_cache.runtime import loader
+
+    began = time.perf_counter()
+    if options.bundle:
+        aot_cache.load(options.bundle, strict=True)
+        assert not torch.cuda.is_initialized(), "load initialised CUDA"
+    else:
+        loader._arm()  # the ledger counts, nothing is installed
+    recipe = recipes.load(options.recipe)
+    imported = time.perf_counter() - began
+    torch.zeros(1, device="cuda")
+    from triton.runtime.driver import driver
+
+    _ = driver.active.utils
+    independent.watch_driver()
+    began = time.perf_counter()
+    if options.bundle:
+        aot_cache.ready(strict=True)
+    load_seconds = time.perf_counter() - began
+    during_load = dict(independent.counts)
+    independent.counts.clear()
+    aot_cache.seal()
+    points = chosen_points(recipe, options.points)
+    failures, worst, per_point = [], 0.0, []
+    for case, point in points:
+        before = Counter(independent.counts)
+        try:
+            off = one_point(case, point)
+            worst = max(worst, off)
+            error = "" if off < TOLERANCE else f"replay differs from eager by {off:.3g}"
+        except Exception as lost:
+            error = f"{type(lost).__name__}: {str(lost).splitlines()[0][:160]}"
+        seen = dict(independent.counts - before)
+        per_point.append({"point": f"{case.name} {point}", "events": seen})
+        if error:
+            failures.append({"point": f"{case.name} {point}", "error": error})
+    stats = aot_cache.stats()
+    return {
+        "points": len(points),
+        "cases": {c.name: sum(1 for k, _ in points if k is c) for c in recipe.cases},
+        "import_seconds": round(imported, 3),
+        "ready_seconds": round(load_seconds, 4),
+        "events_during_load": during_load,
+        "independent_events_after_ready": dict(independent.counts),
+        "ledger_after_seal": {k: v for k, v in stats["after_seal"].items() if v},
+        "ledger_total": {k: v for k, v in stats["total"].items() if v},
+        "ledger_in_capture": {k: v for k, v in stats["in_capture"].items() if v},
+        "harmful_events_by_name": dict(Counter(f"{e['kind']} {e['name']}" for e in stats["events"] if e["sealed"])),
+        "failed_points": failures,
+        "points_with_events": sum(1 for p in per_point if p["events"]),
+        "worst_relative_norm": worst,
+        "bundles": stats["bundles"],
+    }
+
+
+def one_point(case: Any, point: dict[str, int]) -> float:
+    """First call at `point` inside a capture, replayed and compared with eager on copies of the inputs."""
+    import torch
+
+    torch.manual_seed(1)
+    with case.modes():
+        call = case.call(point)
+        twin = clone_call(call)
+        graph, out = capture_first_call(call)
+        graph.replay()
+        torch.cuda.synchronize()
+        eager = twin()
+        inputs, twins = [*call.args, *call.kwargs.values()], [*twin.args, *twin.kwargs.values()]
+        return max(distance(out, eager), distance(inputs, twins))  # kernels that write their inputs, too
+
+
+def part_parity(options: argparse.Namespace) -> Json:
+    """What the device launches at each point beside what the virtual device planned for that point."""
+    import torch
+
+    import aot_cache
+    from aot_cache import recipe as recipes
+    from aot_cache import shapes
+    from aot_cache.plan import Unit
+    from aot_cache.runtime.record import Recording
+    from aot_cache.manifest import whole
+    from aot_cache.store import read_bundle
+    from aot_cache.upstream import triton_tuning
+
+    manifest = whole(read_bundle(options.bundle))
+    recipe = recipes.load(manifest["spec"])
+    recording = Recording("parity")
+    aot_cache.load(options.bundle, strict=True)
+    torch.zeros(1, device="cuda")
+    aot_cache.ready(strict=True)
+    _bench_once()
+    points = chosen_points(recipe, options.points)
+    planned: dict[str, set[str]] = {f"{case.name} {point}": set() for case, point in points}
+    plan = json.loads(Path(options.bundle).with_suffix(".plan.json").read_text())
+    covered: dict[str, set[str]] = {}  # many units share their boxes
+    for unit in plan["units"]:
+        identity = Unit(**{**unit, "reached": {}}).id
+        for case, boxes in unit["reached"].items():
+            text = f"{case} {json.dumps(boxes)}"
+            if text not in covered:
+                covered[text] = {f"{case} {point}" for point in shapes.expand(boxes)} & set(planned)
+            for name in covered[text]:
+                planned[name].add(identity)
+    different = []
+    launches = 0
+    for case, point in points:
+        for tuning in manifest["tunings"]:
+            name = manifest["kernels"][tuning["kernel"]]["name"]
+            triton_tuning.forget(name, tuning["tuner"], tuning["key"])
+        recording.clear()
+        with case.modes():
+            case.call(point)()
+        torch.cuda.synchronize()
+        found = {unit.id for unit in recording.plan().units}
+        wanted = planned[f"{case.name} {point}"]
+        launches += len(found)
+        if found != wanted:
+            different.append(
+                {"point": f"{case.name} {point}", "only_device": len(found - wanted), "only_plan": len(wanted - found)}
+            )
+    return {
+        "points": len(points),
+        "units_compared": launches,
+        "different_points": different,
+    }
+
+
+def _bench_once() -> None:
+    """Make tuning launch each candidate once instead of timing it: parity asks what is launched, not how fast."""
+    from triton.runtime.driver import driver
+
+    def once(call: Any, quantiles: Any = None, **_: Any) -> list[float]:
+        call()
+        return [1.0, 1.0, 1.0]
+
+    type(driver.active).get_benchmarker = lambda self: once
+
+
+def part_step_times(options: argparse.Namespace) -> Json:
+    """Time of captured prefill steps with the choices of a bundle, or with Triton's own tuning (`--own-tuning`)."""
+    import torch
+
+    import aot_cache
+    from aot_cache import recipe as recipes
+    from aot_cache.manifest import whole
+    from aot_cache.store import read_bundle
+    from aot_cache.upstream import triton_tuning
+
+    manifest = whole(read_bundle(options.bundle))
+    recipe = recipes.load(manifest["spec"])
+    torch.zeros(1, device="cuda")
+    aot_cache.load(options.bundle, strict=True)
+    aot_cache.ready(strict=True)
+    cases = {case.name: case for case in recipe.cases}
+    wanted = [(name, {"tokens": t}) for name in ("prefill-16", "prefill-48") for t in (1024, 8192)]
+    calls = []
+    for name, point in wanted:
+        case = cases[name]
+        with case.modes():
+            torch.manual_seed(1)
+            call = case.call(point)
+            if options.own_tuning:
+                for tuning in manifest["tunings"]:
+                    kernel = manifest["kernels"][tuning["kernel"]]["name"]
+                    triton_tuning.forget(kernel, tuning["tuner"], tuning["key"])
+            call()
+            graph, _ = capture_first_call(call)
+        calls.append((f"{name} tokens={point['tokens']}", graph, call))
+    times = {}
+    for name, graph, _ in calls:
+        for _ in range(20):
+            graph.replay()
+        torch.cuda.synchronize()
+        samples = []
+        for _ in range(30):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(20):
+                graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            samples.append(start.elapsed_time(end) / 20)
+        samples.sort()
+        times[name] = {"median_ms": samples[15], "p10_ms": samples[3], "p90_ms": samples[27]}
+    return {"times": times, "events": {k: v for k, v in aot_cache.stats()["total"].items() if v}}
+
+
+# --- putting it together -----------------------------------------------------------------------------------------------
+
+
+def run_part(name: str, options: list[str], timeout: float = 500) -> Json:
+    """Run one part in a fresh process with empty caches and return its record."""
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+        environment = {**os.environ, "TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+        environment["GPU_CHECK_ANSWER"] = f"{folder}/answer.json"
+        began = time.perf_counter()
+        command = [sys.executable, __file__, "--part", name, *options]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+        answer = Path(folder, "answer.json")
+        if done.returncode != 0 or not answer.exists():
+            return {"error": done.stderr.strip().splitlines()[-12:], "code": done.returncode}
+        return {**json.loads(answer.read_text()), "process_seconds": round(time.perf_counter() - began, 2)}
+
+
+def machine() -> Json:
+    import platform
+    from importlib import metadata
+
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    gpu = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    versions = {}
+    for name in ("torch", "triton", "fla-core"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {"gpu": gpu, "python": platform.python_version(), "versions": versions, "cores": os.cpu_count()}
+
+
+def commit() -> str:
+    if os.environ.get("AOT_CACHE_COMMIT"):
+        return os.environ["AOT_CACHE_COMMIT"]
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def check(options: argparse.Namespace) -> Json:
+    only = set(options.only.split(","))
+    record: Json = {"tool": "gpu_check", "commit": commit(), "machine": machine(), "bundle": Path(options.bundle).name}
+    common = ["--bundle", options.bundle, "--points", str(options.points), "--recipe", options.recipe]
+    if "capture" in only:
+        record["capture"] = run_part("capture", common)
+    if "without" in only:
+        few = ["--no-bundle", "--points", str(options.points_without), "--recipe", options.recipe]
+        record["without"] = run_part("capture", few)
+    if "parity" in only:
+        record["parity"] = run_part("parity", common)
+    if "tune" in only:
+        record["tune"] = tuned(options, common)
+    record["claims"] = claims(record)
+    return record
+
+
+def tuned(options: argparse.Namespace, common: list[str]) -> Json:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "tuned.safetensors")
+        began = time.perf_counter()
+        command = [sys.executable, "-m", "aot_cache.cli", "tune", options.bundle, "--out", str(out), "--prune", "--json"]
+        environment = {**os.environ, "TRITON_CACHE_DIR": f"{folder}/triton", "PYTHONPATH": _path()}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=HERE.parent)
+        if done.returncode != 0:
+            return {"error": done.stderr.strip().splitlines()[-12:]}
+        record: Json = {"tune": json.loads(done.stdout), "tune_seconds": round(time.perf_counter() - began, 1)}
+        record["tuned"] = run_part("step_times", ["--bundle", str(out), "--recipe", options.recipe])
+        record["untuned"] = run_part("step_times", common)
+        record["own"] = run_part("step_times", [*common, "--own-tuning"])
+        if options.keep_tuned:
+            Path(options.keep_tuned).write_bytes(out.read_bytes())
+    for kind in ("tuned", "untuned"):
+        if "times" in record[kind] and "times" in record["own"]:
+            record[f"{kind}_over_own"] = {
+                name: round(t["median_ms"] / record["own"]["times"][name]["median_ms"], 4)
+                for name, t in record[kind]["times"].items()
+            }
+    return record
+
+
+def _path() -> str:
+    return os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+
+
+def claims(record: Json) -> dict[str, bool]:
+    out: dict[str, bool] = {}
+    capture = record.get("capture")
+    if capture is not None:
+        bad = {"compile", "disk_hit", "tuning", "benchmark", "module_load", "gcc"}
+        ok = "error" not in capture
+        out["at least 60 points, first call in a capture"] = ok and capture["points"] >= 60 and not capture["failed_points"]
+        out["ledger: zero events after ready"] = ok and not bad & set(capture["ledger_after_seal"])
+        out["independent hooks: zero events after ready"] = ok and not capture["independent_events_after_ready"]
+        out["no gcc run at all, load included"] = ok and not capture["events_during_load"].get("gcc")
+        out["replay equals eager"] = ok and capture["worst_relative_norm"] < TOLERANCE
+    without = record.get("without")
+    if without is not None:
+        out["without the bundle the same check fails"] = "error" not in without and bool(
+            without["failed_points"] or without["independent_events_after_ready"]
+        )
+    parity = record.get("parity")
+    if parity is not None:
+        out["virtual plan equals what the device launches, at every point"] = (
+            "error" not in parity and parity["points"] >= 60 and not parity["different_points"]
+        )
+    tune = record.get("tune")
+    if tune is not None:
+        ratios = tune.get("tuned_over_own", {})
+        out["tuned bundle within 1.02 of Triton's own tuning"] = bool(ratios) and max(ratios.values()) <= 1.02
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle")
+    parser.add_argument("--no-bundle", action="store_true")
+    parser.add_argument("--recipe", default="aot_cache.models.gated_delta:recipe")
+    parser.add_argument("--points", type=int, default=64)
+    parser.add_argument("--points-without", type=int, default=16)
+    parser.add_argument("--only", default="capture,without,parity,tune")
+    parser.add_argument("--own-tuning", action="store_true")
+    parser.add_argument("--keep-tuned")
+    parser.add_argument("--part")
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    if options.part:
+        answer = globals()[f"part_{options.part}"](options)
+        Path(os.environ["GPU_CHECK_ANSWER"]).write_text(json.dumps(answer))
+        return 0
+    record = check(options)
+    text = json.dumps(record, indent=1)
+    print(text)
+    if options.out:
+        Path(options.out).write_text(text + "\n")
+    return 0 if all(record["claims"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
