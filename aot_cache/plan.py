@@ -115,7 +115,9 @@ class Plan:
         """Raises DeclarationError when `data` is no plan of this schema."""
         if data.get("aot-cache plan") != SCHEMA:
             raise DeclarationError(
-                f"a plan of schema {SCHEMA}", f"schema {data.get('aot-cache plan')!r}", "write it anew with this version"
+                f"a plan of schema {SCHEMA}",
+                f"schema {data.get('aot-cache plan')!r}",
+                "write it anew with this version",
             )
         try:
             return cls(
@@ -216,8 +218,7 @@ def merge(plans: Iterable[Plan]) -> Plan:
         for unit in plan.units:
             unit.via = [[renumber[t], c] for t, c in unit.via]
             known = units.setdefault(unit.id, unit)
-            known.via = sorted({tuple(v) for v in [*known.via, *unit.via]})  # type: ignore[arg-type]
-            known.via = [list(v) for v in known.via]
+            known.via = [list(v) for v in sorted({tuple(v) for v in [*known.via, *unit.via]})]
         out.closures.update(plan.closures)
     out.units = list(units.values())
     return out

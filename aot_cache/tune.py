@@ -22,7 +22,6 @@ from aot_cache.manifest import split, whole
 from aot_cache.recipe import Case, Recipe
 from aot_cache.runtime import loader
 from aot_cache.runtime.kernels import KernelSet, Report
-from aot_cache.shapes import Point
 from aot_cache.store import read_bundle, write_bundle
 from aot_cache.upstream import torch_capture
 
@@ -46,7 +45,10 @@ class _Times:
         return min(full, key=lambda c: (statistics.fmean(t[0] / f for t, f in zip(full[c], floors)), c))
 
     def to_json(self) -> dict[str, Json]:
-        return {"points": self.points, "ms": {str(c): [[round(x, 6) for x in t] for t in v] for c, v in self.times.items()}}
+        return {
+            "points": self.points,
+            "ms": {str(c): [[round(x, 6) for x in t] for t in v] for c, v in self.times.items()},
+        }
 
 
 def ready(*, strict: bool = False, tune: bool = False) -> list[Report]:
@@ -64,7 +66,9 @@ def ready(*, strict: bool = False, tune: bool = False) -> list[Report]:
     reports = loader.ready(strict=strict)
     if tune:
         if not torch_capture.cuda_is_up() or torch_capture.capturing():
-            raise TuneError("to tune before the first capture", "CUDA is not up, or a capture is active", "call it earlier")
+            raise TuneError(
+                "to tune before the first capture", "CUDA is not up, or a capture is active", "call it earlier"
+            )
         for kernels in loader.loaded():
             manifest = whole(kernels.bundle)
             open_ones = [n for n, t in enumerate(manifest["tunings"]) if not kernels.is_chosen(t)]
@@ -95,7 +99,7 @@ def tune(bundle_path: Path, out: Path, *, prune: bool, points: int, progress: Pr
     bundle = read_bundle(bundle_path)
     if not torch.cuda.is_available():
         raise TuneError("a GPU to tune on", "none", "run this on the kind of GPU that serves")
-    torch.cuda.init()
+    torch.zeros(1, device="cuda")  # brings CUDA up
     name = torch_capture.device_name()
     if name != bundle.manifest["target"]["name"]:
         raise TuneError(
@@ -156,7 +160,9 @@ def _measure(
         result = results[number]
         if current not in result.points:
             result.points.append(current)
-        result.times.setdefault(_candidate(manifest["tunings"][number], config), []).append((times[0], times[1], times[2]))
+        result.times.setdefault(_candidate(manifest["tunings"][number], config), []).append(
+            (times[0], times[1], times[2])
+        )
 
     plan = _points_for(manifest, results, points)
     for done, ((case_name, text), wanted) in enumerate(sorted(plan.items())):
@@ -173,7 +179,9 @@ def _measure(
     return results
 
 
-def _points_for(manifest: Mapping[str, Json], results: Mapping[int, _Times], count: int) -> dict[tuple[str, str], list[int]]:
+def _points_for(
+    manifest: Mapping[str, Json], results: Mapping[int, _Times], count: int
+) -> dict[tuple[str, str], list[int]]:
     """(case, point) → the tunings to measure there: the largest point of each, and others spread over its range."""
     out: dict[tuple[str, str], list[int]] = {}
     for number in results:

@@ -50,7 +50,9 @@ def bench_build(options: argparse.Namespace) -> Json:
         again = [build(request).seconds for _ in range(3)]
         plan = built.path.with_suffix(".plan.json")
         print(f"built {built.units} units in {built.seconds:.1f} s; now plain triton.compile", file=sys.stderr)
-        plain = child("plain_compile", ["--plan", str(plan), "--target", options.target], {"TRITON_CACHE_DIR": f"{folder}/triton"})
+        plain = child(
+            "plain_compile", ["--plan", str(plan), "--target", options.target], {"TRITON_CACHE_DIR": f"{folder}/triton"}
+        )
         return {
             "target": options.target,
             "units": built.units,
@@ -198,7 +200,7 @@ def part_warm_disk(options: argparse.Namespace) -> Json:
     import triton
     from triton.runtime.driver import driver
 
-    from aot_cache.upstream import triton_jit
+    from aot_cache.upstream import triton_jit, triton_kernel
 
     place = driver.active.get_current_target()
     jobs = []
@@ -215,7 +217,7 @@ def part_warm_disk(options: argparse.Namespace) -> Json:
             list(pool.map(lambda job: _compile(triton, job, place), jobs))
     began = time.perf_counter()
     for job in jobs:
-        _compile(triton, job, place)._init_handles()
+        triton_kernel.prime([_compile(triton, job, place)])
     return {"seconds": time.perf_counter() - began, "modules": len(jobs)}
 
 
@@ -233,7 +235,9 @@ def child(part: str, arguments: list[str], environment: dict[str, str]) -> Json:
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
         command = [sys.executable, __file__, part, *arguments, "--answer", str(answer)]
-        done = subprocess.run(command, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            command, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True, check=False
+        )
         if done.returncode != 0:
             raise SystemExit(f"{part} failed: {done.stderr.strip()[-2000:]}")
         return json.loads(answer.read_text())

@@ -133,7 +133,7 @@ def part_capture(options: argparse.Namespace) -> Json:
         aot_cache.load(options.bundle, strict=True)
         assert not torch.cuda.is_initialized(), "load initialised CUDA"
     else:
-        loader._arm()  # the ledger counts, nothing is installed
+        loader.arm()  # the ledger counts, nothing is installed
     recipe = recipes.load(options.recipe)
     imported = time.perf_counter() - began
     torch.zeros(1, device="cuda")
@@ -204,9 +204,9 @@ def part_parity(options: argparse.Namespace) -> Json:
     import aot_cache
     from aot_cache import recipe as recipes
     from aot_cache import shapes
+    from aot_cache.manifest import whole
     from aot_cache.plan import Unit
     from aot_cache.runtime.record import Recording
-    from aot_cache.manifest import whole
     from aot_cache.store import read_bundle
     from aot_cache.upstream import triton_tuning
 
@@ -319,7 +319,11 @@ def part_step_times(options: argparse.Namespace) -> Json:
 def run_part(name: str, options: list[str], timeout: float = 500) -> Json:
     """Run one part in a fresh process with empty caches and return its record."""
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
-        environment = {**os.environ, "TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+        environment = {
+            **os.environ,
+            "TRITON_CACHE_DIR": f"{folder}/triton",
+            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+        }
         environment["GPU_CHECK_ANSWER"] = f"{folder}/answer.json"
         began = time.perf_counter()
         command = [sys.executable, __file__, "--part", name, *options]
@@ -373,7 +377,17 @@ def tuned(options: argparse.Namespace, common: list[str]) -> Json:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "tuned.safetensors")
         began = time.perf_counter()
-        command = [sys.executable, "-m", "aot_cache.cli", "tune", options.bundle, "--out", str(out), "--prune", "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "aot_cache.cli",
+            "tune",
+            options.bundle,
+            "--out",
+            str(out),
+            "--prune",
+            "--json",
+        ]
         environment = {**os.environ, "TRITON_CACHE_DIR": f"{folder}/triton", "PYTHONPATH": _path()}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=HERE.parent)
         if done.returncode != 0:
@@ -403,7 +417,9 @@ def claims(record: Json) -> dict[str, bool]:
     if capture is not None:
         bad = {"compile", "disk_hit", "tuning", "benchmark", "module_load", "gcc"}
         ok = "error" not in capture
-        out["at least 60 points, first call in a capture"] = ok and capture["points"] >= 60 and not capture["failed_points"]
+        out["at least 60 points, first call in a capture"] = (
+            ok and capture["points"] >= 60 and not capture["failed_points"]
+        )
         out["ledger: zero events after ready"] = ok and not bad & set(capture["ledger_after_seal"])
         out["independent hooks: zero events after ready"] = ok and not capture["independent_events_after_ready"]
         out["no gcc run at all, load included"] = ok and not capture["events_during_load"].get("gcc")

@@ -82,7 +82,9 @@ def _first_that_fits(
 def _misfit(metadata: Mapping[str, Json], target: Target) -> str:
     """Why a compiled kernel cannot be loaded on `target`; empty when it can. Triton finds out at the first launch."""
     if metadata.get("shared", 0) > target.shared_memory_per_block_optin:
-        return f"needs {metadata['shared']} bytes of shared memory, {target.id} has {target.shared_memory_per_block_optin}"
+        return (
+            f"needs {metadata['shared']} bytes of shared memory, {target.id} has {target.shared_memory_per_block_optin}"
+        )
     return ""
 
 

@@ -144,9 +144,7 @@ def _keep(store: Store, unit: Unit, unit_key: str, result: _Result, outcome: Out
         store.put_record(UNITS, unit_key, {"pruned": result.pruned})
         return
     digest = store.put(result.binary)
-    store.put_record(
-        UNITS, unit_key, {"object": digest, "size": len(result.binary), "metadata": result.metadata}
-    )
+    store.put_record(UNITS, unit_key, {"object": digest, "size": len(result.binary), "metadata": result.metadata})
 
 
 # --- C modules ---------------------------------------------------------------------------------------------------------
@@ -198,11 +196,13 @@ def _build_native(
 
 def _launcher_source(unit: Unit, metadata: dict[str, Json]) -> str | None:
     types = [triton_jit.decode(pair)[0] for pair in unit.specialization]
-    return triton_launcher.launcher_source(dict(enumerate(types)), metadata.get("tensordesc_meta"))
+    return triton_launcher.launcher_source({str(n): t for n, t in enumerate(types)}, metadata.get("tensordesc_meta"))
 
 
 def _native_key(job: Any) -> str:
-    return key.digest({"schema": key.SCHEMA, "source": job[0], "suffix": job[3].suffix, "cc": os.environ.get("CC", "gcc")})
+    return key.digest(
+        {"schema": key.SCHEMA, "source": job[0], "suffix": job[3].suffix, "cc": os.environ.get("CC", "gcc")}
+    )
 
 
 def _native_stored(store: Store, job: Any) -> bool:

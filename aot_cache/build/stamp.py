@@ -54,9 +54,10 @@ def changed(before: dict[str, Json]) -> str:
     if before.get("python") != platform.python_version():
         return "Python's version"
     for name, digest in before.get("packages", {}).items():
-        if package_digest(name) != digest:
+        if str(package_digest(name)) != digest:
             return f"package {name}"
-    for path, digest in before.get("files", {}).items():
+    files: dict[str, str] = before.get("files", {})
+    for path, digest in files.items():
         try:
             if _file_digest(path) != digest:
                 return path
@@ -66,15 +67,14 @@ def changed(before: dict[str, Json]) -> str:
 
 
 def package_digest(name: str) -> str:
-    """Version and RECORD of an installed package; never equal for one without a record."""
+    """Version and RECORD of an installed package."""
     try:
-        distribution = metadata.distribution(name)
+        distribution: metadata.Distribution = metadata.distribution(name)
     except metadata.PackageNotFoundError:
         return "gone"
     record = distribution.read_text("RECORD")
-    if record is None:
-        return f"{distribution.version} (no record)"
-    return f"{distribution.version} {hashlib.sha256(record.encode()).hexdigest()[:32]}"
+    recorded = hashlib.sha256(record.encode()).hexdigest()[:32] if record is not None else "(no record)"
+    return f"{distribution.version} {recorded}"
 
 
 def _file_digest(path: str) -> str:

@@ -49,9 +49,7 @@ def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None =
     """
     enumerations = [shapes.enumerate_points(case.dims) for case in recipe.cases]
     jobs = [
-        (number, start)
-        for number, points in enumerate(enumerations)
-        for start in range(0, len(points.points), BLOCK)
+        (number, start) for number, points in enumerate(enumerations) for start in range(0, len(points.points), BLOCK)
     ]
     total = sum(len(e.points) for e in enumerations)
     merged = _Merged(recipe, target, enumerations)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aot_cache.errors import TargetError
 
@@ -36,5 +36,6 @@ def tensors() -> Iterator[None]:
     """Tensors made on `cuda` inside are virtual."""
     from aot_cache.upstream.torch_tensor import VirtualMode
 
-    with VirtualMode():
+    mode: Any = VirtualMode  # torch's base class is untyped
+    with mode():
         yield

@@ -33,7 +33,13 @@ def main() -> int:
         return 1
     except Exception as error:
         traceback.print_exc()
-        send("error", type="AotCacheError", wanted="the build worker to finish", found=f"{type(error).__name__}: {error}", do="")
+        send(
+            "error",
+            type="AotCacheError",
+            wanted="the build worker to finish",
+            found=f"{type(error).__name__}: {error}",
+            do="",
+        )
         return 1
     return 0
 

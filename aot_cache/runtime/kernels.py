@@ -67,7 +67,8 @@ class KernelSet:
 
     def name_of(self, tuning: Mapping[str, Json]) -> str:
         """The kernel that a tuning of this bundle is of."""
-        return self._names[tuning["kernel"]]
+        name: str = self._names[tuning["kernel"]]
+        return name
 
     def is_chosen(self, tuning: Mapping[str, Json]) -> bool:
         """Whether a measured choice of this bundle is in force here."""

@@ -51,7 +51,7 @@ def load(path: str | Path, *, digest: str | None = None, strict: bool = False) -
         _check(kernels.bundle, look_at_gpu=False)
         with _lock:
             _sets.append(kernels)
-        after_import.after_import("triton.runtime.jit", _arm)
+        after_import.after_import("triton.runtime.jit", arm)
         if torch_capture.cuda_is_up():
             prime()
         return kernels.report
@@ -70,7 +70,7 @@ def prime() -> int:
     """
     from aot_cache.upstream import triton_kernel
 
-    _arm()
+    arm()
     device = triton_kernel.current_device()
     loaded = 0
     with _lock:
@@ -145,7 +145,9 @@ def _check(bundle: Bundle, look_at_gpu: bool) -> None:
     differing = compatible.differing(compatible.parts(bundle.manifest, look_at_gpu=look_at_gpu))
     if differing:
         raise Incompatible(
-            f"a bundle for this host, not {bundle.path}", compatible.say(differing), "build one for it (aot-cache build)"
+            f"a bundle for this host, not {bundle.path}",
+            compatible.say(differing),
+            "build one for it (aot-cache build)",
         )
 
 
@@ -156,7 +158,7 @@ def _refuse(error: AotCacheError, strict: bool) -> None:
     warnings.warn(f"aot-cache serves without its bundle: {error}", AotCacheWarning, stacklevel=3)
 
 
-def _arm() -> None:
+def arm() -> None:
     """Hook Triton's miss path, its C modules and the moment before a capture. Nothing here is on the hit path."""
     global _armed
     with _lock:

@@ -29,8 +29,7 @@ class _Context:
     def __enter__(self) -> _Context:
         return self
 
-    def __exit__(self, *_: object) -> bool:
-        return False
+    def __exit__(self, *_: object) -> None: ...
 
 
 class _Stream(_Context):

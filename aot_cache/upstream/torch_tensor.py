@@ -43,7 +43,7 @@ class VirtualTensor(torch.Tensor):
     def __new__(
         cls: type[VirtualTensor], meta: torch.Tensor, known: torch.Tensor | None = None, device: torch.device = DEVICE
     ) -> VirtualTensor:
-        out: VirtualTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        out: VirtualTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             meta.size(),
             strides=meta.stride(),
@@ -60,13 +60,13 @@ class VirtualTensor(torch.Tensor):
         # Pointer alignment is part of a Triton key: an address as torch's allocator would give it, plus the offset.
         if self.numel() == 0:
             return 0
-        return _ALLOCATION + self.storage_offset() * self.element_size()
+        return _ALLOCATION + int(self.storage_offset()) * self.element_size()
 
     def untyped_storage(self) -> torch.UntypedStorage:
         # Triton's AMD backend asks for the storage's size (2 GiB buffer addressing).
         return self.meta_.untyped_storage()
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"VirtualTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __getitem__(self, index: Any) -> Any:
@@ -89,15 +89,15 @@ class VirtualTensor(torch.Tensor):
         return int(self.shape[0])
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub has the method without its class
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return dispatch(func, args, kwargs or {})
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
 
-class VirtualMode(TorchDispatchMode):
+class VirtualMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its base class has an untyped hook
     """While active, tensors made on `cuda` are virtual."""
 
     @classmethod
@@ -201,7 +201,9 @@ def _known(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: li
     if func is _COPY_ and isinstance(args[0], VirtualTensor):
         source = args[1].known if isinstance(args[1], VirtualTensor) else args[1]
         if source is None or source.numel() > KNOWN_LIMIT or args[0].known is None:
-            args[0].known = None if source is None or source.shape != args[0].shape else source.to(args[0].dtype).clone()
+            args[0].known = (
+                None if source is None or source.shape != args[0].shape else source.to(args[0].dtype).clone()
+            )
             return args[0].known
     others = [t for t in _leaves(args) if isinstance(t, torch.Tensor) and not isinstance(t, VirtualTensor)]
     if any(t.known is None for t in tensors) or any(t.numel() > KNOWN_LIMIT for t in others):

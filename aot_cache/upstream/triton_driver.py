@@ -39,7 +39,9 @@ class _Utils:
         return dict(self._properties)
 
     def load_binary(self, *_: Any) -> Any:
-        raise TraceError("no module load while tracing", "host code loads a compiled kernel itself", "declare its result")
+        raise TraceError(
+            "no module load while tracing", "host code loads a compiled kernel itself", "declare its result"
+        )
 
 
 class VirtualDriver:

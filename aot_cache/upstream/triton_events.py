@@ -42,14 +42,14 @@ def listen(note: Note) -> Callable[[], None]:
 
     knobs.compilation.listener = compiled
     knobs.runtime.kernel_load_end_hook.add(loaded)
-    Autotuner._bench = bench  # type: ignore[method-assign]
+    Autotuner._bench = bench
     stop_counting = triton_launcher.count_compiler_runs(lambda name: note("gcc", name))
 
     def undo() -> None:
         if knobs.compilation.listener is compiled:
             knobs.compilation.listener = previous
         knobs.runtime.kernel_load_end_hook.remove(loaded)
-        Autotuner._bench = original_bench  # type: ignore[method-assign]
+        Autotuner._bench = original_bench
         stop_counting()
 
     return undo

@@ -324,7 +324,9 @@ def option_overrides(function: JITFunction, kwargs: dict[str, Any], options: dic
     return {k: v for k, v in kwargs.items() if k in names and k in fields and k not in options}
 
 
-def pack(function: JITFunction, specialization: list[Any], kwargs: dict[str, Any], target: Any) -> tuple[Any, Any, Any, Any]:
+def pack(
+    function: JITFunction, specialization: list[Any], kwargs: dict[str, Any], target: Any
+) -> tuple[Any, Any, Any, Any]:
     """(options, signature, constexprs, attrs) that `triton.compile` takes for a specialization."""
     backend = make_backend(target)
     bound = {p.name: value for p, (_, value) in zip(function.params, specialization)}

@@ -100,7 +100,7 @@ class Installer:
         names = tuple(sorted(values))
         made = self._types.get(names)
         if made is None:
-            made = self._types[names] = namedtuple("KernelMetadata", names)  # type: ignore[misc]
+            made = self._types[names] = namedtuple("KernelMetadata", names)
         return made(**values)
 
 
@@ -143,7 +143,9 @@ def functions_in_memory(names: set[str]) -> dict[str, list[JITFunction]]:
     """Kernels made inside functions, which no module attribute reaches: found among all live objects."""
     found: dict[str, list[JITFunction]] = {}
     for value in gc.get_objects():
-        if type(value) is JITFunction or (type(value).__module__.startswith("triton.") and isinstance(value, JITFunction)):
+        if type(value) is JITFunction or (
+            type(value).__module__.startswith("triton.") and isinstance(value, JITFunction)
+        ):
             name = triton_jit.name_of(value)
             if name in names:
                 found.setdefault(name, []).append(value)
@@ -167,9 +169,9 @@ def on_miss(handler: MissHandler) -> Callable[[], None]:
                 return kernel
         return original(self, key, signature, device, *args, **kwargs)
 
-    JITFunction._do_compile = _do_compile  # type: ignore[method-assign]
+    JITFunction._do_compile = _do_compile
 
     def undo() -> None:
-        JITFunction._do_compile = original  # type: ignore[method-assign]
+        JITFunction._do_compile = original
 
     return undo

@@ -114,7 +114,9 @@ def _cc(arguments: list[str], folder: str, what: str) -> None:
     try:
         subprocess.run([compiler, *arguments], cwd=folder, check=True, capture_output=True, text=True)
     except OSError as error:
-        raise TargetError(f"a C compiler to build {what}", f"{compiler}: {error.strerror}", "install gcc or set CC") from error
+        raise TargetError(
+            f"a C compiler to build {what}", f"{compiler}: {error.strerror}", "install gcc or set CC"
+        ) from error
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines()
         raise TargetError(f"{compiler} to build {what}", lines[0] if lines else f"exit {error.returncode}") from error
@@ -151,7 +153,8 @@ def serve(lookup: Lookup) -> None:
         if module is None:
             module = _find(src, name)
             if module is None:
-                return original(src, name, *args, **kwargs)
+                built: ModuleType = original(src, name, *args, **kwargs)
+                return built
             by_source[src] = module
         return module
 

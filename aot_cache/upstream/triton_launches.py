@@ -88,7 +88,9 @@ class LaunchLog:
         with self._lock:
             found = self._tuning_ids.get((name, ordinal, repr(key)))
             if found is None:
-                candidates = [{k: triton_jit.encode(v) for k, v in triton_jit.config_kwargs(c).items()} for c in configs]
+                candidates = [
+                    {k: triton_jit.encode(v) for k, v in triton_jit.config_kwargs(c).items()} for c in configs
+                ]
                 self.tunings.append(
                     {
                         "kernel": name,
@@ -222,11 +224,11 @@ def instead_of_launching(log: LaunchLog) -> Iterator[None]:
     def tune(self: Autotuner, *args: Any, **kwargs: Any) -> None:
         log.expand(self, args, kwargs)
 
-    JITFunction.run, Autotuner.run = run, tune  # type: ignore[method-assign]
+    JITFunction.run, Autotuner.run = run, tune
     try:
         yield
     finally:
-        JITFunction.run, Autotuner.run = jit_run, tuner_run  # type: ignore[method-assign]
+        JITFunction.run, Autotuner.run = jit_run, tuner_run
 
 
 def beside_launching(log: LaunchLog) -> Any:
@@ -274,9 +276,9 @@ def beside_launching(log: LaunchLog) -> Any:
             }
         return result
 
-    JITFunction.run, Autotuner.run = run, tune  # type: ignore[method-assign]
+    JITFunction.run, Autotuner.run = run, tune
 
     def undo() -> None:
-        JITFunction.run, Autotuner.run = jit_run, tuner_run  # type: ignore[method-assign]
+        JITFunction.run, Autotuner.run = jit_run, tuner_run
 
     return undo

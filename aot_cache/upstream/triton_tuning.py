@@ -40,11 +40,11 @@ def benchmarking(allowed: Allowed, measured: Measured) -> Iterator[None]:
         measured(name, ordinal, key, encoded, times)
         return times
 
-    Autotuner._bench = bench  # type: ignore[method-assign]
+    Autotuner._bench = bench
     try:
         yield
     finally:
-        Autotuner._bench = original  # type: ignore[method-assign]
+        Autotuner._bench = original
 
 
 def forget(kernel: str, ordinal: int, key: list[Json]) -> bool:
