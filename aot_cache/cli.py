@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from aot_cache import native as native_gpu
 from aot_cache import recipe, render, report, shapes
 from aot_cache import target as targets_table
 from aot_cache.build import pipeline
@@ -144,7 +145,7 @@ def _targets(names: Sequence[str], plan: Plan | None) -> tuple[list[Target], dic
     found: dict[str, Target] = {}
     for name in names:
         if name == "native":
-            target, different = targets_table.native()
+            target, different = native_gpu.native()
             differences += report.differences(target.id, different)
         else:
             target = targets_table.get(name)
@@ -157,7 +158,7 @@ def _default_target(plan: Plan | None) -> tuple[list[str], str]:
         return [plan.target], f"the plan's; {HOW_TO_CHOOSE}"
     if gpu_here():
         try:
-            targets_table.native()
+            native_gpu.native()
         except TargetError as error:
             return [DEFAULT_TARGET], f"the default, because {error.found}; {HOW_TO_CHOOSE}"
         return ["native"], f"this machine's GPU; {HOW_TO_CHOOSE}"

@@ -1,7 +1,8 @@
 """A bundle's manifest in its two forms: whole, as people and tools read it, and lean, as the loader parses it.
 
-What only `inspect`, `tune` and `diff` need (which points reach a unit, what lost, measurements) goes into one object of
-the bundle, hashed like the others; the header keeps what loading needs, since every start of a server parses it.
+Every start of a server parses the header, so it keeps what loading needs and says each thing once: a unit is five
+numbers and Triton's own key. What only `inspect`, `tune` and `diff` need (which points reach a unit, what lost,
+measurements) goes into one object of the bundle, hashed like the others.
 """
 
 from __future__ import annotations
@@ -16,30 +17,52 @@ from aot_cache.store import Bundle
 
 Json = Any
 
-_UNIT_DETAILS = ("via", "reached")
+_UNIT_DETAILS = ("key", "specialization", "options", "option_order", "via", "reached")
 _TUNING_DETAILS = ("candidates", "default", "measured", "reached")
 _DETAILS = ("cases", "pruned", "failed")
 
 
+class _Table:
+    """Values by number, each once."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+        self.values: list[Json] = []
+
+    def number(self, value: Json) -> int:
+        text = json.dumps(value, sort_keys=True)
+        if text not in self._numbers:
+            self._numbers[text] = len(self.values)
+            self.values.append(value)
+        return self._numbers[text]
+
+
 def split(whole: Mapping[str, Json]) -> tuple[dict[str, Json], bytes]:
-    """(lean manifest, details object) of a whole manifest."""
+    """(lean manifest, details object) of a whole manifest.
+
+    A lean unit is `[kernel, signature, metadata, binary, Triton's key]`: numbers into `kernels`, `signatures` (each
+    parameter's type), `metadata_sets` and `binaries` (digests). The key is null where it names another jit function:
+    such a function's own key depends on where it stands in its file, so the loader computes it from `late`.
+    """
+    signatures, metadata_sets, binaries = _Table(), _Table(), _Table()
     lean = {k: v for k, v in whole.items() if k not in _DETAILS}
-    option_sets: dict[str, int] = {}
+    lean["late"] = {}
     lean["units"] = []
-    for unit in whole["units"]:
-        pairs = [[name, unit["options"][name]] for name in unit["option_order"]]
-        options = option_sets.setdefault(json.dumps(pairs), len(option_sets))
+    for number, unit in enumerate(whole["units"]):
+        pairs = [pair["t"] for pair in unit["specialization"]]
+        if unit["memory_key"] is None:
+            options = [[name, unit["options"][name]] for name in unit["option_order"]]
+            lean["late"][str(number)] = {"specialization": pairs, "options": options}
         lean["units"].append(
-            {
-                "kernel": unit["kernel"],
-                "key": unit["key"],
-                "object": unit["object"],
-                "metadata": unit["metadata"],
-                "specialization": [pair["t"] for pair in unit["specialization"]],
-                "options": options,
-            }
+            [
+                unit["kernel"],
+                signatures.number([first for first, _ in pairs]),
+                metadata_sets.number(unit["metadata"]),
+                binaries.number(unit["object"]),
+                unit["memory_key"],
+            ]
         )
-    lean["options"] = [json.loads(text) for text in option_sets]
+    lean |= {"signatures": signatures.values, "metadata_sets": metadata_sets.values, "binaries": binaries.values}
     lean["tunings"] = [{**_without(t, _TUNING_DETAILS), "first": _first(t)} for t in whole["tunings"]]
     details = {name: whole[name] for name in _DETAILS}
     details["units"] = [{k: unit[k] for k in _UNIT_DETAILS} for unit in whole["units"]]
@@ -58,13 +81,19 @@ def whole(bundle: Bundle) -> dict[str, Json]:
     lean = dict(bundle.manifest)
     try:
         details = json.loads(bytes(bundle.object(lean.pop("details"))))
-        option_sets = lean.pop("options")
-        units = []
-        for unit, more in zip(lean["units"], details["units"], strict=True):
-            pairs = option_sets[unit["options"]]
-            restored = {**unit, "options": dict(pairs), "option_order": [name for name, _ in pairs], **more}
-            restored["specialization"] = [{"t": pair} for pair in unit["specialization"]]
-            units.append(restored)
+        lean.pop("late")
+        lean.pop("signatures")
+        metadata_sets, binaries = lean.pop("metadata_sets"), lean.pop("binaries")
+        units = [
+            {
+                "kernel": unit[0],
+                "metadata": metadata_sets[unit[2]],
+                "object": binaries[unit[3]],
+                "memory_key": unit[4],
+                **more,
+            }
+            for unit, more in zip(lean["units"], details["units"], strict=True)
+        ]
         tunings = [
             {**_without(t, ("first",)), **more} for t, more in zip(lean["tunings"], details["tunings"], strict=True)
         ]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from aot_cache.errors import AotCacheError, BundleCorrupt, DeclarationError, DigestMismatch, Incompatible, NotReady
 from aot_cache.key import Part
+from aot_cache.manifest import whole
 from aot_cache.plan import SCHEMA, Plan, Tuning, Unit
 from aot_cache.plan import diff as plan_diff
 from aot_cache.signature import Names, closure_digest, no_names, signature, value_text
@@ -46,7 +47,7 @@ def bundle(found: Bundle, kernel: str | None = None, points: bool = False, names
         BundleCorrupt: the manifest has another form than this version writes.
         DeclarationError: no kernel is called so.
     """
-    m = found.manifest
+    m = whole(found)
     with _form(BundleCorrupt, f"a bundle of this version at {found.path}"):
         inside = plan_of(m)
         objects = [(unit["object"], int(m["objects"][unit["object"]])) for unit in m["units"]]
@@ -92,7 +93,7 @@ def plan(found: Plan, path: Path, kernel: str | None = None, points: bool = Fals
 
 
 def plan_of(manifest: Mapping[str, Json]) -> Plan:
-    """The plan that a bundle's manifest carries, without the units that failed or do not fit.
+    """The plan that a bundle's whole manifest carries, without the units that failed or do not fit.
 
     Raises:
         KeyError, ValueError, ...: the manifest has another form than this version writes; see `_form`.
@@ -257,7 +258,8 @@ class Side:
 def side(found: Bundle) -> Side:
     """Raises BundleCorrupt when the manifest has another form than this version writes."""
     with _form(BundleCorrupt, f"a bundle of this version at {found.path}"):
-        return Side(found.path, plan_of(found.manifest), frozenset(p["unit"] for p in found.manifest["pruned"]))
+        manifest = whole(found)
+        return Side(found.path, plan_of(manifest), frozenset(p["unit"] for p in manifest["pruned"]))
 
 
 def diff(left: Side, right: Side, names: Names = no_names) -> Facts:
@@ -324,13 +326,18 @@ def findings(found: Bundle, digest: str | None, parts: Iterable[Part]) -> list[F
                 out.append(finding(BundleCorrupt, f"unit {unit['key'][:SHORT]} has no object in the bundle"))
         for part in parts:
             if part.needed and not part.same:
-                out.append(
-                    finding(Incompatible, f"{part.name}: the bundle is for {part.wanted}, this host has {part.found}")
-                )
+                what = f"{part.name}: the bundle is for {part.wanted}, this host has {part.found}"
+                out.append(finding(Incompatible, what))
         if found.manifest["complete"] is not True:
-            failed = ", ".join(sorted({f["kernel"] for f in found.manifest["failed"]}))
-            out.append(finding(NotReady, f"the build was not complete: {failed or 'units'} did not compile"))
+            out.append(finding(NotReady, f"the build was not complete: {_failed(found)} did not compile"))
     return out
+
+
+def _failed(found: Bundle) -> str:
+    try:
+        return ", ".join(sorted({str(f["kernel"]) for f in whole(found)["failed"]})) or "something"
+    except BundleCorrupt:  # its hash is wrong, which is a finding of its own
+        return "something"
 
 
 def finding(error: type[AotCacheError], what: str) -> Facts:

@@ -262,4 +262,17 @@ def test_no_bundle(path: Path) -> None:
 
 
 def test_there_is_no_way_around_the_hash() -> None:
-    assert {name for name in dir(Bundle) if not name.startswith("_")} == {"object", "check_all"}
+    assert {name for name in dir(Bundle) if not name.startswith("_")} == {"object", "check", "check_all"}
+
+
+@pytest.mark.parametrize("size", [100, 1 << 20])  # on this thread, and on several
+def test_many_objects_are_checked_at_once(path: Path, size: int) -> None:
+    objects = {hashlib.sha256(data).hexdigest(): data for data in (bytes([n]) * size for n in range(8))}
+    write_bundle(path, {}, objects)
+    read_bundle(path).check(list(objects))
+    data = bytearray(path.read_bytes())
+    data[-size // 2] ^= 1  # inside the last object
+    path.write_bytes(data)
+    broken = read_bundle(path)
+    with pytest.raises(BundleCorrupt, match=sorted(objects)[-1]):
+        broken.check(list(objects))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from aot_cache import cli
+from aot_cache import native as native_gpu
 from aot_cache import target as targets
 from aot_cache.build import pipeline
 from aot_cache.build.pipeline import Built, Request
@@ -307,7 +308,7 @@ NATIVE = replace(targets.get("h200"), memory_bytes=1, measured=True)
 
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "native", lambda: (NATIVE, [Difference("memory_bytes", 2, 1)]))
+    monkeypatch.setattr(native_gpu, "native", lambda: (NATIVE, [Difference("memory_bytes", 2, 1)]))
 
 
 @pytest.mark.usefixtures("native")
@@ -331,7 +332,7 @@ def test_a_gpu_that_cannot_be_used_is_said(run: Run, stub: Pipeline, monkeypatch
         raise TargetError("the GPU of this machine", "torch 2.13 finds none", "")
 
     monkeypatch.setattr(cli, "gpu_here", lambda: True)
-    monkeypatch.setattr(targets, "native", unusable)
+    monkeypatch.setattr(native_gpu, "native", unusable)
     said = run("build", "--model", "tiny:good")
     assert said.out.startswith("target: h200 (the default, because torch 2.13 finds none;")
     assert_one_line(run("build", "--model", "tiny:good", "--target", "native"), "finds none")
@@ -533,7 +534,8 @@ def test_looking_imports_no_torch(sample: Sample) -> None:
     code = (
         "import sys; from aot_cache.cli import main\n"
         f"bundle, plan = {str(sample.bundle)!r}, {str(sample.plan)!r}\n"
-        "commands = ['inspect', bundle], ['diff', plan, bundle], ['targets'], ['build', '--model', 'x'], ['verify', bundle]\n"
+        "commands = ['inspect', bundle], ['diff', plan, bundle], ['targets'], ['build', '--model', 'x'], "
+        "['verify', bundle]\n"
         "codes = [main(c) for c in commands]\n"
         "print(codes, *[m for m in ('torch', 'triton', 'numpy') if m in sys.modules])"
     )

@@ -16,6 +16,7 @@ from aot_cache import render, report
 from aot_cache.build.pipeline import Built
 from aot_cache.errors import BundleCorrupt, DeclarationError
 from aot_cache.key import Part
+from aot_cache.manifest import split
 from aot_cache.plan import CasePlan, Plan, Tuning, Unit
 from aot_cache.signature import closure_digest, parameter_names, signature, value_text
 from aot_cache.store import Bundle, read_bundle, write_bundle
@@ -85,9 +86,10 @@ def a_manifest(plan: Plan | None = None) -> dict[str, Any]:
     }
 
 
-def a_bundle(folder: Path, manifest: dict[str, Any] | None = None) -> Bundle:
+def a_bundle(folder: Path, manifest: dict[str, Any] | None = None, **in_header: Any) -> Bundle:
     path = folder / "tiny.safetensors"
-    write_bundle(path, manifest or a_manifest(), {sha(data): data for data in (ONE, TWO)})
+    lean, details = split(manifest or a_manifest())
+    write_bundle(path, lean | in_header, {sha(data): data for data in (ONE, TWO, details)})
     return read_bundle(path)
 
 
@@ -249,22 +251,28 @@ def test_a_bundle_without_units(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("whole", "header"),
     [
-        {"units": 3},
-        {"units": [{}]},
-        {"tunings": [{"kernel": 9}]},
-        {"kernels": []},
-        {"cases": [{"name": "x"}]},
-        {"target": None},
-        {"toolchain": []},
-        {"failed": [1]},
-        {"kernels": None, "metadata": 3},
+        ({"cases": [{"name": "x"}]}, {}),
+        ({"failed": [1]}, {}),
+        ({"failed": None}, {}),
+        ({}, {"units": 3}),
+        ({}, {"units": [{}, {}, {}]}),
+        ({}, {"tunings": []}),
+        ({}, {"kernels": []}),
+        ({}, {"target": None}),
+        ({}, {"toolchain": []}),
+        ({}, {"metadata": 3}),
+        ({}, {"details": "0" * 64}),
+        ({}, {"details": sha(ONE)}),
+        ({}, {"options": [[["num_warps", {"a": 1}], ["debug", False]]] * 3}),
     ],
 )
-def test_a_sound_file_with_another_manifest_is_one_error(tmp_path: Path, change: dict[str, Any]) -> None:
-    found = a_bundle(tmp_path, a_manifest() | change)
-    with pytest.raises(BundleCorrupt, match="build it again"):
+def test_a_sound_file_with_another_manifest_is_one_error(
+    tmp_path: Path, whole: dict[str, Any], header: dict[str, Any]
+) -> None:
+    found = a_bundle(tmp_path, a_manifest() | whole, **header)
+    with pytest.raises(BundleCorrupt, match="again"):
         report.bundle(found, points=True)
 
 
@@ -346,6 +354,13 @@ def test_every_finding_has_its_bit(tmp_path: Path) -> None:
     assert [f["kind"] for f in found] == ["corrupt", "corrupt", "not for this host", "incomplete"]
     assert found[2]["what"] == "arch: the bundle is for 90, this host has 80"
     assert KERNEL in found[3]["what"]
+
+
+def test_an_incomplete_bundle_whose_details_are_damaged(tmp_path: Path) -> None:
+    found = a_bundle(tmp_path, complete=False, details="0" * 64)
+    assert [f["what"] for f in report.findings(found, None, FITS)] == [
+        "the build was not complete: something did not compile"
+    ]
 
 
 def test_a_unit_without_its_object(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_a_sample_of_a_stepped_range_has_the_neighbours_of_a_change_that_it_jump
 
 
 def test_a_multiple_of_16_is_found_among_few() -> None:
-    odd = [value for value in range(513, 1024, 2)]
+    odd = list(range(513, 1024, 2))
     found = enumerate_points({"n": Values(*odd, 528), "m": Range(1, 10**6)}, limit=16384)
     assert 528 in {point["n"] for point in found.points}
 
@@ -236,7 +236,7 @@ def test_thinning_drops_the_spread_before_what_changes_keys() -> None:
 def test_ends_that_do_not_fit_are_an_error() -> None:
     dims = {f"d{number}": Range(1, 9) for number in range(5)}
     assert len(enumerate_points(dims, limit=32).points) == 32
-    with pytest.raises(DeclarationError, match="at most 31 points.*5 dimensions alone are 32"):
+    with pytest.raises(DeclarationError, match=r"at most 31 points.*5 dimensions alone are 32"):
         enumerate_points(dims, limit=31)
 
 

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from aot_cache import target
+from aot_cache import native as native_gpu
 from aot_cache.errors import UnknownName
-from aot_cache.target import TARGETS, Difference, Target, get, native
+from aot_cache.native import native
+from aot_cache.target import TARGETS, Difference, Target, get
 
 GPUS = [row for row in TARGETS.values() if row.backend != "cpu"]
 
@@ -180,9 +181,9 @@ def test_importing_loads_neither_torch_nor_triton() -> None:
 
 
 NATIVE = """
-import aot_cache.errors, aot_cache.target
+import aot_cache.errors, aot_cache.native
 try:
-    print(aot_cache.target.native())
+    print(aot_cache.native.native())
 except aot_cache.errors.TargetError as error:
     print(f'TargetError: {error}')
 """
@@ -219,7 +220,7 @@ def _device(row: Target, **changes: object) -> Target:
 def test_native_has_the_rows_id_and_the_devices_values(monkeypatch: pytest.MonkeyPatch) -> None:
     # The GPU is what most machines with these tests lack; everything after reading it is the real thing.
     device = _device(TARGETS["h200"], l2_bytes=52428800, memory_bytes=150_000_000_000)
-    monkeypatch.setattr(target, "_device", lambda: device)
+    monkeypatch.setattr(native_gpu, "_device", lambda: device)
     found, differences = native()
     assert found == replace(device, id="h200")
     assert differences == [
@@ -230,7 +231,7 @@ def test_native_has_the_rows_id_and_the_devices_values(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("row", GPUS, ids=lambda row: row.id)
 def test_each_row_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch, row: Target) -> None:
-    monkeypatch.setattr(target, "_device", lambda: _device(row))
+    monkeypatch.setattr(native_gpu, "_device", lambda: _device(row))
     found, differences = native()
     assert (found.id, differences) == (row.id, [])
 
@@ -247,7 +248,7 @@ def test_each_row_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch, row: Tar
 def test_an_unlisted_name_takes_the_likest_row_of_its_arch(
     monkeypatch: pytest.MonkeyPatch, like: str, changes: dict[str, object], id: str
 ) -> None:
-    monkeypatch.setattr(target, "_device", lambda: _device(TARGETS[like], **changes))
+    monkeypatch.setattr(native_gpu, "_device", lambda: _device(TARGETS[like], **changes))
     found, differences = native()
     assert found.id == id
     assert {difference.field: difference.device for difference in differences} == changes
@@ -255,7 +256,7 @@ def test_an_unlisted_name_takes_the_likest_row_of_its_arch(
 
 def test_an_unlisted_arch_is_its_own_target(monkeypatch: pytest.MonkeyPatch) -> None:
     device = _device(TARGETS["rtx4090"], id="nvidia-geforce-rtx-3090", arch=86, capability=(8, 6))
-    monkeypatch.setattr(target, "_device", lambda: device)
+    monkeypatch.setattr(native_gpu, "_device", lambda: device)
     assert native() == (device, [])
 
 
@@ -289,11 +290,11 @@ def _reported(row: Target, **more: object) -> tuple[SimpleNamespace, dict[str, i
 
 def test_reading_an_nvidia_device() -> None:
     properties, limits = _reported(TARGETS["h200"], max_threads_per_block=1024, gcnArchName="NVIDIA H200")
-    found = target._from_device(properties, limits, "cuda", "test")
+    found = native_gpu._from_device(properties, limits, "cuda", "test")
     assert found == replace(TARGETS["h200"], id="nvidia-h200", source="test", measured=True)
 
 
 def test_reading_an_amd_device_leaves_out_the_features_of_its_arch() -> None:
     properties, limits = _reported(TARGETS["mi300x"], gcnArchName="gfx942:sramecc+:xnack-")
-    found = target._from_device(properties, limits, "hip", "test")
+    found = native_gpu._from_device(properties, limits, "hip", "test")
     assert found == replace(TARGETS["mi300x"], id="amd-instinct-mi300x", source="test", measured=True)

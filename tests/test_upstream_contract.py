@@ -290,8 +290,7 @@ def test_the_binder(h200: Any) -> None:
     bound, specialization, options = binder(*ARGS, BLOCK=64, num_warps=8, debug=False)
     need(list(bound) == ["x", "y", "n", "BLOCK", "NAME"], "the binder's first result is not the arguments by name")
     need(
-        specialization
-        == [("*fp32", "D"), ("*fp32", ""), ("i32", "D"), ("constexpr", 64), ("constexpr", "none")],
+        specialization == [("*fp32", "D"), ("*fp32", ""), ("i32", "D"), ("constexpr", 64), ("constexpr", "none")],
         f"the binder's second result is not a (type, attribute or value) for each parameter: {specialization}",
     )
     need(options == {"num_warps": 8, "debug": False}, "the binder's third result is not the other arguments")
@@ -632,18 +631,13 @@ except Exception as error:
     print("not asked:", type(error).__name__, error)
 """
 
-# From Triton 3.8 the driver compiles its C module by `compile_module_from_file`, and `triton_launcher.serve` replaces
-# `compile_module_from_src` only: without a C compiler it cannot come up. When `serve` replaces both, make this False.
-NOT_ASKED = hasattr(nvidia, "compile_module_from_file")
-
 
 def test_the_driver_asks_us_for_its_c_module(tmp_path: Path) -> None:
     """What `triton_launcher.serve` replaces is what the driver calls when it comes up."""
     environment = {"TRITON_LIBCUDA_PATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path), "CC": "false"}
     done = python(SERVE, environment)
     assert done.returncode == 0, done.stderr
-    expected = "not asked: CalledProcessError" if NOT_ASKED else "asked"
-    need(done.stdout.startswith(expected), f"when Triton's driver comes up, serve() is {done.stdout.strip()}")
+    need(done.stdout.startswith("asked"), f"when Triton's driver comes up, serve() is {done.stdout.strip()}")
 
 
 def python(code: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -922,23 +916,14 @@ HOST_CODE = {
     "copy": "t.copy_(t.clone()) is t",
 }
 
-# What a CPU build of torch cannot do, because it has no device guard for CUDA at all (a CUDA build has one that is
-# replaced by `_ensureCUDADeviceGuardSet`). When upstream/ brings a guard of its own, empty this.
-NEED_A_GUARD = {
-    "no_grad": {"to the same place", "values", "one value", "contiguous", "copy"},
-    "inference_mode": {"one value", "contiguous", "copy"},
-}
 
-
-@pytest.mark.parametrize("mode", NEED_A_GUARD)
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
 def test_a_gpu_that_is_not_there(mode: str) -> None:
-    """The virtual device's tensors live without a GPU: with a CUDA build whole, with a CPU build in part."""
+    """The virtual device's tensors live without a GPU, with a CUDA build and with a CPU build (no device guard)."""
     done = python(PRETEND, {"CUDA_VISIBLE_DEVICES": ""}, mode, json.dumps(HOST_CODE))
     need(done.returncode == 0, f"a process cannot pretend to have a GPU: {done.stderr[-900:]}")
     failed = json.loads(done.stdout.splitlines()[-1])
-    expected = NEED_A_GUARD[mode] if torch.version.cuda is None else set()
-    need(set(failed) == expected, f"virtual tensors fail at {failed}, expected at {sorted(expected)}")
-    need(all("not linked" in why for why in failed.values()), f"virtual tensors fail for another reason: {failed}")
+    need(not failed, f"virtual tensors fail at {failed}")
 
 
 def test_nothing_here_left_something_behind() -> None:

@@ -19,7 +19,7 @@ _install() {
         rm -rf -- "$venv"
         "${PYTHON:-python3}" -m venv "$venv" || return
     fi
-    local pip=("$python" -m pip --disable-pip-version-check install --quiet --progress-bar off
+    local pip=("$python" -m pip --disable-pip-version-check install -qq --progress-bar off
         --constraint "$root/constraints.txt")
     # torch first and by its exact version: where pip knows of a local CPU build of it, that one is taken, and what
     # comes after is content with it. A bare `torch` would fetch gigabytes of CUDA.

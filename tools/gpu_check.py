@@ -24,6 +24,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 Json = Any
+NOT_CAPTURABLE = {"prefill_packed"}
+"""Cases whose host code reads a tensor's values (a copy to the host), which no capture allows, with or without us."""
 TOLERANCE = 1e-2  # relative norm, bf16
 
 
@@ -165,6 +167,7 @@ def part_capture(options: argparse.Namespace) -> Json:
     stats = aot_cache.stats()
     return {
         "points": len(points),
+        "captured_points": sum(1 for c, _ in points if c.name not in NOT_CAPTURABLE),
         "cases": {c.name: sum(1 for k, _ in points if k is c) for c in recipe.cases},
         "import_seconds": round(imported, 3),
         "ready_seconds": round(load_seconds, 4),
@@ -189,8 +192,11 @@ def one_point(case: Any, point: dict[str, int]) -> float:
     with case.modes():
         call = case.call(point)
         twin = clone_call(call)
-        graph, out = capture_first_call(call)
-        graph.replay()
+        if case.name in NOT_CAPTURABLE:
+            out = call()
+        else:
+            graph, out = capture_first_call(call)
+            graph.replay()
         torch.cuda.synchronize()
         eager = twin()
         inputs, twins = [*call.args, *call.kwargs.values()], [*twin.args, *twin.kwargs.values()]
@@ -386,6 +392,8 @@ def tuned(options: argparse.Namespace, common: list[str]) -> Json:
             "--out",
             str(out),
             "--prune",
+            "--points",
+            "2",
             "--json",
         ]
         environment = {**os.environ, "TRITON_CACHE_DIR": f"{folder}/triton", "PYTHONPATH": _path()}
@@ -418,7 +426,7 @@ def claims(record: Json) -> dict[str, bool]:
         bad = {"compile", "disk_hit", "tuning", "benchmark", "module_load", "gcc"}
         ok = "error" not in capture
         out["at least 60 points, first call in a capture"] = (
-            ok and capture["points"] >= 60 and not capture["failed_points"]
+            ok and capture["captured_points"] >= 60 and not capture["failed_points"]
         )
         out["ledger: zero events after ready"] = ok and not bad & set(capture["ledger_after_seal"])
         out["independent hooks: zero events after ready"] = ok and not capture["independent_events_after_ready"]

@@ -23,7 +23,7 @@ def assemble(
     units: list[dict[str, Json]] = []
     pruned: list[dict[str, Json]] = []
     objects: dict[str, bytes] = {}
-    for unit, unit_key in zip(plan.units, answer["keys"]):
+    for unit, unit_key, memory_key in zip(plan.units, answer["keys"], answer["memory_keys"], strict=True):
         record = store.get_record(UNITS, unit_key)
         if record is None:
             continue  # it failed, and is listed so
@@ -36,6 +36,7 @@ def assemble(
             {
                 "kernel": number[unit.kernel],
                 "key": unit_key,
+                "memory_key": memory_key,
                 "specialization": unit.specialization,
                 "options": unit.options,
                 "option_order": list(unit.options),  # part of Triton's key, and a manifest's keys are sorted

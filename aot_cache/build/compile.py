@@ -27,6 +27,7 @@ class Outcome:
     """What became of a plan's units: `keys[i]` is the store key of `plan.units[i]`."""
 
     keys: list[str]
+    memory_keys: list[str | None]
     compiled: int = 0
     native: list[dict[str, str]] = field(default_factory=list)
     failed: list[dict[str, str]] = field(default_factory=list)
@@ -63,7 +64,7 @@ def compile_plan(
         key.unit_key(key.unit_parts(u.kernel, u.source, u.specialization, u.options, u.overrides, shared))
         for u in plan.units
     ]
-    outcome = Outcome(keys, toolchain=shared)
+    outcome = Outcome(keys, [_memory_key(unit) for unit in plan.units], toolchain=shared)
     first: dict[str, int] = {}
     for number, unit_key in enumerate(keys):
         first.setdefault(unit_key, number)
@@ -82,6 +83,14 @@ def compile_plan(
     if target.backend == "cuda":
         _build_native(plan, outcome, store, pythons, progress, workers)
     return outcome
+
+
+def _memory_key(unit: Unit) -> str | None:
+    """Triton's in-memory key of a unit; None where only the serving process can compute it."""
+    if triton_jit.names_a_function(unit.specialization):
+        return None
+    options = {name: triton_jit.decode(value) for name, value in unit.options.items()}
+    return triton_jit.memory_key([triton_jit.decode_pair(pair) for pair in unit.specialization], options)
 
 
 @dataclass

@@ -216,9 +216,12 @@ def _talk(job: Mapping[str, Json], environment: Mapping[str, str]) -> Any:
             finished = finished or event["event"] in ("error", "compiled", "traced")
             yield event
     finally:
-        if worker.poll() is None and sys.exc_info()[0] is not None:
-            worker.kill()
+        if worker.poll() is None and not finished:
+            worker.kill()  # the reader gave up (Ctrl-C, an error): nobody waits for what it would write
         worker.wait()
+        listener.join()
+        worker.stdout.close()
+        worker.stderr.close()
     if not finished or (worker.returncode and not finished):
         words = [w.strip() for w in last_words if w.strip()]
         raise TargetError(
@@ -235,7 +238,7 @@ def _drain(stream: IO[str], into: deque[str]) -> None:
 
 
 def _finish(request: Request, store: Store, plan: Plan, answer: Mapping[str, Json]) -> Built:
-    manifest, objects = assemble(request.target, request.model or str(request.plan), plan, store, answer)
+    manifest, objects = assemble(request.target, request.model or "", plan, store, answer)
     path = bundle_path(request, plan.recipe)
     lean, details = split(manifest)
     objects[lean["details"]] = details

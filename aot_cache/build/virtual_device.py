@@ -25,8 +25,9 @@ def become(target: Target) -> None:
     """
     if target.backend == "cpu":
         raise TargetError("a GPU target", "cpu: Triton compiles for GPUs only", "name a GPU target (aot-cache targets)")
-    from aot_cache.upstream import torch_cuda, triton_driver
+    from aot_cache.upstream import torch_cuda, torch_shortcuts, triton_driver
 
+    torch_shortcuts.install()
     torch_cuda.pretend(target)
     triton_driver.pretend(target)
 

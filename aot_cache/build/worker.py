@@ -89,6 +89,7 @@ def _work(job: dict[str, Json], send: Any) -> None:
     send(
         "compiled",
         keys=outcome.keys,
+        memory_keys=outcome.memory_keys,
         compiled=outcome.compiled,
         native=outcome.native,
         failed=outcome.failed,

@@ -64,10 +64,10 @@ def _gpu(look: bool) -> Mapping[str, Json] | None:
         }
     if not look:
         return None
-    from aot_cache import target
+    from aot_cache import native
     from aot_cache.errors import TargetError
 
     try:
-        return target.native()[0].properties()
+        return native.native()[0].properties()
     except (TargetError, ImportError):
         return None

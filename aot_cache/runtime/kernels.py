@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from aot_cache.runtime import collection
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
 from aot_cache.upstream import torch_capture
@@ -21,6 +22,8 @@ class Report:
 
     Args:
         installed: units in Triton's caches, on the devices primed so far.
+        primed: of these, units that are loaded onto the device.
+        modules: modules loaded for them; units whose binaries are the same share one.
         pending: kernels whose module the process has not imported yet.
         stale: kernel → why its source here is not what was built.
         unchosen: autotuner choices that could not be taken, with the reason.
@@ -32,6 +35,7 @@ class Report:
     units: int
     installed: int = 0
     primed: int = 0
+    modules: int = 0
     pending: list[str] = field(default_factory=list)
     stale: dict[str, str] = field(default_factory=dict)
     unchosen: dict[str, str] = field(default_factory=dict)
@@ -39,7 +43,18 @@ class Report:
     devices: list[int] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Json]:
+        """The report as plain JSON."""
         return dict(self.__dict__)
+
+
+class _OnDevice:
+    """What is installed on one device. Strong references to the kernels keep their modules loaded."""
+
+    def __init__(self, installer: Any) -> None:
+        self.installer = installer
+        self.kernels: list[Any] = []
+        self.binaries: list[int] = []
+        self.bytes: dict[str, bytes] = {}
 
 
 class KernelSet:
@@ -51,19 +66,16 @@ class KernelSet:
         self.report = Report(str(bundle.path), bundle.digest, len(manifest["units"]))
         self._ledger = ledger
         self._names = [kernel["name"] for kernel in manifest["kernels"]]
-        self._units: dict[int, list[dict[str, Json]]] = {}
-        for unit in manifest["units"]:
-            self._units.setdefault(unit["kernel"], []).append(unit)
+        self._units: dict[int, list[int]] = {}
+        for number, unit in enumerate(manifest["units"]):
+            self._units.setdefault(unit[0], []).append(number)
         self._tunings: dict[int, list[dict[str, Json]]] = {}
         for tuning in manifest["tunings"]:
             self._tunings.setdefault(tuning["kernel"], []).append(tuning)
-        self._kernels: dict[int, list[Any]] = {}  # device → installed kernels: strong references keep modules loaded
+        self._devices: dict[int, _OnDevice] = {}
         self._done: set[tuple[int, int, int]] = set()  # (pid, device, kernel number)
         self._chosen: set[int] = set()
         self._lock = threading.RLock()
-
-    def covers(self, name: str) -> bool:
-        return name in self._names
 
     def name_of(self, tuning: Mapping[str, Json]) -> str:
         """The kernel that a tuning of this bundle is of."""
@@ -99,34 +111,40 @@ class KernelSet:
             missing = [n for n in range(len(self._names)) if (os.getpid(), device, n) not in self._done]
             if not missing:
                 return 0
-            installer = triton_kernel.Installer(
-                triton_kernel.current_target(),
-                self.bundle.manifest["metadata"],
-                self.bundle.manifest["toolchain"]["triton"],
-            )
-            found = self._functions(missing)
-            new = 0
-            for number in missing:
-                for function in found.get(number, []):
-                    new += self._install_kernel(installer, function, number, device)
-            self.report.pending = [self._names[n] for n in range(len(self._names)) if not self._known(n)]
-            if device not in self.report.devices:
+            if device not in self._devices:
+                current = triton_kernel.current_target()
+                self._devices[device] = _OnDevice(triton_kernel.Installer(current, device, self.bundle.manifest))
                 self.report.devices.append(device)
+            found = self._functions(missing)
+            self.bundle.check([d for number in found for d in self._binaries(number)])
+            new = 0
+            with collection.paused():
+                for number, functions in found.items():
+                    for function in functions:
+                        new += self._install_kernel(function, number, device)
+            self.report.pending = [self._names[n] for n in range(len(self._names)) if not self._known(n)]
             self._ledger.note("installed", "", torch_capture.capturing(), new)
             return new
 
     def prime(self, device: int) -> int:
-        """Load what is installed onto the current device, which must be `device`; returns how many modules."""
-        from aot_cache.upstream import triton_kernel
-
+        """Load what is installed onto the current device, which must be `device`; returns how many units."""
         with self._lock:
+            place = self._devices.get(device)
+            if place is None:
+                return 0
             self._ledger.priming(True)
             try:
-                loaded = triton_kernel.prime(self._kernels.get(device, []))
+                with collection.paused():
+                    primed, modules = place.installer.prime(place.kernels, place.binaries)
             finally:
                 self._ledger.priming(False)
-            self.report.primed += loaded
-            return loaded
+            self.report.primed += primed
+            self.report.modules += modules
+            return int(primed)
+
+    def _binaries(self, number: int) -> list[str]:
+        manifest = self.bundle.manifest
+        return [manifest["binaries"][manifest["units"][unit][3]] for unit in self._units.get(number, [])]
 
     def _known(self, number: int) -> bool:
         return self._names[number] in self.report.stale or any(n == number for _, _, n in self._done)
@@ -148,35 +166,39 @@ class KernelSet:
                 out[local[name]] = functions
         return out
 
-    def _install_kernel(self, installer: Any, function: Any, number: int, device: int) -> int:
+    def _install_kernel(self, function: Any, number: int, device: int) -> int:
         from aot_cache.upstream import triton_jit
 
         name = self._names[number]
-        differs = triton_jit.closure_differs(function, self.bundle.manifest["kernels"][number]["closure"])
+        manifest = self.bundle.manifest
+        differs = triton_jit.closure_differs(function, manifest["kernels"][number]["closure"])
         self._done.add((os.getpid(), device, number))
         if differs:
             self.report.stale[name] = differs
             return 0
-        kernels = self._kernels.setdefault(device, [])
+        place = self._devices[device]
         units = self._units.get(number, [])
-        options = [{k: triton_jit.decode(v) for k, v in pairs} for pairs in self.bundle.manifest["options"]]
-        for unit in units:
-            kernels.append(
-                installer.install(
-                    function,
-                    device,
-                    [triton_jit.decode_pair(pair) for pair in unit["specialization"]],
-                    options[unit["options"]],
-                    unit["metadata"],
-                    bytes(self.bundle.object(unit["object"])),
-                    unit["key"],
-                )
-            )
+        for unit_number in units:
+            unit = manifest["units"][unit_number]
+            key = unit[4] if unit[4] is not None else self._late_key(unit_number)
+            digest = manifest["binaries"][unit[3]]
+            binary = place.bytes.get(digest)
+            if binary is None:
+                binary = place.bytes[digest] = bytes(self.bundle.object(digest))
+            place.kernels.append(place.installer.install(function, unit, key, digest, binary))
+            place.binaries.append(unit[3])
         self.report.installed += len(units)
         if number not in self._chosen:
             self._chosen.add(number)
             self._choose(function, number)
         return len(units)
+
+    def _late_key(self, unit_number: int) -> str:
+        from aot_cache.upstream import triton_jit
+
+        late = self.bundle.manifest["late"][str(unit_number)]
+        options = {name: triton_jit.decode(value) for name, value in late["options"]}
+        return triton_jit.memory_key([triton_jit.decode_pair(pair) for pair in late["specialization"]], options)
 
     def _choose(self, function: Any, number: int) -> None:
         """Fill the autotuners: the recorded choice where it was measured on this kind of GPU, else the first that fits."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aot_cache.errors import AotCacheError, BundleMissing, Incompatible, NotReady
-from aot_cache.runtime import compatible
+from aot_cache.runtime import collection, compatible
 from aot_cache.runtime.kernels import KernelSet, Report
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle, read_bundle
@@ -21,6 +21,8 @@ from aot_cache.upstream import after_import, torch_capture
 
 LEDGER = Ledger()
 _sets: list[KernelSet] = []
+_folders: list[tuple[Path, str | None]] = []
+"""Folders of which the bundle for this GPU is taken once the GPU is known."""
 _lock = threading.RLock()
 _armed = False
 _strict = False
@@ -34,12 +36,13 @@ def load(path: str | Path, *, digest: str | None = None, strict: bool = False) -
     """Load a bundle into this process.
 
     Args:
-        path: a bundle, or a folder of bundles of which the one for this GPU is taken.
+        path: a bundle, or a folder of bundles of which the one for this GPU is taken (when CUDA comes up).
         digest: the bundle's digest as `build` printed it; any other bundle is refused.
         strict: raise instead of warning and going on without the bundle.
 
     Returns:
-        What was installed, updated as more of the process comes up; None when the bundle could not be used.
+        What was installed, updated as more of the process comes up; None when the bundle could not be used, or is
+        still to be chosen from a folder.
 
     Raises:
         AotCacheError: with `strict` only: `BundleMissing`, `BundleCorrupt`, `DigestMismatch`, `Incompatible`.
@@ -47,11 +50,13 @@ def load(path: str | Path, *, digest: str | None = None, strict: bool = False) -
     global _strict
     _strict = _strict or strict
     try:
-        kernels = KernelSet(_find(Path(path), digest), LEDGER)
-        _check(kernels.bundle, look_at_gpu=False)
-        with _lock:
-            _sets.append(kernels)
-        after_import.after_import("triton.runtime.jit", arm)
+        if Path(path).is_dir() and not torch_capture.cuda_is_up():
+            with _lock:
+                _folders.append((Path(path), digest))
+            after_import.when_triton_comes(arm)
+            return None
+        kernels = _add(Path(path), digest)
+        after_import.when_triton_comes(arm)
         if torch_capture.cuda_is_up():
             prime()
         return kernels.report
@@ -74,6 +79,7 @@ def prime() -> int:
     device = triton_kernel.current_device()
     loaded = 0
     with _lock:
+        _choose_from_folders()
         for kernels in list(_sets):
             try:
                 if kernels.waiting(device):
@@ -125,6 +131,24 @@ def loaded() -> list[KernelSet]:
     return list(_sets)
 
 
+def _add(path: Path, digest: str | None) -> KernelSet:
+    with collection.paused():
+        kernels = KernelSet(_find(path, digest), LEDGER)
+    _check(kernels.bundle, look_at_gpu=False)
+    with _lock:
+        _sets.append(kernels)
+    return kernels
+
+
+def _choose_from_folders() -> None:
+    while _folders:
+        path, digest = _folders.pop()
+        try:
+            _add(path, digest)
+        except AotCacheError as error:
+            _refuse(error, _strict)
+
+
 def _find(path: Path, digest: str | None) -> Bundle:
     if not path.is_dir():
         return read_bundle(path, digest)
@@ -137,7 +161,7 @@ def _find(path: Path, digest: str | None) -> Bundle:
         )
     if len(fitting) > 1:
         named = ", ".join(b.path.name for b in fitting)
-        raise Incompatible(f"one bundle for this host in {path}", f"{named}", "name the file, or initialise CUDA first")
+        raise Incompatible(f"one bundle for this host in {path}", f"{named}", "name the file")
     return fitting[0]
 
 
@@ -184,20 +208,20 @@ def _native(source_key: str) -> bytes | None:
 
 
 def _before_capture() -> None:
-    if any(kernels.report.primed < kernels.report.units for kernels in _sets):
+    if _folders or any(kernels.report.primed < kernels.report.units for kernels in _sets):
         prime()
 
 
 def _on_miss(function: Any, key: str, device: int) -> bool:
     """A launch is about to compile: install what is still waiting for this device, and say whether that helped."""
-    from aot_cache.upstream import triton_jit
+    from aot_cache.upstream import triton_jit, triton_kernel
 
     with _lock:
-        waiting = [k for k in _sets if k.waiting(device)]
+        waiting = bool(_folders) or any(k.waiting(device) for k in _sets)
     if not waiting:
         return False
     prime()
-    hit = key in function.device_caches[device][0]
+    hit = triton_kernel.has(function, device, key)
     if hit:
         LEDGER.note("late_install", triton_jit.name_of(function), torch_capture.capturing())
     return hit

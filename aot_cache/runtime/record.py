@@ -104,15 +104,10 @@ def start_from_environment() -> None:
     """Called in each process of a recorded command: record once Triton is imported, write at exit."""
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder:
-        after_import.after_import("triton.runtime.jit", lambda: _begin(Path(folder)))
+        after_import.when_triton_comes(lambda: _begin(Path(folder)))
 
 
 def _begin(folder: Path) -> None:
-    # The hooks need triton.runtime.autotuner too, which imports triton.runtime.jit: wait until both are there.
-    after_import.after_import("triton.runtime.autotuner", lambda: _begin_now(folder))
-
-
-def _begin_now(folder: Path) -> None:
     started: list[Any] = []
 
     def finish() -> None:
@@ -134,8 +129,8 @@ def _at_worker_exit(finish: Any) -> None:
 
 
 def _target_id() -> str:
-    from aot_cache import target
+    from aot_cache import native
 
     if not torch_capture.cuda_is_up():
         raise DeclarationError("a recording on a GPU", "kernels were launched and CUDA is not up")
-    return target.native()[0].id
+    return native.native()[0].id

@@ -18,6 +18,11 @@ def after_import(name: str, action: Callable[[], None]) -> None:
     sys.meta_path.insert(0, _Waiter(name, action))
 
 
+def when_triton_comes(action: Callable[[], None]) -> None:
+    """Call `action()` once Triton's launch path is imported, autotuner included (which imports the rest)."""
+    after_import("triton.runtime.jit", lambda: after_import("triton.runtime.autotuner", action))
+
+
 class _Waiter(importlib.abc.MetaPathFinder):
     def __init__(self, name: str, action: Callable[[], None]) -> None:
         self.name = name

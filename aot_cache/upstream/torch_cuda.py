@@ -116,7 +116,7 @@ def pretend(target: Target) -> None:
 
 
 def _make_tensors_through_cpu() -> None:
-    """`torch.tensor(values, device="cuda")` takes a device guard in C++, which CPU-only builds lack: go by way of `to`."""
+    """Ways to a CUDA tensor that take a device guard in C++ before they dispatch, which CPU-only builds lack."""
     module: Any = torch
     for name in ("tensor", "as_tensor"):
         original = getattr(torch, name)
@@ -127,6 +127,40 @@ def _make_tensors_through_cpu() -> None:
             return _original(data, device=device, **kwargs)
 
         setattr(module, name, make)
+    built: Any = torch.backends.cuda.is_built
+    if not built():
+        _move_without_a_guard()
+
+
+def _move_without_a_guard() -> None:
+    """`Tensor.to`, `.cuda` and `.cpu` by the operator that they end in."""
+    tensor: Any = torch.Tensor
+    plain_to = tensor.to
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        device, dtype, _, memory_format = _parse_to(*args, **kwargs)
+        goes = device is not None and device.type == "cuda"
+        if not goes and self.device.type != "cuda":
+            return plain_to(self, *args, **kwargs)
+        place, kind = device or self.device, dtype or self.dtype
+        if place.type == self.device.type and kind == self.dtype and not kwargs.get("copy", False):
+            return self
+        options: dict[str, Any] = {"device": place, "dtype": kind}
+        if memory_format is not None:
+            options["memory_format"] = memory_format
+        return torch.ops.aten._to_copy.default(self, **options)
+
+    tensor.to = to
+    tensor.cuda = lambda self, device=None, *_, **__: to(self, torch.device("cuda", 0))
+    tensor.cpu = lambda self, *_, **__: to(self, torch.device("cpu"))
+
+
+def _parse_to(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    kwargs = {k: v for k, v in kwargs.items() if k != "copy"}
+    if args and isinstance(args[0], torch.Tensor):  # to(other)
+        return args[0].device, args[0].dtype, None, None
+    parsed: tuple[Any, Any, Any, Any] = torch._C._nn._parse_to(*args, **kwargs)
+    return parsed
 
 
 def _is_cuda(device: Any) -> bool:

@@ -27,10 +27,16 @@ _ALLOCATION = 1 << 21  # torch's CUDA allocator hands out blocks aligned to 512 
 _BUILTIN_NAMESPACES = frozenset({"aten", "prim", "prims", "_c10d_functional", "profiler"})
 
 _aten = torch.ops.aten
-_SCALARS = frozenset({_aten._local_scalar_dense.default, _aten.item.default})  # inference mode keeps `item` whole
+# Inference mode keeps composite operators whole.
+_SCALARS = frozenset({_aten._local_scalar_dense.default, _aten.item.default, _aten.is_nonzero.default})
 _TO_COPY = _aten._to_copy.default
 _COPY_ = _aten.copy_.default
 _PRIM_DEVICE = torch.ops.prim.device.default
+
+
+ShortCut = Callable[[tuple[Any, ...], dict[str, Any]], "VirtualTensor | None"]
+SHORT_CUTS: dict[Any, ShortCut] = {}
+"""Operator → a faster way to its result, or None where the general way has more to say. See `torch_shortcuts`."""
 
 
 class VirtualTensor(torch.Tensor):
@@ -80,8 +86,35 @@ class VirtualTensor(torch.Tensor):
         else:
             view.fill_(value)
 
+    # The methods below take a device guard in C++ too, before they dispatch.
+
     def tolist(self) -> Any:
         return _values(self, "tolist()").tolist()
+
+    def item(self) -> Any:
+        return _values(self, "item()").item()
+
+    def __int__(self) -> int:
+        return int(_values(self, "int()").item())
+
+    def __index__(self) -> int:
+        return int(_values(self, "index()").item())
+
+    def __float__(self) -> float:
+        return float(_values(self, "float()").item())
+
+    def __bool__(self) -> bool:
+        return bool(_values(self, "bool()").item())
+
+    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
+        if self.meta_.is_contiguous(memory_format=memory_format):
+            return self
+        out: torch.Tensor = _aten.clone.default(self, memory_format=memory_format)
+        return out
+
+    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> VirtualTensor:
+        _COPY_(self, source, non_blocking)
+        return self
 
     def __len__(self) -> int:
         if self.dim() == 0:
@@ -120,7 +153,7 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         DataDependent: when the operator needs values that are not known.
         TraceError: when torch has no shape rule for it.
     """
-    quick = _QUICK.get(func)
+    quick = SHORT_CUTS.get(func)
     if quick is not None:
         made = quick(args, kwargs)
         if made is not None:
@@ -133,7 +166,8 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not tensors and not wants_cuda:
         return func(*args, **kwargs)
     if func in _SCALARS:
-        return _values(args[0], "item()").item()
+        value = _values(args[0], "item()").item()
+        return bool(value) if func is _aten.is_nonzero.default else value
     if func is _PRIM_DEVICE:
         return tensors[0].device
     if func.namespace not in _BUILTIN_NAMESPACES:
@@ -338,69 +372,3 @@ def _device_of(tensors: list[VirtualTensor]) -> torch.device:
         if tensor.device.type == "cuda":
             return DEVICE
     return tensors[0].device
-
-
-# --- short cuts -------------------------------------------------------------------------------------------------------
-# Every declared point is run, and these few operators are most of what host code around kernels does. torch computes
-# their shapes in 30 to 400 microseconds (partly in Python), which would be most of a build's tracing. Each answers None
-# where the general way has more to say (values that are known, other formats).
-
-
-def _quick_factory(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
-    device = kwargs.get("device")
-    if device is None or device.type != "cuda" or kwargs.get("memory_format") not in _PLAIN_FORMATS:
-        return None
-    dtype = kwargs.get("dtype") or torch.get_default_dtype()
-    return VirtualTensor(torch.empty(args[0], dtype=dtype, device="meta"))
-
-
-def _quick_zeros(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
-    dtype = kwargs.get("dtype") or torch.get_default_dtype()
-    return _quick_factory(args, kwargs) if dtype.is_floating_point else None  # integers keep their values
-
-
-def _quick_new(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
-    source = args[0]
-    dtype = kwargs.get("dtype") or source.dtype
-    if not isinstance(source, VirtualTensor) or kwargs.get("device") is not None or not dtype.is_floating_point:
-        return None
-    return VirtualTensor(torch.empty(args[1], dtype=dtype, device="meta"), None, source.device)
-
-
-def _quick_empty_like(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
-    source = args[0]
-    if not isinstance(source, VirtualTensor) or kwargs.get("device") is not None:
-        return None
-    if not source.meta_.is_contiguous() or kwargs.get("memory_format") not in _PLAIN_FORMATS:
-        return None
-    dtype = kwargs.get("dtype") or source.dtype
-    return VirtualTensor(torch.empty(source.meta_.shape, dtype=dtype, device="meta"), None, source.device)
-
-
-def _quick_pointwise(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
-    source = args[0]
-    if source.known is not None or not source.dtype.is_floating_point or not source.meta_.is_contiguous():
-        return None
-    return VirtualTensor(torch.empty(source.meta_.shape, dtype=source.dtype, device="meta"), None, source.device)
-
-
-def _quick_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
-    source = args[0]
-    if not isinstance(source, VirtualTensor) or source.known is not None:
-        return None
-    return VirtualTensor(source.meta_.view(args[1]), None, source.device)
-
-
-_PLAIN_FORMATS = (None, torch.contiguous_format, torch.preserve_format)
-_POINTWISE = ("neg", "abs", "sigmoid", "exp", "log", "silu", "tanh", "sqrt", "rsqrt")  # floats keep dtype and shape
-_QUICK: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], VirtualTensor | None]] = {
-    _aten.empty.memory_format: _quick_factory,
-    _aten.randn.default: _quick_factory,
-    _aten.rand.default: _quick_factory,
-    _aten.zeros.default: _quick_zeros,
-    _aten.new_empty.default: _quick_new,
-    _aten.new_zeros.default: _quick_new,
-    _aten.empty_like.default: _quick_empty_like,
-    _aten.view.default: _quick_view,
-    **{getattr(_aten, name).default: _quick_pointwise for name in _POINTWISE},
-}

@@ -9,10 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from aot_cache.errors import TraceError
+
+VERSION = str(triton.__version__)
 
 if TYPE_CHECKING:
     from aot_cache.target import Target
@@ -21,6 +24,11 @@ if TYPE_CHECKING:
 def gpu_target(target: Target) -> GPUTarget:
     """Triton's own words for `target`."""
     return GPUTarget(target.backend, target.arch, target.warp_size)
+
+
+def device_limits(device: int) -> dict[str, int]:
+    """What Triton's own driver says of a real device."""
+    return dict(driver.active.utils.get_device_properties(device))
 
 
 class _Utils:

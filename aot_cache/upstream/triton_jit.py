@@ -266,6 +266,13 @@ def decode(value: Json) -> Any:
     return function
 
 
+def names_a_function(value: Json) -> bool:
+    """Whether an encoded value holds a jit function."""
+    if isinstance(value, dict):
+        return "jit" in value or any(names_a_function(v) for v in value.values())
+    return isinstance(value, list) and any(names_a_function(v) for v in value)
+
+
 def decode_pair(pair: Json) -> tuple[Any, Any]:
     """One parameter's (type, value); plain pairs, nearly all, without a walk."""
     first, second = pair["t"] if isinstance(pair, dict) else pair

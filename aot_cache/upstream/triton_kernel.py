@@ -1,17 +1,22 @@
-"""Put a compiled kernel into Triton's in-memory cache, as if this process had compiled it.
+"""Put compiled kernels into Triton's in-memory cache, as if this process had compiled them.
 
 Upstream: `triton/compiler/compiler.py` (`CompiledKernel.__init__`, `_init_handles`), `triton/runtime/jit.py`
-(`device_caches`). Seen to hold: see `versions.TRITON_SEEN`.
+(`device_caches`), `triton/backends/nvidia/driver.py` (launchers). Seen to hold: see `versions.TRITON_SEEN`.
+
+Written for speed where it is once a unit: a server loads hundreds, and the driver's own share is 40 microseconds each.
+What units have in common (source, metadata, launcher, and the module where the binary is the same) is made once.
 """
 
 from __future__ import annotations
 
 import gc
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from triton.backends.compiler import GPUTarget
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget, Language
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.compiler.compiler import AsmDict
 from triton.runtime.autotuner import Autotuner
@@ -19,8 +24,12 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from aot_cache.upstream import triton_jit, triton_launches
+from aot_cache.upstream.versions import UNLOADS_ON_DELETE, minor
 
 Json = Any
+
+# A kernel of these versions unloads its module when it is deleted, so each needs a module of its own.
+_SHARES_MODULES = minor(triton.__version__) not in UNLOADS_ON_DELETE
 
 
 def current_device() -> int:
@@ -33,92 +42,153 @@ def current_target() -> GPUTarget:
 
 
 class Installer:
-    """Makes and installs the kernels of one bundle on one device.
+    """Makes, installs and loads the kernels of one bundle on one device.
 
     Args:
         target: Triton's target of the current device.
-        common: metadata that all units share.
-        version: Triton's version, as its metadata has it.
+        device: the current device.
+        manifest: the bundle's (lean) manifest.
     """
 
-    def __init__(self, target: GPUTarget, common: Mapping[str, Json], version: str) -> None:
-        self._target = target
+    def __init__(self, target: GPUTarget, device: int, manifest: Mapping[str, Json]) -> None:
         self._backend = make_backend(target)
         self._binary_ext: str = self._backend.binary_ext
-        self._common = dict(common)
-        self._version = version
-        self._types: dict[tuple[str, ...], Any] = {}
+        self._device = device
+        self._signatures = [[triton_jit.decode(ty) for ty in types] for types in manifest["signatures"]]
+        self._metadata = _MetadataMaker(target, manifest, self._backend)
+        self._sources: dict[tuple[int, int], ASTSource] = {}
+        self._launchers: dict[Any, Any] = {}
+        self._modules: dict[tuple[int, str, int], tuple[Any, ...]] = {}
+        self._target = target
 
-    def install(
-        self,
-        function: JITFunction,
-        device: int,
-        specialization: list[Any],
-        options: dict[str, Any],
-        metadata: Mapping[str, Json],
-        binary: bytes,
-        digest: str,
-    ) -> CompiledKernel:
-        """Install one specialization; the ordinary launch finds it from now on. Loads nothing onto the device."""
-        kernel = self._make(function, specialization, metadata, binary, digest)
-        key = triton_jit.memory_key(specialization, options)
-        function.device_caches[device][0].setdefault(key, kernel)
-        return kernel
-
-    def _make(
-        self,
-        function: JITFunction,
-        specialization: list[Any],
-        metadata: Mapping[str, Json],
-        binary: bytes,
-        digest: str,
-    ) -> CompiledKernel:
-        source = ASTSource.__new__(ASTSource)  # what __init__ does, without walking constants that launches never read
-        names = [p.name for p in function.params]
-        source.fn = function
-        source.language = triton_language(function)
-        source.ext = "ttir"
-        source.name = function.__name__
-        source.signature = {name: pair[0] for name, pair in zip(names, specialization)}
-        source.constants = {(n,): pair[1] for n, pair in enumerate(specialization) if pair[0] == "constexpr"}
-        source.attrs = {}
+    def install(self, function: JITFunction, unit: list[Json], key: str, digest: str, binary: bytes) -> CompiledKernel:
+        """Install one unit; the ordinary launch finds it from now on. Loads nothing onto the device."""
         kernel = CompiledKernel.__new__(CompiledKernel)
-        kernel.metadata = self._metadata(metadata, digest)
-        kernel.packed_metadata = self._backend.pack_metadata(kernel.metadata)
-        kernel.src = source
-        kernel.hash = digest
-        kernel.name = kernel.metadata.name
-        kernel.asm = AsmDict({self._binary_ext: binary})
-        kernel.metadata_group = {}
-        kernel.kernel = binary
-        kernel.module = kernel.function = kernel._run = kernel._module_pid = None
+        metadata, packed = self._metadata.get(unit[2], digest)
+        kernel.__dict__.update(
+            metadata=metadata,
+            packed_metadata=packed,
+            src=self._source(function, unit[0], unit[1]),
+            hash=digest,
+            name=metadata.name,
+            asm=AsmDict({self._binary_ext: binary}),
+            metadata_group={},
+            kernel=binary,
+            module=None,
+            function=None,
+            _run=None,
+            _module_pid=None,
+        )
+        function.device_caches[self._device][0].setdefault(key, kernel)
         return kernel
 
-    def _metadata(self, own: Mapping[str, Json], digest: str) -> Any:
-        values = {**self._common, **own}
-        values.update(hash=digest, target=self._target, triton_version=self._version, extern_libs=[])
-        names = tuple(sorted(values))
-        made = self._types.get(names)
+    def _source(self, function: JITFunction, number: int, signature: int) -> ASTSource:
+        source = self._sources.get((number, signature))
+        if source is None:
+            # What ASTSource.__init__ does; launches read no constants, so units of one signature share it.
+            source = self._sources[number, signature] = ASTSource.__new__(ASTSource)
+            source.fn = function
+            source.language = Language.GLUON if function.is_gluon() else Language.TRITON
+            source.ext = "ttir"
+            source.name = function.__name__
+            source.signature = dict(zip((p.name for p in function.params), self._signatures[signature]))
+            source.constants = {}
+            source.attrs = {}
+        return source
+
+    def prime(self, kernels: list[CompiledKernel], binaries: list[int]) -> tuple[int, int]:
+        """Load kernels onto the current device: (how many, modules that were loaded for them).
+
+        What `CompiledKernel._init_handles` does, with launchers and modules shared. A kernel that does not fit the
+        device is left to it: it raises, at its launch, what it would have raised.
+        """
+        driver_utils, properties = driver.active.utils, None
+        primed = modules = 0
+        for kernel, binary in zip(kernels, binaries):
+            if kernel.module is not None:
+                continue
+            if properties is None:
+                properties = driver_utils.get_device_properties(self._device)
+            metadata = kernel.metadata
+            if metadata.shared > properties["max_shared_mem"] or (getattr(metadata, "tmem_size", None) or 0) > 512:
+                continue
+            place = (binary, kernel.name, metadata.shared)
+            loaded = self._modules.get(place) if _SHARES_MODULES else None
+            if loaded is None:
+                loaded = self._load(kernel, driver_utils)
+                modules += 1
+                if _SHARES_MODULES:
+                    self._modules[place] = loaded
+            if metadata.num_warps * self._target.warp_size > loaded[4]:
+                continue
+            kernel._run = self._launcher(kernel)
+            kernel.module, kernel.function, kernel.n_regs, kernel.n_spills, kernel.n_max_threads = loaded
+            primed += 1
+        return primed, modules
+
+    def _load(self, kernel: CompiledKernel, driver_utils: Any) -> tuple[Any, ...]:
+        _tell(knobs.runtime.kernel_load_start_hook, kernel)
+        loaded = driver_utils.load_binary(kernel.name, kernel.kernel, kernel.metadata.shared, self._device)
+        _tell(knobs.runtime.kernel_load_end_hook, kernel)
+        return tuple(loaded)
+
+    def _launcher(self, kernel: CompiledKernel) -> Any:
+        metadata = kernel.metadata
+        if getattr(metadata, "tensordesc_meta", None):
+            return driver.active.launcher_cls(kernel.src, metadata)
+        # Everything of the metadata that a launcher keeps; see CudaLauncher.__init__ and HIPLauncher.__init__.
+        key = (id(kernel.src), *(getattr(metadata, name, None) for name in _LAUNCHER_FIELDS))
+        launcher = self._launchers.get(key)
+        if launcher is None:
+            launcher = self._launchers[key] = driver.active.launcher_cls(kernel.src, metadata)
+        return launcher
+
+
+_LAUNCHER_FIELDS = (
+    "num_ctas",
+    "global_scratch_size",
+    "global_scratch_align",
+    "profile_scratch_size",
+    "profile_scratch_align",
+    "launch_cooperative_grid",
+    "launch_pdl",
+    "warp_size",
+)
+
+
+def _tell(hook: Any, kernel: CompiledKernel) -> None:
+    if hook is not None:
+        hook(kernel.module, kernel.function, kernel.name, kernel.metadata_group, kernel.hash)
+
+
+class _MetadataMaker:
+    """Triton's `KernelMetadata` tuples of a bundle's units."""
+
+    def __init__(self, target: GPUTarget, manifest: Mapping[str, Json], backend: Any) -> None:
+        self._common = {
+            **manifest["metadata"],
+            "target": target,
+            "triton_version": manifest["toolchain"]["triton"],
+            "extern_libs": [],
+            "hash": "",
+        }
+        self._sets = manifest["metadata_sets"]
+        self._backend = backend
+        self._types: dict[tuple[str, ...], Any] = {}
+        self._made: dict[tuple[int, str], tuple[Any, Any]] = {}
+
+    def get(self, number: int, digest: str) -> tuple[Any, Any]:
+        """(metadata, packed metadata) of a metadata set and a binary."""
+        made = self._made.get((number, digest))
         if made is None:
-            made = self._types[names] = namedtuple("KernelMetadata", names)
-        return made(**values)
-
-
-def triton_language(function: JITFunction) -> Any:
-    """Triton or Gluon, as the function's own source class would say."""
-    from triton.backends.compiler import Language
-
-    return Language.GLUON if function.is_gluon() else Language.TRITON
-
-
-def prime(kernels: Iterable[CompiledKernel]) -> int:
-    """Load modules onto the current device, and make launchers, for those that are not loaded. Returns how many."""
-    loaded = 0
-    for kernel in kernels:
-        if kernel.module is None:
-            kernel._init_handles()
-            loaded += 1
-    return loaded
+            values = {**self._common, **self._sets[number], "hash": digest}
+            names = tuple(sorted(values))
+            kind = self._types.get(names)
+            if kind is None:
+                kind = self._types[names] = namedtuple("KernelMetadata", names)  # as Triton makes it
+            metadata = kind(**values)
+            made = self._made[number, digest] = (metadata, self._backend.pack_metadata(metadata))
+        return made
 
 
 def choose(
@@ -143,13 +213,17 @@ def functions_in_memory(names: set[str]) -> dict[str, list[JITFunction]]:
     """Kernels made inside functions, which no module attribute reaches: found among all live objects."""
     found: dict[str, list[JITFunction]] = {}
     for value in gc.get_objects():
-        if type(value) is JITFunction or (
-            type(value).__module__.startswith("triton.") and isinstance(value, JITFunction)
-        ):
+        kind = type(value)
+        if kind is JITFunction or (kind.__module__.startswith("triton.") and isinstance(value, JITFunction)):
             name = triton_jit.name_of(value)
             if name in names:
                 found.setdefault(name, []).append(value)
     return found
+
+
+def has(function: JITFunction, device: int, key: str) -> bool:
+    """Whether the kernel for `key` is installed."""
+    return key in function.device_caches[device][0]
 
 
 MissHandler = Callable[[JITFunction, str, int], bool]

@@ -144,25 +144,39 @@ def serve(lookup: Lookup) -> None:
         _patched = True
     import triton.runtime.build as build_module
 
-    original = build_module.compile_module_from_src
-
-    by_source: dict[str, ModuleType] = {}
-
-    def compile_module_from_src(src: str, name: str, *args: Any, **kwargs: Any) -> ModuleType:
-        module = by_source.get(src)
-        if module is None:
-            module = _find(src, name)
-            if module is None:
-                built: ModuleType = original(src, name, *args, **kwargs)
-                return built
-            by_source[src] = module
-        return module
-
-    build_module.compile_module_from_src = compile_module_from_src
     nvidia: Any = importlib.import_module("triton.backends.nvidia.driver")
-    nvidia.compile_module_from_src = compile_module_from_src
+    for name, text_of in _ENTRANCES.items():
+        if hasattr(build_module, name):
+            served = _serving(getattr(build_module, name), text_of)
+            setattr(build_module, name, served)
+            if hasattr(nvidia, name):  # imported there by name
+                setattr(nvidia, name, served)
     if hasattr(nvidia, "make_launcher"):
         nvidia.make_launcher = _remembering(nvidia.make_launcher)
+
+
+# Triton's ways to ask for a C module, and how to get its text from the first argument. 3.8 and later ask by file.
+_ENTRANCES: dict[str, Callable[[str], str]] = {
+    "compile_module_from_src": lambda text: text,
+    "compile_module_from_file": lambda path: Path(path).read_text(),
+}
+
+
+def _serving(original: Any, text_of: Callable[[str], str]) -> Any:
+    known: dict[str, ModuleType] = {}
+
+    def compile_module(src: str | None = None, name: str = "", *args: Any, **kwargs: Any) -> ModuleType:
+        asked = src if src is not None else kwargs.pop("src_path")
+        module = known.get(asked)
+        if module is None:
+            module = _find(text_of(asked), name)
+            if module is None:
+                built: ModuleType = original(asked, name, *args, **kwargs)
+                return built
+            known[asked] = module
+        return module
+
+    return compile_module
 
 
 def _find(src: str, name: str) -> ModuleType | None:

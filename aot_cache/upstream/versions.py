@@ -14,6 +14,9 @@ TORCH_SEEN = ("2.11", "2.13", "2.15")
 LAUNCHER_PER_SIGNATURE = ("3.6",)
 """Triton minors that build one C launcher a signature; later ones have one generic launcher in `cuda_utils`."""
 
+UNLOADS_ON_DELETE = ("3.8",)
+"""Triton minors whose `CompiledKernel.__del__` unloads its module; 3.9 does so only for what it loaded itself."""
+
 
 def minor(version: str) -> str:
     """`"3.7.1+git"` → `"3.7"`."""

@@ -1,0 +1,300 @@
+"""aot_cache.upstream.torch_tensor: what host code does with tensors gives the geometry, and the values, that it gives on a CPU.
+
+On a torch without CUDA each of these used to be a way into a device guard that is not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aot_cache.build import virtual_device
+from aot_cache.errors import DataDependent
+from aot_cache.upstream.torch_tensor import VirtualTensor
+
+Op = Callable[[torch.Tensor], Any]
+
+OPS: dict[str, Op] = {
+    "float()": lambda x: x.float(),
+    "half()": lambda x: x.half(),
+    "bfloat16()": lambda x: x.bfloat16(),
+    "long()": lambda x: x.long(),
+    "int()": lambda x: x.int(),
+    "bool()": lambda x: x.bool(),
+    "to(dtype)": lambda x: x.to(torch.float16),
+    "to(tensor)": lambda x: x.to(x.float()),
+    "type(dtype)": lambda x: x.type(torch.float64),
+    "type_as": lambda x: x.type_as(x.float()),
+    "contiguous": lambda x: x.t().contiguous(),
+    "clone": lambda x: x.clone(),
+    "detach": lambda x: x.detach(),
+    "copy_": lambda x: torch.zeros_like(x).copy_(x),
+    "fill_": lambda x: x.clone().fill_(3),
+    "zero_": lambda x: x.clone().zero_(),
+    "add_": lambda x: x.clone().add_(1),
+    "in place operator": lambda x: _iadd(x.clone()),
+    "t": lambda x: x.t(),
+    "T": lambda x: x.T,
+    "transpose": lambda x: x.transpose(0, 1),
+    "permute": lambda x: x.permute(1, 0),
+    "view": lambda x: x.view(-1),
+    "view as dtype": lambda x: x.view(torch.int32),
+    "reshape": lambda x: x.t().reshape(2, 12),
+    "flatten": lambda x: x.flatten(),
+    "expand": lambda x: x[None].expand(3, -1, -1),
+    "repeat": lambda x: x.repeat(2, 1),
+    "chunk": lambda x: x.chunk(2, dim=-1),
+    "split": lambda x: x.split([1, 3]),
+    "unbind": lambda x: x.unbind(0),
+    "iterating": lambda x: list(x),
+    "unsqueeze": lambda x: x.unsqueeze(1),
+    "as_strided": lambda x: x.as_strided((2, 2), (1, 2), 3),
+    "narrow": lambda x: x.narrow(1, 2, 3),
+    "an index": lambda x: x[1],
+    "a slice": lambda x: x[1:3, ::2],
+    "ellipsis": lambda x: x[..., 1],
+    "newaxis": lambda x: x[:, None],
+    "a tensor as index": lambda x: x[torch.tensor([2, 0], device=x.device)],
+    "two tensors as index": lambda x: x[torch.tensor([2, 0], device=x.device), torch.tensor([1, 1], device=x.device)],
+    "a list as index": lambda x: x[[0, 2]],
+    "setting an index": lambda x: _set(x.clone(), 1, 5),
+    "setting a slice": lambda x: _set(x.clone(), slice(1, 3), 0),
+    "setting by a tensor": lambda x: _set(x.clone(), (slice(None), 1), torch.ones(4, dtype=x.dtype, device=x.device)),
+    "comparing": lambda x: (x > 3) & (x != 5),
+    "where": lambda x: torch.where(x > 3, x, 0),
+    "masked_fill": lambda x: x.masked_fill(x > 3, 0),
+    "matmul": lambda x: x.float() @ x.float().t(),
+    "a scalar of the CPU": lambda x: x * torch.tensor(2.0),
+    "cat": lambda x: torch.cat([x, x], dim=1),
+    "stack": lambda x: torch.stack([x, x]),
+    "pad": lambda x: torch.nn.functional.pad(x, (0, 2)),
+    "softmax": lambda x: x.float().softmax(-1),
+    "rms norm": lambda x: x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6),
+    "max": lambda x: x.max(dim=1),
+    "topk": lambda x: x.topk(2, dim=1),
+    "sort": lambda x: x.sort(dim=1),
+    "cumsum": lambda x: x.cumsum(0),
+    "argmax": lambda x: x.argmax(),
+    "diff": lambda x: x.diff(dim=0),
+    "new_empty": lambda x: x.new_empty(3, 5).shape,
+    "new_zeros": lambda x: x.new_zeros((3, 5)),
+    "new_full": lambda x: x.new_full((2,), 7),
+    "new_tensor": lambda x: x.new_tensor([1, 2]),
+    "zeros_like": lambda x: torch.zeros_like(x),
+    "ones_like": lambda x: torch.ones_like(x, dtype=torch.int32),
+    "full_like": lambda x: torch.full_like(x, 2),
+    "arange": lambda x: torch.arange(2, 9, 3, device=x.device),
+    "arange of one": lambda x: torch.arange(x.shape[0], device=x.device, dtype=torch.int32),
+    "zeros": lambda x: torch.zeros(3, device=x.device),
+    "full": lambda x: torch.full((2, 3), 7, device=x.device),
+    "eye": lambda x: torch.eye(3, device=x.device),
+    "tril": lambda x: x.tril(),
+    "as_tensor": lambda x: torch.as_tensor([1, 2], device=x.device),
+    "repeat_interleave": lambda x: x.repeat_interleave(2, dim=0),
+    "scatter_": lambda x: x.clone().scatter_(0, torch.zeros(1, 6, dtype=torch.int64, device=x.device), x[:1]),
+    "index_select": lambda x: x.index_select(1, torch.tensor([0, 3], device=x.device)),
+    "gather": lambda x: x.gather(1, torch.tensor([[0], [1]], device=x.device)),
+    "cpu": lambda x: x.cpu(),
+    "to cpu": lambda x: x.to("cpu"),
+    "requires_grad_": lambda x: x.float().requires_grad_(False),
+    "parameter": lambda x: torch.nn.Parameter(x.float(), requires_grad=False).data,
+    "einsum": lambda x: torch.einsum("ij,kj->ik", x.float(), x.float()),
+    "linear": lambda x: torch.nn.functional.linear(x.float(), x.float()),
+    "layer_norm": lambda x: torch.nn.functional.layer_norm(x.float(), (6,)),
+    "silu and chunk": lambda x: torch.nn.functional.silu(x.float()).chunk(2, -1)[0],
+    "any": lambda x: (x > 3).any(dim=1),
+}
+
+
+def _iadd(x: torch.Tensor) -> torch.Tensor:
+    x += 1
+    return x
+
+
+def _set(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
+    x[index] = value
+    return x
+
+
+SCALARS: dict[str, Op] = {
+    "item": lambda x: x[0, 1].item(),
+    "int": lambda x: int(x.max()),
+    "float": lambda x: float(x[1, 1]),
+    "bool": lambda x: bool((x > 3).any()),
+    "index": lambda x: list(range(30))[x[0, 1]],
+    "tolist": lambda x: x.tolist(),
+    "len": lambda x: len(x),
+    "numel": lambda x: x.numel(),
+    "nonzero": lambda x: x.nonzero().shape,
+    "nonzero as tuple": lambda x: len(x.nonzero(as_tuple=True)),
+    "a mask": lambda x: x[x > 3].shape,
+    "masked_select": lambda x: x.masked_select(x > 3).shape,
+    "unique": lambda x: x.unique().shape,
+    "a slice by a value": lambda x: x[: x[0, 1]].shape,
+    "equal": lambda x: torch.equal(x, x),
+    "contains": lambda x: 5 in x,
+    "is_contiguous": lambda x: x.t().is_contiguous(),
+    "is_cuda": lambda x: x.device.type in ("cuda", "cpu"),
+    "element_size": lambda x: x.element_size(),
+    "alignment": lambda x: [x.view(-1)[n:].data_ptr() % 16 for n in range(9)],
+    "size of the storage": lambda x: x.untyped_storage().nbytes(),
+}
+
+
+def base(device: str) -> torch.Tensor:
+    """4 x 6 known integers."""
+    return torch.arange(24, device=device).view(4, 6) % 7
+
+
+def facts(value: Any) -> Any:
+    """Shape, strides, offset, type and, where they are known, values of every tensor in `value`."""
+    if isinstance(value, (list, tuple)):
+        return [facts(v) for v in value]
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.stride(), value.storage_offset(), str(value.dtype)
+    return value
+
+
+def assert_values(virtual: Any, real: Any) -> None:
+    """What is known is true; that it is known at all is another matter."""
+    if isinstance(virtual, (list, tuple)):
+        for one, other in zip(virtual, real):
+            assert_values(one, other)
+    elif isinstance(virtual, VirtualTensor):
+        if virtual.known is not None:
+            assert torch.equal(virtual.known, real), "values that host code would read are wrong"
+    elif isinstance(virtual, torch.Tensor):
+        assert torch.equal(virtual, real)
+
+
+@pytest.fixture(params=["inference", "no_grad", "grad"])
+def mode(request: pytest.FixtureRequest) -> Any:
+    modes: dict[str, Any] = {"inference": torch.inference_mode, "no_grad": torch.no_grad, "grad": torch.enable_grad}
+    return modes[request.param]
+
+
+@pytest.mark.parametrize("what", OPS)
+def test_an_operation(what: str, mode: Any) -> None:
+    with mode():
+        real = OPS[what](base("cpu"))
+        with virtual_device.tensors():
+            virtual = OPS[what](base("cuda"))
+    assert facts(virtual) == facts(real)
+    assert_values(virtual, real)
+
+
+@pytest.mark.parametrize("what", SCALARS)
+def test_reading(what: str, mode: Any) -> None:
+    with mode():
+        real = SCALARS[what](base("cpu"))
+        with virtual_device.tensors():
+            virtual = SCALARS[what](base("cuda"))
+    assert virtual == real
+
+
+WRITES: dict[str, Op] = {
+    "a view": lambda x: _iadd(x[1:3]),
+    "a row": lambda x: x[2].zero_(),
+    "all": lambda x: x.fill_(9),
+    "an index": lambda x: _set(x, 1, 5),
+    "a transposed view": lambda x: x.t()[0].add_(1),
+    "copy_": lambda x: x[0].copy_(x[1]),
+    "a view of a view": lambda x: x.view(-1)[3:9].mul_(2),
+    "out=": lambda x: torch.add(x, 1, out=x),
+}
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_writing_through_a_view_is_seen(what: str, mode: Any) -> None:
+    real = base("cpu")
+    with mode():
+        WRITES[what](real)
+        with virtual_device.tensors():
+            virtual = base("cuda")
+            WRITES[what](virtual)
+            assert virtual.tolist() == real.tolist()
+
+
+def unknown(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+UNKNOWN: dict[str, Op] = {
+    "copy_": lambda x: x.copy_(unknown(x)),
+    "copy_ into a view": lambda x: x[1:3].copy_(unknown(x[1:3])),
+    "setting an index": lambda x: _set(x, 1, unknown(x[1])),
+    "adding": lambda x: x.add_(unknown(x)),
+    "adding to a view": lambda x: x[0].add_(unknown(x[0])),
+    "out=": lambda x: torch.add(x, unknown(x), out=x),
+    "random_": lambda x: x.random_(0, 3),
+    "random_ of a view": lambda x: x[0].random_(0, 3),
+    "scatter_ by unknown indices": lambda x: x.scatter_(0, unknown(x), x),
+}
+
+
+@pytest.mark.parametrize("what", UNKNOWN)
+def test_values_that_were_written_over_are_not_read(what: str, mode: Any) -> None:
+    """Old values in place of ones that nobody knows would make a plan that is wrong and looks right."""
+    with mode(), virtual_device.tensors():
+        x = base("cuda")
+        UNKNOWN[what](x)
+        with pytest.raises(DataDependent):
+            x.tolist()
+
+
+def test_a_view_forgets_what_its_base_is_written_over_with(mode: Any) -> None:
+    with mode(), virtual_device.tensors():
+        x = base("cuda")
+        view = x[0]
+        x.copy_(unknown(x))
+        with pytest.raises(DataDependent):
+            view.tolist()
+        view.copy_(torch.tensor([1, 2, 3, 4, 5, 6], device="cuda"))
+        x.fill_(0)
+        with contextlib.suppress(DataDependent):  # to have forgotten is right as well
+            assert view.tolist() == [0] * 6
+
+
+@pytest.mark.parametrize("make", [torch.rand_like, torch.randn_like, torch.bernoulli, lambda x: torch.dropout(x, 0.5, True)])
+def test_random_numbers_are_not_known(make: Op, mode: Any) -> None:
+    with mode(), virtual_device.tensors(), pytest.raises(DataDependent):
+        make(torch.tensor([0.25, 0.5], device="cuda")).tolist()
+
+
+@given(data=st.data())
+def test_views_of_views(data: st.DataObject) -> None:
+    """Any chain of slices, selections and transpositions has the geometry, the address and the values of the real one."""
+    shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    size = torch.Size(shape).numel()
+    with virtual_device.tensors():
+        real, virtual = torch.arange(size).view(shape), torch.arange(size, device="cuda").view(shape)
+        for _ in range(data.draw(st.integers(1, 4))):
+            if real.dim() == 0:
+                break
+            dim = data.draw(st.integers(0, real.dim() - 1))
+            kind = data.draw(st.sampled_from(["slice", "select", "transpose", "unsqueeze"]))
+            index: list[Any] = [slice(None)] * dim
+            if kind == "slice":
+                bounds = st.none() | st.integers(-6, 6)
+                index.append(slice(data.draw(bounds), data.draw(bounds), data.draw(st.sampled_from([None, 1, 2]))))
+            elif kind == "select":
+                if not real.shape[dim]:
+                    break
+                index.append(data.draw(st.integers(-real.shape[dim], real.shape[dim] - 1)))
+            elif kind == "unsqueeze":
+                index.append(None)
+            if kind == "transpose":
+                real, virtual = real.transpose(0, dim), virtual.transpose(0, dim)
+            else:
+                real, virtual = real[tuple(index)], virtual[tuple(index)]
+        assert facts(virtual) == facts(real)
+        assert json.dumps(virtual.tolist()) == json.dumps(real.tolist())
+        if real.numel():
+            assert virtual.data_ptr() % 16 == real.storage_offset() * 8 % 16
