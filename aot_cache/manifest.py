@@ -80,7 +80,7 @@ def whole(bundle: Bundle) -> dict[str, Json]:
     """
     lean = dict(bundle.manifest)
     try:
-        details = json.loads(bytes(bundle.object(lean.pop("details"))))
+        details = json.loads(bundle.object(lean.pop("details")))
         lean.pop("late")
         lean.pop("signatures")
         metadata_sets, binaries = lean.pop("metadata_sets"), lean.pop("binaries")

@@ -115,7 +115,7 @@ def tune(bundle_path: Path, out: Path, *, prune: bool, points: int, progress: Pr
     device = {"name": name, "clocks_before": before, "clocks_after": _clocks()}
     chosen = _write_choices(manifest, results, device)
     dropped = _prune(manifest) if prune else 0
-    objects = {digest: bytes(bundle.object(digest)) for digest in _needed(manifest)}
+    objects = {digest: bundle.object(digest) for digest in _needed(manifest)}
     lean, details = split(manifest)
     objects[lean["details"]] = details
     digest = write_bundle(out, lean, objects)

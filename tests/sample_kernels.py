@@ -150,9 +150,17 @@ def run_tuple(n: int, device: str) -> None:
     add_tuple[(1,)]((x, torch.empty_like(x)), (n, 1), BLOCK=16)
 
 
+@triton.jit
+def add_named(pointers, sizes, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    mask = at < sizes.first + sizes.second
+    tl.store(pointers.second + at, tl.load(pointers.first + at, mask=mask), mask=mask)
+
+
 def run_named_tuple(n: int, device: str) -> None:
+    # A kernel of its own: Triton's key does not tell a named tuple from a plain one.
     x = torch.empty(64, device=device)
-    add_tuple[(1,)](Pair(x, torch.empty_like(x)), Pair(n, 1), BLOCK=16)
+    add_named[(1,)](Pair(x, torch.empty_like(x)), Pair(n, 1), BLOCK=16)
 
 
 @triton.jit

@@ -54,7 +54,6 @@ class _OnDevice:
         self.installer = installer
         self.kernels: list[Any] = []
         self.binaries: list[int] = []
-        self.bytes: dict[str, bytes] = {}
 
 
 class KernelSet:
@@ -63,6 +62,7 @@ class KernelSet:
     def __init__(self, bundle: Bundle, ledger: Ledger) -> None:
         self.bundle = bundle
         manifest = bundle.manifest
+        bundle.prefetch()  # hashed while the rest of this is done; needed when modules are loaded
         self.report = Report(str(bundle.path), bundle.digest, len(manifest["units"]))
         self._ledger = ledger
         self._names = [kernel["name"] for kernel in manifest["kernels"]]
@@ -113,10 +113,9 @@ class KernelSet:
                 return 0
             if device not in self._devices:
                 current = triton_kernel.current_target()
-                self._devices[device] = _OnDevice(triton_kernel.Installer(current, device, self.bundle.manifest))
+                self._devices[device] = _OnDevice(triton_kernel.Installer(current, device, self.bundle))
                 self.report.devices.append(device)
             found = self._functions(missing)
-            self.bundle.check([d for number in found for d in self._binaries(number)])
             new = 0
             with collection.paused():
                 for number, functions in found.items():
@@ -141,10 +140,6 @@ class KernelSet:
             self.report.primed += primed
             self.report.modules += modules
             return int(primed)
-
-    def _binaries(self, number: int) -> list[str]:
-        manifest = self.bundle.manifest
-        return [manifest["binaries"][manifest["units"][unit][3]] for unit in self._units.get(number, [])]
 
     def _known(self, number: int) -> bool:
         return self._names[number] in self.report.stale or any(n == number for _, _, n in self._done)
@@ -181,11 +176,7 @@ class KernelSet:
         for unit_number in units:
             unit = manifest["units"][unit_number]
             key = unit[4] if unit[4] is not None else self._late_key(unit_number)
-            digest = manifest["binaries"][unit[3]]
-            binary = place.bytes.get(digest)
-            if binary is None:
-                binary = place.bytes[digest] = bytes(self.bundle.object(digest))
-            place.kernels.append(place.installer.install(function, unit, key, digest, binary))
+            place.kernels.append(place.installer.install(function, unit, key))
             place.binaries.append(unit[3])
         self.report.installed += len(units)
         if number not in self._chosen:

@@ -203,7 +203,7 @@ def _native(source_key: str) -> bytes | None:
     for kernels in _sets:
         for native in kernels.bundle.manifest["native"]:
             if native["source"] == source_key and native["suffix"] == interpreter_tag():
-                return bytes(kernels.bundle.object(native["object"]))
+                return kernels.bundle.object(native["object"])
     return None
 
 

@@ -24,8 +24,9 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import weakref
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,8 +40,6 @@ MAX_HEADER = 100_000_000  # bytes; safetensors refuses more
 _PREFIX = 8  # bytes of the header's length
 _MAX_OBJECT = 2**63  # no file is larger, and a longer number may not even be printable
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_HASHERS = 4
-_WORTH_THREADS = 2 << 20  # bytes: about a millisecond of hashing, what the threads cost to start
 _REPR = reprlib.Repr()
 _REPR.maxstring = 80
 
@@ -48,71 +47,91 @@ _REPR.maxstring = 80
 class Bundle:
     """A bundle whose header and layout were found sound. Made by `read_bundle`.
 
-    May be used from many threads at the same time; hashing releases the interpreter's lock.
+    May be used from many threads at the same time; reading and hashing release the interpreter's lock. The file stays
+    open, so that it may be replaced or deleted meanwhile: a bundle is replaced whole, and this is the one that it was.
 
     Attributes:
-        path: the file it was read from; it is not looked at again.
+        path: the file it was read from.
         manifest: what `write_bundle` was given, and "objects": {sha256: bytes}.
         digest: 64 hex digits that stand for the whole bundle.
         size: the file's size in bytes.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], digest: str, header_size: int, body: bytes) -> None:
+    def __init__(
+        self, path: Path, manifest: dict[str, Any], digest: str, begin: int, body_digest: str, file: int
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.digest = digest
-        self.size = header_size + len(body)
-        self._body = memoryview(body)
-        self._checked: dict[str, memoryview] = {}
+        self._file = file
+        self._close = weakref.finalize(self, os.close, file)
+        self._body_begin = begin
+        self._body_digest = body_digest
+        self._body: Future[memoryview] | None = None
+        self._checked: dict[str, bytes] = {}
         self._spans: dict[str, tuple[int, int]] = {}
-        begin = 0
         for name, size in sorted(manifest["objects"].items()):
-            self._spans[name] = (begin, begin + size)
+            self._spans[name] = (begin, size)
             begin += size
+        self.size = begin
 
-    def object(self, digest: str) -> memoryview:
-        """The bytes that hash to `digest`, read-only; they are hashed on the first call.
+    def prefetch(self) -> None:
+        """Start to read and hash all objects at once, on a thread of their own, while this one does something else.
+
+        From then on `object` waits for that and hashes nothing itself.
+        """
+        if self._body is None:
+            pool = ThreadPoolExecutor(1, thread_name_prefix="aot-cache")
+            self._body = pool.submit(self._read_body)
+            pool.shutdown(wait=False)
+
+    def object(self, digest: str) -> bytes:
+        """The bytes that hash to `digest`; what is returned was hashed, and is kept.
 
         Raises:
             BundleCorrupt: they hash to something else, or the bundle has no such object.
+            StoreError: they cannot be read.
         """
-        # Two threads may both hash an object that is new to them: they agree, and it costs less than a lock.
-        checked = self._checked.get(digest)
-        if checked is not None:
-            return checked
+        # Two threads may both read an object that is new to them: they agree, and it costs less than a lock.
+        data = self._checked.get(digest)
+        if data is not None:
+            return data
         if digest not in self._spans:
             _refuse(self.path, f"it has no object {digest!r}")
-        view = self._view(digest)
-        if hashlib.sha256(view).hexdigest() != digest:
-            _refuse(self.path, f"the bytes of object {digest} do not hash to its name")
-        self._checked[digest] = view
-        return view
+        if self._body is not None:
+            begin, size = self._spans[digest]
+            begin -= self._body_begin
+            data = bytes(self._body.result()[begin : begin + size])
+        else:
+            data = self._read(*self._spans[digest])
+            if hashlib.sha256(data).hexdigest() != digest:
+                _refuse(self.path, f"the bytes of object {digest} do not hash to its name")
+        self._checked[digest] = data
+        return data
 
-    def check(self, digests: Collection[str]) -> None:
-        """Hash many objects, on several threads where they are large: what `object` does, before it is asked.
-
-        Raises:
-            BundleCorrupt: as `object`.
-        """
-        new = [digest for digest in dict.fromkeys(digests) if digest not in self._checked]
-        workers = min(_HASHERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
-        if workers < 2 or sum(self.manifest["objects"].get(digest, 0) for digest in new) < _WORTH_THREADS:
-            for digest in new:
-                self.object(digest)
-            return
-        with ThreadPoolExecutor(workers) as pool:
-            for _ in pool.map(
-                lambda part: [self.object(digest) for digest in part], [new[n::workers] for n in range(workers)]
-            ):
-                pass
+    def _read_body(self) -> memoryview:
+        # One large read and one large hash: both release the interpreter's lock, hundreds of small ones fight for it.
+        data = self._read(self._body_begin, self.size - self._body_begin)
+        if hashlib.sha256(data).hexdigest() != self._body_digest:
+            bad = ", ".join(self.check_all()) or "none, but their order or number"
+            _refuse(self.path, f"its objects do not hash to what the header says (wrong: {bad})")
+        return memoryview(data)
 
     def check_all(self) -> list[str]:
-        """Hash every object, also those that were hashed before; returns the digests of the bad ones, sorted."""
-        return [name for name in self._spans if hashlib.sha256(self._view(name)).hexdigest() != name]
+        """Read and hash every object, also those that were hashed before; returns the digests of the bad ones, sorted."""
+        return [name for name, span in self._spans.items() if hashlib.sha256(self._read(*span)).hexdigest() != name]
 
-    def _view(self, digest: str) -> memoryview:
-        begin, end = self._spans[digest]
-        return self._body[begin:end]
+    def _read(self, begin: int, size: int) -> bytes:
+        try:
+            data = os.pread(self._file, size, begin)
+            while 0 < len(data) < size:  # Linux reads at most 2 GiB at once
+                more = os.pread(self._file, size - len(data), begin + len(data))
+                if not more:
+                    break
+                data += more
+        except OSError as error:
+            raise StoreError(f"to read {self.path}", error.strerror or str(error), "copy it to a local disk") from error
+        return data  # a file that was shortened gives fewer bytes, which do not hash to the name
 
 
 def write_bundle(path: str | os.PathLike[str], manifest: Mapping[str, Any], objects: Mapping[str, bytes]) -> str:
@@ -137,18 +156,20 @@ def write_bundle(path: str | os.PathLike[str], manifest: Mapping[str, Any], obje
     text = _canonical({**manifest, "objects": sizes})
     if _canonical(_parse(text)) != text:  # keys that are numbers become strings, and may then sort or meet otherwise
         raise ValueError("the manifest is not plain JSON: what is read back would not be what was written")
-    header = _header(text, sizes)
+    ordered = [objects[name] for name in sorted(objects)]
+    body_digest = hashlib.sha256(b"".join(ordered)).hexdigest()
+    header = _header(text, sizes, body_digest)
     if len(header) - _PREFIX > MAX_HEADER:
         found = f"the header would have {len(header):,} bytes, and {MAX_HEADER:,} are allowed"
         raise StoreError(f"to write {path}", found, "make more than one bundle")
-    write_atomic(path, b"".join([header, *(objects[name] for name in sorted(objects))]))
+    write_atomic(path, b"".join([header, *ordered]))
     return hashlib.sha256(header).hexdigest()
 
 
 def read_bundle(path: str | os.PathLike[str], digest: str | None = None) -> Bundle:
-    """Read a bundle once, wholly, and check its header and layout; the objects are hashed when they are asked for.
+    """Read a bundle's header and check it and the layout; the objects are read and hashed when they are asked for.
 
-    Writes nothing and takes no lock. The bytes are copied into memory rather than mapped: a mapped file that somebody
+    Writes nothing and takes no lock. Bytes are copied into memory rather than mapped: a mapped file that somebody
     shortens kills its readers, and one that changes after it was hashed was hashed for nothing.
 
     Args:
@@ -170,20 +191,14 @@ def read_bundle(path: str | os.PathLike[str], digest: str | None = None) -> Bund
         if length > min(MAX_HEADER, size - _PREFIX):
             _refuse(path, f"it says that its header has {length:,} bytes, and the file has {size:,}")
         header += file.read(length)
-        manifest = _check_header(path, header)
+        manifest, body_digest = _check_header(path, header)
         wanted = sum(manifest["objects"].values())
         if size - len(header) != wanted:
             _refuse(path, f"it has {size - len(header):,} bytes of objects, and its manifest says {wanted:,}")
-        try:
-            body = file.readall()
-        except MemoryError as error:
-            raise StoreError(f"to read {path}", f"its {size:,} bytes do not fit into memory", "free some") from error
-    if len(body) != wanted:
-        _refuse(path, "it became longer or shorter while it was read")
-    actual = hashlib.sha256(header).hexdigest()
-    if digest is not None and digest != actual:
-        raise DigestMismatch(f"the bundle {digest} at {path}", f"it is {actual}", "install or pin the right one")
-    return Bundle(path, manifest, actual, len(header), body)
+        actual = hashlib.sha256(header).hexdigest()
+        if digest is not None and digest != actual:
+            raise DigestMismatch(f"the bundle {digest} at {path}", f"it is {actual}", "install or pin the right one")
+        return Bundle(path, manifest, actual, len(header), body_digest, os.dup(file.fileno()))
 
 
 def _refuse(path: Path, found: str) -> NoReturn:
@@ -210,14 +225,19 @@ def _no_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is no number")
 
 
-def _metadata(text: str) -> dict[str, str]:
-    check = hashlib.sha256(text.encode("ascii")).hexdigest()
-    return {"format": FORMAT, "manifest": text, "manifest_sha256": check, "schema": SCHEMA}
+def _metadata(text: str, body_digest: str) -> dict[str, str]:
+    return {
+        "format": FORMAT,
+        "manifest": text,
+        "manifest_sha256": hashlib.sha256((text + body_digest).encode("ascii")).hexdigest(),
+        "objects_sha256": body_digest,
+        "schema": SCHEMA,
+    }
 
 
-def _header(text: str, sizes: Mapping[str, int]) -> bytes:
+def _header(text: str, sizes: Mapping[str, int], body_digest: str) -> bytes:
     """The one header, with its length before it, for the manifest `text` and objects of these sizes (bytes)."""
-    parts = [f'"__metadata__":{_canonical(_metadata(text))}']
+    parts = [f'"__metadata__":{_canonical(_metadata(text, body_digest))}']
     begin = 0
     for name in sorted(sizes):  # by hand, for digests and numbers need no escapes: this is on the way of every load
         end = begin + sizes[name]
@@ -228,8 +248,11 @@ def _header(text: str, sizes: Mapping[str, int]) -> bytes:
     return len(header).to_bytes(_PREFIX, "little") + header
 
 
-def _check_header(path: Path, header: bytes) -> dict[str, Any]:
-    """The manifest in `header`, which begins with its length and is the one that `write_bundle` writes for it."""
+def _check_header(path: Path, header: bytes) -> tuple[dict[str, Any], str]:
+    """The manifest in `header`, and the digest of all objects together.
+
+    `header` begins with its length, and must be the one that `write_bundle` writes for that manifest and digest.
+    """
     try:
         table = json.loads(header[_PREFIX:].decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -242,11 +265,14 @@ def _check_header(path: Path, header: bytes) -> dict[str, Any]:
     text = metadata.get("manifest")
     if not isinstance(text, str) or not text.isascii():
         _refuse(path, "its header has no manifest in ASCII")
+    body_digest = metadata.get("objects_sha256")
+    if not isinstance(body_digest, str) or not _DIGEST.fullmatch(body_digest):
+        _refuse(path, f"its objects_sha256 is {_short(body_digest)}, which is no sha256")
     manifest = _check_manifest(path, text)
-    wanted = _header(text, manifest["objects"])
+    wanted = _header(text, manifest["objects"], body_digest)
     if header != wanted:  # this accepts or refuses; what follows only looks for the words
         _refuse(path, _difference(header, wanted))
-    return manifest
+    return manifest, body_digest
 
 
 def _check_manifest(path: Path, text: str) -> dict[str, Any]:

@@ -37,8 +37,10 @@ def dumps(value: Any) -> str:
 def metadata(of: Any = MANIFEST, text: str | None = None, **changes: Any) -> Tree:
     """A bundle's metadata around any manifest: the forger knows how to hash."""
     text = dumps(of) if text is None else text
-    check = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    return {"format": "aot-cache", "manifest": text, "manifest_sha256": check, "schema": "1", **changes}
+    body = hashlib.sha256(BODY).hexdigest()
+    check = hashlib.sha256((text + body).encode("utf-8", "surrogatepass")).hexdigest()
+    hashes = {"manifest_sha256": check, "objects_sha256": body}
+    return {"format": "aot-cache", "manifest": text, **hashes, "schema": "1", **changes}
 
 
 def tensors() -> Tree:
@@ -161,6 +163,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "a manifest with a key twice": (with_manifest(text=DOUBLE_KEY), "a key is there twice"),
     "a manifest with a key twice, deep": (with_manifest(text=DOUBLE_DEEP), "a key is there twice"),
     "a manifest that was changed": (with_metadata(manifest=dumps({**MANIFEST, "complete": False})), "does not hash"),
+    "no hash of the objects": (with_metadata(objects_sha256=None), "no sha256"),
+    "another hash of the objects, in capitals": (with_metadata(objects_sha256="A" * 64), "no sha256"),
     "no hash of the manifest": (with_metadata(manifest_sha256=None), "does not hash"),
     "more metadata": (with_metadata(pickle="gASVHAAAAA"), "not written as write_bundle"),
     "a size below zero": (with_sizes({**SIZES, NAMES[0]: -1}), "has -1 bytes"),

@@ -262,7 +262,9 @@ def test_a_view_forgets_what_its_base_is_written_over_with(mode: Any) -> None:
             assert view.tolist() == [0] * 6
 
 
-@pytest.mark.parametrize("make", [torch.rand_like, torch.randn_like, torch.bernoulli, lambda x: torch.dropout(x, 0.5, True)])
+@pytest.mark.parametrize(
+    "make", [torch.rand_like, torch.randn_like, torch.bernoulli, lambda x: torch.dropout(x, 0.5, True)]
+)
 def test_random_numbers_are_not_known(make: Op, mode: Any) -> None:
     with mode(), virtual_device.tensors(), pytest.raises(DataDependent):
         make(torch.tensor([0.25, 0.5], device="cuda")).tolist()

@@ -1,0 +1,579 @@
+"""aot_cache.build from outside: what a build compiles again, the same bytes twice, and bad input. Builds are real ones."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aot_cache import manifest
+from aot_cache import target as targets
+from aot_cache.build import pipeline, pool, stamp
+from aot_cache.build.pipeline import Built, Request
+from aot_cache.errors import AotCacheError, DeclarationError, StoreUnwritable, TargetError, UnknownName
+from aot_cache.store import read_bundle
+
+ROOT = Path(__file__).parents[1]
+
+KERNELS = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def inner(x, BLOCK: tl.constexpr):
+    tl.store(x + tl.arange(0, BLOCK), 1.0)
+
+@triton.jit
+def outer(x, BLOCK: tl.constexpr):
+    inner(x, BLOCK)
+    inner(x + BLOCK, BLOCK)
+
+@triton.jit
+def alone(x, BLOCK: tl.constexpr):
+    tl.store(x + tl.arange(0, BLOCK), 3.0)
+
+@triton.jit
+def given(value):
+    return value + 5.0
+
+@triton.jit
+def takes(x, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
+    at = x + tl.arange(0, BLOCK)
+    tl.store(at, FUNCTION(tl.load(at)))
+
+@triton.autotune([triton.Config({"BLOCK": 16}, num_warps=1), triton.Config({"BLOCK": 32}, num_warps=2)], key=["n"])
+@triton.jit
+def tuned(x, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(x + at, tl.load(x + at, mask=at < n) * 2, mask=at < n)
+
+def make():
+    @triton.jit
+    def made(x, BLOCK: tl.constexpr):
+        tl.store(x + tl.arange(0, BLOCK), 4.0)
+    return made
+"""
+
+RECIPE = """
+import torch
+from aot_cache import Call, Range, Recipe, declare
+
+import {kernels} as kernels
+
+def host(n):
+    x = torch.empty(64, device="cuda")
+    kernels.inner[(1,)](x, BLOCK=16)
+    kernels.outer[(1,)](x, BLOCK=16)
+    kernels.alone[(1,)](x, BLOCK=16)
+    kernels.takes[(1,)](x, kernels.given, BLOCK=16)
+    kernels.tuned[(1,)](x, n)
+    kernels.make()[(1,)](x, BLOCK=16)
+
+@declare(n=Range(1, 17))
+def case(n):
+    return Call(host, n)
+
+recipe = Recipe("project", [case])
+"""
+
+
+@dataclass
+class Project:
+    """A folder with a recipe and its kernels, to be built by a worker that runs there."""
+
+    folder: Path
+    store: Path
+    name: str = "project"
+
+    @classmethod
+    def at(cls, folder: Path, kernels: str = KERNELS) -> Project:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "project_kernels.py").write_text(kernels)
+        (folder / "project.py").write_text(RECIPE.format(kernels="project_kernels"))
+        return cls(folder, folder / "store")
+
+    @property
+    def kernels(self) -> Path:
+        return self.folder / "project_kernels.py"
+
+    def build(self, progress: Any = lambda *_: None, environment: dict[str, str] | None = None, **more: Any) -> Built:
+        request = {
+            "target": targets.get("h200"),
+            "store": self.store,
+            "model": f"{self.name}:recipe",
+            "workers": 2,
+            **more,
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.folder)
+            patch.setenv("PYTHONPATH", str(ROOT))
+            for name, value in (environment or {}).items():
+                patch.setenv(name, value)
+            return pipeline.build(Request(**request), progress)
+
+    def snapshot(self, built: Built) -> dict[str, set[str]]:
+        """Kernel → the store's keys of its units."""
+        whole = manifest.whole(read_bundle(built.path, built.digest))
+        out: dict[str, set[str]] = {}
+        for unit in whole["units"]:
+            name = whole["kernels"][unit["kernel"]]["name"].partition(":")[2]
+            out.setdefault(name, set()).add(unit["key"])
+        return out
+
+
+ALL = {"inner", "outer", "alone", "takes", "tuned", "make.<locals>.made"}
+
+# --- building again ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Edited:
+    """One project, built again after each change."""
+
+    project: Project
+    first: Built
+    same: Built
+    without_stamp: Built
+    moved: Built
+    edited: Built
+    keys: dict[str, dict[str, set[str]]]
+
+
+@pytest.fixture(scope="module")
+def edited(tmp_path_factory: pytest.TempPathFactory) -> Edited:
+    project = Project.at(tmp_path_factory.mktemp("edited"))
+    keys = {}
+    first = project.build()
+    keys["first"] = project.snapshot(first)
+    same = project.build()
+    shutil.rmtree(project.store / "v1" / "records" / pipeline.STAMPS)
+    without_stamp = project.build()
+    moved_down = "\n\n# a remark\n\n" + KERNELS.replace("\n@triton.jit", "\n\n\n@triton.jit")
+    project.kernels.write_text(moved_down)
+    moved = project.build()
+    keys["moved"] = project.snapshot(moved)
+    project.kernels.write_text(moved_down.replace("1.0", "1.5").replace("5.0", "5.5"))
+    changed = project.build()
+    keys["edited"] = project.snapshot(changed)
+    return Edited(project, first, same, without_stamp, moved, changed, keys)
+
+
+def test_a_build(edited: Edited) -> None:
+    first = edited.first
+    assert not first.failed and not first.nothing_to_do and not first.sampled
+    assert set(edited.keys["first"]) == ALL
+    assert first.compiled == first.units == sum(map(len, edited.keys["first"].values()))
+    assert first.points == 17 and first.size == first.path.stat().st_size
+    assert read_bundle(first.path, first.digest).check_all() == []
+
+
+def test_a_build_again_has_nothing_to_do(edited: Edited) -> None:
+    assert edited.same.nothing_to_do and edited.same.compiled == 0
+    assert (edited.same.digest, edited.same.units, edited.same.path) == (
+        edited.first.digest,
+        edited.first.units,
+        edited.first.path,
+    )
+
+
+def test_a_build_without_its_stamp_compiles_nothing(edited: Edited) -> None:
+    again = edited.without_stamp
+    assert not again.nothing_to_do and again.compiled == 0
+    assert again.digest == edited.first.digest
+
+
+def test_moving_kernels_within_their_file_compiles_nothing(edited: Edited) -> None:
+    assert not edited.moved.nothing_to_do, "the file did change"
+    assert edited.moved.compiled == 0
+    assert edited.keys["moved"] == edited.keys["first"]
+
+
+def test_an_edit_recompiles_the_kernel_and_who_calls_it(edited: Edited) -> None:
+    before, after = edited.keys["moved"], edited.keys["edited"]
+    assert set(after) == ALL
+    changed = {name for name in ALL if after[name] != before[name]}
+    assert {"inner", "outer"} <= changed, "who calls it"
+    assert not changed & {"alone", "tuned", "make.<locals>.made"}, "and nothing else"
+    assert all(not after[name] & before[name] for name in changed)
+    assert edited.edited.compiled == sum(len(after[name]) for name in changed)
+
+
+def test_an_edit_recompiles_who_is_given_the_function(edited: Edited) -> None:
+    """A jit function that is handed over as a constexpr is part of the code."""
+    before, after = edited.keys["moved"], edited.keys["edited"]
+    assert not after["takes"] & before["takes"], "`given` was edited, and the old binary would be used"
+
+
+def test_a_damaged_bundle_is_built_again(edited: Edited) -> None:
+    data = bytearray(edited.edited.path.read_bytes())
+    data[-1] ^= 1
+    edited.edited.path.write_bytes(data)
+    again = edited.project.build()
+    assert not again.nothing_to_do and again.compiled == 0 and again.digest == edited.edited.digest
+    assert read_bundle(again.path).check_all() == []
+
+
+def test_a_module_that_host_code_imports_late_is_looked_at(tmp_path: Path) -> None:
+    """Models import kernels inside functions; a change of such a file is a change."""
+    project = Project.at(tmp_path)
+    (tmp_path / "project.py").write_text(
+        "import torch\n"
+        "from aot_cache import Call, Case, Recipe, Values\n"
+        "def host(n):\n"
+        "    import project_kernels\n"
+        "    project_kernels.alone[(1,)](torch.empty(64, device='cuda'), BLOCK=16)\n"
+        "recipe = Recipe('late', [Case('case', lambda n: Call(host, n), {'n': Values(3)})])\n"
+    )
+    first = project.build()
+    assert not first.failed and first.units == 1
+    project.kernels.write_text(KERNELS.replace("3.0", "3.5"))
+    second = project.build()
+    assert not second.nothing_to_do, "the kernel's source changed"
+    assert second.compiled == 1
+
+
+# --- the same bytes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Project, Built]]:
+    """The same source, built in two places by two parents of other hash seeds."""
+    out = []
+    for number, seed in enumerate(("1", "2")):
+        project = Project.at(tmp_path_factory.mktemp(f"twin{number}") / ("a" * (1 + 7 * number)) / "source")
+        out.append((project, project.build(environment={"PYTHONHASHSEED": seed, "TMPDIR": str(project.folder)})))
+    return out
+
+
+def test_the_same_source_gives_the_same_bytes(twins: Sequence[tuple[Project, Built]]) -> None:
+    (_, one), (_, two) = twins
+    assert not one.failed and one.path != two.path
+    assert one.digest == two.digest
+    assert one.path.read_bytes() == two.path.read_bytes()
+
+
+def test_the_same_source_gives_the_same_plan(twins: Sequence[tuple[Project, Built]]) -> None:
+    (_, one), (_, two) = twins
+    assert one.path.with_suffix(".plan.json").read_bytes() == two.path.with_suffix(".plan.json").read_bytes()
+
+
+def test_no_path_of_this_machine_is_in_the_bundle(twins: Sequence[tuple[Project, Built]]) -> None:
+    import sysconfig
+
+    project, built = twins[0]
+    data = built.path.read_bytes()
+    paths = {str(project.folder), str(project.store), str(ROOT), str(Path.home()), sysconfig.get_paths()["purelib"]}
+    found = [path for path in paths if len(path) > 5 and path.encode() in data]
+    assert not found
+    assert b"/tmp/" not in data and b"aot-cache-" not in data.replace(b"aot-cache-native", b"")
+
+
+def test_objects_of_the_twins_are_the_same(twins: Sequence[tuple[Project, Built]]) -> None:
+    one, two = (
+        {path.name for path in (project.store / "v1" / "objects").rglob("*") if path.is_file()} for project, _ in twins
+    )
+    assert one == two
+
+
+def test_line_info_is_a_build_of_its_own(twins: Sequence[tuple[Project, Built]]) -> None:
+    project, built = twins[0]
+    lined = project.build(line_info=True, ranges={"n": "3"}, out=project.folder / "lined.safetensors")
+    assert not lined.failed and lined.compiled == lined.units > 0
+    keys, lined_keys = project.snapshot(built), project.snapshot(lined)
+    assert all(not keys[name] & lined_keys[name] for name in ALL)
+    assert b"project_kernels.py" in lined.path.read_bytes(), "what a profiler reads"
+
+
+def test_a_plan_gives_the_same_bytes_wherever_it_lies(twins: Sequence[tuple[Project, Built]], tmp_path: Path) -> None:
+    project, built = twins[0]
+    digests = set()
+    for name in ("a", "bbbb"):
+        plan = tmp_path / name / f"{name}.plan.json"
+        plan.parent.mkdir()
+        # A kernel that is made inside a function is reached by the recipe's host code alone, and a plan has none.
+        document = json.loads(built.path.with_suffix(".plan.json").read_text())
+        document["units"] = [unit for unit in document["units"] if "<locals>" not in unit["kernel"]]
+        plan.write_text(json.dumps(document))
+        from_plan = project.build(model=None, plan=plan, out=tmp_path / name / "out.safetensors")
+        assert not from_plan.failed and from_plan.compiled == 0 and from_plan.units == built.units - 1
+        digests.add(from_plan.digest)
+    assert len(digests) == 1
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+BAD_RECIPES = """
+import torch
+from aot_cache import Call, Range, Recipe, Values, declare
+
+def host(n, m):
+    if n == 5 and m == 2:
+        raise ValueError("five does not divide")
+
+@declare(n=Range(1, 9), m=Values(1, 2))
+def divides(n, m):
+    return Call(host, n, m)
+
+raises = Recipe("raises", [divides])
+number = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    project = Project.at(tmp_path_factory.mktemp("bad"))
+    (project.folder / "bad_recipes.py").write_text(BAD_RECIPES)
+    (project.folder / "bad_import.py").write_text("import torch\nraise RuntimeError('no such model here')\n")
+    (project.folder / "needs.py").write_text("import torch\nimport not_installed_here\n")
+    return project
+
+
+def test_a_model_that_nobody_knows(bad: Project) -> None:
+    with pytest.raises(UnknownName, match="no-such-model"):
+        bad.build(model="no-such-model")
+
+
+def test_a_dimension_that_nobody_declared(bad: Project) -> None:
+    with pytest.raises(UnknownName) as caught:
+        bad.build(model="bad_recipes:raises", ranges={"tokens": "1..4"})
+    assert "'tokens'" in str(caught.value) and "it has m, n" in str(caught.value)
+
+
+def test_a_recipe_that_raises_at_a_point(bad: Project) -> None:
+    with pytest.raises(DeclarationError) as caught:
+        bad.build(model="bad_recipes:raises")
+    line = BAD_RECIPES.splitlines().index('        raise ValueError("five does not divide")') + 1
+    for part in ("'divides'", "n=5, m=2", "ValueError: five does not divide", f"bad_recipes.py:{line}"):
+        assert part in str(caught.value)
+    assert not list((bad.store).rglob("*.safetensors")), "nothing was written"
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "words"),
+    [
+        ("bad_import:recipe", DeclarationError, "RuntimeError: no such model here"),
+        ("needs:recipe", UnknownName, "no module named 'not_installed_here'"),
+        ("gone:recipe", UnknownName, "no module named 'gone'"),
+        ("bad_recipes:number", UnknownName, "a int"),
+        ("bad_recipes:gone", UnknownName, "NoneType"),
+    ],
+)
+def test_a_recipe_that_cannot_be_had(bad: Project, model: str, error: type[AotCacheError], words: str) -> None:
+    with pytest.raises(error, match=words):
+        bad.build(model=model)
+
+
+def test_a_target_that_triton_has_no_backend_for(bad: Project) -> None:
+    with pytest.raises(TargetError, match="Triton compiles for GPUs only"):
+        bad.build(target=targets.get("cpu"))
+
+
+def test_a_store_that_is_no_folder(bad: Project, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StoreUnwritable):
+        bad.build(store=tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def mount(folder: Path, *options: str) -> None:
+    done = subprocess.run(["mount", *options, str(folder)], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("this user may not mount a file system")
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    folder.mkdir()
+    mount(folder, "-t", "tmpfs", "-o", f"size={size}", "none")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_store_as_it_was(edited: Edited, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "300k") as disk:
+        project = Project(edited.project.folder, disk / "store")
+        first = project.build(ranges={"n": "3"})
+        assert not first.failed
+        before = files(disk)
+        room = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        (disk / "ballast").write_bytes(bytes(max(0, room - 16 * 1024)))
+        with pytest.raises(StoreUnwritable, match="no space"):
+            project.build(ranges={"n": "1..17"}, target=targets.get("a100"))
+        (disk / "ballast").unlink()
+        after = files(disk)
+        assert {name: after[name] for name in before} == before
+        # What was kept is sound, and the next build goes on from there.
+        assert not [name for name in after if name.endswith(".tmp")]
+        assert project.build(ranges={"n": "3"}).digest == first.digest
+
+
+def test_a_read_only_store_is_found_before_the_work(edited: Edited, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "300k") as disk:
+        project = Project(edited.project.folder, disk / "store")
+        project.store.mkdir()
+        mount(disk, "-o", "remount,ro")
+        seen: list[str] = []
+        with pytest.raises(StoreUnwritable, match="read-only"):
+            project.build(lambda stage, *_: seen.append(stage))
+        assert not seen and files(disk) == {}
+
+
+# --- workers that die -------------------------------------------------------------------------------------------------
+
+
+def children() -> set[int]:
+    """This process's children."""
+    out = set()
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = status.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == os.getpid() and fields[0] != "Z":
+                out.add(int(status.parent.name))
+    return out
+
+
+@pytest.mark.parametrize("stage", ["trace", "compile"])
+def test_a_worker_that_is_killed(edited: Edited, tmp_path: Path, stage: str) -> None:
+    """The kernel's memory killer takes the worker: an error says so, and the store is as it was."""
+    before = children()
+
+    def kill(now: str, done: int, total: int) -> None:
+        if now == stage:
+            for child in children() - before:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+
+    project = Project(edited.project.folder, tmp_path / "store")
+    with pytest.raises(TargetError, match="SIGKILL|-9"):
+        project.build(kill)
+    assert not list(project.store.rglob("*.safetensors"))
+    assert children() == before
+
+
+def test_a_child_that_dies_loses_its_item_only() -> None:
+    def work(item: int) -> int:
+        if item == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if item == 5:
+            os._exit(7)
+        return item * item
+
+    results = dict(pool.run(work, list(range(8)), 2))
+    assert results.pop(3) == pool.Died("its process was killed by SIGKILL")
+    assert results.pop(5) == pool.Died("its process ended with exit code 7")
+    assert results == {n: n * n for n in (0, 1, 2, 4, 6, 7)}
+
+
+def test_every_child_dies() -> None:
+    def work(item: int) -> None:
+        os._exit(1)
+
+    results = dict(pool.run(work, list(range(5)), 2))
+    assert set(results) == set(range(5)) and all(isinstance(r, pool.Died) for r in results.values())
+
+
+class KillsItsMaker:
+    """A result of which the process that made it dies when it arrives: between this item and its next."""
+
+    def __init__(self) -> None:
+        self.made_by = os.getpid()
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        os.kill(state["made_by"], signal.SIGKILL)
+        os.waitid(os.P_PID, state["made_by"], os.WEXITED | os.WNOWAIT)
+
+
+def test_a_child_that_dies_between_two_items() -> None:
+    results = dict(pool.run(lambda item: KillsItsMaker() if item == 0 else item, [0, 1, 2], 1))
+    assert set(results) == {0, 1, 2} and isinstance(results[0], KillsItsMaker)
+    assert results[2] == 2
+
+
+def test_results_come_as_they_are_ready() -> None:
+    """Item 0 waits for what the others leave: with two children the rest is done meanwhile."""
+    read, write = os.pipe()
+
+    def work(item: int) -> int:
+        if item == 0:
+            os.read(read, 1)
+        return item
+
+    order = []
+    for index, _ in pool.run(work, list(range(5)), 2):
+        order.append(index)
+        if len(order) == 4:
+            os.write(write, b"x")
+    assert order[-1] == 0 and sorted(order) == list(range(5))
+
+
+def test_a_reader_that_gives_up_leaves_no_child() -> None:
+    before = children()
+    running = pool.run(lambda item: time.sleep(60 if item else 0), [0, 1, 2], 2)
+    next(running)
+    running.close()  # type: ignore[attr-defined]
+    while children() != before:  # they were killed; the system takes a moment
+        time.sleep(0.01)
+
+
+def test_no_items() -> None:
+    assert list(pool.run(lambda item: item, [], 2)) == []
+
+
+# --- stamps -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_is_part_of_the_stamp(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = stamp.environment()
+    monkeypatch.setenv("COLUMNS", "7")
+    monkeypatch.setenv("SSH_TTY", "x")
+    assert stamp.environment() == before, "where a shell runs says nothing about kernels"
+    monkeypatch.setenv("FLA_SOMETHING", "1")
+    assert stamp.environment() != before
+
+
+def test_what_changed_is_named(tmp_path: Path) -> None:
+    import platform
+
+    path = tmp_path / "read.py"
+    path.write_text("one")
+    inputs: dict[str, Any] = {"python": platform.python_version(), "packages": {}, "files": {}}
+    assert stamp.changed(inputs) == ""
+    inputs["files"] = {str(path): stamp._file_digest(str(path))}
+    inputs["packages"] = {"pytest": stamp.package_digest("pytest")}
+    assert stamp.changed(inputs) == ""
+    path.write_text("two")
+    assert stamp.changed(inputs) == str(path)
+    path.unlink()
+    assert stamp.changed(inputs) == str(path)
+    assert stamp.changed({**inputs, "packages": {"pytest": "0.1 other"}}) == "package pytest"
+    assert stamp.changed({**inputs, "packages": {"not-here": "1"}}) == "package not-here"
+    assert stamp.changed({**inputs, "python": "2.7"}) == "Python's version"
+
+
+def test_what_this_process_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "stamped_module.py").write_text("x = 1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    __import__("stamped_module")
+    inputs = stamp.inputs()
+    assert str(tmp_path / "stamped_module.py") in inputs["files"]
+    assert "pytest" in inputs["packages"]
+    assert not [path for path in inputs["files"] if path.startswith(os.path.dirname(os.__file__) + "/json")]
+    sys.modules.pop("stamped_module")
