@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from aot_cache.runtime import collection
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
 from aot_cache.upstream import torch_capture
@@ -117,10 +116,9 @@ class KernelSet:
                 self.report.devices.append(device)
             found = self._functions(missing)
             new = 0
-            with collection.paused():
-                for number, functions in found.items():
-                    for function in functions:
-                        new += self._install_kernel(function, number, device)
+            for number, functions in found.items():
+                for function in functions:
+                    new += self._install_kernel(function, number, device)
             self.report.pending = [self._names[n] for n in range(len(self._names)) if not self._known(n)]
             self._ledger.note("installed", "", torch_capture.capturing(), new)
             return new
@@ -133,8 +131,7 @@ class KernelSet:
                 return 0
             self._ledger.priming(True)
             try:
-                with collection.paused():
-                    primed, modules = place.installer.prime(place.kernels, place.binaries)
+                primed, modules = place.installer.prime(place.kernels, place.binaries)
             finally:
                 self._ledger.priming(False)
             self.report.primed += primed

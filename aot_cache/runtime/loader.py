@@ -49,13 +49,18 @@ def load(path: str | Path, *, digest: str | None = None, strict: bool = False) -
     """
     global _strict
     _strict = _strict or strict
+    with collection.paused():
+        return _load(Path(path), digest, strict)
+
+
+def _load(path: Path, digest: str | None, strict: bool) -> Report | None:
     try:
-        if Path(path).is_dir() and not torch_capture.cuda_is_up():
+        if path.is_dir() and not torch_capture.cuda_is_up():
             with _lock:
-                _folders.append((Path(path), digest))
+                _folders.append((path, digest))
             after_import.when_triton_comes(arm)
             return None
-        kernels = _add(Path(path), digest)
+        kernels = _add(path, digest)
         after_import.when_triton_comes(arm)
         if torch_capture.cuda_is_up():
             prime()
@@ -78,7 +83,7 @@ def prime() -> int:
     arm()
     device = triton_kernel.current_device()
     loaded = 0
-    with _lock:
+    with _lock, collection.paused():
         _choose_from_folders()
         for kernels in list(_sets):
             try:
@@ -132,8 +137,7 @@ def loaded() -> list[KernelSet]:
 
 
 def _add(path: Path, digest: str | None) -> KernelSet:
-    with collection.paused():
-        kernels = KernelSet(_find(path, digest), LEDGER)
+    kernels = KernelSet(_find(path, digest), LEDGER)
     _check(kernels.bundle, look_at_gpu=False)
     with _lock:
         _sets.append(kernels)
@@ -179,7 +183,7 @@ def _refuse(error: AotCacheError, strict: bool) -> None:
     LEDGER.note("rejected_bundle", str(error), torch_capture.capturing())
     if strict:
         raise error
-    warnings.warn(f"aot-cache serves without its bundle: {error}", AotCacheWarning, stacklevel=3)
+    warnings.warn(f"aot-cache serves without its bundle: {error}", AotCacheWarning, stacklevel=4)
 
 
 def arm() -> None:

@@ -40,6 +40,10 @@ MAX_HEADER = 100_000_000  # bytes; safetensors refuses more
 _PREFIX = 8  # bytes of the header's length
 _MAX_OBJECT = 2**63  # no file is larger, and a longer number may not even be printable
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+PART = 2 << 20
+"""Bytes of objects that are read and hashed in one go when a bundle is read for loading."""
+
+_READERS = 4
 _REPR = reprlib.Repr()
 _REPR.maxstring = 80
 
@@ -58,7 +62,7 @@ class Bundle:
     """
 
     def __init__(
-        self, path: Path, manifest: dict[str, Any], digest: str, begin: int, body_digest: str, file: int
+        self, path: Path, manifest: dict[str, Any], digest: str, begin: int, part_digests: list[str], file: int
     ) -> None:
         self.path = path
         self.manifest = manifest
@@ -66,8 +70,9 @@ class Bundle:
         self._file = file
         self._close = weakref.finalize(self, os.close, file)
         self._body_begin = begin
-        self._body_digest = body_digest
-        self._body: Future[memoryview] | None = None
+        self._part_digests = part_digests
+        self._body = bytearray()
+        self._parts: list[Future[None]] = []
         self._checked: dict[str, bytes] = {}
         self._spans: dict[str, tuple[int, int]] = {}
         for name, size in sorted(manifest["objects"].items()):
@@ -76,14 +81,16 @@ class Bundle:
         self.size = begin
 
     def prefetch(self) -> None:
-        """Start to read and hash all objects at once, on a thread of their own, while this one does something else.
+        """Start to read and hash all objects, on threads of their own, while this one does something else.
 
         From then on `object` waits for that and hashes nothing itself.
         """
-        if self._body is None:
-            pool = ThreadPoolExecutor(1, thread_name_prefix="aot-cache")
-            self._body = pool.submit(self._read_body)
-            pool.shutdown(wait=False)
+        if self._parts or not self._part_digests:
+            return
+        self._body = bytearray(self.size - self._body_begin)
+        pool = ThreadPoolExecutor(_READERS, thread_name_prefix="aot-cache")
+        self._parts = [pool.submit(self._read_part, number) for number in range(len(self._part_digests))]
+        pool.shutdown(wait=False)
 
     def object(self, digest: str) -> bytes:
         """The bytes that hash to `digest`; what is returned was hashed, and is kept.
@@ -98,10 +105,12 @@ class Bundle:
             return data
         if digest not in self._spans:
             _refuse(self.path, f"it has no object {digest!r}")
-        if self._body is not None:
+        if self._parts:
             begin, size = self._spans[digest]
             begin -= self._body_begin
-            data = bytes(self._body.result()[begin : begin + size])
+            for number in range(begin // PART, (begin + size + PART - 1) // PART):
+                self._parts[number].result()
+            data = bytes(memoryview(self._body)[begin : begin + size])
         else:
             data = self._read(*self._spans[digest])
             if hashlib.sha256(data).hexdigest() != digest:
@@ -109,13 +118,16 @@ class Bundle:
         self._checked[digest] = data
         return data
 
-    def _read_body(self) -> memoryview:
-        # One large read and one large hash: both release the interpreter's lock, hundreds of small ones fight for it.
-        data = self._read(self._body_begin, self.size - self._body_begin)
-        if hashlib.sha256(data).hexdigest() != self._body_digest:
-            bad = ", ".join(self.check_all()) or "none, but their order or number"
-            _refuse(self.path, f"its objects do not hash to what the header says (wrong: {bad})")
-        return memoryview(data)
+    def _read_part(self, number: int) -> None:
+        # Large reads and large hashes release the interpreter's lock; one of each for every object would fight for it.
+        view = memoryview(self._body)[number * PART : (number + 1) * PART]
+        try:
+            got = os.preadv(self._file, [view], self._body_begin + number * PART)
+        except OSError as error:
+            raise StoreError(f"to read {self.path}", error.strerror or str(error), "copy it to a local disk") from error
+        if got != len(view) or hashlib.sha256(view).hexdigest() != self._part_digests[number]:
+            bad = ", ".join(self.check_all()) or "none any more: it changes while it is read"
+            _refuse(self.path, f"its objects do not hash to what the header says; objects that are wrong: {bad}")
 
     def check_all(self) -> list[str]:
         """Read and hash every object, also those that were hashed before; returns the digests of the bad ones, sorted."""
@@ -157,8 +169,7 @@ def write_bundle(path: str | os.PathLike[str], manifest: Mapping[str, Any], obje
     if _canonical(_parse(text)) != text:  # keys that are numbers become strings, and may then sort or meet otherwise
         raise ValueError("the manifest is not plain JSON: what is read back would not be what was written")
     ordered = [objects[name] for name in sorted(objects)]
-    body_digest = hashlib.sha256(b"".join(ordered)).hexdigest()
-    header = _header(text, sizes, body_digest)
+    header = _header(text, sizes, _part_digests(b"".join(ordered)))
     if len(header) - _PREFIX > MAX_HEADER:
         found = f"the header would have {len(header):,} bytes, and {MAX_HEADER:,} are allowed"
         raise StoreError(f"to write {path}", found, "make more than one bundle")
@@ -191,14 +202,14 @@ def read_bundle(path: str | os.PathLike[str], digest: str | None = None) -> Bund
         if length > min(MAX_HEADER, size - _PREFIX):
             _refuse(path, f"it says that its header has {length:,} bytes, and the file has {size:,}")
         header += file.read(length)
-        manifest, body_digest = _check_header(path, header)
+        manifest, part_digests = _check_header(path, header)
         wanted = sum(manifest["objects"].values())
         if size - len(header) != wanted:
             _refuse(path, f"it has {size - len(header):,} bytes of objects, and its manifest says {wanted:,}")
         actual = hashlib.sha256(header).hexdigest()
         if digest is not None and digest != actual:
             raise DigestMismatch(f"the bundle {digest} at {path}", f"it is {actual}", "install or pin the right one")
-        return Bundle(path, manifest, actual, len(header), body_digest, os.dup(file.fileno()))
+        return Bundle(path, manifest, actual, len(header), part_digests, os.dup(file.fileno()))
 
 
 def _refuse(path: Path, found: str) -> NoReturn:
@@ -225,19 +236,24 @@ def _no_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is no number")
 
 
-def _metadata(text: str, body_digest: str) -> dict[str, str]:
+def _part_digests(body: bytes) -> str:
+    """The sha256 of each `PART` bytes of all objects, in order, with commas between."""
+    return ",".join(hashlib.sha256(body[begin : begin + PART]).hexdigest() for begin in range(0, len(body), PART))
+
+
+def _metadata(text: str, part_digests: str) -> dict[str, str]:
     return {
         "format": FORMAT,
         "manifest": text,
-        "manifest_sha256": hashlib.sha256((text + body_digest).encode("ascii")).hexdigest(),
-        "objects_sha256": body_digest,
+        "manifest_sha256": hashlib.sha256((text + part_digests).encode("ascii")).hexdigest(),
+        "objects_sha256": part_digests,
         "schema": SCHEMA,
     }
 
 
-def _header(text: str, sizes: Mapping[str, int], body_digest: str) -> bytes:
+def _header(text: str, sizes: Mapping[str, int], part_digests: str) -> bytes:
     """The one header, with its length before it, for the manifest `text` and objects of these sizes (bytes)."""
-    parts = [f'"__metadata__":{_canonical(_metadata(text, body_digest))}']
+    parts = [f'"__metadata__":{_canonical(_metadata(text, part_digests))}']
     begin = 0
     for name in sorted(sizes):  # by hand, for digests and numbers need no escapes: this is on the way of every load
         end = begin + sizes[name]
@@ -248,10 +264,10 @@ def _header(text: str, sizes: Mapping[str, int], body_digest: str) -> bytes:
     return len(header).to_bytes(_PREFIX, "little") + header
 
 
-def _check_header(path: Path, header: bytes) -> tuple[dict[str, Any], str]:
-    """The manifest in `header`, and the digest of all objects together.
+def _check_header(path: Path, header: bytes) -> tuple[dict[str, Any], list[str]]:
+    """The manifest in `header`, and the digests of the parts of all objects.
 
-    `header` begins with its length, and must be the one that `write_bundle` writes for that manifest and digest.
+    `header` begins with its length, and must be the one that `write_bundle` writes for those.
     """
     try:
         table = json.loads(header[_PREFIX:].decode("utf-8"))
@@ -265,14 +281,17 @@ def _check_header(path: Path, header: bytes) -> tuple[dict[str, Any], str]:
     text = metadata.get("manifest")
     if not isinstance(text, str) or not text.isascii():
         _refuse(path, "its header has no manifest in ASCII")
-    body_digest = metadata.get("objects_sha256")
-    if not isinstance(body_digest, str) or not _DIGEST.fullmatch(body_digest):
-        _refuse(path, f"its objects_sha256 is {_short(body_digest)}, which is no sha256")
+    joined = metadata.get("objects_sha256")
+    parts = joined.split(",") if isinstance(joined, str) and joined else []
+    if not isinstance(joined, str) or not all(_DIGEST.fullmatch(part) for part in parts):
+        _refuse(path, f"its objects_sha256 is {_short(joined)}, which is no list of sha256")
     manifest = _check_manifest(path, text)
-    wanted = _header(text, manifest["objects"], body_digest)
+    wanted = _header(text, manifest["objects"], joined)
     if header != wanted:  # this accepts or refuses; what follows only looks for the words
         _refuse(path, _difference(header, wanted))
-    return manifest, body_digest
+    if len(parts) != -(-sum(manifest["objects"].values()) // PART):
+        _refuse(path, f"it has digests of {len(parts)} parts of its objects, which is not their number")
+    return manifest, parts
 
 
 def _check_manifest(path: Path, text: str) -> dict[str, Any]:

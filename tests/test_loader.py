@@ -1,0 +1,453 @@
+"""aot_cache.runtime without a GPU: what `import aot_cache.auto` does to a process, and that a bad bundle does no harm.
+
+Each in a process of its own, as a server would be; the bundle is a real one. What needs a device is in tests/gpu, what
+needs none but Triton's caches in tests/on_target.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aot_cache import target as targets
+from aot_cache.build import pipeline
+from aot_cache.build.pipeline import Request
+from aot_cache.runtime import compatible
+from aot_cache.runtime.ledger import HARMFUL, KINDS, Ledger
+from aot_cache.store import read_bundle, write_bundle
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One case of the samples, built."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)]))
+        request = Request(targets.get("h200"), tmp_path_factory.mktemp("store"), "sample_kernels:packed", workers=2)
+        built = pipeline.build(request)
+    assert not built.failed
+    return built.path
+
+
+def altered(bundle: Path, path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A sound bundle with another manifest."""
+    found = read_bundle(bundle)
+    manifest = json.loads(json.dumps(found.manifest))
+    objects = {digest: bytes(found.object(digest)) for digest in manifest.pop("objects")}
+    change(manifest)
+    write_bundle(path, manifest, objects)
+    return path
+
+
+# A server: what it imports, in which order, and what is then true of it, as one line of JSON.
+SERVER = """
+import json, sys, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    facts, error = {}, None
+    try:
+        %s
+    except Exception as failure:
+        error = [type(failure).__name__, str(failure), getattr(failure, "exit_code", None)]
+ours = [str(w.message) for w in caught if w.category.__name__ == "AotCacheWarning"]
+files = [w.filename for w in caught if w.category.__name__ == "AotCacheWarning"]
+facts |= {"error": error, "warnings": ours, "files": files}
+facts["imported"] = [name for name in ("torch", "triton", "fla", "numpy") if name in sys.modules]
+if "aot_cache" in sys.modules:
+    import aot_cache
+    facts["stats"] = aot_cache.stats()
+print(json.dumps(facts))
+"""
+
+
+@dataclass
+class Served:
+    """What a process said of itself."""
+
+    facts: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        return self.facts[name]
+
+
+def serve(code: str, **environment: str) -> Served:
+    """Run `code` (statements, separated by ;) in a process without a GPU."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("AOT_CACHE")}
+    done = subprocess.run(
+        [sys.executable, "-c", SERVER % code.replace("\n", "\n        ")],
+        env={**clean, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return Served(json.loads(done.stdout.splitlines()[-1]))
+
+
+# --- what an import does ----------------------------------------------------------------------------------------------
+
+
+def test_without_a_bundle_nothing_happens() -> None:
+    served = serve("import aot_cache.auto; facts['loader'] = sorted(m for m in sys.modules if m.startswith('aot_cache.'))")
+    assert served.error is None and served.warnings == [] and served.imported == []
+    assert served.stats["bundles"] == [] and not any(served.stats["total"].values())
+
+
+def test_an_empty_name_is_no_bundle() -> None:
+    served = serve("import aot_cache.auto", AOT_CACHE="")
+    assert served.error is None and served.warnings == [] and served.stats["bundles"] == []
+
+
+def test_a_bundle_is_loaded_without_torch_or_triton(bundle: Path) -> None:
+    served = serve("import aot_cache.auto", AOT_CACHE=str(bundle))
+    assert served.error is None and served.warnings == [] and served.imported == []
+    (report,) = served.stats["bundles"]
+    assert report["units"] > 0 and report["installed"] == 0 and report["digest"] == read_bundle(bundle).digest
+    assert served.stats["total"]["rejected_bundle"] == 0
+
+
+def test_loading_initialises_no_gpu(bundle: Path) -> None:
+    code = "import torch, triton; import aot_cache.auto; facts['up'] = torch.cuda.is_initialized()"
+    served = serve(code, AOT_CACHE=str(bundle))
+    assert served.error is None and served.up is False and served.warnings == []
+    assert served.stats["bundles"][0]["devices"] == []
+
+
+ORDERS = {
+    "bundle, triton": "import aot_cache.auto; import triton",
+    "bundle, torch, triton": "import aot_cache.auto; import torch; import triton",
+    "triton, bundle": "import triton; import aot_cache.auto",
+    "bundle, a room of triton": "import aot_cache.auto; import triton.runtime.jit",
+    "bundle, the language": "import aot_cache.auto; import triton.language",
+    "two bundles": "import aot_cache.auto; import os; aot_cache.load(os.environ['AOT_CACHE']); import triton",
+    "bundle, a look whether there is a triton": (
+        "import aot_cache.auto; import importlib.util as u\n"
+        "assert u.find_spec('triton') and u.find_spec('triton.runtime') and u.find_spec('triton.runtime.jit')\n"
+        "import triton"
+    ),
+}
+ARMED = (
+    "\nfrom triton import knobs; from triton.runtime.jit import JITFunction; from triton.runtime.autotuner import Autotuner\n"
+    "facts['hooks'] = [JITFunction._do_compile.__module__, Autotuner._bench.__module__,"
+    " knobs.compilation.listener.__module__]"
+)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_triton_is_hooked_in_any_order(order: str, bundle: Path) -> None:
+    served = serve(ORDERS[order] + ARMED, AOT_CACHE=str(bundle))
+    assert served.error is None and served.warnings == []
+    assert served.hooks == ["aot_cache.upstream.triton_kernel"] + ["aot_cache.upstream.triton_events"] * 2
+
+
+def test_a_kernel_s_module_that_comes_late_does_no_harm(bundle: Path) -> None:
+    code = "import aot_cache.auto; import sample_kernels; facts['reports'] = [r.to_json() for r in aot_cache.ready()]"
+    served = serve(code, AOT_CACHE=str(bundle), PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    assert served.error is None and len(served.reports) == 1
+
+
+def test_an_import_of_triton_that_fails_stays_the_error_that_it_is(bundle: Path, tmp_path: Path) -> None:
+    """A broken Triton is the user's to see, by its own message."""
+    (tmp_path / "triton" / "runtime").mkdir(parents=True)
+    (tmp_path / "triton" / "__init__.py").write_text("from . import runtime")
+    (tmp_path / "triton" / "runtime" / "__init__.py").write_text("from . import jit")
+    (tmp_path / "triton" / "runtime" / "jit.py").write_text("raise ImportError('libtriton is missing')")
+    served = serve("import aot_cache.auto; import triton", AOT_CACHE=str(bundle), PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert served.error[:2] == ["ImportError", "libtriton is missing"]
+
+
+# --- bad bundles ------------------------------------------------------------------------------------------------------
+
+
+def missing(bundle: Path, folder: Path) -> dict[str, str]:
+    return {"AOT_CACHE": str(folder / "gone.safetensors")}
+
+
+def cut(bundle: Path, folder: Path) -> dict[str, str]:
+    (folder / "cut.safetensors").write_bytes(bundle.read_bytes()[:-1])
+    return {"AOT_CACHE": str(folder / "cut.safetensors")}
+
+
+def flipped(bundle: Path, folder: Path) -> dict[str, str]:
+    data = bytearray(bundle.read_bytes())
+    data[200] ^= 4
+    (folder / "flipped.safetensors").write_bytes(data)
+    return {"AOT_CACHE": str(folder / "flipped.safetensors")}
+
+
+def text(bundle: Path, folder: Path) -> dict[str, str]:
+    (folder / "text").write_text("this is no bundle")
+    return {"AOT_CACHE": str(folder / "text")}
+
+
+def of_another_triton(bundle: Path, folder: Path) -> dict[str, str]:
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["toolchain"]["triton"] = "0.0.1"
+
+    return {"AOT_CACHE": str(altered(bundle, folder / "foreign.safetensors", change))}
+
+
+def another_digest(bundle: Path, folder: Path) -> dict[str, str]:
+    return {"AOT_CACHE": str(bundle), "AOT_CACHE_DIGEST": "0" * 64}
+
+
+def lacking(name: str) -> Callable[[Path, Path], dict[str, str]]:
+    def lacks(bundle: Path, folder: Path) -> dict[str, str]:
+        return {"AOT_CACHE": str(altered(bundle, folder / "x.safetensors", lambda manifest: manifest.pop(name)))}
+
+    return lacks
+
+
+def of_another_kind(bundle: Path, folder: Path) -> dict[str, str]:
+    write_bundle(folder / "graphs.safetensors", {"kind": "graphs"}, {})
+    return {"AOT_CACHE": str(folder / "graphs.safetensors")}
+
+
+BAD: dict[str, tuple[Callable[[Path, Path], dict[str, str]], str, str, int]] = {
+    "missing": (missing, "BundleMissing", "there is none", 3),
+    "cut": (cut, "BundleCorrupt", "bytes of objects", 8),
+    "flipped": (flipped, "BundleCorrupt", "manifest", 8),
+    "text": (text, "BundleCorrupt", "header", 8),
+    "of another triton": (of_another_triton, "Incompatible", "triton: bundle 0.0.1, here ", 16),
+    "another digest": (another_digest, "DigestMismatch", "0" * 64, 8),
+    "without units": (lacking("units"), "BundleCorrupt", "units", 8),
+    "without toolchain": (lacking("toolchain"), "BundleCorrupt", "toolchain", 8),
+    "of another kind": (of_another_kind, "BundleCorrupt", "graphs", 8),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_bundle_is_one_warning(what: str, bundle: Path, tmp_path: Path) -> None:
+    make, _, words, _ = BAD[what]
+    served = serve("import aot_cache.auto; facts['on'] = 1", **make(bundle, tmp_path))
+    assert served.error is None and served.on == 1 and served.imported == []
+    (warning,) = served.warnings
+    assert warning.startswith("aot-cache serves without its bundle: ") and words in warning
+    assert served.stats["total"]["rejected_bundle"] == 1 and served.stats["bundles"] == []
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_bundle_is_an_error_when_that_is_wanted(what: str, bundle: Path, tmp_path: Path) -> None:
+    make, kind, words, exit_code = BAD[what]
+    served = serve("import aot_cache.auto", **make(bundle, tmp_path), AOT_CACHE_STRICT="1")
+    assert served.error is not None
+    name, message, code = served.error
+    assert (name, code) == (kind, exit_code) and words in message
+    assert served.warnings == [] and served.stats["total"]["rejected_bundle"] == 1
+
+
+def test_a_process_goes_on_after_a_bad_bundle(bundle: Path, tmp_path: Path) -> None:
+    """A good one may still come; and Triton works as it did."""
+    code = f"import aot_cache.auto; import triton; facts['report'] = aot_cache.load({str(bundle)!r}).to_json()"
+    served = serve(code + ARMED, **of_another_triton(bundle, tmp_path))
+    assert served.error is None and len(served.warnings) == 1
+    assert served.report["units"] > 0 and [b["path"] for b in served.stats["bundles"]] == [str(bundle)]
+
+
+def test_the_warning_says_whose_call_it_was(bundle: Path) -> None:
+    served = serve("import aot_cache; aot_cache.load('gone')")
+    assert served.files == ["<string>"]
+
+
+def test_the_right_digest_is_accepted(bundle: Path) -> None:
+    served = serve("import aot_cache.auto", AOT_CACHE=str(bundle), AOT_CACHE_DIGEST=read_bundle(bundle).digest)
+    assert served.warnings == [] and len(served.stats["bundles"]) == 1
+
+
+def test_a_folder_with_a_bundle_for_each_gpu(bundle: Path, tmp_path: Path) -> None:
+    """Which one is for this GPU is known when there is one: until then it is neither wrong nor loaded."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["target"] = targets.get("a100").properties()
+
+    (tmp_path / "h200.safetensors").write_bytes(bundle.read_bytes())
+    altered(bundle, tmp_path / "a100.safetensors", change)
+    served = serve("import aot_cache.auto; import triton" + ARMED, AOT_CACHE=str(tmp_path))
+    assert served.error is None and served.warnings == []
+
+
+# --- ready, seal, stats -----------------------------------------------------------------------------------------------
+
+
+def test_not_ready_without_a_bundle_or_a_gpu(bundle: Path) -> None:
+    served = serve("import aot_cache; aot_cache.ready(); aot_cache.ready(strict=True)")
+    assert served.error[0] == "NotReady" and "no bundle is loaded" in served.error[1] and served.error[2] == 32
+    served = serve("import aot_cache.auto; aot_cache.ready(); aot_cache.ready(strict=True)", AOT_CACHE=str(bundle))
+    assert served.error[0] == "NotReady" and "CUDA is not initialised" in served.error[1]
+    assert served.imported == []
+
+
+def test_stats_are_json_and_tell_of_the_seal(bundle: Path) -> None:
+    served = serve("import aot_cache.auto; facts['before'] = aot_cache.stats(); aot_cache.seal()", AOT_CACHE=str(bundle))
+    assert served.before["sealed"] is False and served.stats["sealed"] is True
+    for part in ("total", "in_capture", "after_seal"):
+        assert set(served.stats[part]) == set(KINDS)
+
+
+# --- the ledger -------------------------------------------------------------------------------------------------------
+
+
+def test_the_ledger_counts_by_kind_capture_and_seal() -> None:
+    ledger = Ledger()
+    ledger.note("compile", "a", False)
+    ledger.note("compile", "b", True)
+    ledger.note("installed", "", False, 7)
+    ledger.seal()
+    ledger.note("benchmark", "c", True)
+    found = ledger.to_json()
+    assert found["total"]["compile"] == 2 and found["total"]["installed"] == 7
+    assert found["in_capture"] == {**dict.fromkeys(KINDS, 0), "compile": 1, "benchmark": 1}
+    assert found["after_seal"] == {**dict.fromkeys(KINDS, 0), "benchmark": 1}
+    assert [(e["kind"], e["name"], e["in_capture"], e["sealed"]) for e in found["events"]] == [
+        ("compile", "a", False, False), ("compile", "b", True, False), ("benchmark", "c", True, True)
+    ]  # fmt: skip
+    assert json.loads(json.dumps(found)) == found
+    ledger.reset()
+    assert not any(ledger.to_json()["total"].values()) and not ledger.to_json()["sealed"]
+
+
+def test_what_is_harmful_is_counted() -> None:
+    assert set(HARMFUL) < set(KINDS)
+
+
+def test_our_own_loading_is_no_miss_and_only_in_our_thread() -> None:
+    ledger = Ledger()
+    ledger.priming(True)
+    ledger.note("module_load", "ours", False)
+    other = threading.Thread(target=lambda: ledger.note("module_load", "theirs", False))
+    other.start()
+    other.join()
+    ledger.priming(False)
+    ledger.note("module_load", "later", False)
+    found = ledger.to_json()
+    assert (found["total"]["primed"], found["total"]["module_load"]) == (1, 2)
+    assert [event["name"] for event in found["events"]] == ["theirs", "later"]
+
+
+def test_the_ledger_keeps_the_last_events() -> None:
+    ledger = Ledger()
+    for number in range(1000):
+        ledger.note("compile", str(number), False)
+    found = ledger.to_json()
+    assert found["total"]["compile"] == 1000
+    assert [event["name"] for event in found["events"]] == [str(n) for n in range(1000 - 256, 1000)]
+
+
+def test_the_ledger_counts_in_many_threads() -> None:
+    ledger = Ledger()
+    threads = [threading.Thread(target=lambda: [ledger.note("gcc", "x", True) for _ in range(500)]) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ledger.to_json()["in_capture"]["gcc"] == 4000
+
+
+# --- whether a bundle is for this host --------------------------------------------------------------------------------
+
+
+def test_parts_of_the_key_beside_this_host(bundle: Path) -> None:
+    manifest = read_bundle(bundle).manifest
+    parts = {part.name: part for part in compatible.parts(manifest, look_at_gpu=False)}
+    assert parts["triton"].same and parts["launchers"].same
+    assert not parts["gpu"].needed and parts["gpu"].found == compatible.NO_GPU and "H200" in parts["gpu"].wanted
+    assert compatible.differing(list(parts.values())) == []
+
+
+def test_a_bundle_without_launchers_for_this_python_only_costs(bundle: Path) -> None:
+    manifest = json.loads(json.dumps(read_bundle(bundle).manifest))
+    for native in manifest["native"]:
+        native["suffix"] = ".cpython-38-other.so"
+    (part,) = [p for p in compatible.parts(manifest, look_at_gpu=False) if p.name == "launchers"]
+    assert not part.same and not part.needed and part.wanted == ".cpython-38-other.so"
+
+
+# --- C modules --------------------------------------------------------------------------------------------------------
+
+MODULE = r"""
+#include <Python.h>
+typedef int CUresult;
+CUresult cuInit(unsigned int flags);
+static PyObject *answer(PyObject *self, PyObject *none) { return PyLong_FromLong(ANSWER + 0 * (long)(size_t)&cuInit); }
+static PyMethodDef methods[] = {{"answer", answer, METH_NOARGS, ""}, {NULL, NULL, 0, NULL}};
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "cuda_utils", NULL, -1, methods};
+PyMODINIT_FUNC PyInit_cuda_utils(void) { return PyModule_Create(&module); }
+"""
+
+NATIVE = """
+import ctypes, hashlib, json, os, subprocess, sys
+from aot_cache.upstream import triton_launcher
+from aot_cache.errors import TargetError
+source, folder = sys.argv[1:]
+# The module needs libcuda by name: on a machine without a driver, a library of that name.
+open(f"{folder}/stub.c", "w").write("int cuInit(unsigned int flags) { return 0; }")
+library = f"{folder}/libcuda.so.1"
+subprocess.run(["gcc", "-shared", "-fPIC", f"{folder}/stub.c", "-Wl,-soname,libcuda.so.1", "-o", library], check=True)
+ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
+facts = {}
+python = triton_launcher.this_python()
+modules = []
+for answer in ("42", "7"):
+    text = source.replace("ANSWER", answer)
+    binary = triton_launcher.build(text, triton_launcher.UTILS, python)
+    again = triton_launcher.build(text, triton_launcher.UTILS, python)
+    key = triton_launcher.source_key(text)
+    facts[answer] = [hashlib.sha256(binary).hexdigest(), hashlib.sha256(again).hexdigest(), b"/tmp" in binary]
+    modules.append(triton_launcher.load_module(binary, triton_launcher.UTILS, key))
+facts["answers"] = [module.answer() for module in modules] + [modules[0].answer()]
+facts["python"] = [python.suffix, triton_launcher.interpreter_tag(), triton_launcher.other_python(sys.executable).suffix]
+for what, call in {
+    "broken": lambda: triton_launcher.build("no C", "x", python),
+    "no interpreter": lambda: triton_launcher.other_python("/no/such/python"),
+    "no compiler": lambda: (os.environ.update(CC="/no/such/cc"), triton_launcher.build(source, "x", python)),
+}.items():
+    try:
+        call()
+    except TargetError as error:
+        facts[what] = str(error)
+print(json.dumps(facts))
+"""
+
+
+def test_c_modules_are_built_and_loaded_from_memory(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", NATIVE, MODULE, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["answers"] == [42, 7, 42], "two modules of one name"
+    for answer in ("42", "7"):
+        first, again, has_path = facts[answer]
+        assert first == again and not has_path, "the same bytes, without the folder they were built in"
+    assert len(set(facts["python"])) == 1
+    assert "gcc to build x" in facts["broken"] and "/no/such/python" in facts["no interpreter"]
+    assert "install gcc or set CC" in facts["no compiler"]
+
+
+def test_c_modules_of_a_bundle_are_for_this_python(bundle: Path) -> None:
+    import sysconfig
+
+    found = read_bundle(bundle)
+    natives = found.manifest["native"]
+    assert natives and {n["suffix"] for n in natives} == {sysconfig.get_config_var("EXT_SUFFIX")}
+    for native in natives:
+        data = bytes(found.object(native["object"]))
+        assert data.startswith(b"\x7fELF") and hashlib.sha256(data).hexdigest() == native["object"]

@@ -1,0 +1,275 @@
+"""aot_cache.plan: plans as files, their differences, and one plan of many recordings. No torch."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aot_cache.errors import DeclarationError, StoreUnwritable
+from aot_cache.plan import CasePlan, Plan, Tuning, Unit, diff, merge
+
+# --- plans of any content ---------------------------------------------------------------------------------------------
+
+text = st.text(max_size=6)
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text
+json_values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=2), max_leaves=5
+)
+mappings = st.dictionaries(text, scalars, max_size=3)
+kernels = st.sampled_from(["a.b:kernel", "a.b:other", "c:make.<locals>.kernel"])
+reached = st.dictionaries(text, st.lists(st.dictionaries(text, text, max_size=2), max_size=2), max_size=2)
+specializations = st.lists(
+    st.fixed_dictionaries({"t": st.tuples(st.sampled_from(["i32", "*bf16", "constexpr"]), scalars).map(list)}),
+    max_size=3,
+)
+tunings = st.builds(
+    Tuning,
+    kernel=kernels,
+    tuner=st.integers(0, 1),
+    key=st.lists(scalars, max_size=2),
+    candidates=st.lists(mappings, min_size=1, max_size=3),
+    choice=st.none() | mappings,
+    measured=mappings,
+    reached=reached,
+)
+
+
+@st.composite
+def plans(draw: st.DrawFn, target: str | None = None) -> Plan:
+    """A plan as the builder makes one: units and tunings once each, `via` within bounds."""
+    found = {t.id: t for t in draw(st.lists(tunings, max_size=3))}
+    pairs = [[-1, -1]] + [[n, c] for n, t in enumerate(found.values()) for c in range(len(t.candidates))]
+    units = st.builds(
+        Unit,
+        kernel=kernels,
+        source=st.sampled_from(["aa" * 32, "bb" * 32]),
+        specialization=specializations,
+        options=mappings,
+        overrides=mappings,
+        via=st.lists(st.sampled_from(pairs), max_size=3, unique_by=tuple).map(sorted),
+        reached=reached,
+    )
+    cases = st.builds(
+        CasePlan, text, st.dictionaries(text, text, max_size=2), st.integers(0, 99), st.integers(0, 99), st.lists(text)
+    )
+    return Plan(
+        recipe=draw(text),
+        target=draw(st.sampled_from(["h200", "a100"])) if target is None else target,
+        origin=draw(st.sampled_from(["traced", "recorded"])),
+        triton="3.7.1",
+        cases=draw(st.lists(cases, max_size=2)),
+        units=list({u.id: u for u in draw(st.lists(units, max_size=4))}.values()),
+        tunings=list(found.values()),
+        closures=draw(st.dictionaries(kernels, json_values, max_size=2)),
+    )
+
+
+def order_of(plan: Plan) -> list[list[str]]:
+    return [list(unit.options) for unit in plan.units]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@given(plan=plans())
+def test_a_plan_comes_back_from_its_file(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("plan") / "a.plan.json"
+    plan.write(path)
+    back = Plan.read(path)
+    assert back == plan
+    assert order_of(back) == order_of(plan), "the order of options is part of Triton's key"
+    first = path.read_bytes()
+    back.write(path)
+    assert path.read_bytes() == first
+
+
+@given(plan=plans())
+def test_a_plan_is_json_with_a_unit_a_line(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("plan") / "a.plan.json"
+    plan.write(path)
+    content = path.read_text()
+    assert json.loads(content) == plan.to_json()
+    lines = content.split("\n")
+    for unit in plan.units:
+        assert any(line.strip().rstrip(",").startswith('{"kernel"') and unit.source in line for line in lines)
+    assert content.endswith("}\n")
+
+
+GOOD = Plan("r", "h200", units=[Unit("a:k", "aa", [], {})]).to_json()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "not JSON"),
+        ("[1]", "JSON of another kind"),
+        ("{", "not JSON"),
+        ("{}", "schema None"),
+        (json.dumps({**GOOD, "aot-cache plan": 99}), "schema 99"),
+        (json.dumps({k: v for k, v in GOOD.items() if k != "units"}), "'units'"),
+        (json.dumps({**GOOD, "units": [{"kernel": "a:k"}]}), "TypeError"),
+        (json.dumps({**GOOD, "units": [{**GOOD["units"][0], "new": 1}]}), "TypeError"),
+        (json.dumps({**GOOD, "units": 3}), "TypeError"),
+        (json.dumps({**GOOD, "closures": 3}), "TypeError"),
+        (json.dumps({**GOOD, "cases": ["x"]}), "TypeError"),
+    ],
+)
+def test_a_file_that_is_no_plan(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(DeclarationError) as caught:
+        Plan.read(tmp_path / "plan.json")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe", b"\x00" * 20, b"[" * 100_000])
+def test_a_file_of_other_bytes(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "plan.json").write_bytes(data)
+    with pytest.raises(DeclarationError):
+        Plan.read(tmp_path / "plan.json")
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DeclarationError, match="No such file"):
+        Plan.read(tmp_path / "none.json")
+    with pytest.raises(DeclarationError, match="directory"):
+        Plan.read(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreUnwritable):
+        Plan("r", "h200").write(tmp_path / "file" / "plan.json")
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+UNIT = Unit("a:k", "aa", [{"t": ["i32", "D"]}], {"num_warps": 4, "debug": False})
+
+
+def test_a_unit_s_id_is_what_is_compiled() -> None:
+    same = replace(UNIT, via=[[0, 1]], reached={"case": [{"n": "1..4"}]})
+    assert same.id == UNIT.id
+    others = [
+        replace(UNIT, kernel="a:l"),
+        replace(UNIT, source="ab"),
+        replace(UNIT, specialization=[{"t": ["i32", ""]}]),
+        replace(UNIT, options={"debug": False, "num_warps": 4}),  # another key of Triton's
+        replace(UNIT, options={"num_warps": 8, "debug": False}),
+        replace(UNIT, overrides={"num_warps": 8}),
+    ]
+    assert len({UNIT.id, *(unit.id for unit in others)}) == len(others) + 1
+
+
+@pytest.mark.parametrize(
+    ("via", "expected"),
+    [([], True), ([[-1, -1]], True), ([[0, 0]], False), ([[-1, -1], [0, 0]], True), ([[0, 0], [1, 2]], False)],
+)
+def test_who_launches_a_unit(via: list[list[int]], expected: bool) -> None:
+    assert replace(UNIT, via=via).launched_without_tuner() is expected
+
+
+def test_what_was_sampled() -> None:
+    cases = [CasePlan("a", {"n": "1..9"}, 4, 9, ["n"]), CasePlan("b", {"n": "1..9"}, 9, 9, [])]
+    assert Plan("r", "h200", cases=cases).sampled == ["a.n"]
+
+
+# --- differences ------------------------------------------------------------------------------------------------------
+
+
+@given(plan=plans())
+def test_a_plan_does_not_differ_from_itself(plan: Plan) -> None:
+    assert diff(plan, Plan.from_json(json.loads(json.dumps(plan.to_json())))).same
+
+
+@given(left=plans(), right=plans())
+def test_a_difference_is_what_one_has_and_the_other_lacks(left: Plan, right: Plan) -> None:
+    found, back = diff(left, right), diff(right, left)
+    ids_left, ids_right = {u.id for u in left.units}, {u.id for u in right.units}
+    assert {u.id for u in found.only_left} == ids_left - ids_right
+    assert {u.id for u in found.only_right} == ids_right - ids_left
+    assert (back.only_left, back.only_right) == (found.only_right, found.only_left)
+    assert (back.tunings_left, back.tunings_right) == (found.tunings_right, found.tunings_left)
+    assert found.same == (ids_left == ids_right and not found.tunings_left and not found.tunings_right)
+
+
+def test_points_and_choices_make_no_difference() -> None:
+    tuning = Tuning("a:k", 0, [64], [{"B": 1}, {"B": 2}])
+    left = Plan("r", "h200", units=[UNIT], tunings=[tuning])
+    right = Plan("s", "a100", units=[replace(UNIT, reached={"x": []})], tunings=[replace(tuning, choice={"B": 2})])
+    assert diff(left, right).same
+    assert not diff(left, replace(right, tunings=[replace(tuning, candidates=[{"B": 1}])])).same
+
+
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+
+def launches(plan: Plan) -> set[tuple[str, str]]:
+    """(unit, through which candidate of which tuning), free of numbers."""
+    return {
+        (
+            unit.id,
+            ""
+            if t < 0
+            else json.dumps([plan.tunings[t].id, plan.tunings[t].candidates, plan.tunings[t].candidates[c]]),
+        )
+        for unit in plan.units
+        for t, c in unit.via
+    }
+
+
+@given(parts=st.lists(plans(target="h200"), min_size=1, max_size=3))
+def test_merging_keeps_everything_once(parts: list[Plan]) -> None:
+    expected = set().union(*(launches(plan) for plan in parts))
+    ids = {unit.id for plan in parts for unit in plan.units}
+    merged = merge(copy.deepcopy(parts))
+    assert launches(merged) == expected
+    assert [u.id for u in merged.units] == list(dict.fromkeys(u.id for plan in parts for u in plan.units))
+    assert {u.id for u in merged.units} == ids
+    assert not diff(merged, parts[0]).only_right
+    for part in parts:
+        assert not diff(merged, part).only_right and not diff(merged, part).tunings_right
+    assert merged.target == "h200"
+
+
+@given(parts=st.lists(plans(target="h200"), min_size=1, max_size=3))
+def test_merging_leaves_its_parts_alone(parts: list[Plan]) -> None:
+    before = copy.deepcopy(parts)
+    merge(parts)
+    assert parts == before
+
+
+@given(plan=plans(target="h200"))
+def test_merging_with_itself_changes_nothing(plan: Plan) -> None:
+    one, two = copy.deepcopy(plan), copy.deepcopy(plan)
+    merged = merge([one, two])
+    assert diff(merged, plan).same and launches(merged) == launches(plan)
+
+
+def test_a_choice_that_any_process_recorded_is_kept() -> None:
+    tuning = Tuning("a:k", 0, [64], [{"B": 1}, {"B": 2}])
+    without, with_choice = (Plan("r", "h200", tunings=[t]) for t in (tuning, replace(tuning, choice={"B": 2})))
+    for order in ([without, with_choice], [with_choice, without]):
+        (merged,) = merge(copy.deepcopy(order)).tunings
+        assert merged.choice == {"B": 2}
+
+
+def test_recordings_of_two_gpus_are_refused() -> None:
+    with pytest.raises(DeclarationError, match="a100, h200"):
+        merge([Plan("r", "h200"), Plan("r", "a100")])
+
+
+def test_no_recording_is_refused() -> None:
+    with pytest.raises(DeclarationError, match="did the program launch"):
+        merge([])
+
+
+def test_merging_reads_an_iterator() -> None:
+    merged: Any = merge(iter([Plan("r", "h200", units=[UNIT])]))
+    assert len(merged.units) == 1
