@@ -101,7 +101,9 @@ def serve(code: str, **environment: str) -> Served:
 
 
 def test_without_a_bundle_nothing_happens() -> None:
-    served = serve("import aot_cache.auto; facts['loader'] = sorted(m for m in sys.modules if m.startswith('aot_cache.'))")
+    served = serve(
+        "import aot_cache.auto; facts['loader'] = sorted(m for m in sys.modules if m.startswith('aot_cache.'))"
+    )
     assert served.error is None and served.warnings == [] and served.imported == []
     assert served.stats["bundles"] == [] and not any(served.stats["total"].values())
 
@@ -291,7 +293,9 @@ def test_not_ready_without_a_bundle_or_a_gpu(bundle: Path) -> None:
 
 
 def test_stats_are_json_and_tell_of_the_seal(bundle: Path) -> None:
-    served = serve("import aot_cache.auto; facts['before'] = aot_cache.stats(); aot_cache.seal()", AOT_CACHE=str(bundle))
+    served = serve(
+        "import aot_cache.auto; facts['before'] = aot_cache.stats(); aot_cache.seal()", AOT_CACHE=str(bundle)
+    )
     assert served.before["sealed"] is False and served.stats["sealed"] is True
     for part in ("total", "in_capture", "after_seal"):
         assert set(served.stats[part]) == set(KINDS)

@@ -322,7 +322,7 @@ def part_step_times(options: argparse.Namespace) -> Json:
 # --- putting it together -----------------------------------------------------------------------------------------------
 
 
-def run_part(name: str, options: list[str], timeout: float = 500) -> Json:
+def run_part(name: str, options: list[str], timeout: float = 500, **variables: str) -> Json:
     """Run one part in a fresh process with empty caches and return its record."""
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         environment = {
@@ -330,6 +330,7 @@ def run_part(name: str, options: list[str], timeout: float = 500) -> Json:
             "TRITON_CACHE_DIR": f"{folder}/triton",
             "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
         }
+        environment.update(variables)
         environment["GPU_CHECK_ANSWER"] = f"{folder}/answer.json"
         began = time.perf_counter()
         command = [sys.executable, __file__, "--part", name, *options]
@@ -367,7 +368,8 @@ def check(options: argparse.Namespace) -> Json:
     record: Json = {"tool": "gpu_check", "commit": commit(), "machine": machine(), "bundle": Path(options.bundle).name}
     common = ["--bundle", options.bundle, "--points", str(options.points), "--recipe", options.recipe]
     if "capture" in only:
-        record["capture"] = run_part("capture", common)
+        # With a C compiler that is not there: what claims to need none shows it.
+        record["capture"] = run_part("capture", common, CC="/no/compiler/here")
     if "without" in only:
         few = ["--no-bundle", "--points", str(options.points_without), "--recipe", options.recipe]
         record["without"] = run_part("capture", few)

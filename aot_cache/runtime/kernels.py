@@ -129,11 +129,9 @@ class KernelSet:
             place = self._devices.get(device)
             if place is None:
                 return 0
-            self._ledger.priming(True)
-            try:
-                primed, modules = place.installer.prime(place.kernels, place.binaries)
-            finally:
-                self._ledger.priming(False)
+            primed, modules = place.installer.prime(place.kernels, place.binaries)
+            if modules:
+                self._ledger.note("primed", "", torch_capture.capturing(), modules)
             self.report.primed += primed
             self.report.modules += modules
             return int(primed)

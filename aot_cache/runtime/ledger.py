@@ -48,12 +48,9 @@ class Ledger:
         self._after_seal: Counter[str] = Counter()
         self._recent: list[Event] = []
         self._sealed = False
-        self._own = threading.local()
 
     def note(self, kind: str, name: str, in_capture: bool, count: int = 1) -> None:
-        """Count an event. What aot-cache itself loads while priming is counted as `primed`, not as a module load."""
-        if kind == "module_load" and getattr(self._own, "priming", False):
-            kind = "primed"
+        """Count an event, or several of one kind."""
         with self._lock:
             self._totals[kind] += count
             if in_capture:
@@ -62,10 +59,6 @@ class Ledger:
                 self._after_seal[kind] += count
             if kind in HARMFUL:
                 self._recent = [*self._recent[-_KEPT + 1 :], Event(kind, name, in_capture, self._sealed)]
-
-    def priming(self, active: bool) -> None:
-        """Tell that this thread's module loads are aot-cache's own."""
-        self._own.priming = active
 
     def seal(self) -> None:
         """From here on every harmful event is a miss."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import re
 import reprlib
@@ -71,7 +72,7 @@ class Bundle:
         self._close = weakref.finalize(self, os.close, file)
         self._body_begin = begin
         self._part_digests = part_digests
-        self._body = bytearray()
+        self._body: bytearray | mmap.mmap = bytearray()
         self._parts: list[Future[None]] = []
         self._checked: dict[str, bytes] = {}
         self._spans: dict[str, tuple[int, int]] = {}
@@ -87,7 +88,7 @@ class Bundle:
         """
         if self._parts or not self._part_digests:
             return
-        self._body = bytearray(self.size - self._body_begin)
+        self._body = mmap.mmap(-1, self.size - self._body_begin)  # memory of our own, not yet touched: a bytearray is
         pool = ThreadPoolExecutor(_READERS, thread_name_prefix="aot-cache")
         self._parts = [pool.submit(self._read_part, number) for number in range(len(self._part_digests))]
         pool.shutdown(wait=False)

@@ -11,16 +11,21 @@ from types import ModuleType
 
 
 def after_import(name: str, action: Callable[[], None]) -> None:
-    """Call `action()` once `name` is imported: now if it is, else right after its import, whoever does it."""
-    if name in sys.modules:
+    """Call `action()` once `name` is imported: now if it is, else right after its import, whoever does it.
+
+    A module that is only half imported (somebody above us on the stack imports it) counts as imported when its import
+    is over, which nobody tells: then `action` is not called, and whoever needs it calls it later.
+    """
+    module = sys.modules.get(name)
+    if module is None:
+        sys.meta_path.insert(0, _Waiter(name, action))
+    elif not getattr(module.__spec__, "_initializing", False):
         action()
-        return
-    sys.meta_path.insert(0, _Waiter(name, action))
 
 
 def when_triton_comes(action: Callable[[], None]) -> None:
-    """Call `action()` once Triton's launch path is imported, autotuner included (which imports the rest)."""
-    after_import("triton.runtime.jit", lambda: after_import("triton.runtime.autotuner", action))
+    """Call `action()` once Triton is imported, wholly: its rooms import each other in circles."""
+    after_import("triton", action)
 
 
 class _Waiter(importlib.abc.MetaPathFinder):

@@ -17,6 +17,14 @@ from aot_cache.upstream import triton_launcher
 Note = Callable[[str, str], None]
 
 
+_OURS = "_aot_cache_counts"
+
+
+def listeners(chain: Any) -> list[Any]:
+    """Who listens to a hook beside aot-cache, which knows what it loads itself."""
+    return [call for call in getattr(chain, "calls", ()) if not hasattr(call, _OURS)]
+
+
 def listen(note: Note) -> Callable[[], None]:
     """Call `note(kind, name)` for each event: `compile`, `disk_hit`, `tuning`, `benchmark`, `module_load`, `gcc`.
 
@@ -40,6 +48,7 @@ def listen(note: Note) -> Callable[[], None]:
         note("benchmark", self.base_fn.__name__)
         return original_bench(self, *args, **kwargs)
 
+    setattr(loaded, _OURS, True)
     knobs.compilation.listener = compiled
     knobs.runtime.kernel_load_end_hook.add(loaded)
     Autotuner._bench = bench

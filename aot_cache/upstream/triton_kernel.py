@@ -24,7 +24,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from aot_cache.store import Bundle
-from aot_cache.upstream import triton_jit, triton_launches
+from aot_cache.upstream import triton_events, triton_jit, triton_launches
 from aot_cache.upstream.versions import UNLOADS_ON_DELETE, minor
 
 Json = Any
@@ -135,9 +135,9 @@ class Installer:
         return primed, modules
 
     def _load(self, kernel: CompiledKernel, driver_utils: Any) -> tuple[Any, ...]:
-        _tell(knobs.runtime.kernel_load_start_hook, kernel)
+        _tell(triton_events.listeners(knobs.runtime.kernel_load_start_hook), kernel)
         loaded = driver_utils.load_binary(kernel.name, kernel.kernel, kernel.metadata.shared, self._device)
-        _tell(knobs.runtime.kernel_load_end_hook, kernel)
+        _tell(triton_events.listeners(knobs.runtime.kernel_load_end_hook), kernel)
         return tuple(loaded)
 
     def _launcher(self, kernel: CompiledKernel) -> Any:
@@ -164,9 +164,9 @@ _LAUNCHER_FIELDS = (
 )
 
 
-def _tell(hook: Any, kernel: CompiledKernel) -> None:
-    if hook is not None:
-        hook(kernel.module, kernel.function, kernel.name, kernel.metadata_group, kernel.hash)
+def _tell(listeners: list[Any], kernel: CompiledKernel) -> None:
+    for listener in listeners:
+        listener(kernel.module, kernel.function, kernel.name, kernel.metadata_group, kernel.hash)
 
 
 class _MetadataMaker:
@@ -223,8 +223,7 @@ def functions_in_memory(names: set[str]) -> dict[str, list[JITFunction]]:
     """Kernels made inside functions, which no module attribute reaches: found among all live objects."""
     found: dict[str, list[JITFunction]] = {}
     for value in gc.get_objects():
-        kind = type(value)
-        if kind is JITFunction or (kind.__module__.startswith("triton.") and isinstance(value, JITFunction)):
+        if issubclass(type(value), JITFunction):  # asking the value itself would wake lazy proxies
             name = triton_jit.name_of(value)
             if name in names:
                 found.setdefault(name, []).append(value)

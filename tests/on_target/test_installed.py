@@ -1,6 +1,6 @@
 """From the build to the launch: a real bundle of every kind of launch, installed, is what Triton's own launch path finds.
 
-Nothing is loaded onto a device, for there is none: where a kernel would load its module, it notes that it was launched.
+Only the device is not real: what would load a module there, or launch it, takes a note of it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import triton
 from asking import Asked, asked_for, name_of
 from triton.compiler import CompiledKernel
 from triton.runtime.autotuner import Autotuner
+from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from aot_cache import manifest
@@ -64,12 +65,41 @@ def _nothing_installed() -> Iterator[None]:
         tuner.cache.clear()
 
 
+class Device:
+    """In place of a GPU: notes what is loaded onto it, and what is launched."""
+
+    def __init__(self) -> None:
+        self.loaded: list[tuple[str, bytes, int]] = []
+        self.launched: list[str] = []
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        assert isinstance(binary, bytes) and binary.startswith(b"\x7fELF") and device == 0
+        self.loaded.append((name, binary, shared))
+        return f"module of {name}", 1, 0, 0, 1024
+
+    def unload_module(self, module: Any) -> None: ...
+
+    def launcher(self, source: Any, metadata: Any) -> Callable[..., None]:
+        assert all(isinstance(name, str) for name in source.signature)
+        return lambda *args: self.launched.append(metadata.name)
+
+
 @pytest.fixture
-def kernels(built: Built) -> KernelSet:
-    """The bundle, installed on device 0."""
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    found = Device()
+    monkeypatch.setattr(driver.active.utils, "load_binary", found.load_binary)
+    monkeypatch.setattr(driver.active.utils, "unload_module", found.unload_module, raising=False)
+    monkeypatch.setattr(driver.active, "launcher_cls", found.launcher, raising=False)
+    return found
+
+
+@pytest.fixture
+def kernels(built: Built, device: Device) -> KernelSet:
+    """The bundle, installed on device 0 and loaded."""
     sample.made_once()
     kernels = KernelSet(read_bundle(built.path, built.digest), Ledger())
     assert kernels.install(0) == built.units
+    assert kernels.prime(0) == built.units
     return kernels
 
 
@@ -97,30 +127,38 @@ def test_what_is_asked_for_and_what_is_installed_are_the_same(built: Built) -> N
 def test_the_report_after_installing(kernels: KernelSet) -> None:
     report = kernels.report
     assert report.pending == [] and report.stale == {} and report.unchosen == {} and report.other_kind == ""
-    assert report.devices == [0] and report.primed == 0
+    assert report.devices == [0] and report.primed == report.units
     assert not kernels.waiting(0) and kernels.waiting(1)
-    assert kernels.install(0) == 0, "a second time there is nothing to install"
+    assert kernels.install(0) == kernels.prime(0) == 0, "a second time there is nothing to do"
+
+
+def test_every_binary_is_loaded(kernels: KernelSet, built: Built, device: Device) -> None:
+    bundle = read_bundle(built.path)
+    expected = {
+        (unit["metadata"].get("name", whole["metadata"].get("name")), bundle.object(unit["object"]))
+        for whole in [manifest.whole(bundle)]
+        for unit in whole["units"]
+    }
+    assert {(name, binary) for name, binary, _ in device.loaded} == expected
+    assert kernels.report.modules == len(device.loaded) >= len(expected)
 
 
 @pytest.mark.parametrize("kind", LAUNCHES)
-def test_every_launch_hits(kind: str, kernels: KernelSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_launch_hits(kind: str, kernels: KernelSet, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's own `run`, hit path and all, finds its kernel at every point; nothing is compiled, tuned or loaded."""
-    launched: list[str] = []
 
     def forbidden(self: Any, *args: Any, **kwargs: Any) -> None:
         raise AssertionError(f"{self} missed with {args[:1]}")
 
-    for installed in in_memory().values():
-        monkeypatch.setattr(installed, "module", "loaded")
-        monkeypatch.setattr(installed, "_run", lambda *args, name=installed.name: launched.append(name))
     monkeypatch.setattr(JITFunction, "_do_compile", forbidden)
     monkeypatch.setattr(Autotuner, "_bench", forbidden)
+    monkeypatch.setattr(CompiledKernel, "_init_handles", forbidden)
     for launch in LAUNCHES[kind]:
-        before = len(launched)
+        before = len(device.launched)
         launch()
-        assert len(launched) > before
+        assert len(device.launched) > before
     if kind.startswith("tuned"):
-        assert len(launched) == len(LAUNCHES[kind]), "one launch each: no candidate but the chosen one"
+        assert len(device.launched) == len(LAUNCHES[kind]), "one launch each: no candidate but the chosen one"
 
 
 # What says where and when a kernel was compiled, not what it is.
@@ -128,7 +166,9 @@ PLACE = {"hash", "extern_libs", "ir_override"}
 
 
 @pytest.mark.parametrize("kind", LAUNCHES)
-def test_an_installed_kernel_is_what_triton_compiles(kind: str, built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_kernel_is_what_triton_compiles(
+    kind: str, built: Built, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Field by field beside a kernel that Triton compiled here, for the same launch."""
     original: Any = JITFunction.run
 
@@ -143,7 +183,9 @@ def test_an_installed_kernel_is_what_triton_compiles(kind: str, built: Built, mo
     compiled = in_memory()
     for function in functions():
         function.device_caches.clear()
-    KernelSet(read_bundle(built.path), Ledger()).install(0)
+    kernels = KernelSet(read_bundle(built.path), Ledger())
+    kernels.install(0)
+    kernels.prime(0)
     installed = in_memory()
     assert compiled
     for key, theirs in compiled.items():
@@ -161,7 +203,9 @@ def test_an_installed_kernel_is_what_triton_compiles(kind: str, built: Built, mo
         for name in ("fn", "language", "ext", "name", "signature"):
             assert getattr(ours.src, name) == getattr(theirs.src, name), name
         assert list(ours.src.signature) == list(theirs.src.signature), "the order of arguments"
-        assert ours.module is theirs.module is ours.function is theirs.function is None
+        theirs._init_handles()
+        for name in ("module", "function", "n_regs", "n_spills", "n_max_threads"):
+            assert getattr(ours, name) == getattr(theirs, name), name
 
 
 def test_the_first_config_that_fits_is_chosen(kernels: KernelSet) -> None:
@@ -251,14 +295,29 @@ def test_a_function_that_is_handed_in_is_part_of_the_source(built: Built, monkey
     assert not asked & set(in_memory()), "the launch with the new `double` would run the old one's code"
 
 
-def test_a_binary_that_was_damaged_is_not_installed(built: Built, tmp_path: Path) -> None:
+def test_a_binary_that_was_damaged_is_found_and_leaves_nothing_behind(
+    built: Built, device: Device, tmp_path: Path
+) -> None:
+    """What is left in Triton's caches can be launched: without the damaged binary it compiles again, as ever."""
     data = bytearray(built.path.read_bytes())
     data[-100] ^= 1
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(data)
     kernels = KernelSet(read_bundle(damaged, built.digest), Ledger())
     with pytest.raises(BundleCorrupt):
-        kernels.install(0)
+        kernels.install(0), kernels.prime(0)
+    assert not [key for key, kernel in in_memory().items() if kernel.kernel is None], "kernels without a binary"
+
+
+def test_a_launch_between_installing_and_loading(built: Built, device: Device) -> None:
+    """Another thread may launch at any moment: a kernel that can be found can be launched."""
+    kernels = KernelSet(read_bundle(built.path), Ledger())
+    kernels.install(0)
+    for launch in LAUNCHES["scale"]:
+        launch()
+    assert len(device.launched) == len(LAUNCHES["scale"])
+    kernels.prime(0)
+    assert len({(name, binary) for name, binary, _ in device.loaded}) <= len(device.loaded)
 
 
 def test_every_unit_is_in_the_manifest_with_its_points(built: Built) -> None:
