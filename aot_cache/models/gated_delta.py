@@ -130,8 +130,20 @@ def gate(batch: int, tokens: int, value_heads: int) -> Call:
     )
 
 
+_ABOUT = "Qwen3.5's gated delta rule, by fla-core: decode, verification, prefill, convolution, norm, gate"
+
 recipe = Recipe(
     "gated-delta",
     [decode, *(_prefill(heads) for heads in VALUE_HEADS), prefill_packed, conv_update, l2norm, gate],
-    "Qwen3.5's gated delta rule, by fla-core: decode, verification, prefill, convolution, norm, gate",
+    _ABOUT,
 )
+
+
+def _one_size(name: str, value_heads: int) -> Recipe:
+    heads = Values(value_heads)
+    narrow = Recipe(name, [decode, prefill_packed, conv_update, gate]).narrowed({"value_heads": heads})
+    return Recipe(name, [*narrow.cases, _prefill(value_heads), l2norm], f"{_ABOUT}; {value_heads} value heads")
+
+
+small = _one_size("gated-delta-0.8b", 16)
+"""The geometry of the 0.8B model alone: a quarter of the units."""

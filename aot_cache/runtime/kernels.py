@@ -123,6 +123,13 @@ class KernelSet:
             self._ledger.note("installed", "", torch_capture.capturing(), new)
             return new
 
+    def adopt(self, function: Any, name: str, device: int) -> bool:
+        """Install the units of a kernel that is made anew inside a function, for this one; True when there are any."""
+        if "<locals>" not in name or name not in self._names or device not in self._devices:
+            return False
+        with self._lock:
+            return self._install_kernel(function, self._names.index(name), device) > 0
+
     def prime(self, device: int) -> int:
         """Load what is installed onto the current device, which must be `device`; returns how many units."""
         with self._lock:

@@ -7,19 +7,24 @@ up, else before its first capture, or at the first launch that would have compil
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from pathlib import Path
 from typing import Any
 
-from aot_cache.errors import AotCacheError, BundleMissing, Incompatible, NotReady
+from aot_cache.errors import BundleMissing, Incompatible, NotReady
 from aot_cache.runtime import collection, compatible
 from aot_cache.runtime.kernels import KernelSet, Report
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle, read_bundle
 from aot_cache.upstream import after_import, torch_capture
+from aot_cache.upstream.versions import TRITON_SEEN, installed, minor
 
 LEDGER = Ledger()
+UNTESTED = "AOT_CACHE_UNTESTED"
+"""Set to 1 to load under a Triton release that this version was not tested with."""
+
 _sets: list[KernelSet] = []
 _folders: list[tuple[Path, str | None]] = []
 """Folders of which the bundle for this GPU is taken once the GPU is known."""
@@ -58,14 +63,14 @@ def _load(path: Path, digest: str | None, strict: bool) -> Report | None:
         if path.is_dir() and not torch_capture.cuda_is_up():
             with _lock:
                 _folders.append((path, digest))
-            after_import.when_triton_comes(arm)
+            after_import.when_triton_comes(_arm_unharmed)
             return None
         kernels = _add(path, digest)
-        after_import.when_triton_comes(arm)
+        after_import.when_triton_comes(_arm_unharmed)
         if torch_capture.cuda_is_up():
             prime()
         return kernels.report
-    except AotCacheError as error:
+    except Exception as error:
         _refuse(error, strict)
         return None
 
@@ -76,7 +81,7 @@ def prime() -> int:
     The process must have initialised CUDA. Returns how many modules were loaded.
 
     Raises:
-        AotCacheError: only after `load(strict=True)`.
+        AotCacheError: only after `load(strict=True)`; otherwise what cannot be installed is dropped with a warning.
     """
     from aot_cache.upstream import triton_kernel
 
@@ -91,7 +96,7 @@ def prime() -> int:
                     _check(kernels.bundle, look_at_gpu=True)
                     kernels.install(device)
                 loaded += kernels.prime(device)
-            except AotCacheError as error:
+            except Exception as error:
                 _sets.remove(kernels)
                 _refuse(error, _strict)
     return loaded
@@ -149,7 +154,7 @@ def _choose_from_folders() -> None:
         path, digest = _folders.pop()
         try:
             _add(path, digest)
-        except AotCacheError as error:
+        except Exception as error:
             _refuse(error, _strict)
 
 
@@ -170,6 +175,13 @@ def _find(path: Path, digest: str | None) -> Bundle:
 
 
 def _check(bundle: Bundle, look_at_gpu: bool) -> None:
+    release = minor(installed("triton"))
+    if release not in TRITON_SEEN and release and os.environ.get(UNTESTED) != "1":
+        raise Incompatible(
+            f"a Triton that this aot-cache was tested with ({', '.join(TRITON_SEEN)})",
+            f"{installed('triton')}",
+            f"update aot-cache, or set {UNTESTED}=1",
+        )
     differing = compatible.differing(compatible.parts(bundle.manifest, look_at_gpu=look_at_gpu))
     if differing:
         raise Incompatible(
@@ -179,7 +191,8 @@ def _check(bundle: Bundle, look_at_gpu: bool) -> None:
         )
 
 
-def _refuse(error: AotCacheError, strict: bool) -> None:
+def _refuse(error: Exception, strict: bool) -> None:
+    """Go on without a bundle: one warning and a count. An error that is not ours is a bug or a moved upstream: the same."""
     LEDGER.note("rejected_bundle", str(error), torch_capture.capturing())
     if strict:
         raise error
@@ -211,6 +224,16 @@ def _native(source_key: str) -> bytes | None:
     return None
 
 
+def _arm_unharmed() -> None:
+    """`arm`, inside somebody's `import triton`, which must not fail because of us."""
+    try:
+        arm()
+    except Exception as error:
+        _sets.clear()
+        _folders.clear()
+        _refuse(error, _strict)
+
+
 def _before_capture() -> None:
     if _folders or any(kernels.report.primed < kernels.report.units for kernels in _sets):
         prime()
@@ -220,12 +243,17 @@ def _on_miss(function: Any, key: str, device: int) -> bool:
     """A launch is about to compile: install what is still waiting for this device, and say whether that helped."""
     from aot_cache.upstream import triton_jit, triton_kernel
 
-    with _lock:
-        waiting = bool(_folders) or any(k.waiting(device) for k in _sets)
-    if not waiting:
+    try:
+        name = triton_jit.name_of(function)
+        with _lock:
+            adopted = [k for k in _sets if k.adopt(function, name, device)]
+            if not adopted and not _folders and not any(k.waiting(device) for k in _sets):
+                return False
+        prime()
+        hit = triton_kernel.has(function, device, key)
+    except Exception as error:  # the launch goes on as it would without us
+        _refuse(error, _strict)
         return False
-    prime()
-    hit = triton_kernel.has(function, device, key)
     if hit:
-        LEDGER.note("late_install", triton_jit.name_of(function), torch_capture.capturing())
+        LEDGER.note("late_install", name, torch_capture.capturing())
     return hit

@@ -122,7 +122,7 @@ class Made:
 
     @property
     def failed(self) -> dict[str, str]:
-        return {failure["kernel"]: failure["error"] for failure in self.outcome.failed}
+        return {failure["kernel"]: failure["error"] for failure in self.manifest["failed"]}
 
     @property
     def kernels(self) -> set[str]:
