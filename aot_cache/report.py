@@ -321,9 +321,9 @@ def findings(found: Bundle, digest: str | None, parts: Iterable[Part]) -> list[F
         out.append(finding(DigestMismatch, f"the bundle is {found.digest}, and {digest} was pinned"))
     out += [finding(BundleCorrupt, f"the bytes of object {name} do not hash to its name") for name in found.check_all()]
     with _form(BundleCorrupt, f"a bundle of this version at {found.path}"):
-        for unit in found.manifest["units"]:
-            if unit["object"] not in found.manifest["objects"]:
-                out.append(finding(BundleCorrupt, f"unit {unit['key'][:SHORT]} has no object in the bundle"))
+        for name in found.manifest["binaries"]:
+            if name not in found.manifest["objects"]:
+                out.append(finding(BundleCorrupt, f"binary {name[:SHORT]} is not among the bundle's objects"))
         for part in parts:
             if part.needed and not part.same:
                 what = f"{part.name}: the bundle is for {part.wanted}, this host has {part.found}"

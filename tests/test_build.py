@@ -459,7 +459,7 @@ def test_a_worker_that_is_killed(edited: Edited, tmp_path: Path, stage: str) -> 
                     os.kill(child, signal.SIGKILL)
 
     project = Project(edited.project.folder, tmp_path / "store")
-    with pytest.raises(TargetError, match="SIGKILL|-9"):
+    with pytest.raises(TargetError, match=r"SIGKILL|-9"):
         project.build(kill)
     assert not list(project.store.rglob("*.safetensors"))
     assert children() == before

@@ -68,6 +68,7 @@ def a_manifest(plan: Plan | None = None) -> dict[str, Any]:
             {
                 "kernel": number[u.kernel],
                 "key": f"{n}" * 64,
+                "memory_key": f"key {n}",
                 "specialization": u.specialization,
                 "options": u.options,
                 "option_order": list(u.options),

@@ -479,7 +479,17 @@ def test_a_folder_without_permission() -> None:
 # --- what the store may know ---
 
 ALLOWED = {"hashlib", "json", "os", "re", "reprlib", "stat", "io", "errno", "collections.abc", "contextlib", "pathlib"}
-ALLOWED |= {"typing", "weakref", "mmap", "concurrent.futures", "uuid", "filelock", "__future__", "aot_cache.errors"}
+ALLOWED |= {
+    "typing",
+    "weakref",
+    "mmap",
+    "concurrent",
+    "concurrent.futures",
+    "uuid",
+    "filelock",
+    "__future__",
+    "aot_cache.errors",
+}
 
 
 def test_the_store_imports_nothing_that_computes_or_unpickles() -> None:

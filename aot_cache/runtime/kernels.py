@@ -61,7 +61,6 @@ class KernelSet:
     def __init__(self, bundle: Bundle, ledger: Ledger) -> None:
         self.bundle = bundle
         manifest = bundle.manifest
-        bundle.prefetch()  # hashed while the rest of this is done; needed when modules are loaded
         self.report = Report(str(bundle.path), bundle.digest, len(manifest["units"]))
         self._ledger = ledger
         self._names = [kernel["name"] for kernel in manifest["kernels"]]
@@ -131,17 +130,20 @@ class KernelSet:
             return self._install_kernel(function, self._names.index(name), device) > 0
 
     def prime(self, device: int) -> int:
-        """Load what is installed onto the current device, which must be `device`; returns how many units."""
+        """Load what is installed onto the current device, which must be `device`; returns how many modules."""
+        from aot_cache.upstream import triton_kernel
+
         with self._lock:
             place = self._devices.get(device)
             if place is None:
                 return 0
-            primed, modules = place.installer.prime(place.kernels, place.binaries)
+            modules = place.installer.prime(place.kernels, place.binaries)
             if modules:
                 self._ledger.note("primed", "", torch_capture.capturing(), modules)
-            self.report.primed += primed
+            places = self._devices.values()
+            self.report.primed = sum(triton_kernel.is_loaded(kernel) for p in places for kernel in p.kernels)
             self.report.modules += modules
-            return int(primed)
+            return int(modules)
 
     def _known(self, number: int) -> bool:
         return self._names[number] in self.report.stale or any(n == number for _, _, n in self._done)

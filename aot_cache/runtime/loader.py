@@ -160,7 +160,7 @@ def _choose_from_folders() -> None:
 
 def _find(path: Path, digest: str | None) -> Bundle:
     if not path.is_dir():
-        return read_bundle(path, digest)
+        return read_bundle(path, digest, prefetch=True)
     files = sorted(path.glob("*.safetensors"))
     bundles = [bundle for bundle in (read_bundle(file) for file in files) if digest in (None, bundle.digest)]
     fitting = [b for b in bundles if not compatible.differing(compatible.parts(b.manifest, look_at_gpu=False))]

@@ -27,7 +27,8 @@ import re
 import reprlib
 import weakref
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,8 +46,40 @@ PART = 2 << 20
 """Bytes of objects that are read and hashed in one go when a bundle is read for loading."""
 
 _READERS = 4
+_MOST_PREFETCHED = 1 << 30  # bytes; a header may lie about more, and is checked first
 _REPR = reprlib.Repr()
 _REPR.maxstring = 80
+
+
+class _Body:
+    """All objects of a bundle, read and hashed in parts by threads of their own while somebody else does something else.
+
+    Large reads and large hashes release the interpreter's lock; one of each for every object would fight for it.
+    """
+
+    def __init__(self, file: int, begin: int, size: int) -> None:
+        self.memory = mmap.mmap(-1, size)  # not yet touched: the threads do that
+        self._file = file
+        self._begin = begin
+        pool = ThreadPoolExecutor(_READERS, thread_name_prefix="aot-cache")
+        self._parts = [pool.submit(self._read, number) for number in range(-(-size // PART))]
+        pool.shutdown(wait=False)
+
+    def digest(self, number: int, path: Path) -> str:
+        """The sha256 of a part, which is then in `memory`. Waits for it."""
+        try:
+            return self._parts[number].result()
+        except OSError as error:
+            raise StoreError(f"to read {path}", error.strerror or str(error), "copy it to a local disk") from error
+
+    def wait(self) -> None:
+        """Until the threads no longer use the file."""
+        futures.wait(self._parts)
+
+    def _read(self, number: int) -> str:
+        view = memoryview(self.memory)[number * PART : (number + 1) * PART]
+        os.preadv(self._file, [view], self._begin + number * PART)  # a shortened file leaves zeros: another digest
+        return hashlib.sha256(view).hexdigest()
 
 
 class Bundle:
@@ -63,7 +96,14 @@ class Bundle:
     """
 
     def __init__(
-        self, path: Path, manifest: dict[str, Any], digest: str, begin: int, part_digests: list[str], file: int
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        digest: str,
+        begin: int,
+        part_digests: list[str],
+        file: int,
+        body: _Body | None,
     ) -> None:
         self.path = path
         self.manifest = manifest
@@ -72,26 +112,13 @@ class Bundle:
         self._close = weakref.finalize(self, os.close, file)
         self._body_begin = begin
         self._part_digests = part_digests
-        self._body: bytearray | mmap.mmap = bytearray()
-        self._parts: list[Future[None]] = []
+        self._body = body
         self._checked: dict[str, bytes] = {}
         self._spans: dict[str, tuple[int, int]] = {}
         for name, size in sorted(manifest["objects"].items()):
             self._spans[name] = (begin, size)
             begin += size
         self.size = begin
-
-    def prefetch(self) -> None:
-        """Start to read and hash all objects, on threads of their own, while this one does something else.
-
-        From then on `object` waits for that and hashes nothing itself.
-        """
-        if self._parts or not self._part_digests:
-            return
-        self._body = mmap.mmap(-1, self.size - self._body_begin)  # memory of our own, not yet touched: a bytearray is
-        pool = ThreadPoolExecutor(_READERS, thread_name_prefix="aot-cache")
-        self._parts = [pool.submit(self._read_part, number) for number in range(len(self._part_digests))]
-        pool.shutdown(wait=False)
 
     def object(self, digest: str) -> bytes:
         """The bytes that hash to `digest`; what is returned was hashed, and is kept.
@@ -106,12 +133,9 @@ class Bundle:
             return data
         if digest not in self._spans:
             _refuse(self.path, f"it has no object {digest!r}")
-        if self._parts:
+        if self._body is not None:
             begin, size = self._spans[digest]
-            begin -= self._body_begin
-            for number in range(begin // PART, (begin + size + PART - 1) // PART):
-                self._parts[number].result()
-            data = bytes(memoryview(self._body)[begin : begin + size])
+            data = self._from_body(self._body, begin - self._body_begin, size)
         else:
             data = self._read(*self._spans[digest])
             if hashlib.sha256(data).hexdigest() != digest:
@@ -119,16 +143,12 @@ class Bundle:
         self._checked[digest] = data
         return data
 
-    def _read_part(self, number: int) -> None:
-        # Large reads and large hashes release the interpreter's lock; one of each for every object would fight for it.
-        view = memoryview(self._body)[number * PART : (number + 1) * PART]
-        try:
-            got = os.preadv(self._file, [view], self._body_begin + number * PART)
-        except OSError as error:
-            raise StoreError(f"to read {self.path}", error.strerror or str(error), "copy it to a local disk") from error
-        if got != len(view) or hashlib.sha256(view).hexdigest() != self._part_digests[number]:
-            bad = ", ".join(self.check_all()) or "none any more: it changes while it is read"
-            _refuse(self.path, f"its objects do not hash to what the header says; objects that are wrong: {bad}")
+    def _from_body(self, body: _Body, begin: int, size: int) -> bytes:
+        for number in range(begin // PART, (begin + size + PART - 1) // PART):
+            if body.digest(number, self.path) != self._part_digests[number]:
+                bad = ", ".join(self.check_all()) or "none any more: it changes while it is read"
+                _refuse(self.path, f"its objects do not hash to what the header says; objects that are wrong: {bad}")
+        return bytes(memoryview(body.memory)[begin : begin + size])
 
     def check_all(self) -> list[str]:
         """Read and hash every object, also those that were hashed before; returns the digests of the bad ones, sorted."""
@@ -178,7 +198,7 @@ def write_bundle(path: str | os.PathLike[str], manifest: Mapping[str, Any], obje
     return hashlib.sha256(header).hexdigest()
 
 
-def read_bundle(path: str | os.PathLike[str], digest: str | None = None) -> Bundle:
+def read_bundle(path: str | os.PathLike[str], digest: str | None = None, *, prefetch: bool = False) -> Bundle:
     """Read a bundle's header and check it and the layout; the objects are read and hashed when they are asked for.
 
     Writes nothing and takes no lock. Bytes are copied into memory rather than mapped: a mapped file that somebody
@@ -187,6 +207,7 @@ def read_bundle(path: str | os.PathLike[str], digest: str | None = None) -> Bund
     Args:
         path: the file.
         digest: the digest that the bundle must have, or None for any.
+        prefetch: read and hash all objects too, on threads, beginning before the header is parsed. For loading.
 
     Raises:
         BundleMissing: there is no file.
@@ -202,15 +223,30 @@ def read_bundle(path: str | os.PathLike[str], digest: str | None = None) -> Bund
         length = int.from_bytes(header, "little")
         if length > min(MAX_HEADER, size - _PREFIX):
             _refuse(path, f"it says that its header has {length:,} bytes, and the file has {size:,}")
-        header += file.read(length)
-        manifest, part_digests = _check_header(path, header)
-        wanted = sum(manifest["objects"].values())
-        if size - len(header) != wanted:
-            _refuse(path, f"it has {size - len(header):,} bytes of objects, and its manifest says {wanted:,}")
-        actual = hashlib.sha256(header).hexdigest()
-        if digest is not None and digest != actual:
-            raise DigestMismatch(f"the bundle {digest} at {path}", f"it is {actual}", "install or pin the right one")
-        return Bundle(path, manifest, actual, len(header), part_digests, os.dup(file.fileno()))
+        descriptor, body = os.dup(file.fileno()), None
+        try:
+            begin = _PREFIX + length
+            if prefetch and 0 < size - begin <= _MOST_PREFETCHED:
+                body = _Body(descriptor, begin, size - begin)
+            manifest, part_digests, actual = _read_header(path, header + file.read(length), size, digest)
+            return Bundle(path, manifest, actual, begin, part_digests, descriptor, body)
+        except BaseException:
+            if body is not None:
+                body.wait()
+            os.close(descriptor)
+            raise
+
+
+def _read_header(path: Path, header: bytes, size: int, digest: str | None) -> tuple[dict[str, Any], list[str], str]:
+    """(manifest, digests of the parts, digest of the bundle); `header` begins with its length."""
+    manifest, part_digests = _check_header(path, header)
+    wanted = sum(manifest["objects"].values())
+    if size - len(header) != wanted:
+        _refuse(path, f"it has {size - len(header):,} bytes of objects, and its manifest says {wanted:,}")
+    actual = hashlib.sha256(header).hexdigest()
+    if digest is not None and digest != actual:
+        raise DigestMismatch(f"the bundle {digest} at {path}", f"it is {actual}", "install or pin the right one")
+    return manifest, part_digests, actual
 
 
 def _refuse(path: Path, found: str) -> NoReturn:

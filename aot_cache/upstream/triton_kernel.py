@@ -61,12 +61,24 @@ class Installer:
         self._signatures = [[triton_jit.decode(ty) for ty in types] for types in manifest["signatures"]]
         self._metadata = _MetadataMaker(target, manifest, backend)
         self._sources: dict[tuple[int, int], ASTSource] = {}
+        self._kernels: dict[tuple[int, int, int, int], CompiledKernel] = {}
         self._launchers: dict[Any, Any] = {}
         self._modules: dict[tuple[int, str, int], tuple[Any, ...]] = {}
         self._target = target
 
     def install(self, function: JITFunction, unit: list[Json], key: str) -> CompiledKernel:
-        """Install one unit; the ordinary launch finds it from now on. Its binary is fetched, and loaded, by `prime`."""
+        """Install one unit; the ordinary launch finds it from now on. Its binary is fetched, and loaded, by `prime`.
+
+        Units of one kernel that came out the same (an argument's alignment that nothing uses) are one kernel here.
+        """
+        same = (id(function), unit[1], unit[2], unit[3])
+        kernel = self._kernels.get(same)
+        if kernel is None:
+            kernel = self._kernels[same] = self._make(function, unit)
+        function.device_caches[self._device][0].setdefault(key, kernel)
+        return kernel
+
+    def _make(self, function: JITFunction, unit: list[Json]) -> CompiledKernel:
         kernel = CompiledKernel.__new__(CompiledKernel)
         digest = self._binaries[unit[3]]
         metadata, packed = self._metadata.get(unit[2], digest)
@@ -84,7 +96,6 @@ class Installer:
             _run=None,
             _module_pid=None,
         )
-        function.device_caches[self._device][0].setdefault(key, kernel)
         return kernel
 
     def _source(self, function: JITFunction, number: int, signature: int) -> ASTSource:
@@ -101,14 +112,14 @@ class Installer:
             source.attrs = {}
         return source
 
-    def prime(self, kernels: list[CompiledKernel], binaries: list[int]) -> tuple[int, int]:
-        """Load kernels onto the current device: (how many, modules that were loaded for them).
+    def prime(self, kernels: list[CompiledKernel], binaries: list[int]) -> int:
+        """Load kernels onto the current device. Returns how many modules were loaded for them.
 
         What `CompiledKernel._init_handles` does, with launchers and modules shared. A kernel that does not fit the
         device is left to it: it raises, at its launch, what it would have raised.
         """
         driver_utils, properties = driver.active.utils, None
-        primed = modules = 0
+        modules = 0
         for kernel, binary in zip(kernels, binaries):
             if kernel.module is not None:
                 continue
@@ -131,8 +142,7 @@ class Installer:
                 continue
             kernel._run = self._launcher(kernel)
             kernel.module, kernel.function, kernel.n_regs, kernel.n_spills, kernel.n_max_threads = loaded
-            primed += 1
-        return primed, modules
+        return modules
 
     def _load(self, kernel: CompiledKernel, driver_utils: Any) -> tuple[Any, ...]:
         _tell(triton_events.listeners(knobs.runtime.kernel_load_start_hook), kernel)
@@ -194,6 +204,11 @@ class _MetadataMaker:
         """(metadata, packed metadata) of a metadata set and a binary."""
         plain, place, packed = self._sets[number]
         return plain._make((*plain[:place], digest, *plain[place + 1 :])), packed
+
+
+def is_loaded(kernel: CompiledKernel) -> bool:
+    """Whether a kernel's module is on its device."""
+    return kernel.module is not None
 
 
 def load_as_triton_does(kernel: CompiledKernel) -> None:

@@ -59,7 +59,7 @@ def configs(*settings, **more):
 
 tuned = triton.autotune(configs({"BLOCK": 32}, {"BLOCK": 64}, {"BLOCK": 16}, num_warps=1), key=["n"])(asserts)
 hopeless = triton.autotune(configs({"BLOCK": 16}, {"BLOCK": 64}, num_warps=1), key=["n"])(undefined)
-# Three stages keep two of two tiles of 128 x 128 halves, which is 128 KiB of shared memory: too much for a consumer's GPU, not for an H200.
+# Three stages keep two of two tiles of 128 x 128 halves: 128 KiB of shared memory, too much for a consumer's GPU.
 tuned_matmul = triton.autotune(
     configs({"M": 128, "STAGE": 128}, {"M": 32, "STAGE": 32}, num_warps=8, num_stages=3), key=["K"]
 )(matmul)
@@ -71,6 +71,14 @@ def run_matmul(x, tuner=tuned_matmul, **more):
     tuner[(1,)](x, x, x, 1024, **more)
 
 dying = False
+
+holder = {}
+
+def run_made_tuner(x):
+    # A tuner that no name of a module reaches.
+    if not holder:
+        holder["tuner"] = triton.autotune(configs({"BLOCK": 16}, {"BLOCK": 64}, num_warps=1), key=["n"])(asserts)
+    holder["tuner"][(1,)](x, 3)
 
 def make_dying():
     @triton.jit
@@ -92,6 +100,7 @@ cases = {
     "both": case("both", lambda x: [tuned[(1,)](x, 3), asserts[(1,)](x, 3, **tuned.configs[0].all_kwargs())]),
     "matmul": case("matmul", run_matmul),
     "large": case("large", lambda x: run_matmul(x, matmul, M=128, STAGE=128, num_warps=8, num_stages=3)),
+    "made tuner": case("made tuner", run_made_tuner),
     "dying": case("dying", run_dying),
 }
 """
@@ -297,6 +306,30 @@ def test_tuner_choices_reach_tuners(build: Build, kernels: ModuleType, tmp_path:
     KernelSet(read_bundle(path), Ledger()).install(0)
     (choice,) = kernels.tuned.cache.values()
     assert choice.kwargs["BLOCK"] == 64
+
+
+def test_a_choice_reaches_a_tuner_that_was_made_inside_a_function_or_that_is_said(
+    build: Build, kernels: ModuleType, tmp_path: Path
+) -> None:
+    made = build("made tuner")
+    lean, details = split(made.manifest)
+    path = tmp_path / "bundle.safetensors"
+    write_bundle(path, lean, {**made.objects, lean["details"]: details})
+    kernels.holder["tuner"] = kernels.triton.autotune(
+        kernels.configs({"BLOCK": 16}, {"BLOCK": 64}, num_warps=1), key=["n"]
+    )(kernels.asserts)
+    installed = KernelSet(read_bundle(path), Ledger())
+    installed.install(0)
+    chosen = [config.kwargs["BLOCK"] for config in kernels.holder["tuner"].cache.values()]
+    assert chosen == [16] or installed.report.unchosen
+
+
+def test_two_tuners_of_one_kernel_are_told_apart(build: Build) -> None:
+    made = build("tuned", "made tuner")
+    for unit in made.plan.units:
+        for number, candidate in unit.via:
+            tuning = made.plan.tunings[number]
+            assert tuning.candidates[candidate]["BLOCK"] == unit.specialization[2]["t"][1]
 
 
 def test_a_unit_of_a_plan_with_two_choices(build: Build) -> None:

@@ -289,11 +289,10 @@ def test_two_kernels_of_one_name() -> None:
             kernel[(1,)](torch.empty(16, device=device), BLOCK=16)
 
     try:
-        plan = traced_host(host, 1)
-    except AotCacheError as error:
-        assert "adder" in str(error)
-        return
-    assert len(plan.units) == 2 and len({unit.source for unit in plan.units}) == 2
+        units, refused = traced_host(host, 1).units, ""
+    except AotCacheError as error:  # to refuse them is right as well
+        units, refused = [], str(error)
+    assert "adder" in refused or len({unit.source for unit in units}) == len(units) == 2
 
 
 # --- values that have a written form ----------------------------------------------------------------------------------
@@ -340,9 +339,11 @@ def test_a_constexpr_is_written_exactly_or_refused(what: str) -> None:
     value = VALUES[what]
     specialization = [("constexpr", value), ("i32", "D")]
     try:
-        text = json.dumps(triton_jit.encode(specialization))
+        text, refused = json.dumps(triton_jit.encode(specialization)), ""
     except TraceError as error:
-        assert type(value).__name__ in str(error)
+        text, refused = "", str(error)
+    if refused:
+        assert type(value).__name__ in refused
         return
     decoded = triton_jit.decode(json.loads(text))
     assert triton_jit.memory_key(decoded, {}) == triton_jit.memory_key(specialization, {})
@@ -419,10 +420,8 @@ def test_a_view_sees_what_is_written_through_another() -> None:
         view += 5
         assert x.tolist() == [0, 5, 5, 0]
 
-    try:
+    with contextlib.suppress(DataDependent):  # to refuse is right as well
         traced_host(host, 1)
-    except DataDependent:
-        pass  # to refuse is right as well
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------
