@@ -5,6 +5,7 @@ The builder writes it from the virtual device, `aot-cache record` from a real GP
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -153,7 +154,7 @@ class Plan:
             data = json.loads(path.read_text())
         except OSError as error:
             raise DeclarationError(f"a plan at {path}", error.strerror or str(error)) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DeclarationError(f"a plan at {path}", f"not JSON ({error})") from error
         if not isinstance(data, dict):
             raise DeclarationError(f"a plan at {path}", "JSON of another kind")
@@ -198,27 +199,29 @@ def merge(plans: Iterable[Plan]) -> Plan:
     Raises:
         DeclarationError: when there is none, or they are for different targets.
     """
-    plans = list(plans)
-    if not plans:
+    parts = copy.deepcopy(list(plans))  # they are renumbered below
+    if not parts:
         raise DeclarationError("at least one recorded plan", "none", "did the program launch a Triton kernel?")
-    targets = sorted({p.target for p in plans})
+    targets = sorted({p.target for p in parts})
     if len(targets) > 1:
         raise DeclarationError("recordings of one target", f"{', '.join(targets)}")
-    out = Plan(plans[0].recipe, plans[0].target, plans[0].origin, plans[0].triton)
+    out = Plan(parts[0].recipe, parts[0].target, parts[0].origin, parts[0].triton)
     units: dict[str, Unit] = {}
     tunings: dict[str, int] = {}
-    for plan in plans:
+    for plan in parts:
         renumber = {-1: -1}
         for number, tuning in enumerate(plan.tunings):
             identity = _tuning_identity(tuning)
             if identity not in tunings:
                 tunings[identity] = len(out.tunings)
                 out.tunings.append(tuning)
+            known = out.tunings[tunings[identity]]
+            known.choice = known.choice or tuning.choice  # not every process has tuned
             renumber[number] = tunings[identity]
         for unit in plan.units:
             unit.via = [[renumber[t], c] for t, c in unit.via]
-            known = units.setdefault(unit.id, unit)
-            known.via = [list(v) for v in sorted({tuple(v) for v in [*known.via, *unit.via]})]
+            same = units.setdefault(unit.id, unit)
+            same.via = [list(v) for v in sorted({tuple(v) for v in [*same.via, *unit.via]})]
         out.closures.update(plan.closures)
     out.units = list(units.values())
     return out

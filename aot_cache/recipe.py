@@ -21,6 +21,7 @@ from aot_cache.shapes import Dimension, Point
 
 ENTRY_POINTS = "aot_cache.recipes"
 MODES = ("inference", "no_grad", "grad")
+AUTOCAST = ("bfloat16", "float16")
 
 
 class Call:
@@ -102,6 +103,10 @@ def declare(
         label = name or make.__name__
         if mode not in MODES:
             raise DeclarationError(f"mode of case {label!r} to be one of {', '.join(MODES)}", repr(mode))
+        if autocast is not None and autocast not in AUTOCAST:
+            raise DeclarationError(
+                f"autocast of case {label!r} to be one of {', '.join(AUTOCAST)}, or None", repr(autocast)
+            )
         for dim, value in dims.items():
             if not isinstance(value, Dimension):
                 raise DeclarationError(f"dimension {dim!r} of case {label!r} to be a Range or Values", repr(value))

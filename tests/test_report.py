@@ -266,7 +266,7 @@ def test_a_bundle_without_units(tmp_path: Path) -> None:
         ({}, {"metadata": 3}),
         ({}, {"details": "0" * 64}),
         ({}, {"details": sha(ONE)}),
-        ({}, {"options": [[["num_warps", {"a": 1}], ["debug", False]]] * 3}),
+        ({}, {"binaries": []}),
     ],
 )
 def test_a_sound_file_with_another_manifest_is_one_error(

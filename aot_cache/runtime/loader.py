@@ -29,6 +29,18 @@ _sets: list[KernelSet] = []
 _folders: list[tuple[Path, str | None]] = []
 """Folders of which the bundle for this GPU is taken once the GPU is known."""
 _lock = threading.RLock()
+_FORM = (
+    "target",
+    "toolchain",
+    "kernels",
+    "units",
+    "tunings",
+    "native",
+    "metadata",
+    "metadata_sets",
+    "signatures",
+    "binaries",
+)
 _armed = False
 _strict = False
 
@@ -142,11 +154,24 @@ def loaded() -> list[KernelSet]:
 
 
 def _add(path: Path, digest: str | None) -> KernelSet:
-    kernels = KernelSet(_find(path, digest), LEDGER)
+    bundle = _find(path, digest)
+    _check_form(bundle)
+    kernels = KernelSet(bundle, LEDGER)
     _check(kernels.bundle, look_at_gpu=False)
     with _lock:
         _sets.append(kernels)
     return kernels
+
+
+def _check_form(bundle: Bundle) -> None:
+    """Raises Incompatible for a bundle of another kind, or of another version's form."""
+    kind = bundle.manifest.get("kind")
+    do = "build it with this version of aot-cache"
+    if kind != "kernels":
+        raise Incompatible(f"a bundle of kernels at {bundle.path}", f"one of {kind!r}", do)
+    lacking = [name for name in _FORM if name not in bundle.manifest]
+    if lacking:
+        raise Incompatible(f"a whole manifest in {bundle.path}", f"it lacks {', '.join(lacking)}", do)
 
 
 def _choose_from_folders() -> None:
@@ -162,7 +187,9 @@ def _find(path: Path, digest: str | None) -> Bundle:
     if not path.is_dir():
         return read_bundle(path, digest, prefetch=True)
     files = sorted(path.glob("*.safetensors"))
-    bundles = [bundle for bundle in (read_bundle(file) for file in files) if digest in (None, bundle.digest)]
+    bundles = [bundle for bundle in map(read_bundle, files) if digest in (None, bundle.digest)]
+    for bundle in bundles:
+        _check_form(bundle)
     fitting = [b for b in bundles if not compatible.differing(compatible.parts(b.manifest, look_at_gpu=False))]
     if not fitting:
         raise BundleMissing(

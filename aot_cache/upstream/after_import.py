@@ -29,26 +29,32 @@ def when_triton_comes(action: Callable[[], None]) -> None:
 
 
 class _Waiter(importlib.abc.MetaPathFinder):
+    """Stands first among the finders until the module is imported. Looking for it (`find_spec`) does not count."""
+
     def __init__(self, name: str, action: Callable[[], None]) -> None:
         self.name = name
         self.action = action
+        self._asking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.name or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._asking = True  # the other finders answer; this one only listens
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking = False
         if spec is None or spec.loader is None:
             return spec
-        inner = spec.loader
-        run = inner.exec_module
-        action = self.action
+        run = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            action()
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self.action()
 
-        inner.exec_module = exec_module  # type: ignore[method-assign]
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
