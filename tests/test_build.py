@@ -405,7 +405,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def test_a_full_disk_leaves_the_store_as_it_was(edited: Edited, tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", "300k") as disk:
+    with small_disk(tmp_path / "disk", "1m") as disk:
         project = Project(edited.project.folder, disk / "store")
         first = project.build(ranges={"n": "3"})
         assert not first.failed
@@ -423,7 +423,7 @@ def test_a_full_disk_leaves_the_store_as_it_was(edited: Edited, tmp_path: Path) 
 
 
 def test_a_read_only_store_is_found_before_the_work(edited: Edited, tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", "300k") as disk:
+    with small_disk(tmp_path / "disk", "1m") as disk:
         project = Project(edited.project.folder, disk / "store")
         project.store.mkdir()
         mount(disk, "-o", "remount,ro")

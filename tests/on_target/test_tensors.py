@@ -262,6 +262,15 @@ def test_a_view_forgets_what_its_base_is_written_over_with(mode: Any) -> None:
             assert view.tolist() == [0] * 6
 
 
+def test_what_is_only_read_keeps_its_values(mode: Any) -> None:
+    """Declared indices are used to write into states that nobody knows, and read again afterwards."""
+    with mode(), virtual_device.tensors():
+        state, index = torch.empty(8, 4, device="cuda"), torch.tensor([5, 2], device="cuda")
+        state[index] = 0
+        state.index_add_(0, index, torch.empty(2, 4, device="cuda"))
+        assert index.tolist() == [5, 2]
+
+
 @pytest.mark.parametrize(
     "make", [torch.rand_like, torch.randn_like, torch.bernoulli, lambda x: torch.dropout(x, 0.5, True)]
 )
