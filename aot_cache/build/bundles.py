@@ -22,13 +22,17 @@ def assemble(
     number = {name: n for n, name in enumerate(kernels)}
     units: list[dict[str, Json]] = []
     pruned: list[dict[str, Json]] = []
+    failed = list(answer["failed"])
     objects: dict[str, bytes] = {}
     for unit, unit_key, memory_key in zip(plan.units, answer["keys"], answer["memory_keys"], strict=True):
         record = store.get_record(UNITS, unit_key)
         if record is None:
             continue  # it failed, and is listed so
         misfit = record.get("pruned") or _misfit(record["metadata"], target)
-        if misfit and not unit.launched_without_tuner():
+        if misfit and unit.launched_without_tuner():  # no tuner will pass it over: its launch fails
+            failed.append({"kernel": unit.kernel, "unit": unit.id, "error": misfit})
+            continue
+        if misfit:
             pruned.append({"kernel": unit.kernel, "unit": unit.id, "via": unit.via, "why": misfit})
             continue
         objects[record["object"]] = store.get(record["object"])
@@ -64,9 +68,9 @@ def assemble(
             for n, t in enumerate(plan.tunings)
         ],
         "pruned": pruned,
-        "failed": list(answer["failed"]),
+        "failed": failed,
         "native": list(answer["native"]),
-        "complete": not answer["failed"],
+        "complete": not failed,
     }
     return manifest, objects
 

@@ -253,7 +253,7 @@ def _finish(request: Request, store: Store, plan: Plan, answer: Mapping[str, Jso
         units=len(manifest["units"]),
         compiled=answer["compiled"],
         pruned=len(manifest["pruned"]),
-        failed=list(answer["failed"]),
+        failed=list(manifest["failed"]),
         sampled=plan.sampled,
         points=sum(case.points for case in plan.cases),
         seconds=0.0,

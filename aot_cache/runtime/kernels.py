@@ -114,6 +114,8 @@ class KernelSet:
                 self._devices[device] = _OnDevice(triton_kernel.Installer(current, device, self.bundle))
                 self.report.devices.append(device)
             found = self._functions(missing)
+            for digest in self.bundle.manifest["binaries"]:
+                self.bundle.object(digest)  # all bytes are sound, or nothing is installed
             new = 0
             for number, functions in found.items():
                 for function in functions:
@@ -180,6 +182,8 @@ class KernelSet:
         for unit_number in units:
             unit = manifest["units"][unit_number]
             key = unit[4] if unit[4] is not None else self._late_key(unit_number)
+            if key is None:
+                continue
             place.kernels.append(place.installer.install(function, unit, key))
             place.binaries.append(unit[3])
         self.report.installed += len(units)
@@ -188,12 +192,19 @@ class KernelSet:
             self._choose(function, number)
         return len(units)
 
-    def _late_key(self, unit_number: int) -> str:
+    def _late_key(self, unit_number: int) -> str | None:
+        """The key of a unit that is given another jit function; None when that one is not what it was."""
+        from aot_cache.errors import TraceError
         from aot_cache.upstream import triton_jit
 
         late = self.bundle.manifest["late"][str(unit_number)]
         options = {name: triton_jit.decode(value) for name, value in late["options"]}
-        return triton_jit.memory_key([triton_jit.decode_pair(pair) for pair in late["specialization"]], options)
+        try:
+            specialization = [triton_jit.decode_pair(pair) for pair in late["specialization"]]
+        except TraceError as error:
+            self.report.stale[f"{self._names[self.bundle.manifest['units'][unit_number][0]]} (unit)"] = str(error)
+            return None
+        return triton_jit.memory_key(specialization, options)
 
     def _choose(self, function: Any, number: int) -> None:
         """Fill the autotuners: the recorded choice where it was measured on this kind of GPU, else the first that fits."""

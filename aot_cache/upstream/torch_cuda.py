@@ -150,6 +150,13 @@ def _move_without_a_guard() -> None:
             options["memory_format"] = memory_format
         return torch.ops.aten._to_copy.default(self, **options)
 
+    module: Any = torch
+    plain_nonzero = module.nonzero
+
+    def nonzero(self: torch.Tensor, **kwargs: Any) -> Any:
+        return self.nonzero(**kwargs) if self.device.type == "cuda" else plain_nonzero(self, **kwargs)
+
+    module.nonzero = nonzero
     tensor.to = to
     tensor.cuda = lambda self, device=None, *_, **__: to(self, torch.device("cuda", 0))
     tensor.cpu = lambda self, *_, **__: to(self, torch.device("cpu"))

@@ -39,15 +39,31 @@ SHORT_CUTS: dict[Any, ShortCut] = {}
 """Operator → a faster way to its result, or None where the general way has more to say. See `torch_shortcuts`."""
 
 
+class _Values:
+    """Real values that views share; `lost` once something unknown was written over any part of them."""
+
+    def __init__(self) -> None:
+        self.lost = False
+
+
 class VirtualTensor(torch.Tensor):
     """A tensor on the virtual device: `meta` holds its geometry, `known` its values when host code may read them."""
 
     meta_: torch.Tensor
-    known: torch.Tensor | None
+    values_: torch.Tensor | None
+    shared_: _Values
+
+    @property
+    def known(self) -> torch.Tensor | None:
+        return None if self.shared_.lost else self.values_
 
     @staticmethod
     def __new__(
-        cls: type[VirtualTensor], meta: torch.Tensor, known: torch.Tensor | None = None, device: torch.device = DEVICE
+        cls: type[VirtualTensor],
+        meta: torch.Tensor,
+        known: torch.Tensor | None = None,
+        device: torch.device = DEVICE,
+        shared: _Values | None = None,
     ) -> VirtualTensor:
         out: VirtualTensor = torch.Tensor._make_wrapper_subclass(
             cls,
@@ -59,7 +75,8 @@ class VirtualTensor(torch.Tensor):
             device=device,
         )
         out.meta_ = meta
-        out.known = known
+        out.values_ = known
+        out.shared_ = shared or _Values()
         return out
 
     def data_ptr(self) -> int:
@@ -111,6 +128,13 @@ class VirtualTensor(torch.Tensor):
             return self
         out: torch.Tensor = _aten.clone.default(self, memory_format=memory_format)
         return out
+
+    def nonzero(self, *, as_tuple: bool = False) -> Any:
+        found = _aten.nonzero.default(self)
+        return found.unbind(1) if as_tuple else found
+
+    def new_tensor(self, data: Any, dtype: Any = None, device: Any = None, **_: Any) -> torch.Tensor:
+        return torch.tensor(data, dtype=dtype or self.dtype, device=device or self.device)
 
     def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> VirtualTensor:
         _COPY_(self, source, non_blocking)
@@ -191,8 +215,8 @@ def _compute(
     try:
         out = func(*_swap(args, _meta_of), **_swap(meta_kwargs, _meta_of))
     except (NotImplementedError, RuntimeError) as error:
-        if isinstance(known, torch.Tensor):  # the shape depends on values, and they are known (boolean masks, nonzero)
-            out = known.to("meta")
+        if known is not None:  # what comes out depends on values, and they are known (boolean masks, nonzero, equal)
+            out = _swap_one(known, lambda tensor: tensor.to("meta"))
         else:
             raise _no_shape(func, tensors) from error
     out_device = torch.device(device) if device is not None else _device_of(tensors)
@@ -232,18 +256,13 @@ def _no_shape(func: Any, tensors: list[VirtualTensor]) -> TraceError:
 
 def _known(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[VirtualTensor], device: Any) -> Any:
     """The result's values, when every input's are known and there are few; None otherwise."""
-    if func is _COPY_ and isinstance(args[0], VirtualTensor):
-        source = args[1].known if isinstance(args[1], VirtualTensor) else args[1]
-        if source is None or source.numel() > KNOWN_LIMIT or args[0].known is None:
-            args[0].known = (
-                None if source is None or source.shape != args[0].shape else source.to(args[0].dtype).clone()
-            )
-            return args[0].known
     others = [t for t in _leaves(args) if isinstance(t, torch.Tensor) and not isinstance(t, VirtualTensor)]
-    if any(t.known is None for t in tensors) or any(t.numel() > KNOWN_LIMIT for t in others):
-        if func._schema.is_mutable:
-            for tensor in tensors:
-                tensor.known = None  # written with values that nobody knows
+    unknown = any(t.known is None for t in tensors) or any(t.numel() > KNOWN_LIMIT for t in others)
+    if unknown or torch.Tag.nondeterministic_seeded in func.tags:
+        for number, argument in enumerate(func._schema.arguments):
+            value = args[number] if number < len(args) else kwargs.get(argument.name)
+            if argument.is_write and isinstance(value, VirtualTensor):
+                value.shared_.lost = True  # written with values that nobody knows, for all its views
         return None
     if not tensors and not others and not _is_index_factory(func, args, kwargs):
         return None
@@ -276,11 +295,21 @@ def _wrap(out: Any, known: Any, inputs: list[VirtualTensor], device: torch.devic
                         raise TraceError("an operator that keeps its input's shape", f"one that resized {tensor!r}")
                     return tensor
         values = known if isinstance(known, torch.Tensor) and known.numel() <= KNOWN_LIMIT else None
-        return VirtualTensor(out, values, device)
+        return VirtualTensor(out, values, device, _shared_with(values, inputs))
     if isinstance(out, (list, tuple)):
         parts = known if isinstance(known, (list, tuple)) and len(known) == len(out) else [None] * len(out)
         return type(out)(_wrap(o, k, inputs, device, mutable) for o, k in zip(out, parts))
     return out
+
+
+def _shared_with(values: torch.Tensor | None, inputs: list[VirtualTensor]) -> _Values | None:
+    """Of which input's values these are a view, if they are."""
+    if values is not None:
+        for tensor in inputs:
+            mine = tensor.values_
+            if mine is not None and mine.untyped_storage().data_ptr() == values.untyped_storage().data_ptr():
+                return tensor.shared_
+    return None
 
 
 def _real_implementation(func: Any) -> Any:
@@ -319,7 +348,8 @@ def _index(tensor: torch.Tensor, index: Any) -> torch.Tensor:
             dim += 1
         elif isinstance(item, slice):
             if item != slice(None):
-                out = _aten.slice.Tensor(out, dim, item.start, item.stop, item.step or 1)
+                bounds = [int(bound) if isinstance(bound, torch.Tensor) else bound for bound in (item.start, item.stop)]
+                out = _aten.slice.Tensor(out, dim, *bounds, item.step or 1)
             dim += 1
         elif isinstance(item, (torch.Tensor, list)):
             indices += [None] * (dim - len(indices)) + [item if isinstance(item, torch.Tensor) else torch.tensor(item)]

@@ -210,26 +210,24 @@ def encode(value: Any) -> Json:
     Raises:
         TraceError: for a value that has no written form.
     """
-    if value is None or isinstance(value, (bool, str)) or (isinstance(value, int) and type(value) is int):
+    if value is None or type(value) in (bool, str, int):  # not an enum or numpy scalar: its text is another key
         return value
-    if isinstance(value, float):
+    if type(value) is float:
         return value if math.isfinite(value) else {"float": repr(value)}
     if isinstance(value, tl.constexpr):
         return {"constexpr": encode(value.value)}
-    if isinstance(value, tl.dtype):
+    if type(value) is tl.dtype:
         return {"dtype": value.name}
     if isinstance(value, torch.dtype):
         return {"torch": str(value).removeprefix("torch.")}
     if isinstance(value, JITCallable):
-        return {"jit": name_of(value)}
+        return {"jit": name_of(value), "source": closure_digest(closure(value))[:32]}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return {"named": f"{type(value).__module__}:{type(value).__qualname__}", "t": [encode(v) for v in value]}
     if isinstance(value, tuple):
         return {"t": [encode(v) for v in value]}
     if isinstance(value, list):
         return {"l": [encode(v) for v in value]}
-    if isinstance(value, int):  # a subclass: an enum or a SymInt that has a value
-        return int(value)
     raise TraceError(
         "a constexpr that can be written to a plan (number, string, dtype, tuple, jit function)",
         f"a {type(value).__module__}.{type(value).__qualname__}",
@@ -263,6 +261,8 @@ def decode(value: Json) -> Any:
     function = found if isinstance(found, JITCallable) else unwrap(found)
     if function is None:
         raise TraceError(f"the jit function {value['jit']}", "no such name", "import what defines it")
+    if closure_digest(closure(function))[:32] != value["source"]:
+        raise TraceError(f"the jit function {value['jit']} as it was", "its source differs", "build again")
     return function
 
 

@@ -67,7 +67,7 @@ class Installer:
         self._target = target
 
     def install(self, function: JITFunction, unit: list[Json], key: str) -> CompiledKernel:
-        """Install one unit; the ordinary launch finds it from now on. Its binary is fetched, and loaded, by `prime`.
+        """Install one unit; the ordinary launch finds it from now on. `prime` loads it onto the device.
 
         Units of one kernel that came out the same (an argument's alignment that nothing uses) are one kernel here.
         """
@@ -81,6 +81,7 @@ class Installer:
     def _make(self, function: JITFunction, unit: list[Json]) -> CompiledKernel:
         kernel = CompiledKernel.__new__(CompiledKernel)
         digest = self._binaries[unit[3]]
+        binary = self._bundle.object(digest)
         metadata, packed = self._metadata.get(unit[2], digest)
         kernel.__dict__.update(
             metadata=metadata,
@@ -88,9 +89,9 @@ class Installer:
             src=self._source(function, unit[0], unit[1]),
             hash=digest,
             name=metadata.name,
-            asm=None,
+            asm=AsmDict({self._binary_ext: binary}),
             metadata_group={},
-            kernel=None,
+            kernel=binary,
             module=None,
             function=None,
             _run=None,
@@ -123,9 +124,6 @@ class Installer:
         for kernel, binary in zip(kernels, binaries):
             if kernel.module is not None:
                 continue
-            if kernel.kernel is None:
-                kernel.kernel = self._bundle.object(self._binaries[binary])
-                kernel.asm = AsmDict({self._binary_ext: kernel.kernel})
             if properties is None:
                 properties = driver_utils.get_device_properties(self._device)
             metadata = kernel.metadata

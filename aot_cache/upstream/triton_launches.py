@@ -36,7 +36,7 @@ class LaunchLog:
         self.functions: dict[str, JITFunction] = {}
         self.mark: Any = None
         self._unit_ids: dict[tuple[str, str], int] = {}
-        self._tuning_ids: dict[tuple[str, int, str], int] = {}
+        self._tuning_ids: dict[Any, int] = {}
         self._expansions: dict[Any, list[tuple[int, int]]] = {}
         self._ordinals: dict[int, tuple[int, Autotuner]] = {}
         self._lock = threading.RLock()
@@ -86,7 +86,9 @@ class LaunchLog:
         name = triton_jit.name_of(function)
         ordinal = self._ordinal(tuner)
         with self._lock:
-            found = self._tuning_ids.get((name, ordinal, repr(key)))
+            # What pruning leaves may depend on more than the key: other candidates are another tuning.
+            identity = (name, ordinal, repr(key), tuple(str(c) for c in configs))
+            found = self._tuning_ids.get(identity)
             if found is None:
                 candidates = [
                     {k: triton_jit.encode(v) for k, v in triton_jit.config_kwargs(c).items()} for c in configs
@@ -102,7 +104,7 @@ class LaunchLog:
                 )
                 self.seen_tunings.append([])
                 found = len(self.tunings) - 1
-                self._tuning_ids[name, ordinal, repr(key)] = found
+                self._tuning_ids[identity] = found
                 self.functions[name] = function
             self._see(self.seen_tunings[found], self.mark)
         return found
