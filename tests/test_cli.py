@@ -460,7 +460,9 @@ def test_comparing(run: Run, sample: Sample) -> None:
 
 def test_the_table_of_targets(run: Run) -> None:
     said = run("targets")
-    assert "NVIDIA H200" in said.out and "h200: limits per SM" in said.out
+    assert (
+        "NVIDIA H200" in said.out and "h100: limits per SM" in said.out and "h200: all read from a device" in said.out
+    )
     assert [row["id"] for row in run("targets", "--json").document["targets"]] == list(targets.TARGETS)
 
 

@@ -213,7 +213,7 @@ def _talk(job: Mapping[str, Json], environment: Mapping[str, str]) -> Any:
         worker.stdin.close()
         for line in worker.stdout:
             event = json.loads(line)
-            finished = finished or event["event"] in ("error", "compiled", "traced")
+            finished = finished or event["event"] in ("error", "traced" if job["show_plan"] else "compiled")
             yield event
     finally:
         if worker.poll() is None and not finished:
@@ -225,7 +225,7 @@ def _talk(job: Mapping[str, Json], environment: Mapping[str, str]) -> Any:
     if not finished or (worker.returncode and not finished):
         words = [w.strip() for w in last_words if w.strip()]
         raise TargetError(
-            "the build worker to start", f"it ended with code {worker.returncode}: {words[-1] if words else 'no word'}"
+            "the build worker to finish", f"it ended with code {worker.returncode}: {words[-1] if words else 'no word'}"
         )
 
 

@@ -6,6 +6,7 @@ ProcessPoolExecutor gives up everything; here one item is lost, with its reason,
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -63,10 +64,17 @@ def run(function: Callable[[T], Any], items: Sequence[T], workers: int | None = 
                     yield index, Died(_how(child.exitcode))
                     continue
                 if waiting:
-                    children[pipe] = (child, waiting.pop())
-                    pipe.send(children[pipe][1])
+                    following = waiting.pop()
+                    children[pipe] = (child, following)
+                    try:
+                        pipe.send(following)
+                    except OSError:  # it died after its answer: another one takes the item
+                        child.join()
+                        del children[pipe]
+                        waiting.append(following)
                 else:
-                    pipe.send(None)
+                    with contextlib.suppress(OSError):
+                        pipe.send(None)
                     child.join()
                     del children[pipe]
                 yield index, result

@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import sysconfig
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,17 @@ _SHELL = frozenset(
 )
 
 
-def inputs() -> dict[str, Json]:
-    """What this process imported: `{"python", "packages": {name: digest}, "files": {path: sha256}}`."""
+def inputs(also: Mapping[str, str]) -> dict[str, Json]:
+    """What this process imported: `{"python", "packages": {name: digest}, "files": {path: sha256}}`.
+
+    `also` names modules and files that its children imported.
+    """
     roots = tuple({sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]})
     standard = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["platstdlib"])
     tops: set[str] = set()
     files: dict[str, str] = {}
-    for name, module in list(sys.modules.items()):
-        path = getattr(module, "__file__", None)
+    mine = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
+    for name, path in {**also, **mine}.items():
         if not isinstance(path, str) or not os.path.isfile(path):
             continue
         if path.startswith(roots):

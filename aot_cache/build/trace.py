@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class _Block:
     tuning_marks: list[list[int]] = field(default_factory=list)
     via: list[list[tuple[int, int]]] = field(default_factory=list)
     closures: dict[str, Json] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)
     error: AotCacheError | None = None
 
 
@@ -60,6 +62,7 @@ def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None =
         return _run_block(recipe.cases[number], number, enumerations[number].points, start)
 
     progress("trace", 0, total)
+    _before.update(sys.modules)
     for index, block in pool.run(run, jobs, workers):
         number, start = jobs[index]
         if isinstance(block, pool.Died):
@@ -69,12 +72,16 @@ def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None =
         if block.error is not None:
             raise block.error
         merged.add(block)
+        late_modules.update(block.modules)
         done += min(BLOCK, len(enumerations[number].points) - start)
         progress("trace", done, total)
     return merged.plan()
 
 
 _closures: dict[str, Json] = {}
+_before: set[str] = set()
+late_modules: dict[str, str] = {}
+"""Module → file of what host code imported while it ran, in children whose imports are theirs: a build depends on it."""
 
 
 def _run_block(case: Case, number: int, points: list[Point], start: int) -> _Block:
@@ -94,6 +101,8 @@ def _run_block(case: Case, number: int, points: list[Point], start: int) -> _Blo
         if name not in _closures:
             _closures[name] = triton_jit.closure(function)
         block.closures[name] = _closures[name]
+    new = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items()) if name not in _before}
+    block.modules = {name: path for name, path in new.items() if isinstance(path, str)}
     return block
 
 

@@ -94,7 +94,7 @@ def _work(job: dict[str, Json], send: Any) -> None:
         native=outcome.native,
         failed=outcome.failed,
         toolchain=outcome.toolchain,
-        inputs=stamp.inputs(),
+        inputs=stamp.inputs(trace.late_modules),
         python=sys.version.split()[0],
     )
 

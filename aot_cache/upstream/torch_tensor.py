@@ -133,7 +133,9 @@ class VirtualTensor(torch.Tensor):
         found = _aten.nonzero.default(self)
         return found.unbind(1) if as_tuple else found
 
-    def new_tensor(self, data: Any, dtype: Any = None, device: Any = None, **_: Any) -> torch.Tensor:
+    def new_tensor(  # type: ignore[override]
+        self, data: Any, dtype: Any = None, device: Any = None, **_: Any
+    ) -> torch.Tensor:
         return torch.tensor(data, dtype=dtype or self.dtype, device=device or self.device)
 
     def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> VirtualTensor:
