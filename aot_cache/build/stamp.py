@@ -25,7 +25,7 @@ _SHELL = frozenset(
 )
 
 
-def inputs(also: Mapping[str, str]) -> dict[str, Json]:
+def inputs(also: Mapping[str, str] | None = None) -> dict[str, Json]:
     """What this process imported: `{"python", "packages": {name: digest}, "files": {path: sha256}}`.
 
     `also` names modules and files that its children imported.
@@ -35,7 +35,7 @@ def inputs(also: Mapping[str, str]) -> dict[str, Json]:
     tops: set[str] = set()
     files: dict[str, str] = {}
     mine = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
-    for name, path in {**also, **mine}.items():
+    for name, path in {**(also or {}), **mine}.items():
         if not isinstance(path, str) or not os.path.isfile(path):
             continue
         if path.startswith(roots):
