@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 SCHEMA = "1"
-UNITS, NATIVE = "units", "native"
-"""Kinds of records in the store: compiled units, and the C modules that Triton would build at run time."""
+UNITS, NATIVE, IR = "units", "native", "ir"
+"""Kinds of records in the store: compiled units, the C modules that Triton would build at run time, and what became of
+an intermediate representation that several units share."""
 Json = Any
 
 

@@ -574,3 +574,20 @@ def test_what_this_process_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert "pytest" in inputs["packages"]
     assert not [path for path in inputs["files"] if path.startswith(os.path.dirname(os.__file__) + "/json")]
     sys.modules.pop("stamped_module")
+
+
+def test_a_plan_of_kernels_that_changed_is_not_nothing_to_do(tmp_path: Path) -> None:
+    """A plan's kernels are imported by the compiler's children only; their source counts as much."""
+    project = Project.at(tmp_path)
+    recipe = "from project_kernels import alone\nimport torch\nfrom aot_cache import Call, Case, Recipe, Values\n"
+    recipe += "def host(n):\n    alone[(1,)](torch.empty(64, device='cuda'), BLOCK=16)\n"
+    recipe += "recipe = Recipe('one', [Case('case', lambda n: Call(host, n), {'n': Values(3)})])\n"
+    (tmp_path / "project.py").write_text(recipe)
+    plan = project.build().path.with_suffix(".plan.json")
+    (tmp_path / "one.plan.json").write_bytes(plan.read_bytes())
+    more: dict[str, Any] = {"model": None, "plan": tmp_path / "one.plan.json", "out": tmp_path / "out.safetensors"}
+    assert not project.build(**more).failed
+    assert project.build(**more).nothing_to_do
+    project.kernels.write_text(KERNELS.replace("3.0", "3.5"))
+    (failure,) = project.build(**more).failed
+    assert "source of project_kernels:alone differs" in failure["error"]

@@ -11,7 +11,7 @@ from aot_cache import key, shapes
 from aot_cache.build import pool
 from aot_cache.build.trace import functions_at
 from aot_cache.errors import TargetError
-from aot_cache.key import NATIVE, UNITS
+from aot_cache.key import IR, NATIVE, UNITS
 from aot_cache.plan import Plan, Unit
 from aot_cache.recipe import Recipe
 from aot_cache.store import Store
@@ -68,17 +68,23 @@ def compile_plan(
     first: dict[str, int] = {}
     for number, unit_key in enumerate(keys):
         first.setdefault(unit_key, number)
-    missing = [number for unit_key, number in first.items() if not _stored(store, unit_key)]
+    # In the order of their hashes: units that turn out to be equal are neighbours in the plan, and two children that
+    # compile them at the same time would both do all of it.
+    missing = [number for unit_key, number in sorted(first.items()) if not _stored(store, unit_key)]
 
     def run(number: int) -> _Result:
-        return _compile(plan, number, recipe, target)
+        def known(ir: str) -> Json:
+            record = store.get_record(IR, _ir_key(plan.units[number], ir, shared))
+            return record if record is not None and store.has(record["object"]) else None
+
+        return _compile(plan, number, recipe, target, None if line_info else known)
 
     progress("compile", 0, len(missing))
     for done, (index, result) in enumerate(pool.run(run, missing, workers), 1):
         number = missing[index]
         if isinstance(result, pool.Died):
             result = _Result(error=result.why)
-        _keep(store, plan.units[number], keys[number], result, outcome)
+        _keep(store, plan.units[number], keys[number], result, outcome, shared)
         progress("compile", done, len(missing))
     if target.backend == "cuda":
         _build_native(plan, outcome, store, pythons, progress, workers)
@@ -99,6 +105,13 @@ class _Result:
     metadata: dict[str, Json] = field(default_factory=dict)
     error: str = ""
     pruned: str = ""
+    ir: str = ""
+    same: dict[str, Json] | None = None
+    """The record of a unit of equal IR."""
+
+
+def _ir_key(unit: Unit, ir: str, shared: dict[str, Json]) -> str:
+    return key.digest({**shared, "kernel": unit.kernel, "source": unit.source, "ir": ir})
 
 
 def _stored(store: Store, unit_key: str) -> bool:
@@ -106,7 +119,9 @@ def _stored(store: Store, unit_key: str) -> bool:
     return record is not None and ("pruned" in record or store.has(record["object"]))
 
 
-def _compile(plan: Plan, number: int, recipe: Recipe | None, target: Target) -> _Result:
+def _compile(
+    plan: Plan, number: int, recipe: Recipe | None, target: Target, known: Callable[[str], Json] | None
+) -> _Result:
     unit = plan.units[number]
     try:
         function = _function(unit, recipe)
@@ -117,12 +132,14 @@ def _compile(plan: Plan, number: int, recipe: Recipe | None, target: Target) -> 
             return _Result(error=f"the plan is of other source: {differs}")
         specialization = [triton_jit.decode(pair) for pair in unit.specialization]
         kwargs = {k: triton_jit.decode(v) for k, v in {**unit.overrides, **unit.options}.items()}
-        compiled = triton_compile.compile_specialization(function, specialization, kwargs, target)
+        compiled = triton_compile.compile_specialization(function, specialization, kwargs, target, known)
+    except triton_compile.Known as found:
+        return _Result(same=found.value)
     except Exception as error:
         if not unit.launched_without_tuner() and triton_compile.is_pruned_like_triton(error):
             return _Result(pruned=_one_line(error))
         return _Result(error=_one_line(error))
-    return _Result(compiled.binary, compiled.metadata)
+    return _Result(compiled.binary, compiled.metadata, ir=compiled.ir)
 
 
 def _function(unit: Unit, recipe: Recipe | None) -> Any:
@@ -144,7 +161,7 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:600]
 
 
-def _keep(store: Store, unit: Unit, unit_key: str, result: _Result, outcome: Outcome) -> None:
+def _keep(store: Store, unit: Unit, unit_key: str, result: _Result, outcome: Outcome, shared: dict[str, Json]) -> None:
     if result.error:
         outcome.failed.append({"kernel": unit.kernel, "unit": unit.id, "error": result.error})
         return
@@ -152,8 +169,13 @@ def _keep(store: Store, unit: Unit, unit_key: str, result: _Result, outcome: Out
     if result.pruned:
         store.put_record(UNITS, unit_key, {"pruned": result.pruned})
         return
-    digest = store.put(result.binary)
-    store.put_record(UNITS, unit_key, {"object": digest, "size": len(result.binary), "metadata": result.metadata})
+    record = result.same
+    if record is None:
+        digest = store.put(result.binary)
+        record = {"object": digest, "size": len(result.binary), "metadata": result.metadata}
+        if result.ir:
+            store.put_record(IR, _ir_key(unit, result.ir, shared), record)
+    store.put_record(UNITS, unit_key, record)
 
 
 # --- C modules ---------------------------------------------------------------------------------------------------------

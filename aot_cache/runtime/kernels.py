@@ -114,8 +114,7 @@ class KernelSet:
                 self._devices[device] = _OnDevice(triton_kernel.Installer(current, device, self.bundle))
                 self.report.devices.append(device)
             found = self._functions(missing)
-            for digest in self.bundle.manifest["binaries"]:
-                self.bundle.object(digest)  # all bytes are sound, or nothing is installed
+            self.bundle.require_sound()  # all of it, or nothing is installed
             new = 0
             for number, functions in found.items():
                 for function in functions:

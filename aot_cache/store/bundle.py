@@ -19,6 +19,7 @@ same input would have many digests; safetensors reads it like any other.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -114,6 +115,7 @@ class Bundle:
         self._part_digests = part_digests
         self._body = body
         self._checked: dict[str, bytes] = {}
+        self._sound_parts: set[int] = set()
         self._spans: dict[str, tuple[int, int]] = {}
         for name, size in sorted(manifest["objects"].items()):
             self._spans[name] = (begin, size)
@@ -121,7 +123,10 @@ class Bundle:
         self.size = begin
 
     def object(self, digest: str) -> bytes:
-        """The bytes that hash to `digest`; what is returned was hashed, and is kept.
+        """The bytes that hash to `digest`; what is returned was hashed.
+
+        Of a bundle that was read with `prefetch` it is a new copy each time: all objects are in memory already, and the
+        pages for copies that are kept would be a tenth of the time of loading.
 
         Raises:
             BundleCorrupt: they hash to something else, or the bundle has no such object.
@@ -135,20 +140,36 @@ class Bundle:
             _refuse(self.path, f"it has no object {digest!r}")
         if self._body is not None:
             begin, size = self._spans[digest]
-            data = self._from_body(self._body, begin - self._body_begin, size)
-        else:
-            data = self._read(*self._spans[digest])
-            if hashlib.sha256(data).hexdigest() != digest:
-                _refuse(self.path, f"the bytes of object {digest} do not hash to its name")
+            begin -= self._body_begin
+            self._require_sound(self._body, begin, size)
+            return bytes(memoryview(self._body.memory)[begin : begin + size])
+        data = self._read(*self._spans[digest])
+        if hashlib.sha256(data).hexdigest() != digest:
+            _refuse(self.path, f"the bytes of object {digest} do not hash to its name")
         self._checked[digest] = data
         return data
 
-    def _from_body(self, body: _Body, begin: int, size: int) -> bytes:
+    def require_sound(self) -> None:
+        """Hash all objects that were not hashed yet.
+
+        Raises:
+            BundleCorrupt: some hash to something else.
+            StoreError: they cannot be read.
+        """
+        if self._body is not None:
+            self._require_sound(self._body, 0, self.size - self._body_begin)
+        else:
+            for digest in self._spans:
+                self.object(digest)
+
+    def _require_sound(self, body: _Body, begin: int, size: int) -> None:
         for number in range(begin // PART, (begin + size + PART - 1) // PART):
+            if number in self._sound_parts:
+                continue
             if body.digest(number, self.path) != self._part_digests[number]:
                 bad = ", ".join(self.check_all()) or "none any more: it changes while it is read"
                 _refuse(self.path, f"its objects do not hash to what the header says; objects that are wrong: {bad}")
-        return bytes(memoryview(body.memory)[begin : begin + size])
+            self._sound_parts.add(number)
 
     def check_all(self) -> list[str]:
         """Read and hash every object, also those that were hashed before; returns the digests of the bad ones, sorted."""
@@ -226,9 +247,10 @@ def read_bundle(path: str | os.PathLike[str], digest: str | None = None, *, pref
         descriptor, body = os.dup(file.fileno()), None
         try:
             begin = _PREFIX + length
+            header += file.read(length)  # before the threads start, which it would wait for
             if prefetch and 0 < size - begin <= _MOST_PREFETCHED:
                 body = _Body(descriptor, begin, size - begin)
-            manifest, part_digests, actual = _read_header(path, header + file.read(length), size, digest)
+            manifest, part_digests, actual = _read_header(path, header, size, digest)
             return Bundle(path, manifest, actual, begin, part_digests, descriptor, body)
         except BaseException:
             if body is not None:
@@ -307,10 +329,9 @@ def _check_header(path: Path, header: bytes) -> tuple[dict[str, Any], list[str]]
     `header` begins with its length, and must be the one that `write_bundle` writes for those.
     """
     try:
-        table = json.loads(header[_PREFIX:].decode("utf-8"))
+        metadata = _first_metadata(header)
     except (ValueError, RecursionError) as error:
         _refuse(path, f"its header is not JSON ({_short(error)})")
-    metadata = table.get("__metadata__") if isinstance(table, dict) else None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         _refuse(path, f"its header does not say that it is of format {FORMAT!r}")
     if metadata.get("schema") != SCHEMA:
@@ -329,6 +350,19 @@ def _check_header(path: Path, header: bytes) -> tuple[dict[str, Any], list[str]]
     if len(parts) != -(-sum(manifest["objects"].values()) // PART):
         _refuse(path, f"it has digests of {len(parts)} parts of its objects, which is not their number")
     return manifest, parts
+
+
+_METADATA = '{"__metadata__":'
+
+
+def _first_metadata(header: bytes) -> Any:
+    """The metadata in `header`: of one that `write_bundle` wrote it is parsed alone, for what follows is known from it."""
+    text = header[_PREFIX:].decode("utf-8")
+    if text.startswith(_METADATA):
+        with contextlib.suppress(ValueError):
+            return json.JSONDecoder().raw_decode(text, len(_METADATA))[0]
+    table = json.loads(text)
+    return table.get("__metadata__") if isinstance(table, dict) else None
 
 
 def _check_manifest(path: Path, text: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ What units have in common (source, metadata, launcher, and the module where the 
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections import namedtuple
 from collections.abc import Callable, Mapping
@@ -40,6 +41,21 @@ def current_device() -> int:
 
 def current_target() -> GPUTarget:
     return driver.active.get_current_target()
+
+
+class _Kernel(CompiledKernel):  # type: ignore[misc]  # Triton has no types
+    """A kernel out of a bundle: what only debuggers read is made when they do."""
+
+    bundle: Bundle
+    binary_ext: str
+
+    @functools.cached_property
+    def kernel(self) -> bytes:
+        return self.bundle.object(self.hash)
+
+    @functools.cached_property
+    def asm(self) -> AsmDict:
+        return AsmDict({self.binary_ext: self.kernel})
 
 
 class Installer:
@@ -79,9 +95,8 @@ class Installer:
         return kernel
 
     def _make(self, function: JITFunction, unit: list[Json]) -> CompiledKernel:
-        kernel = CompiledKernel.__new__(CompiledKernel)
+        kernel = _Kernel.__new__(_Kernel)
         digest = self._binaries[unit[3]]
-        binary = self._bundle.object(digest)
         metadata, packed = self._metadata.get(unit[2], digest)
         kernel.__dict__.update(
             metadata=metadata,
@@ -89,9 +104,9 @@ class Installer:
             src=self._source(function, unit[0], unit[1]),
             hash=digest,
             name=metadata.name,
-            asm=AsmDict({self._binary_ext: binary}),
+            bundle=self._bundle,
+            binary_ext=self._binary_ext,
             metadata_group={},
-            kernel=binary,
             module=None,
             function=None,
             _run=None,
@@ -144,7 +159,8 @@ class Installer:
 
     def _load(self, kernel: CompiledKernel, driver_utils: Any) -> tuple[Any, ...]:
         _tell(triton_events.listeners(knobs.runtime.kernel_load_start_hook), kernel)
-        loaded = driver_utils.load_binary(kernel.name, kernel.kernel, kernel.metadata.shared, self._device)
+        binary = self._bundle.object(kernel.hash)  # a copy for the driver, not kept
+        loaded = driver_utils.load_binary(kernel.name, binary, kernel.metadata.shared, self._device)
         _tell(triton_events.listeners(knobs.runtime.kernel_load_end_hook), kernel)
         return tuple(loaded)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from importlib import metadata
 
 TRITON_SEEN = ("3.6", "3.7", "3.8", "3.9")
@@ -23,6 +24,7 @@ def minor(version: str) -> str:
     return ".".join(version.split("+")[0].split(".")[:2])
 
 
+@functools.cache  # reading a package's record takes half a millisecond, and what is imported does not change
 def installed(package: str) -> str:
     """The installed version of `package` without importing it; empty when it is not installed."""
     try:

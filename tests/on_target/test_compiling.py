@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from triton.backends.nvidia.compiler import CUDABackend
 
 from aot_cache import Recipe
 from aot_cache import target as targets
@@ -24,6 +26,7 @@ from aot_cache.plan import Plan, Tuning, Unit
 from aot_cache.runtime.kernels import KernelSet
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Store, read_bundle, write_bundle
+from aot_cache.upstream import triton_compile, triton_jit
 
 SOURCE = """
 import os, signal
@@ -53,6 +56,10 @@ def matmul(a, b, c, K, M: tl.constexpr, STAGE: tl.constexpr):
         right = tl.load(b + (k + inner)[:, None] * M + rows[None, :])
         sum = tl.dot(left, right, sum)
     tl.store(c + rows[:, None] * M + rows[None, :], sum)
+
+@triton.jit
+def indifferent(x, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    tl.store(x + tl.arange(0, BLOCK), 3.0)
 
 def configs(*settings, **more):
     return [triton.Config(kwargs, **more) for kwargs in settings]
@@ -93,6 +100,9 @@ def run_dying(x):
 
 cases = {
     "good": case("good", lambda x: good[(1,)](x, BLOCK=16)),
+    "indifferent": case(
+        "indifferent", lambda x: [indifferent[(1,)](x, HEADS=heads, BLOCK=16) for heads in (16, 32, 48)]
+    ),
     "asserts": case("asserts", lambda x: [asserts[(1,)](x, 3, BLOCK=block) for block in (16, 32)]),
     "undefined": case("undefined", lambda x: undefined[(1,)](x, 3, BLOCK=16)),
     "tuned": case("tuned", lambda x: tuned[(1,)](x, 3)),
@@ -172,6 +182,39 @@ def test_a_kernel_that_does_not_compile_is_named_and_the_rest_is_built(build: Bu
     assert made.manifest["failed"] == made.outcome.failed
     ids = {unit.id for unit in made.plan.units}
     assert all(failure["unit"] in ids for failure in made.outcome.failed)
+
+
+@pytest.mark.parametrize("line_info", [False, True])
+def test_units_of_one_ir_are_assembled_once(
+    kernels: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line_info: bool
+) -> None:
+    """A constexpr that nothing reads: three units, one binary, and one run of LLVM and the assembler to make it."""
+    plan = trace.trace(Recipe("doomed", [kernels.cases["indifferent"]]), "h200", lambda *_: None, workers=1)
+    runs = tmp_path / "runs"
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+
+    def counted(self: Any, *args: Any) -> Any:
+        with runs.open("a") as file:
+            file.write("one\n")
+        return make_cubin(self, *args)
+
+    make_cubin = CUDABackend.make_cubin
+    monkeypatch.setattr(CUDABackend, "make_cubin", counted)
+    store = Store(tmp_path / "store")
+    arguments = {"line_info": line_info, "pythons": [], "progress": lambda *_: None, "workers": 1}
+    outcome = compile.compile_plan(plan, None, targets.get("h200"), store, **arguments)
+    assert outcome.compiled == 3 and not outcome.failed
+    # With line numbers kept, two units of one IR may still differ in them.
+    assert len(runs.read_text().split()) == (3 if line_info else 1)
+    kept = [store.get_record(UNITS, key) for key in outcome.keys]
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "another"))
+    for unit, record in zip(plan.units, kept):
+        function = triton_jit.unwrap(triton_jit.find(unit.kernel))
+        pairs = [triton_jit.decode_pair(pair) for pair in unit.specialization]
+        options = {name: triton_jit.decode(value) for name, value in unit.options.items()}
+        alone = triton_compile.compile_specialization(function, pairs, options, targets.get("h200"))
+        assert record is not None and record["metadata"] == json.loads(json.dumps(alone.metadata))
+        assert line_info or store.get(record["object"]) == alone.binary
 
 
 def test_what_failed_is_tried_again_and_what_did_not_is_not(build: Build) -> None:
