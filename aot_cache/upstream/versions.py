@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import sys
 from importlib import metadata
 
 TRITON_SEEN = ("3.6", "3.7", "3.8", "3.9")
@@ -24,9 +24,11 @@ def minor(version: str) -> str:
     return ".".join(version.split("+")[0].split(".")[:2])
 
 
-@functools.cache  # reading a package's record takes half a millisecond, and what is imported does not change
 def installed(package: str) -> str:
-    """The installed version of `package` without importing it; empty when it is not installed."""
+    """The version of `package`: what is imported, else what is installed; empty when it is neither."""
+    version = getattr(sys.modules.get(package), "__version__", None)
+    if version is not None:
+        return str(version)  # and reading a package's record waits for the disk
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
