@@ -30,53 +30,25 @@ Json = Any
 Progress = Callable[[str, int, int], None]
 
 
-ROUNDS = 3
-"""How often the likely winners are measured: one benchmark of a kernel of ten microseconds is off by several percent."""
-
-LIKELY = 1.1
-"""A candidate is measured again while its mean slowdown is below this."""
-
-
 @dataclass
 class _Times:
-    """One tuning's measurements: candidate number → for each point, (median, p20, p80) in ms of each round."""
+    """One tuning's measurements: candidate number → (median, p20, p80) in ms at each point."""
 
     points: list[str] = field(default_factory=list)
-    rounds: dict[int, list[list[tuple[float, float, float]]]] = field(default_factory=dict)
-
-    def add(self, candidate: int, point: str, times: tuple[float, float, float]) -> None:
-        """Note one benchmark."""
-        if point not in self.points:
-            self.points.append(point)
-        at = self.rounds.setdefault(candidate, [])
-        at.extend([] for _ in range(len(self.points) - len(at)))
-        at[self.points.index(point)].append(times)
-
-    def times(self) -> dict[int, list[tuple[float, float, float]]]:
-        """The median round of each candidate that was measured at all points."""
-        whole = {c: at for c, at in self.rounds.items() if len(at) == len(self.points) and all(at)}
-        return {c: [sorted(rounds)[len(rounds) // 2] for rounds in at] for c, at in whole.items()}
-
-    def slowdowns(self) -> dict[int, float]:
-        """The mean slowdown of each candidate against the fastest, over the points."""
-        times = self.times()
-        floors = [min(t[n][0] for t in times.values()) for n in range(len(self.points))] if times else []
-        return {c: statistics.fmean(t[0] / f for t, f in zip(times[c], floors)) for c in times}
-
-    def likely(self) -> set[int]:
-        """Candidates that another round may make the best."""
-        return {c for c, slowdown in self.slowdowns().items() if slowdown < LIKELY}
+    times: dict[int, list[tuple[float, float, float]]] = field(default_factory=dict)
 
     def best(self) -> int | None:
         """The candidate with the least mean slowdown over the points; None when nothing was measured."""
-        slowdowns = self.slowdowns()
-        return min(slowdowns, key=lambda c: (slowdowns[c], c)) if slowdowns else None
+        full = {c: t for c, t in self.times.items() if len(t) == len(self.points) and self.points}
+        if not full:
+            return None
+        floors = [min(t[n][0] for t in full.values()) for n in range(len(self.points))]
+        return min(full, key=lambda c: (statistics.fmean(t[0] / f for t, f in zip(full[c], floors)), c))
 
     def to_json(self) -> dict[str, Json]:
-        times = self.times()
         return {
             "points": self.points,
-            "ms": {str(c): [[round(x, 6) for x in t] for t in v] for c, v in sorted(times.items())},
+            "ms": {str(c): [[round(x, 6) for x in t] for t in v] for c, v in self.times.items()},
         }
 
 
@@ -188,19 +160,16 @@ def _measure(
         number = names[triton_tuning.identity(kernel, ordinal, key)]
         if not math.isfinite(times[0]):
             return  # it did not run
-        candidate = _candidate(manifest["tunings"][number], config)
-        results[number].add(candidate, current, (times[0], times[1], times[2]))
+        result = results[number]
+        if current not in result.points:
+            result.points.append(current)
+        result.times.setdefault(_candidate(manifest["tunings"][number], config), []).append(
+            (times[0], times[1], times[2])
+        )
 
-    plan = sorted(_points_for(manifest, results, points).items())
-    steps = ROUNDS * len(plan)
-    for step in range(steps):
-        progress("tune", step, steps)
-        (case_name, text), numbers_here = plan[step % len(plan)]
-        if step % len(plan) == 0 and step:
-            fitting = {n: result.likely() for n, result in results.items()}
-        wanted = [n for n in numbers_here if step < len(plan) or len(fitting[n]) > 1]
-        if not wanted:
-            continue
+    plan = _points_for(manifest, results, points)
+    for done, ((case_name, text), wanted) in enumerate(sorted(plan.items())):
+        progress("tune", done, len(plan))
         case, point = _case(recipe, case_name), json.loads(text)
         for number in wanted:
             tuning = manifest["tunings"][number]
@@ -209,7 +178,7 @@ def _measure(
         with case.modes(), triton_tuning.benchmarking(allowed, measured):
             case.call(point)()
         torch.cuda.synchronize()
-    progress("tune", steps, steps)
+    progress("tune", len(plan), len(plan))
     return results
 
 

@@ -10,6 +10,7 @@ happens today, and that the check can fail. Exit code 0 when every claim holds.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -215,7 +216,6 @@ def part_parity(options: argparse.Namespace) -> Json:
     from aot_cache.plan import Unit
     from aot_cache.runtime.record import Recording
     from aot_cache.store import read_bundle
-    from aot_cache.upstream import triton_tuning
 
     manifest = whole(read_bundle(options.bundle))
     recipe = recipes.load(manifest["spec"])
@@ -239,9 +239,7 @@ def part_parity(options: argparse.Namespace) -> Json:
     different = []
     launches = 0
     for case, point in points:
-        for tuning in manifest["tunings"]:
-            name = manifest["kernels"][tuning["kernel"]]["name"]
-            triton_tuning.forget(name, tuning["tuner"], tuning["key"])
+        _forget(manifest)
         recording.clear()
         with case.modes():
             case.call(point)()
@@ -260,6 +258,14 @@ def part_parity(options: argparse.Namespace) -> Json:
     }
 
 
+def _forget(manifest: Json) -> None:
+    """Make every tuner choose again."""
+    from aot_cache.upstream import triton_tuning
+
+    for tuning in manifest["tunings"]:
+        triton_tuning.forget(manifest["kernels"][tuning["kernel"]]["name"], tuning["tuner"], tuning["key"])
+
+
 def _bench_once() -> None:
     """Make tuning launch each candidate once instead of timing it: parity asks what is launched, not how fast."""
     from triton.runtime.driver import driver
@@ -272,14 +278,18 @@ def _bench_once() -> None:
 
 
 def part_step_times(options: argparse.Namespace) -> Json:
-    """Time of captured prefill steps with the choices of a bundle, or with Triton's own tuning (`--own-tuning`)."""
+    """Time of captured prefill steps with the choices of a bundle, or with Triton's own tuning.
+
+    `--own-tuning once`: as in a server, each tuner chooses at the first call of its key, and the longest step comes
+    first, as in a profile run. `--own-tuning each`: it chooses again for every step, which no server can do, because
+    the number of tokens is not in the keys: the floor.
+    """
     import torch
 
     import aot_cache
     from aot_cache import recipe as recipes
     from aot_cache.manifest import whole
     from aot_cache.store import read_bundle
-    from aot_cache.upstream import triton_tuning
 
     manifest = whole(read_bundle(options.bundle))
     recipe = recipes.load(manifest["spec"])
@@ -289,15 +299,16 @@ def part_step_times(options: argparse.Namespace) -> Json:
     cases = {case.name: case for case in recipe.cases}
     wanted = [(name, {"tokens": t}) for name in ("prefill-16", "prefill-48") for t in (1024, 8192)]
     calls = []
+    if options.own_tuning == "once":
+        wanted.sort(key=lambda step: -step[1]["tokens"])
+        _forget(manifest)
     for name, point in wanted:
         case = cases[name]
         with case.modes():
             torch.manual_seed(1)
             call = case.call(point)
-            if options.own_tuning:
-                for tuning in manifest["tunings"]:
-                    kernel = manifest["kernels"][tuning["kernel"]]["name"]
-                    triton_tuning.forget(kernel, tuning["tuner"], tuning["key"])
+            if options.own_tuning == "each":
+                _forget(manifest)
             call()
             graph, _ = capture_first_call(call)
         calls.append((f"{name} tokens={point['tokens']}", graph, call))
@@ -408,13 +419,14 @@ def tuned(options: argparse.Namespace, common: list[str]) -> Json:
         record: Json = {"tune": json.loads(done.stdout), "tune_seconds": round(time.perf_counter() - began, 1)}
         record["tuned"] = run_part("step_times", ["--bundle", str(out), "--recipe", options.recipe])
         record["untuned"] = run_part("step_times", common)
-        record["own"] = run_part("step_times", [*common, "--own-tuning"])
+        record["own"] = run_part("step_times", [*common, "--own-tuning", "once"])
+        record["own_for_each_step"] = run_part("step_times", [*common, "--own-tuning", "each"])
         if options.keep_tuned:
             Path(options.keep_tuned).write_bytes(out.read_bytes())
-    for kind in ("tuned", "untuned"):
-        if "times" in record[kind] and "times" in record["own"]:
-            record[f"{kind}_over_own"] = {
-                name: round(t["median_ms"] / record["own"]["times"][name]["median_ms"], 4)
+    for kind, peer in itertools.product(("tuned", "untuned"), ("own", "own_for_each_step")):
+        if "times" in record[kind] and "times" in record[peer]:
+            record[f"{kind}_over_{peer}"] = {
+                name: round(t["median_ms"] / record[peer]["times"][name]["median_ms"], 4)
                 for name, t in record[kind]["times"].items()
             }
     return record
@@ -462,7 +474,7 @@ def main() -> int:
     parser.add_argument("--points", type=int, default=64)
     parser.add_argument("--points-without", type=int, default=16)
     parser.add_argument("--only", default="capture,without,parity,tune")
-    parser.add_argument("--own-tuning", action="store_true")
+    parser.add_argument("--own-tuning", choices=["once", "each"])
     parser.add_argument("--keep-tuned")
     parser.add_argument("--part")
     parser.add_argument("--out")

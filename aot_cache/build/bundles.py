@@ -23,10 +23,11 @@ def assemble(
     units: list[dict[str, Json]] = []
     pruned: list[dict[str, Json]] = []
     failed = list(answer["failed"])
+    listed = {failure["unit"] for failure in failed}
     objects: dict[str, bytes] = {}
     for unit, unit_key, memory_key in zip(plan.units, answer["keys"], answer["memory_keys"], strict=True):
         record = store.get_record(UNITS, unit_key)
-        if record is None:
+        if record is None or unit.id in listed:
             continue  # it failed, and is listed so
         misfit = record.get("pruned") or _misfit(record["metadata"], target)
         if misfit and unit.launched_without_tuner():  # no tuner will pass it over: its launch fails

@@ -70,7 +70,13 @@ def compile_plan(
         first.setdefault(unit_key, number)
     # In the order of their hashes: units that turn out to be equal are neighbours in the plan, and two children that
     # compile them at the same time would both do all of it.
-    missing = [number for unit_key, number in sorted(first.items()) if not _stored(store, unit_key)]
+    # A plan that was handed over may be of other source than is here: nobody could load that, so it fails, kept or not.
+    stale = set() if recipe is not None else {name for name in plan.closures if _differs(name, plan)}
+    missing = [
+        number
+        for unit_key, number in sorted(first.items())
+        if plan.units[number].kernel in stale or not _stored(store, unit_key)
+    ]
 
     def run(number: int) -> _Result:
         def known(ir: str) -> Json:
@@ -89,6 +95,12 @@ def compile_plan(
     if target.backend == "cuda":
         _build_native(plan, outcome, store, pythons, progress, workers)
     return outcome
+
+
+def _differs(name: str, plan: Plan) -> str:
+    """How a kernel that is here differs from the plan's; empty when it does not, or is not here at all."""
+    function = triton_jit.unwrap(triton_jit.find(name))
+    return triton_jit.closure_differs(function, plan.closures[name]) if function is not None else ""
 
 
 def _memory_key(unit: Unit) -> str | None:

@@ -384,8 +384,12 @@ def _check_manifest(path: Path, text: str) -> dict[str, Any]:
 def _difference(header: bytes, wanted: bytes) -> str:
     """Say, for a person, how a header differs from `wanted`, the one that its manifest asks for."""
     try:
-        found = _parse(header[_PREFIX:].decode("utf-8"))
+        json.loads(header[_PREFIX:].decode("utf-8"))
     except (ValueError, RecursionError) as error:
+        return f"its header is not JSON ({_short(error)})"
+    try:
+        found = _parse(header[_PREFIX:].decode("utf-8"))
+    except ValueError as error:
         return f"its header has more than one meaning ({_short(error)})"
     tensors = _parse(wanted[_PREFIX:].decode("ascii"))
     metadata = tensors.pop("__metadata__")
