@@ -52,7 +52,7 @@ class _OnDevice:
     def __init__(self, installer: Any) -> None:
         self.installer = installer
         self.kernels: list[Any] = []
-        self.binaries: list[int] = []
+        self.units: list[list[Json]] = []
 
 
 class KernelSet:
@@ -138,7 +138,7 @@ class KernelSet:
             place = self._devices.get(device)
             if place is None:
                 return 0
-            modules = place.installer.prime(place.kernels, place.binaries)
+            modules = place.installer.prime(place.kernels, place.units)
             if modules:
                 self._ledger.note("primed", "", torch_capture.capturing(), modules)
             places = self._devices.values()
@@ -177,14 +177,12 @@ class KernelSet:
             self.report.stale[name] = differs
             return 0
         place = self._devices[device]
-        units = self._units.get(number, [])
-        for unit_number in units:
-            unit = manifest["units"][unit_number]
-            key = unit[4] if unit[4] is not None else self._late_key(unit_number)
-            if key is None:
-                continue
-            place.kernels.append(place.installer.install(function, unit, key))
-            place.binaries.append(unit[3])
+        numbers = self._units.get(number, [])
+        units = [manifest["units"][n] for n in numbers]
+        keys = [unit[4] if unit[4] is not None else self._late_key(n) for n, unit in zip(numbers, units)]
+        found = [(unit, key) for unit, key in zip(units, keys) if key is not None]
+        place.kernels += place.installer.install(function, [unit for unit, _ in found], [key for _, key in found])
+        place.units += [unit for unit, _ in found]
         self.report.installed += len(units)
         if number not in self._chosen:
             self._chosen.add(number)

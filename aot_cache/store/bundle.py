@@ -29,8 +29,9 @@ import reprlib
 import weakref
 from collections.abc import Mapping
 from concurrent import futures
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import Any, NoReturn
 
 from aot_cache.errors import BundleCorrupt, DigestMismatch, StoreError
@@ -46,7 +47,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 PART = 2 << 20
 """Bytes of objects that are read and hashed in one go when a bundle is read for loading."""
 
-_READERS = 4
+_READERS = 8
 _MOST_PREFETCHED = 1 << 30  # bytes; a header may lie about more, and is checked first
 _REPR = reprlib.Repr()
 _REPR.maxstring = 80
@@ -62,9 +63,21 @@ class _Body:
         self.memory = mmap.mmap(-1, size)  # not yet touched: the threads do that
         self._file = file
         self._begin = begin
-        pool = ThreadPoolExecutor(_READERS, thread_name_prefix="aot-cache")
-        self._parts = [pool.submit(self._read, number) for number in range(-(-size // PART))]
-        pool.shutdown(wait=False)
+        self._parts: list[Future[str]] = [Future() for _ in range(-(-size // PART))]
+        self._next = iter(range(len(self._parts)))
+        self._start(min(_READERS, len(self._parts)))
+
+    def _start(self, threads: int) -> None:
+        if threads:
+            Thread(target=self._work, args=(threads - 1,), name="aot-cache", daemon=True).start()
+
+    def _work(self, more: int) -> None:
+        self._start(more)  # each starts the next: starting one waits for it, which would hold up who asked for them all
+        for number in self._next:
+            try:
+                self._parts[number].set_result(self._read(number))
+            except BaseException as error:  # somebody waits for it
+                self._parts[number].set_exception(error)
 
     def digest(self, number: int, path: Path) -> str:
         """The sha256 of a part, which is then in `memory`. Waits for it."""

@@ -82,17 +82,20 @@ class Installer:
         self._modules: dict[tuple[int, str, int], tuple[Any, ...]] = {}
         self._target = target
 
-    def install(self, function: JITFunction, unit: list[Json], key: str) -> CompiledKernel:
-        """Install one unit; the ordinary launch finds it from now on. `prime` loads it onto the device.
+    def install(self, function: JITFunction, units: list[list[Json]], keys: list[str]) -> list[CompiledKernel]:
+        """Install units of one kernel; the ordinary launch finds them from now on. `prime` loads them onto the device.
 
-        Units of one kernel that came out the same (an argument's alignment that nothing uses) are one kernel here.
+        Units that came out the same (an argument's alignment that nothing uses) are one kernel here.
         """
-        same = (id(function), unit[1], unit[2], unit[3])
-        kernel = self._kernels.get(same)
-        if kernel is None:
-            kernel = self._kernels[same] = self._make(function, unit)
-        function.device_caches[self._device][0].setdefault(key, kernel)
-        return kernel
+        cache, kernels = function.device_caches[self._device][0], []
+        for unit, key in zip(units, keys):
+            same = (id(function), unit[1], unit[2], unit[3])
+            kernel = self._kernels.get(same)
+            if kernel is None:
+                kernel = self._kernels[same] = self._make(function, unit)
+            cache.setdefault(key, kernel)
+            kernels.append(kernel)
+        return kernels
 
     def _make(self, function: JITFunction, unit: list[Json]) -> CompiledKernel:
         kernel = _Kernel.__new__(_Kernel)
@@ -128,7 +131,7 @@ class Installer:
             source.attrs = {}
         return source
 
-    def prime(self, kernels: list[CompiledKernel], binaries: list[int]) -> int:
+    def prime(self, kernels: list[CompiledKernel], units: list[list[Json]]) -> int:
         """Load kernels onto the current device. Returns how many modules were loaded for them.
 
         What `CompiledKernel._init_handles` does, with launchers and modules shared. A kernel that does not fit the
@@ -136,7 +139,7 @@ class Installer:
         """
         driver_utils, properties = driver.active.utils, None
         modules = 0
-        for kernel, binary in zip(kernels, binaries):
+        for kernel, (_, _, metadata_set, binary, _) in zip(kernels, units):
             if kernel.module is not None:
                 continue
             if properties is None:
@@ -153,7 +156,7 @@ class Installer:
                     self._modules[place] = loaded
             if metadata.num_warps * self._target.warp_size > loaded[4]:
                 continue
-            kernel._run = self._launcher(kernel)
+            kernel._run = self._launcher(kernel, metadata_set)
             kernel.module, kernel.function, kernel.n_regs, kernel.n_spills, kernel.n_max_threads = loaded
         return modules
 
@@ -164,7 +167,14 @@ class Installer:
         _tell(triton_events.listeners(knobs.runtime.kernel_load_end_hook), kernel)
         return tuple(loaded)
 
-    def _launcher(self, kernel: CompiledKernel) -> Any:
+    def _launcher(self, kernel: CompiledKernel, metadata_set: int) -> Any:
+        same = (id(kernel.src), metadata_set)
+        launcher = self._launchers.get(same)
+        if launcher is None:
+            launcher = self._launchers[same] = self._make_launcher(kernel)
+        return launcher
+
+    def _make_launcher(self, kernel: CompiledKernel) -> Any:
         metadata = kernel.metadata
         if getattr(metadata, "tensordesc_meta", None):
             return driver.active.launcher_cls(kernel.src, metadata)
