@@ -485,6 +485,7 @@ ALLOWED |= {
     "mmap",
     "concurrent",
     "concurrent.futures",
+    "threading",
     "uuid",
     "filelock",
     "__future__",

@@ -416,7 +416,8 @@ def tuned(options: argparse.Namespace, common: list[str]) -> Json:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=HERE.parent)
         if done.returncode != 0:
             return {"error": done.stderr.strip().splitlines()[-12:]}
-        record: Json = {"tune": json.loads(done.stdout), "tune_seconds": round(time.perf_counter() - began, 1)}
+        said = {**json.loads(done.stdout), "bundle": out.name}
+        record: Json = {"tune": said, "tune_seconds": round(time.perf_counter() - began, 1)}
         record["tuned"] = run_part("step_times", ["--bundle", str(out), "--recipe", options.recipe])
         record["untuned"] = run_part("step_times", common)
         record["own"] = run_part("step_times", [*common, "--own-tuning", "once"])
