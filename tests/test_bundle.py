@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -217,6 +218,47 @@ def test_a_file_that_is_overwritten_in_place_is_found_out(path: Path, prefetch: 
     else:
         with pytest.raises(BundleCorrupt):
             [found.object(name) for name in objects]
+
+
+def test_a_process_that_is_forked_while_the_objects_are_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers import, then fork: the child has the bundle and none of the threads that were reading it."""
+    objects = named(*BLOBS)
+    write_bundle(path, {}, objects)
+    read, parent, go_on = bundle._Body._read, os.getpid(), threading.Event()
+
+    def slow(self: Any, number: int) -> str:
+        if os.getpid() == parent:
+            go_on.wait()
+        return read(self, number)
+
+    monkeypatch.setattr(bundle._Body, "_read", slow)
+    found = read_bundle(path, prefetch=True)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)  # a child that waits for ever is killed
+        found.require_sound()
+        os._exit(0 if {name: found.object(name) for name in objects} == objects else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    go_on.set()
+    found.require_sound()
+
+
+def test_a_process_that_may_start_no_more_threads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = named(b"x" * (3 * bundle.PART), b"y")
+    write_bundle(path, {}, objects)
+    started = []
+
+    class OneOnly(threading.Thread):
+        def start(self) -> None:
+            if started:
+                raise RuntimeError("can't start new thread")
+            started.append(self)
+            super().start()
+
+    monkeypatch.setattr(bundle, "Thread", OneOnly)
+    found = read_bundle(path, prefetch=True)
+    found.require_sound()
+    assert {name: found.object(name) for name in objects} == objects and len(started) == 1
 
 
 @pytest.mark.parametrize("damaged", [False, True])

@@ -68,10 +68,10 @@ def compile_plan(
     first: dict[str, int] = {}
     for number, unit_key in enumerate(keys):
         first.setdefault(unit_key, number)
-    # In the order of their hashes: units that turn out to be equal are neighbours in the plan, and two children that
-    # compile them at the same time would both do all of it.
     # A plan that was handed over may be of other source than is here: nobody could load that, so it fails, kept or not.
     stale = set() if recipe is not None else {name for name in plan.closures if _differs(name, plan)}
+    # In the order of their hashes: units that turn out to be equal are neighbours in the plan, and two children that
+    # compile them at the same time would both do all of it.
     missing = [
         number
         for unit_key, number in sorted(first.items())

@@ -63,6 +63,8 @@ class _Body:
         self.memory = mmap.mmap(-1, size)  # not yet touched: the threads do that
         self._file = file
         self._begin = begin
+        self._process = os.getpid()
+        self._digests: dict[int, str] = {}
         self._parts: list[Future[str]] = [Future() for _ in range(-(-size // PART))]
         self._next = iter(range(len(self._parts)))
         self._start(min(_READERS, len(self._parts)))
@@ -72,16 +74,23 @@ class _Body:
             Thread(target=self._work, args=(threads - 1,), name="aot-cache", daemon=True).start()
 
     def _work(self, more: int) -> None:
-        self._start(more)  # each starts the next: starting one waits for it, which would hold up who asked for them all
+        # Each starts the next: starting one waits for it, which would hold up who asked for them all.
+        with contextlib.suppress(RuntimeError):  # no more threads to be had: those that are there do it
+            self._start(more)
         for number in self._next:
             try:
-                self._parts[number].set_result(self._read(number))
+                self._digests[number] = self._read(number)
+                self._parts[number].set_result(self._digests[number])
             except BaseException as error:  # somebody waits for it
                 self._parts[number].set_exception(error)
 
     def digest(self, number: int, path: Path) -> str:
         """The sha256 of a part, which is then in `memory`. Waits for it."""
         try:
+            if number in self._digests:
+                return self._digests[number]
+            if os.getpid() != self._process:
+                return self._read(number)  # forked meanwhile: the threads, and perhaps a lock, stayed in the parent
             return self._parts[number].result()
         except OSError as error:
             raise StoreError(f"to read {path}", error.strerror or str(error), "copy it to a local disk") from error
