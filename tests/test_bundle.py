@@ -243,6 +243,19 @@ def test_a_process_that_is_forked_while_the_objects_are_read(path: Path, monkeyp
     found.require_sound()
 
 
+def test_what_a_forked_process_reads_again_does_not_reach_what_was_hashed(path: Path) -> None:
+    objects = named(*BLOBS)
+    write_bundle(path, {}, objects)
+    found = read_bundle(path, prefetch=True)
+    found.require_sound()
+    child = os.fork()
+    if child == 0:
+        found._body.memory.write(b"\0" * len(found._body.memory))  # as if the file had changed meanwhile
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert {name: found.object(name) for name in objects} == objects
+
+
 def test_a_process_that_may_start_no_more_threads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     objects = named(b"x" * (3 * bundle.PART), b"y")
     write_bundle(path, {}, objects)

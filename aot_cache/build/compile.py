@@ -69,6 +69,7 @@ def compile_plan(
     for number, unit_key in enumerate(keys):
         first.setdefault(unit_key, number)
     # A plan that was handed over may be of other source than is here: nobody could load that, so it fails, kept or not.
+    # This also imports its kernels in this process, and not in a child only, so that their source is part of the stamp.
     stale = set() if recipe is not None else {name for name in plan.closures if _differs(name, plan)}
     # In the order of their hashes: units that turn out to be equal are neighbours in the plan, and two children that
     # compile them at the same time would both do all of it.

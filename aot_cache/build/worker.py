@@ -57,7 +57,7 @@ def _work(job: dict[str, Json], send: Any) -> None:
     from aot_cache.build import stamp, trace
     from aot_cache.plan import Plan
     from aot_cache.store import Store
-    from aot_cache.upstream import triton_jit, triton_launcher
+    from aot_cache.upstream import triton_launcher
 
     def progress(stage: str, done: int, total: int) -> None:
         send("progress", stage=stage, done=done, total=total)
@@ -69,8 +69,6 @@ def _work(job: dict[str, Json], send: Any) -> None:
         plan = trace.trace(recipe, target.id, progress, job["workers"])
     else:
         plan = Plan.read(Path(job["plan"]))
-        for kernel in plan.closures:
-            triton_jit.find(kernel)  # imported here and not in a child, so that its source is part of the stamp
     plan.write(Path(job["plan_out"]))
     send("traced", units=len(plan.units))
     if job["show_plan"]:

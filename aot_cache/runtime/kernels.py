@@ -177,11 +177,10 @@ class KernelSet:
             self.report.stale[name] = differs
             return 0
         place = self._devices[device]
-        numbers = self._units.get(number, [])
-        units = [manifest["units"][n] for n in numbers]
-        keys = [unit[4] if unit[4] is not None else self._late_key(n) for n, unit in zip(numbers, units)]
-        found = [(unit, key) for unit, key in zip(units, keys) if key is not None]
-        place.kernels += place.installer.install(function, [unit for unit, _ in found], [key for _, key in found])
+        units = [(n, manifest["units"][n]) for n in self._units.get(number, [])]
+        keyed = [(unit, unit[4] if unit[4] is not None else self._late_key(n)) for n, unit in units]
+        found = [(unit, key) for unit, key in keyed if key is not None]
+        place.kernels += place.installer.install(function, found)
         place.units += [unit for unit, _ in found]
         self.report.installed += len(units)
         if number not in self._chosen:

@@ -82,13 +82,14 @@ class Installer:
         self._modules: dict[tuple[int, str, int], tuple[Any, ...]] = {}
         self._target = target
 
-    def install(self, function: JITFunction, units: list[list[Json]], keys: list[str]) -> list[CompiledKernel]:
-        """Install units of one kernel; the ordinary launch finds them from now on. `prime` loads them onto the device.
+    def install(self, function: JITFunction, units: list[tuple[list[Json], str]]) -> list[CompiledKernel]:
+        """Install units of one kernel, each with Triton's key for it: the ordinary launch finds them from now on.
 
+        `prime` loads them onto the device.
         Units that came out the same (an argument's alignment that nothing uses) are one kernel here.
         """
         cache, kernels = function.device_caches[self._device][0], []
-        for unit, key in zip(units, keys):
+        for unit, key in units:
             same = (id(function), unit[1], unit[2], unit[3])
             kernel = self._kernels.get(same)
             if kernel is None:
