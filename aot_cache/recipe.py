@@ -51,6 +51,7 @@ class Case:
         dims: the declared dimensions, in order.
         mode: `inference`, `no_grad` or `grad`: what serving runs under.
         autocast: a dtype name (`"bfloat16"`) when serving runs under `torch.autocast`, else None.
+        hint: the value of a dimension that compiled graphs are to be best at; default its largest.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Case:
     dims: Mapping[str, Dimension]
     mode: str = "inference"
     autocast: str | None = None
+    hint: Mapping[str, int] = field(default_factory=dict)
 
     def call(self, point: Point) -> Call:
         """The call at `point`.
@@ -72,21 +74,30 @@ class Case:
             )
         return made
 
+    def hint_of(self, dim: str) -> int:
+        """The value of a dimension that Inductor takes as the size to be good at: the declared one, else the largest."""
+        return self.hint.get(dim, max(self.dims[dim].values[0], self.dims[dim].values[-1]))
+
     @contextlib.contextmanager
-    def modes(self) -> Iterator[None]:
-        """The grad and autocast mode that the case declares."""
+    def modes(self, device: str = "cuda") -> Iterator[None]:
+        """The grad and autocast mode that the case declares, on `device`."""
         import torch
 
         grad: Any = {"inference": torch.inference_mode, "no_grad": torch.no_grad, "grad": torch.enable_grad}[self.mode]
         with contextlib.ExitStack() as stack:
             stack.enter_context(grad())
             if self.autocast is not None:
-                stack.enter_context(torch.autocast("cuda", dtype=getattr(torch, self.autocast)))
+                stack.enter_context(torch.autocast(device, dtype=getattr(torch, self.autocast)))
             yield
 
 
 def declare(
-    *, name: str | None = None, mode: str = "inference", autocast: str | None = None, **dims: Dimension
+    *,
+    name: str | None = None,
+    mode: str = "inference",
+    autocast: str | None = None,
+    hint: Mapping[str, int] | None = None,
+    **dims: Dimension,
 ) -> Callable[[Callable[..., Call]], Case]:
     """Declare a case: the decorated function makes the `Call` of a point.
 
@@ -118,9 +129,17 @@ def declare(
                 f"a mismatch in {', '.join(unfit)}",
                 "name the same ones in @declare(...) and in the function",
             )
-        return Case(label, make, dict(dims), mode, autocast)
+        _check_hint(label, hint or {}, dims)
+        return Case(label, make, dict(dims), mode, autocast, dict(hint or {}))
 
     return decorate
+
+
+def _check_hint(label: str, hint: Mapping[str, int], dims: Mapping[str, Dimension]) -> None:
+    for dim, value in hint.items():
+        if dim not in dims or value not in dims[dim]:
+            has = f"{dim} {dims[dim].text}" if dim in dims else f"dimensions {', '.join(dims) or 'none'}"
+            raise DeclarationError(f"a hint of case {label!r} that is one of its points", f"{dim}={value}, it has {has}")
 
 
 @dataclass(frozen=True)

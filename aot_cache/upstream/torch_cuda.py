@@ -73,8 +73,12 @@ def device_properties(target: Target) -> SimpleNamespace:
     )
 
 
-def pretend(target: Target) -> None:
-    """Answer for `target` in this process, for good. There is no way back: use a worker process."""
+def pretend(target: Target, tensors: bool = True) -> None:
+    """Answer for `target` in this process, for good. There is no way back: use a worker process.
+
+    Args:
+        tensors: also make CUDA tensors by ways around C++ device guards, which Dynamo could not trace.
+    """
     properties = device_properties(target)
     cuda: Any = torch.cuda
     answers: dict[str, Any] = {
@@ -112,7 +116,8 @@ def pretend(target: Target) -> None:
         version.cuda = ASSUMED_CUDA
     # A CUDA build without a GPU has a real device guard that fails; torch has a no-op one for fake tensors.
     torch._C._ensureCUDADeviceGuardSet()
-    _make_tensors_through_cpu()
+    if tensors:
+        _make_tensors_through_cpu()
 
 
 def _make_tensors_through_cpu() -> None:

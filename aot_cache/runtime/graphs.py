@@ -1,0 +1,146 @@
+"""The graphs of one bundle in this process: found where Dynamo would have to trace, put into Dynamo's own cache.
+
+Nothing is installed on code objects beforehand. A call that Dynamo has no code for is looked up here by what its function
+does (module and digest of its code); guards are built from that very call, so that inference mode, thread counts and
+functions that were replaced are seen as they are. What fits belongs, in Dynamo's cache, to the wrapping that asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import threading
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from aot_cache.runtime.ledger import Ledger
+from aot_cache.store import Bundle
+from aot_cache.upstream import dynamo_frames, dynamo_globals, dynamo_guards, inductor_artifact, python_code, torch_capture
+from aot_cache.upstream.dynamo_frames import Found, Frame
+
+Json = Any
+
+
+@dataclass
+class Loaded:
+    """Counts of one bundle's graphs.
+
+    Args:
+        graphs: how many it has.
+        primed: compiled graphs that are loaded.
+        stale: graph → why its source here is not what was built.
+    """
+
+    graphs: int
+    primed: int = 0
+    stale: dict[str, str] = field(default_factory=dict)
+
+
+class GraphSet:
+    """The graphs of one bundle."""
+
+    def __init__(self, bundle: Bundle, ledger: Ledger) -> None:
+        self._bundle, self._ledger = bundle, ledger
+        self._graphs: list[Mapping[str, Json]] = list(bundle.manifest["graphs"])
+        self.loaded = Loaded(len(self._graphs))
+        self._by_code: dict[str, list[int]] = {}
+        for number, graph in enumerate(self._graphs):
+            self._by_code.setdefault(graph["code"], []).append(number)
+        self._functions: dict[str, Any] = {}
+        self._codes: dict[str, types.CodeType] = {}
+        self._numbers = itertools.count(1)
+        self._lock = threading.RLock()
+
+    def wanted(self, code: types.CodeType) -> bool:
+        """Whether any graph may be for this code."""
+        return python_code.digest(code) in self._by_code
+
+    def find(self, frame: Frame) -> Found | None:
+        """Code and guards for a call, or None: a miss."""
+        with self._lock:
+            for number in self._by_code.get(python_code.digest(frame.code), ()):
+                manager, _ = self._check(number, frame)
+                if manager is not None:
+                    self._ledger.note("graph", str(self._graphs[number]["function"]), torch_capture.capturing())
+                    return Found(self._install(number, frame), manager, next(self._numbers))
+        return None
+
+    def reasons(self, frame: Frame) -> list[tuple[Mapping[str, Json], str]]:
+        """For each graph of this code, why the call does not fit it; empty text where it does."""
+        numbers = self._by_code.get(python_code.digest(frame.code), ())
+        return [(self._graphs[number], self._check(number, frame)[1]) for number in numbers]
+
+    def prime(self) -> int:
+        """Load all compiled graphs, and their kernels onto the current device. Returns how many are new."""
+        with self._lock:
+            names = {name: digest for graph in self._graphs for name, digest in graph["graphs"].items()}
+            new = [self._function(name, digest) for name, digest in names.items() if name not in self._functions]
+            self.loaded.primed = len(self._functions)
+            return len(new)
+
+    def _check(self, number: int, frame: Frame) -> tuple[Any, str]:
+        """(guard manager, "") when the call may run this graph, else (None, why not)."""
+        graph = self._graphs[number]
+        why = self._differs(number, graph, frame)
+        if why:
+            return None, why
+        dynamo_globals.install_modules(graph["imports"], frame.f_globals)
+        data = self._bundle.object(graph["guard_state"])
+        return dynamo_guards.build(data, graph["identities"], frame.code, frame.f_globals, frame.f_locals)
+
+    def _differs(self, number: int, graph: Mapping[str, Json], frame: Frame) -> str:
+        """How the call differs from what was built, as far as it can be told without guards."""
+        if frame.module != graph["module"]:
+            return f"it is a function of {graph['module']}, and this one of {frame.module}"
+        if frame.wrapping != graph["wrapping"]:
+            return f"it was built for torch.compile with {graph['wrapping']}, and this is {frame.wrapping}"
+        mode = dynamo_globals.mode()
+        if graph["mode"].partition(" ")[0] != mode:
+            return f"it was built for mode {graph['mode']!r}, and this is {mode!r}"
+        if frame.fullgraph and graph["resumes"]:
+            return "it has a graph break, and fullgraph=True was asked for"
+        found = dynamo_globals.settings()
+        if hashlib.sha256(found.encode()).hexdigest() != graph["settings"]:
+            return self._changed_settings(graph["settings"], found)
+        for module, qualname, digest in graph["inlined"]:
+            if digest not in self._digests(module).get(qualname, ()):
+                why = f"the source of {module}:{qualname} differs"
+                self.loaded.stale[f"{graph['module']}:{graph['function']}"] = why
+                return why
+        return ""
+
+    def _changed_settings(self, wanted: str, found: str) -> str:
+        was, now = json.loads(self._bundle.object(wanted)), json.loads(found)
+        names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+        return "Inductor's settings differ: " + ", ".join(f"{n} was {was.get(n)} and is {now.get(n)}" for n in names)
+
+    def _digests(self, module: str) -> dict[str, set[str]]:
+        return python_code.digests(module)
+
+    def _install(self, number: int, frame: Frame) -> types.CodeType:
+        """Put the functions that a graph's bytecode names where it looks for them; returns the bytecode."""
+        graph = self._graphs[number]
+        for name, digest in graph["graphs"].items():
+            frame.f_globals[name] = self._function(name, digest)
+        for name, resume in graph["resumes"].items():
+            dynamo_globals.install_resume(name, self._code(resume["code"]), resume["module"], resume["free"])
+        return self._code(graph["bytecode"])
+
+    def _code(self, digest: str) -> types.CodeType:
+        if digest not in self._codes:
+            self._codes[digest] = python_code.load(self._bundle.object(digest))
+        return self._codes[digest]
+
+    def _function(self, name: str, digest: str) -> Any:
+        if name not in self._functions:
+            made = inductor_artifact.load_graph(self._bundle.object(digest))
+            self._functions[name] = dynamo_globals.not_traced(made)
+        return self._functions[name]
+
+
+def listen(find: Any, wanted: Any) -> Any:
+    """Ask before Dynamo compiles. Returns a function that stops it."""
+    return dynamo_frames.before_compiling(find, wanted)

@@ -1,0 +1,136 @@
+"""Where Dynamo is about to compile a frame: look at it, answer in its place, or let it go on.
+
+Both hooks sit on the miss path: a call whose guards hold in Dynamo's own cache never comes here.
+Upstream: `torch/_dynamo/convert_frame.py` (`CatchErrorsWrapper`, `_compile`), `torch/_dynamo/types.py`
+(`ConvertFrameReturn`, `GuardedCode`). Seen to hold: see `versions.TORCH_SEEN`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._dynamo import convert_frame
+from torch._dynamo.eval_frame import innermost_backend
+from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy, GuardedCode, wrap_guarded_code
+from torch._guards import CompileId
+
+Json = Any
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A call that Dynamo has no code for.
+
+    Args:
+        code: the function's code object.
+        f_globals, f_locals: the names that it sees.
+        wrapping: how it was compiled, see `describe_wrapping`; None when not by Inductor.
+        fullgraph: whether graph breaks are errors for it.
+    """
+
+    code: types.CodeType
+    f_globals: dict[str, Any]
+    f_locals: dict[str, Any]
+    wrapping: dict[str, Json] | None
+    fullgraph: bool
+
+    @property
+    def module(self) -> str:
+        return str(self.f_globals.get("__name__", ""))
+
+
+def describe_wrapping(backend: Any) -> dict[str, Json] | None:
+    """The parts of a `torch.compile(...)` that decide its code: backend, options (a mode is options), dynamic.
+
+    None for any backend but Inductor.
+    """
+    inner = innermost_backend(backend)
+    if type(inner) is not torch._TorchCompileInductorWrapper:
+        return None
+    options = {name: value if isinstance(value, (bool, int, str)) else repr(value) for name, value in inner.config.items()}
+    return {"backend": "inductor", "options": dict(sorted(options.items())), "dynamic": inner.dynamic}
+
+
+def options_of(backend: Any) -> dict[str, Any]:
+    """The Inductor options of a wrapping, as they were given."""
+    return dict(innermost_backend(backend).config)
+
+
+Compile = Callable[[Any], ConvertFrameReturn]
+Instead = Callable[[Frame, Compile], ConvertFrameReturn]
+
+
+def run_without_compiling() -> ConvertFrameReturn:
+    """Run this call, and all that it calls, as plain Python; remember nothing for the next one."""
+    return ConvertFrameReturn(FrameExecStrategy(FrameAction.DEFAULT, FrameAction.SKIP), apply_to_code=False)
+
+
+def instead_of_compiling(handler: Instead) -> Callable[[], None]:
+    """Ask `handler(frame, compile)` wherever Dynamo would compile, after all its own reasons to skip a frame.
+
+    `compile(package)` lets Dynamo go on and write what it makes into `package` (see `dynamo_package.Package`).
+    Returns a function that takes the hook out.
+    """
+    original = convert_frame._compile
+    signature = inspect.signature(original)
+
+    def _compile(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        frame = Frame(
+            given["code"],
+            given["globals"],
+            given["locals"],
+            describe_wrapping(given["compiler_fn"]),
+            bool(given["one_graph"]),
+        )
+        return handler(frame, lambda package: original(*args, **{**kwargs, "package": package}))
+
+    convert_frame._compile = _compile
+
+    def undo() -> None:
+        convert_frame._compile = original
+
+    return undo
+
+
+@dataclass(frozen=True)
+class Found:
+    """Code for a frame, and the guards under which it holds."""
+
+    code: types.CodeType
+    guard_manager: Any
+    number: int
+
+
+def before_compiling(find: Callable[[Frame], Found | None], wanted: Callable[[types.CodeType], bool]) -> Callable[[], None]:
+    """Ask `find(frame)` before Dynamo looks at a frame whose code is `wanted`; what it finds goes into Dynamo's cache.
+
+    There it belongs to the wrapping that asked, as if that had compiled it. Returns a function that takes the hook out.
+    """
+    wrapper: Any = convert_frame.CatchErrorsWrapper
+    original = wrapper.__call__
+
+    def __call__(self: Any, frame: Any, cache_entry: Any, frame_state: Any) -> ConvertFrameReturn:
+        if wanted(frame.f_code):
+            inner = self._torchdynamo_orig_backend
+            fullgraph = bool(getattr(getattr(inner, "_inner_convert", inner), "_one_graph", False))
+            found = find(Frame(frame.f_code, frame.f_globals, frame.f_locals, describe_wrapping(self), fullgraph))
+            if found is not None:
+                convert_frame.orig_code_map[found.code] = frame.f_code  # as Dynamo notes for code that it made
+                convert_frame.output_codes.add(found.code)
+                guarded = GuardedCode(found.code, found.guard_manager, CompileId(frame_id=found.number, frame_compile_id=0), "aot-cache")
+                return wrap_guarded_code(guarded)
+        answer: ConvertFrameReturn = original(self, frame, cache_entry, frame_state)
+        return answer
+
+    wrapper.__call__ = __call__
+
+    def undo() -> None:
+        wrapper.__call__ = original
+
+    return undo

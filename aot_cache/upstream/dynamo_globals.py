@@ -1,0 +1,68 @@
+"""The surroundings of Dynamo's bytecode: global names that it uses, modes and settings that it was made under.
+
+Upstream: `torch/_dynamo/output_graph.py` (`install_global_unsafe`, `install_resume_function_global`),
+`torch/_dynamo/package.py` (`CompilePackage.install`), `torch/_inductor/config.py`. Seen to hold: `versions.TORCH_SEEN`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import types
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch._dynamo
+
+Json = Any
+
+_HOW = ("compile_threads", "worker_", "torchinductor_worker", "quiesce_", "log_", "profile_bandwidth", "autotune_num_choices")
+"""Settings of how compiling is done, not of what comes out of it, by their beginnings."""
+
+
+def install_modules(imports: Mapping[str, str], f_globals: dict[str, Any]) -> None:
+    """Modules that bytecode and guards call by an alias of Dynamo's."""
+    for alias, module in imports.items():
+        f_globals.setdefault(alias, importlib.import_module(module))
+
+
+def install_resume(name: str, code: types.CodeType, module: str, free: bool) -> None:
+    """The function that goes on after a graph break, among the globals of `module`."""
+    f_globals = sys.modules[module].__dict__
+    if name in f_globals:
+        return
+
+    def with_closure(closure: tuple[types.CellType, ...]) -> types.FunctionType:
+        return types.FunctionType(code, f_globals, name, None, closure)
+
+    f_globals[name] = with_closure if free else types.FunctionType(code, f_globals, name)
+
+
+def not_traced(function: Any) -> Any:
+    """`function`, into which Dynamo does not look."""
+    return torch._dynamo.disable(function, reason="a compiled graph")
+
+
+def mode() -> str:
+    """The grad mode in force: `inference`, `no_grad` or `grad`."""
+    if torch.is_inference_mode_enabled():
+        return "inference"
+    return "grad" if torch.is_grad_enabled() else "no_grad"
+
+
+def settings() -> str:
+    """Inductor's settings that its code depends on, as JSON: name → value as text."""
+    from torch._inductor import config
+
+    return _settings(config.get_hash())
+
+
+@lru_cache(maxsize=4)
+def _settings(_hash: bytes) -> str:
+    from torch._inductor import config
+
+    values = {name: repr(v) for name, v in config.save_config_portable().items() if not name.startswith(_HOW)}
+    return json.dumps(values, sort_keys=True)

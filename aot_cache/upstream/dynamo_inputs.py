@@ -1,0 +1,123 @@
+"""What Dynamo is told about a call before it traces it, and how a traced graph answers without running.
+
+Upstream: `torch/_dynamo/decorators.py` (`mark_dynamic`), `torch.compiler.config.dynamic_sources`,
+`torch/fx/experimental/symbolic_shapes.py` (`ShapeEnv.bound_sympy`). Seen to hold: see `versions.TORCH_SEEN`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import sysconfig
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch._dynamo as dynamo
+from torch._dynamo import config
+
+from aot_cache.upstream.dynamo_frames import Frame
+from aot_cache.upstream.torch_fake import HostMode
+
+Dynamic = Mapping[str, Sequence[Sequence[int]]]
+"""Expression → [dimension, low, high] of what changes; dimension -1 is an integer argument."""
+
+
+@contextlib.contextmanager
+def session(dynamic: Dynamic, most_graphs: int) -> Iterator[None]:
+    """Dynamo's settings while the calls of one kind are traced."""
+    integers = ",".join(path for path, dims in dynamic.items() if dims[0][0] < 0)
+    with config.patch(
+        recompile_limit=most_graphs,
+        accumulated_recompile_limit=8 * most_graphs,
+        fail_on_recompile_limit_hit=True,
+        automatic_dynamic_shapes=False,  # what is dynamic was seen beforehand
+        suppress_errors=False,
+    ):
+        with torch.compiler.config.patch(dynamic_sources=integers):
+            yield
+
+
+def mark(frame: Frame, dynamic: Dynamic) -> None:
+    """Tell Dynamo which dimensions of a call's tensors change, and between which bounds."""
+    for path, dims in dynamic.items():
+        value = _get(frame, path)
+        if isinstance(value, torch.Tensor):
+            for dim, low, high in dims:
+                dynamo.mark_dynamic(value, dim, min=low, max=high)
+
+
+def _get(frame: Frame, path: str) -> Any:
+    # The paths are our own (`build.calls`), made of names that the call's own structure has.
+    return eval(path, {"L": frame.f_locals})  # noqa: S307
+
+
+def answer(graph: Any) -> Callable[..., Any]:
+    """A Dynamo graph as a function that only makes outputs of the right geometry.
+
+    Outputs carry bounds of the dimensions that changed, for what Dynamo compiles after a graph break.
+    """
+    output = next(node for node in graph.graph.nodes if node.op == "output")
+    bounds = [_bounds(node) for node in output.args[0]]
+
+    def run(*args: Any) -> Any:
+        results = graph.forward(*args)
+        for value, dims in zip(results, bounds):
+            for dim, low, high in dims:
+                if isinstance(value, torch.Tensor) and value.shape[dim] >= 2:
+                    dynamo.mark_dynamic(value, dim, min=low, max=high)
+        return results
+
+    return run
+
+
+def _bounds(node: Any) -> list[tuple[int, int, int]]:
+    example = node.meta.get("example_value") if hasattr(node, "meta") else None
+    if not isinstance(example, torch.Tensor):
+        return []
+    out = []
+    for dim, size in enumerate(example.shape):
+        if isinstance(size, torch.SymInt):
+            found = size.node.shape_env.bound_sympy(size.node.expr)
+            out.append((dim, max(2, int(found.lower)), int(found.upper) if found.upper.is_finite else sys.maxsize - 1))
+    return out
+
+
+def warm_up(device: str) -> None:
+    """Import and set up what every compile needs, once, before children are forked."""
+    from aot_cache.upstream import inductor_artifact
+
+    @torch.compile
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    def keep(_wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs: Any) -> Any:
+        backend(graph, inputs, **kwargs)
+        return graph.forward
+
+    with HostMode(device), torch.no_grad(), inductor_artifact.instead(keep):
+        double(torch.empty(8, 8, device=device))
+    dynamo.reset()
+
+
+@cache
+def module_of(code: types.CodeType) -> str | None:
+    """The imported module that `code` was written in; None for torch, the standard library and generated code."""
+    path = os.path.realpath(code.co_filename)
+    roots = (os.path.dirname(os.path.realpath(torch.__file__)), os.path.realpath(sysconfig.get_paths()["stdlib"]))
+    site = os.path.realpath(sysconfig.get_paths()["purelib"])
+    if path.startswith(roots[0]) or (path.startswith(roots[1]) and not path.startswith(site)):
+        return None
+    return _files().get(path)
+
+
+def _files() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if isinstance(file, str):
+            found.setdefault(os.path.realpath(file), name)
+    return found

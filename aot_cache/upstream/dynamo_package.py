@@ -1,0 +1,76 @@
+"""Collects what Dynamo makes of one call: bytecode, guards, resume functions, and which compiled graphs they run.
+
+Stands in for `torch/_dynamo/package.py` (`CompilePackage`), whose methods Dynamo calls while it compiles a frame: ours
+keeps code objects, needs no source files, and writes nothing anywhere. Seen to hold: see `versions.TORCH_SEEN`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class CompiledFrame:
+    """What became of one frame.
+
+    Args:
+        code: the frame's own code.
+        module: the module whose globals it sees.
+        guards: pickled guard state (see `dynamo_guards`).
+        dynamo_code: the bytecode that runs instead.
+        graphs: names of the compiled graphs that `dynamo_code` calls.
+        imports: alias → module, globals that `dynamo_code` or the guards name.
+        resumes: name → (code, module) of the functions that go on after a graph break.
+        inlined: code of every function that was traced into it.
+        bypassed: why it cannot be kept; empty when it can.
+    """
+
+    code: types.CodeType
+    module: str
+    guards: bytes = b""
+    dynamo_code: types.CodeType | None = None
+    graphs: list[str] = field(default_factory=list)
+    imports: dict[str, str] = field(default_factory=dict)
+    resumes: dict[str, tuple[types.CodeType, str]] = field(default_factory=dict)
+    inlined: list[types.CodeType] = field(default_factory=list)
+    bypassed: str = ""
+
+
+class Package:
+    """One frame's worth of `CompilePackage`, as Dynamo calls it."""
+
+    def __init__(self, code: types.CodeType, module: str) -> None:
+        self.frame = CompiledFrame(code, module)
+
+    def is_initialized(self) -> bool:
+        return True
+
+    @contextlib.contextmanager
+    def code_context(self, code: types.CodeType) -> Iterator[None]:
+        yield
+
+    def add_guarded_code(self, guards_state: bytes, dynamo_code: types.CodeType) -> None:
+        self.frame.guards, self.frame.dynamo_code = guards_state, dynamo_code
+
+    def add_inlined_source(self, sources: list[types.CodeType]) -> None:
+        self.frame.inlined = list(dict.fromkeys(sources))
+
+    def update_device_type(self, graph: Any) -> None: ...
+
+    def bypass_current_entry(self) -> None:
+        self.frame.bypassed = self.frame.bypassed or "Dynamo cannot write it down"
+
+    bypass_current_compile = bypass_current_entry  # its name from torch 2.15 on
+
+    def add_resume_function(self, python_code: types.CodeType, python_module: str, function_name: str) -> None:
+        self.frame.resumes[function_name] = (python_code, python_module)
+
+    def add_import_source(self, alias: str, module_name: str) -> None:
+        self.frame.imports[alias] = module_name
+
+    def add_backend_id(self, backend_id: str, backend: Any | None = None) -> None:
+        self.frame.graphs.append(backend_id)

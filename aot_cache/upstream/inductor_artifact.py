@@ -1,0 +1,77 @@
+"""What Inductor makes of one graph, as bytes that another process can run.
+
+Upstream: `torch/_dynamo/aot_compile_types.py` (`BundledAOTAutogradSerializableCallable`),
+`torch/_functorch/_aot_autograd/autograd_cache.py`. Seen to hold: see `versions.TORCH_SEEN`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
+from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Serializable
+
+_SETTINGS = {
+    "strict_autograd_cache": True,
+    "bypass_autograd_cache_key": True,
+    "bundled_autograd_cache": True,
+    "force_non_lazy_backward_lowering": True,
+    "force_autograd_cache": True,
+}
+
+
+MEASURED = (
+    "max_autotune",
+    "max_autotune_pointwise",
+    "max_autotune_gemm",
+    "coordinate_descent_tuning",
+    "triton.autotune_pointwise",
+)
+"""Choices that Inductor would make by measuring, on a GPU, at a kernel's first call. A build makes none of them: one
+config for a kernel, and the library's own matrix products."""
+
+
+def compile_graph(wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs: Any) -> bytes:
+    """Compile a Dynamo graph with Inductor and write the result down.
+
+    Args:
+        wrapper: what `torch.compile` made of its backend, mode and options.
+        backend: the wrapper's own `__call__`.
+
+    Raises:
+        Exception: whatever Inductor raises.
+    """
+    asked = wrapper.config
+    wrapper.config = {name: value for name, value in asked.items() if name not in MEASURED}
+    try:
+        with functorch_config.patch(**_SETTINGS), inductor_config.patch(dict.fromkeys(MEASURED, False)):
+            compiled = backend(graph, inputs, **kwargs)
+    finally:
+        wrapper.config = asked
+    return bytes(Serializable.serialize_compile_artifacts(Serializable(compiled)))
+
+
+def load_graph(data: bytes) -> Any:
+    """The function in `data`, which must have been hashed before. Its kernels go onto the current device."""
+    return Serializable.deserialize_compile_artifacts(data)
+
+
+@contextlib.contextmanager
+def instead(handler: Callable[..., Any]) -> Iterator[None]:
+    """`handler(wrapper, backend, graph, inputs, **kwargs)` answers in place of Inductor, which is `backend`."""
+    wrapper: Any = torch._TorchCompileInductorWrapper
+    original = wrapper.__call__
+
+    def __call__(self: Any, graph: Any, inputs: Any, **kwargs: Any) -> Any:
+        return handler(self, partial(original, self), graph, inputs, **kwargs)
+
+    wrapper.__call__ = __call__
+    try:
+        yield
+    finally:
+        wrapper.__call__ = original

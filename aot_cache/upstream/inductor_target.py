@@ -1,0 +1,107 @@
+"""A process in which Inductor compiles for a GPU that is not there. For good: a worker process of the builder only.
+
+Upstream: `torch/_inductor` (`compile_fx`, `runtime/triton_heuristics.py`, `fx_passes`), `torch/_dynamo/device_interface.py`,
+`torch/_subclasses/fake_tensor.py`. Seen to hold: see `versions.TORCH_SEEN`; what had to be virtual, and why, is in design.md
+section 5 and below.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from aot_cache.target import Target
+
+
+def become(target: Target) -> None:
+    """Make Inductor compile for `target` in this process; nothing of Inductor may have been imported before."""
+    if target.backend != "cpu":
+        from aot_cache.upstream import torch_cuda, torch_guard, triton_driver
+
+        torch_guard.ensure()
+        torch_cuda.pretend(target, tensors=False)
+        triton_driver.pretend(target)
+        _stay_off_the_driver()
+    import torch._inductor.compile_fx
+    from torch._inductor import config
+
+    config.compile_threads = 1  # a graph is compiled in one forked child; its kernels are not spread further
+    config.worker_suppress_logging = True
+    if target.backend != "cpu":
+        _compile_kernels_only()
+        _constants_on_the_cpu()
+        _patterns_on_the_cpu()
+
+
+def _stay_off_the_driver() -> None:
+    """Calls that Dynamo's device interface and fake tensors make, and that end in the CUDA runtime."""
+    c: Any = torch._C
+    cuda: Any = torch.cuda
+    c._cuda_getCurrentRawStream = lambda _device: 0
+    cuda._exchange_device = lambda _device: 0
+    cuda._maybe_exchange_device = lambda _device: 0
+    cuda.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8)
+    cuda.set_rng_state = lambda state, device=None: None
+    from torch._subclasses import fake_tensor
+
+    module: Any = fake_tensor
+    if hasattr(module, "init_gpu_context"):  # to torch 2.11: makes a context
+        module.init_gpu_context = lambda *_: None
+
+
+def _compile_kernels_only() -> None:
+    from torch._inductor.runtime import triton_helpers, triton_heuristics
+    from torch._inductor.triton_bundler import TritonBundler
+
+    for module in [triton_helpers, *list(sys.modules.values())]:
+        if getattr(module, "set_driver_to_gpu", None) is not None:
+            found: Any = module
+            found.set_driver_to_gpu = lambda: None  # it would put the real driver back
+    autotuner: Any = triton_heuristics.CachingAutotuner
+
+    def precompile(
+        self: Any, warm_cache_only: bool = False, reload_kernel: Any = None, static_triton_bundle_key: str | None = None
+    ) -> None:
+        """Compile the first config and make no launcher; keep the kernel for upstream's static launcher."""
+        self.configs = self.configs[:1]
+        self._precompile_worker()
+        if static_triton_bundle_key is not None and self.is_statically_launchable():
+            TritonBundler.put_static_autotuner(static_triton_bundle_key, self)
+
+    autotuner.precompile = precompile
+
+
+def _constants_on_the_cpu() -> None:
+    """Inductor folds constants by computing them, on the device that they are for."""
+    from torch._inductor.constant_folding import ConstantFolder
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class OnCpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = dict(kwargs or {})
+            if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
+                kwargs["device"] = torch.device("cpu")
+            return func(*args, **kwargs)
+
+    folder: Any = ConstantFolder
+    original = folder.run
+    mode: Any = OnCpu
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with mode():
+            return original(self, *args, **kwargs)
+
+    folder.run = run
+
+
+def _patterns_on_the_cpu() -> None:
+    """Inductor's patterns are traced once, on example tensors of the device that it is given."""
+    from torch._inductor.fx_passes import joint_graph, post_grad
+
+    for module in (joint_graph, post_grad):
+        found: Any = module
+        original = found.lazy_init
+        found.lazy_init = lambda *_args, _original=original, **_kw: _original(input_device=torch.device("cpu"))

@@ -1,0 +1,182 @@
+"""Code objects as data: digests of what a function does, and bytes that another process of the same Python minor runs.
+
+Nothing here depends on where a function stands: no path, no line. CPython's `marshal` (`Python/marshal.c`) is written
+in version 2, whose output does not depend on reference counts or interning, so that equal code gives equal bytes.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import marshal
+import sys
+import types
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+_MARSHAL = 2
+
+
+@cache
+def digest(code: types.CodeType) -> str:
+    """What `code` does, as 32 hex digits: instructions, constants, names, nested functions. Bound to the Python minor."""
+    parts: list[object] = [
+        code.co_code,
+        code.co_names,
+        code.co_varnames,
+        code.co_freevars,
+        code.co_cellvars,
+        code.co_argcount,
+        code.co_posonlyargcount,
+        code.co_kwonlyargcount,
+        code.co_flags,
+        code.co_name,
+        getattr(code, "co_exceptiontable", b""),
+        [_constant(value) for value in code.co_consts],
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _constant(value: object) -> object:
+    if isinstance(value, types.CodeType):
+        return digest(value)
+    if isinstance(value, frozenset):
+        return sorted(map(repr, value))
+    if isinstance(value, tuple):
+        return tuple(map(_constant, value))
+    return repr(value)
+
+
+def dump(code: types.CodeType, names: Mapping[str, str], filename: str) -> bytes:
+    """`code` as bytes, its names changed by `names`, its file called `filename`.
+
+    Raises:
+        ValueError: a constant is of a kind that has no bytes.
+    """
+    return marshal.dumps(_portable(code, names, filename), _MARSHAL)
+
+
+def _portable(code: types.CodeType, names: Mapping[str, str], filename: str) -> types.CodeType:
+    consts = tuple(
+        _portable(value, names, filename) if isinstance(value, types.CodeType) else _renamed(value, names)
+        for value in code.co_consts
+    )
+    return code.replace(
+        co_filename=filename,
+        co_name=names.get(code.co_name, code.co_name),
+        co_names=tuple(names.get(name, name) for name in code.co_names),
+        co_consts=consts,
+    )
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def load(data: bytes) -> types.CodeType:
+    """The code in `data`, which must have been hashed before."""
+    code = marshal.loads(data)
+    if not isinstance(code, types.CodeType):
+        raise ValueError(f"bytes of a code object, not of a {type(code).__name__}")
+    return code
+
+
+def identity(value: object) -> str:
+    """A name for what `is` would compare, which is the same in another process; empty where there is none.
+
+    Python functions are named by what they do, too: one that was replaced, or changed, has another name.
+    """
+    if isinstance(value, types.ModuleType):
+        return f"module {value.__name__}"
+    if isinstance(value, type):
+        return f"class {value.__module__}:{value.__qualname__}"
+    if isinstance(value, types.FunctionType):
+        return f"function {value.__module__}:{value.__qualname__} {digest(value.__code__)}"
+    if isinstance(value, types.CodeType):
+        return f"code {value.co_name} {digest(value)}"
+    if isinstance(value, types.MethodType):
+        inner = identity(value.__func__)
+        return f"method {inner}" if inner else ""
+    if isinstance(value, enum.Enum):
+        return f"enum {type(value).__module__}:{type(value).__qualname__}.{value.name}"
+    if value is None or isinstance(value, (bool, int, float, str, bytes, type(...), type(NotImplemented))):
+        return f"value {value!r}"
+    return _named(value)
+
+
+def _named(value: object) -> str:
+    """Builtins, operators, dtypes and the like: objects that a module has under their own name."""
+    kind = f"{type(value).__module__}:{type(value).__qualname__}"
+    if type(value).__module__ in ("torch", "torch._ops"):
+        return f"{kind} {value}"  # dtypes, layouts, operators: their text is their name
+    name, module = getattr(value, "__qualname__", ""), getattr(value, "__module__", None) or "builtins"
+    if isinstance(name, str) and name and isinstance(module, str):
+        return f"{kind} {module}:{name}"
+    for owner in ("typing", "operator", "itertools"):
+        known = sys.modules.get(owner)
+        if known is not None and any(value is item for item in vars(known).values()):
+            return f"{kind} {owner}:{value!r}"
+    return ""
+
+
+def place(code: types.CodeType, module: str) -> tuple[str, types.CodeType] | None:
+    """(qualified name, code) of the function of `module` that `code` is, or is written in; None when it has none."""
+    owner = sys.modules.get(module)
+    return _places(owner).get(code) if owner is not None else None
+
+
+def digests(module: str) -> dict[str, set[str]]:
+    """Qualified name → digests of the functions of `module`, as imported here, that have it."""
+    owner = sys.modules.get(module)
+    found: dict[str, set[str]] = {}
+    for name, code in _places(owner).values() if owner is not None else ():
+        found.setdefault(name, set()).add(digest(code))
+    return found
+
+
+def _places(module: types.ModuleType) -> dict[types.CodeType, tuple[str, types.CodeType]]:
+    """Every code object that `module`'s functions and classes lead to, with the outermost function around it."""
+    found: dict[types.CodeType, tuple[str, types.CodeType]] = {}
+    seen: set[int] = set()
+
+    def nested(code: types.CodeType, name: str, outermost: types.CodeType) -> None:
+        if code not in found:
+            found[code] = (name, outermost)
+            for value in code.co_consts:
+                if isinstance(value, types.CodeType):
+                    nested(value, name, outermost)
+
+    def visit(value: Any, depth: int) -> None:
+        if id(value) in seen or depth > _DEPTH:
+            return
+        seen.add(id(value))
+        if isinstance(value, types.FunctionType):
+            if value.__globals__ is vars(module):  # a decorator's wrapper calls itself by the name of what it wraps
+                nested(value.__code__, value.__qualname__, value.__code__)
+            inner = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+            for other in (*inner, getattr(value, "__wrapped__", None)):
+                visit(other, depth + 1)
+        elif isinstance(value, (staticmethod, classmethod, types.MethodType)):
+            visit(value.__func__, depth + 1)
+        elif isinstance(value, property):
+            for other in (value.fget, value.fset):
+                visit(other, depth + 1)
+        elif isinstance(value, type) and value.__module__ == module.__name__:
+            for other in list(vars(value).values()):
+                visit(other, depth + 1)
+
+    for value in list(vars(module).values()):
+        visit(value, 0)
+    return found
+
+
+_DEPTH = 5
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True

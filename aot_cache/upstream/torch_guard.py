@@ -1,0 +1,54 @@
+"""A device guard for CUDA in a torch that was built for the CPU only.
+
+Such a torch refuses in C++ to index a CUDA tensor, or to make a Parameter of one, even where the tensor has no memory:
+nothing is registered that would switch devices. A CUDA build has a guard for this very case, and so this makes one of
+torch's own no-op class: one line of C++, compiled where it is needed (1.5 s), with the compiler that Triton needs anyway.
+Upstream: `c10/core/impl/DeviceGuardImplInterface.h` (`NoOpDeviceGuardImpl`). Seen to hold: see `versions.TORCH_SEEN`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aot_cache.errors import TargetError
+
+_SOURCE = """
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+namespace c10::impl {
+C10_REGISTER_GUARD_IMPL(CUDA, NoOpDeviceGuardImpl<DeviceType::CUDA>)
+}
+"""
+
+
+def ensure() -> None:
+    """Give this process a CUDA device guard if its torch has none.
+
+    Raises:
+        TargetError: there is no C++ compiler.
+    """
+    built: Any = torch.backends.cuda.is_built
+    if built():
+        return
+    home = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
+        source, library = Path(folder, "guard.cpp"), Path(folder, "guard.so")
+        source.write_text(_SOURCE)
+        compiler = os.environ.get("CXX", "g++")
+        flags = ["-std=c++20", "-shared", "-fPIC", f"-I{home / 'include'}", f"-L{home / 'lib'}", "-lc10"]
+        try:
+            done = subprocess.run(
+                [compiler, str(source), "-o", str(library), *flags], capture_output=True, text=True, check=False
+            )
+        except OSError as error:
+            raise TargetError("a C++ compiler, because this torch is built for the CPU only", str(error), "set CXX") from error
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise TargetError(f"{compiler} to compile against torch's headers", last, "set CXX, or use a CUDA build of torch")
+        ctypes.CDLL(str(library))
