@@ -10,7 +10,7 @@ serving process `load` the bundle (or `import aot_cache.auto`), call `ready` bef
 from __future__ import annotations
 
 from aot_cache.errors import AotCacheError
-from aot_cache.recipe import Call, Case, Recipe, declare
+from aot_cache.recipe import Call, Case, Recipe, declare, device
 from aot_cache.runtime.kernels import Report
 from aot_cache.runtime.loader import AotCacheWarning, load, prime, seal, stats
 from aot_cache.runtime.record import recording
@@ -30,6 +30,7 @@ __all__ = [
     "Values",
     "__version__",
     "declare",
+    "device",
     "load",
     "prime",
     "ready",

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 SCHEMA = "1"
-UNITS, NATIVE, IR = "units", "native", "ir"
-"""Kinds of records in the store: compiled units, the C modules that Triton would build at run time, and what became of
-an intermediate representation that several units share."""
+UNITS, NATIVE, IR, GRAPHS = "units", "native", "ir", "graphs"
+"""Kinds of records in the store: compiled units, the C modules that Triton would build at run time, what became of an
+intermediate representation that several units share, and the graphs of one kind of call."""
 Json = Any
 
 
@@ -63,6 +63,25 @@ def unit_parts(
 def unit_key(parts: Mapping[str, Json]) -> str:
     """The key itself: the hash of the parts' hashes."""
     return digest({name: digest(value) for name, value in parts.items()})
+
+
+def graph_parts(*, torch: str, git: str, python: str, triton: str, target: Mapping[str, Json]) -> dict[str, Json]:
+    """What every graph of one build is bound to.
+
+    Args:
+        torch: the release, without the build's flavour (`+cpu`, `+cu130`).
+        git: torch's commit.
+        python: major.minor; bytecode is bound to it.
+        triton: Triton's version; empty for the CPU.
+        target: the whole target: Inductor looks at more of it than Triton does.
+    """
+    return {"torch": torch, "torch git": git, "python": python, "triton": triton, "target": dict(target)}
+
+
+def objects_of(graph: Mapping[str, Json]) -> set[str]:
+    """Digests of everything that a graph needs of the store."""
+    resumes = [resume["code"] for resume in graph["resumes"].values()]
+    return {graph["guard_state"], graph["bytecode"], graph["settings"], *graph["graphs"].values(), *resumes}
 
 
 @dataclass(frozen=True)

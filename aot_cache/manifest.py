@@ -19,7 +19,8 @@ Json = Any
 
 _UNIT_DETAILS = ("key", "specialization", "options", "option_order", "via", "reached")
 _TUNING_DETAILS = ("candidates", "default", "measured", "reached")
-_DETAILS = ("cases", "pruned", "failed")
+_GRAPH_DETAILS = ("guards", "dynamic", "line", "reached")
+_DETAILS = ("cases", "pruned", "failed", "calls")
 
 
 class _Table:
@@ -64,7 +65,9 @@ def split(whole: Mapping[str, Json]) -> tuple[dict[str, Json], bytes]:
         )
     lean |= {"signatures": signatures.values, "metadata_sets": metadata_sets.values, "binaries": binaries.values}
     lean["tunings"] = [{**_without(t, _TUNING_DETAILS), "first": _first(t)} for t in whole["tunings"]]
+    lean["graphs"] = [_without(graph, _GRAPH_DETAILS) for graph in whole["graphs"]]
     details = {name: whole[name] for name in _DETAILS}
+    details["graphs"] = [{k: graph[k] for k in _GRAPH_DETAILS} for graph in whole["graphs"]]
     details["units"] = [{k: unit[k] for k in _UNIT_DETAILS} for unit in whole["units"]]
     details["tunings"] = [{k: t[k] for k in _TUNING_DETAILS} for t in whole["tunings"]]
     data = json.dumps(details, sort_keys=True, separators=(",", ":")).encode()
@@ -97,7 +100,9 @@ def whole(bundle: Bundle) -> dict[str, Json]:
         tunings = [
             {**_without(t, ("first",)), **more} for t, more in zip(lean["tunings"], details["tunings"], strict=True)
         ]
-        return {**lean, **{name: details[name] for name in _DETAILS}, "units": units, "tunings": tunings}
+        graphs = [{**graph, **more} for graph, more in zip(lean["graphs"], details["graphs"], strict=True)]
+        rest = {name: details[name] for name in _DETAILS}
+        return {**lean, **rest, "units": units, "tunings": tunings, "graphs": graphs}
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise BundleCorrupt(
             f"the details of {bundle.path}", f"they do not fit its manifest ({error})", "build the bundle again"

@@ -11,10 +11,14 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aot_cache.errors import DeclarationError
 from aot_cache.store import write_atomic
+
+if TYPE_CHECKING:
+    from aot_cache.recipe import Case
+    from aot_cache.shapes import Enumeration
 
 SCHEMA = 1
 Json = Any
@@ -93,6 +97,38 @@ class CasePlan:
     mode: str = "inference"
     autocast: str | None = None
 
+    @classmethod
+    def of(cls, case: Case, points: Enumeration) -> CasePlan:
+        """What `points` enumerate of `case`."""
+        dims = {name: dim.text for name, dim in case.dims.items()}
+        return cls(case.name, dims, len(points.points), points.total, list(points.sampled), case.mode, case.autocast)
+
+
+@dataclass
+class CallPlan:
+    """One kind of call of a compiled function, for which there is at least one graph.
+
+    Args:
+        function: `module:qualname`.
+        line: where it stands in its file, for people.
+        id: digest of code, wrapping, the arguments' structure and sizes.
+        mode: grad mode and autocast.
+        wrapping: backend, options and dynamic of its `torch.compile`.
+        dynamic: expression of an argument → [dimension, low, high] of what changes with the points; dimension -1 is an
+            integer argument itself.
+        hint: case → the point at which it is traced first.
+        reached: the points at which it is made.
+    """
+
+    function: str
+    line: int
+    id: str
+    mode: str
+    wrapping: dict[str, Json]
+    dynamic: dict[str, list[list[int]]]
+    hint: dict[str, dict[str, int]] = field(default_factory=dict)
+    reached: Reached = field(default_factory=dict)
+
 
 @dataclass
 class Plan:
@@ -107,6 +143,8 @@ class Plan:
     tunings: list[Tuning] = field(default_factory=list)
     closures: dict[str, Json] = field(default_factory=dict)
     """Kernel → source closure (see `upstream.triton_jit.closure`)."""
+    calls: list[CallPlan] = field(default_factory=list)
+    """Calls of compiled functions."""
 
     def to_json(self) -> dict[str, Json]:
         return {"aot-cache plan": SCHEMA, **asdict(self)}
@@ -130,6 +168,7 @@ class Plan:
                 units=[Unit(**u) for u in data["units"]],
                 tunings=[Tuning(**t) for t in data["tunings"]],
                 closures=dict(data["closures"]),
+                calls=[CallPlan(**c) for c in data.get("calls", [])],
             )
         except (KeyError, TypeError) as error:
             raise DeclarationError("a complete plan", f"{type(error).__name__}: {error}", "write it anew") from error
@@ -139,7 +178,7 @@ class Plan:
         data = self.to_json()
         lines = ["{"]
         for name, value in data.items():
-            if name in ("units", "tunings", "cases") and value:
+            if name in ("units", "tunings", "cases", "calls") and value:
                 body = ",\n  ".join(json.dumps(v) for v in value)
                 lines.append(f"{json.dumps(name)}: [\n  {body}\n],")
             else:

@@ -24,6 +24,19 @@ MODES = ("inference", "no_grad", "grad")
 AUTOCAST = ("bfloat16", "float16")
 
 
+_device = ["cuda"]
+
+
+def device() -> str:
+    """Where a recipe makes its tensors: `cuda`, or `cpu` while it is built for the target `cpu`."""
+    return _device[0]
+
+
+def set_device(name: str) -> None:
+    """Say where recipes make their tensors; the builder does, before it runs one."""
+    _device[0] = name
+
+
 class Call:
     """A function and the arguments to call it with; what a declared case returns.
 
@@ -139,7 +152,9 @@ def _check_hint(label: str, hint: Mapping[str, int], dims: Mapping[str, Dimensio
     for dim, value in hint.items():
         if dim not in dims or value not in dims[dim]:
             has = f"{dim} {dims[dim].text}" if dim in dims else f"dimensions {', '.join(dims) or 'none'}"
-            raise DeclarationError(f"a hint of case {label!r} that is one of its points", f"{dim}={value}, it has {has}")
+            raise DeclarationError(
+                f"a hint of case {label!r} that is one of its points", f"{dim}={value}, it has {has}"
+            )
 
 
 @dataclass(frozen=True)

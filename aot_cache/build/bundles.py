@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from aot_cache.key import UNITS
+from aot_cache.key import UNITS, objects_of
 from aot_cache.plan import Plan, Tuning
 from aot_cache.store import Store
 from aot_cache.target import Target
@@ -22,10 +22,12 @@ def assemble(
     number = {name: n for n, name in enumerate(kernels)}
     units: list[dict[str, Json]] = []
     pruned: list[dict[str, Json]] = []
-    failed = list(answer["failed"])
+    failed = [*answer.get("failed", []), *answer.get("graph_failed", [])]
     listed = {failure["unit"] for failure in failed}
     objects: dict[str, bytes] = {}
-    for unit, unit_key, memory_key in zip(plan.units, answer["keys"], answer["memory_keys"], strict=True):
+    for unit, unit_key, memory_key in zip(
+        plan.units, answer.get("keys", []), answer.get("memory_keys", []), strict=True
+    ):
         record = store.get_record(UNITS, unit_key)
         if record is None or unit.id in listed:
             continue  # it failed, and is listed so
@@ -51,15 +53,18 @@ def assemble(
                 "reached": unit.reached,
             }
         )
-    for native in answer["native"]:
+    graphs = answer.get("graphs", [])
+    for digest in sorted({digest for graph in graphs for digest in objects_of(graph)}):
+        objects[digest] = store.get(digest)
+    for native in answer.get("native", []):
         objects[native["object"]] = store.get(native["object"])
     manifest = {
-        "kind": "kernels",
+        "kind": "units",
         "recipe": plan.recipe,
         "spec": spec,
         "origin": plan.origin,
         "target": target.properties(),
-        "toolchain": answer["toolchain"],
+        "toolchain": answer.get("toolchain", {"triton": ""}),
         "cases": [asdict(case) for case in plan.cases],
         "kernels": [{"name": name, "closure": plan.closures[name]} for name in kernels],
         "metadata": _factor(units),
@@ -70,7 +75,10 @@ def assemble(
         ],
         "pruned": pruned,
         "failed": failed,
-        "native": list(answer["native"]),
+        "native": list(answer.get("native", [])),
+        "graph_key": answer.get("graph_key", {}) if graphs else {},
+        "graphs": graphs,
+        "calls": [asdict(call) for call in plan.calls],
         "complete": not failed,
     }
     return manifest, objects

@@ -160,7 +160,7 @@ class Kind:
 
 
 def _fits(size: int, wanted: Any) -> bool:
-    return wanted[0] <= size <= wanted[1] if isinstance(wanted, list) else size == wanted
+    return bool(wanted[0] <= size <= wanted[1] if isinstance(wanted, list) else size == wanted)
 
 
 class Survey:
@@ -199,7 +199,9 @@ class Survey:
         for (structure, _), series in self._series.items():
             for pattern, points in series.points.items():
                 name, module, line, wrapping = self._frames[structure]
-                kind = Kind(name, module, line, structure, series.paths, series.integer, _sizes(series, pattern), wrapping)
+                kind = Kind(
+                    name, module, line, structure, series.paths, series.integer, _sizes(series, pattern), wrapping
+                )
                 same = out.setdefault(kind.id, kind)
                 same.points[case] = sorted({*same.points.get(case, ()), *points})
         return out

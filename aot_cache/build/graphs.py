@@ -9,25 +9,33 @@ was compiled do not hold is compiled again, so that at the end every declared po
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import time
+import os
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from aot_cache import shapes
-from aot_cache.build import pool
+from aot_cache import key, shapes
+from aot_cache.build import pool, stamp
 from aot_cache.build.calls import Kind, Survey, structure_of
 from aot_cache.errors import AotCacheError, DeclarationError, TraceError
+from aot_cache.key import GRAPHS
+from aot_cache.plan import CallPlan, CasePlan, Plan
 from aot_cache.recipe import Case, Recipe
 from aot_cache.shapes import Point, Values
-from aot_cache.upstream import dynamo_frames, dynamo_globals, dynamo_guards, dynamo_inputs, inductor_artifact, python_code
+from aot_cache.store import Store
+from aot_cache.target import Target
+from aot_cache.upstream import (
+    dynamo_frames,
+    dynamo_globals,
+    dynamo_guards,
+    dynamo_inputs,
+    inductor_artifact,
+    python_code,
+)
 from aot_cache.upstream.dynamo_frames import Frame
-from aot_cache.upstream.dynamo_package import CompiledFrame, Package
+from aot_cache.upstream.dynamo_package import CompiledFrame, Package, numbered_globals
 from aot_cache.upstream.torch_fake import NEEDS_VALUES, HostMode, without_launches
 
 Progress = Callable[[str, int, int], None]
@@ -37,102 +45,181 @@ MOST_GRAPHS = 64
 
 
 @dataclass
-class Graph:
-    """One frame's bytecode with its guards and the compiled graphs that it runs.
+class Made:
+    """All graphs of a recipe, as JSON facts, and what could not be made.
 
     Args:
-        facts: what is said of it in the plan and the manifest, JSON.
-        objects: sha256 → bytes of guards, bytecode, resume functions and Inductor's artifacts.
-        points: case number → points that run it.
+        graphs: one entry for each frame's bytecode; bytes are in the store.
+        failed: kinds of calls of which something could not be compiled, with the reason.
+        compiled: how many kinds of calls were compiled now, and not found in the store.
+        key: what all graphs are bound to, see `key.graph_parts`.
     """
 
-    facts: dict[str, Json]
-    objects: dict[str, bytes]
-    points: dict[int, set[int]] = field(default_factory=dict)
+    graphs: list[dict[str, Json]] = field(default_factory=list)
+    failed: list[dict[str, str]] = field(default_factory=list)
+    compiled: int = 0
+    key: dict[str, Json] = field(default_factory=dict)
 
 
 @dataclass
-class Traced:
-    """All graphs of a recipe, and what could not be traced."""
+class _Answer:
+    """What a child made of one kind of call."""
 
-    graphs: list[Graph] = field(default_factory=list)
-    failed: list[dict[str, str]] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
+    graphs: list[dict[str, Json]] = field(default_factory=list)
+    failed: str = ""
+    strange: list[tuple[int, int]] = field(default_factory=list)
+    """(case, point) where a call was seen that is of no known kind."""
+    fresh: bool = False
 
 
-def trace(recipe: Recipe, device: str, progress: Progress, workers: int | None = None) -> Traced:
-    """Trace and compile every graph of `recipe`. The process must have become the target (`inductor_target.become`).
+def empty_plan(recipe: Recipe, target: str) -> Plan:
+    """The plan of a recipe without its units: for a target that has no Triton kernels."""
+    cases = [CasePlan.of(case, shapes.enumerate_points(case.dims)) for case in recipe.cases]
+    return Plan(recipe.name, target, cases=cases)
+
+
+@dataclass
+class _Group:
+    """Points of a case that differ in `Range`s only, and what was seen at some of them."""
+
+    case: int
+    points: list[int]
+    telling: set[int]
+    survey: Survey = field(default_factory=Survey)
+    seen: set[int] = field(default_factory=set)
+
+
+class Runs:
+    """Runs a recipe's cases on tensors without memory. The process must have become the target.
 
     Args:
-        device: `cuda` or `cpu`, where the recipe's tensors are.
-
-    Raises:
-        DeclarationError: the recipe's own code raises at a point.
-        TraceError: host code needs values that tensors here do not have.
+        cases: names of the cases that call compiled functions; None for all.
     """
-    runs = _Runs(recipe, device)
-    began = time.perf_counter()
-    kinds = runs.survey(progress)
-    out = Traced(seconds={"survey": time.perf_counter() - began})
-    out.skipped = sorted(runs.skipped)
-    jobs = sorted(kinds.values(), key=lambda kind: -sum(map(len, kind.points.values())))
-    if not jobs:
-        return out
-    dynamo_inputs.warm_up(device)
-    progress("graphs", 0, len(jobs))
-    known = {kind.structure for kind in jobs}
-    found: dict[str, Graph] = {}
-    for done, (index, answer) in enumerate(pool.run(lambda kind: runs.compile(kind, known), jobs, workers), 1):
-        kind = jobs[index]
-        graphs, failed = ([], answer.why) if isinstance(answer, pool.Died) else answer
-        if failed:
-            out.failed.append({"kernel": f"{kind.module}:{kind.function}", "unit": kind.id, "error": failed})
-        for graph in graphs:
-            same = found.setdefault(hashlib.sha256(repr(sorted(graph.facts.items())).encode()).hexdigest(), graph)
-            for case, points in graph.points.items():
-                same.points.setdefault(case, set()).update(points)
-        progress("graphs", done, len(jobs))
-    out.graphs = sorted(found.values(), key=lambda g: repr(sorted(g.facts.items())))
-    out.seconds["graphs"] = time.perf_counter() - began - out.seconds["survey"]
-    return out
 
-
-class _Runs:
-    """Runs a recipe's cases on tensors without memory."""
-
-    def __init__(self, recipe: Recipe, device: str) -> None:
-        self.recipe, self.device = recipe, device
-        self.points = [shapes.enumerate_points(case.dims).points for case in recipe.cases]
+    def __init__(self, recipe: Recipe, target: Target, cases: Sequence[str] | None = None) -> None:
+        self.cases = [case for case in recipe.cases if cases is None or case.name in cases]
+        self.points = [shapes.enumerate_points(case.dims).points for case in self.cases]
+        self.kinds: dict[str, Kind] = {}
         self.skipped: set[str] = set()
+        self._groups = [
+            _Group(number, points, _telling(case, self.points[number], points))
+            for number, case in enumerate(self.cases)
+            for points in _by_values(case, self.points[number])
+        ]
+        self._target = target
+        self._device = "cpu" if target.backend == "cpu" else "cuda"
+        self._host = HostMode(self._device)  # one for all: what a recipe keeps from point to point stays usable
 
-    def survey(self, progress: Progress) -> dict[str, Kind]:
-        """Every kind of call that the recipe makes."""
-        kinds: dict[str, Kind] = {}
-        total, done = sum(map(len, self.points)), 0
-        progress("calls", 0, total)
-        for number, case in enumerate(self.recipe.cases):
-            for group in _by_values(case, self.points[number]):
-                survey = Survey()
-                at = 0
+    def survey(self, progress: Progress, also: Iterable[tuple[int, int]] = ()) -> None:
+        """Find the kinds of calls that the recipe makes, at points where sizes are telling, and at those in `also`.
 
-                def look(frame: Frame, _compile: Any) -> Any:
-                    if frame.wrapping is None:
-                        self.skipped.add(f"{frame.module}:{frame.code.co_name} is not compiled by Inductor")
-                    else:
-                        survey.add(frame, _mode(case), at)  # noqa: B023  # run in this turn of the loop only
-                    return dynamo_frames.run_without_compiling()
+        Raises:
+            DeclarationError: the recipe's own code raises at a point.
+            TraceError: host code needs values that tensors here do not have.
+        """
+        extra = set(also)
+        todo = [(g, at) for g in self._groups for at in g.points if at in g.telling or (g.case, at) in extra]
+        progress("calls", 0, len(todo))
+        for done, (group, at) in enumerate(todo, 1):
+            if at not in group.seen:
+                self._look(group, at)
+            progress("calls", done, len(todo))
+        self.kinds = {}
+        for group in self._groups:
+            for kind in group.survey.kinds(group.case).values():
+                same = self.kinds.setdefault(kind.id, kind)
+                # Points that nobody has looked at are run by each kind that changes with them.
+                unseen = [at for at in group.points if at not in group.seen] if kind.dynamic() else []
+                points = {*same.points.get(group.case, ()), *kind.points[group.case], *unseen}
+                same.points[group.case] = sorted(points)
 
-                with _hook(look):
-                    for at in group:
-                        survey.next_point()
-                        self.run(case, self.points[number][at])
-                        done += 1
-                        progress("calls", done, total)
-                for kind in survey.kinds(number).values():
-                    same = kinds.setdefault(kind.id, kind)
-                    same.points[number] = sorted({*same.points.get(number, ()), *kind.points[number]})
-        return kinds
+    def _look(self, group: _Group, at: int) -> None:
+        """Run a point with all compiled functions as plain Python."""
+        case = self.cases[group.case]
+
+        def look(frame: Frame, _compile: Any) -> Any:
+            if frame.wrapping is None:
+                self.skipped.add(f"{frame.module}:{frame.code.co_name}")
+            else:
+                group.survey.add(frame, _mode(case), at)
+            return dynamo_frames.run_without_compiling()
+
+        group.seen.add(at)
+        group.survey.next_point()
+        with _hook(look):
+            self.run(case, self.points[group.case][at])
+
+    def calls(self) -> list[CallPlan]:
+        """The kinds of calls, for the plan."""
+        return [
+            CallPlan(
+                f"{kind.module}:{kind.function}",
+                kind.line,
+                kind.id,
+                _mode(self.cases[min(kind.points)]),
+                kind.wrapping or {},
+                kind.dynamic(),
+                {self.cases[n].name: self.points[n][self._hint_first(n, at)[0]] for n, at in kind.points.items()},
+                self._reached({n: set(at) for n, at in kind.points.items()}),
+            )
+            for kind in sorted(self.kinds.values(), key=lambda kind: (kind.module, kind.function, kind.id))
+        ]
+
+    def compile_all(self, store: Store, inputs: Json, progress: Progress, workers: int | None = None) -> Made:
+        """Compile what the store lacks; `inputs` is everything that this process imported (`stamp.inputs`)."""
+        made = Made(key=dynamo_globals.bound_to(self._target.properties()))
+        shared = {"bound": made.key, "inputs": inputs, "environment": stamp.environment(), "schema": key.SCHEMA}
+        answers: dict[str, _Answer] = {}
+        while True:
+            jobs = sorted(self.kinds.values(), key=lambda kind: (-len(kind.points), kind.id))
+            self._answer(jobs, answers, shared, store, progress, workers)
+            strange = {point for kind in jobs for point in answers[kind.id].strange}
+            made.compiled += sum(answers[kind.id].fresh for kind in jobs)
+            if not strange:
+                break
+            self.survey(progress, strange)  # sizes go otherwise there than where they were looked at
+        merged: dict[str, dict[str, Json]] = {}
+        for kind in jobs:
+            answer = answers[kind.id]
+            if answer.failed:
+                name = f"{kind.module}:{kind.function}"
+                made.failed.append({"kernel": name, "unit": kind.id, "error": answer.failed})
+            for graph in answer.graphs:
+                facts = {name: value for name, value in graph.items() if name != "points"}
+                same = merged.setdefault(key.digest(facts), {**facts, "points": {}})
+                for case, at in graph["points"].items():
+                    same["points"].setdefault(int(case), set()).update(at)
+        made.graphs = [
+            {**{k: v for k, v in graph.items() if k != "points"}, "reached": self._reached(graph["points"])}
+            for _, graph in sorted(merged.items(), key=lambda item: (item[1]["module"], item[1]["function"], item[0]))
+        ]
+        return made
+
+    def _answer(
+        self,
+        jobs: list[Kind],
+        answers: dict[str, _Answer],
+        shared: Json,
+        store: Store,
+        progress: Progress,
+        workers: int | None,
+    ) -> None:
+        """Fill `answers` for all `jobs`, from the store or by compiling."""
+        keys = {kind.id: key.digest({**shared, "kind": kind.id, "points": self._reached_all(kind)}) for kind in jobs}
+        for kind in jobs:
+            found = _stored(store, keys[kind.id]) if kind.id not in answers else None
+            if found is not None:
+                answers[kind.id] = found
+        missing = [kind for kind in jobs if kind.id not in answers]
+        progress("graphs", 0, len(missing))
+        if missing:
+            dynamo_inputs.warm_up(self._device)
+        for done, (index, answer) in enumerate(pool.run(lambda k: self._compile(k, jobs, store), missing, workers), 1):
+            kind = missing[index]
+            answer = answers[kind.id] = _Answer(failed=answer.why) if isinstance(answer, pool.Died) else answer
+            if not answer.failed:
+                store.put_record(GRAPHS, keys[kind.id], {"graphs": answer.graphs, "strange": answer.strange})
+            progress("graphs", done, len(missing))
 
     def run(self, case: Case, point: Point) -> None:
         """Run one point.
@@ -142,7 +229,7 @@ class _Runs:
         """
         where = ", ".join(f"{k}={v}" for k, v in point.items())
         try:
-            with HostMode(self.device), without_launches(), case.modes(self.device):
+            with self._host, without_launches(), case.modes(self._device):
                 case.call(point)()
         except AotCacheError:
             raise
@@ -159,37 +246,70 @@ class _Runs:
                 "fix the recipe, or narrow its range",
             ) from error
 
-    def compile(self, kind: Kind, known: set[str]) -> tuple[list[Graph], str]:
-        """Everything that calls of one kind need; and why that is not all, empty when it is. Runs in a child."""
-        job = _Job(kind, known)
+    def _compile(self, kind: Kind, kinds: list[Kind], store: Store) -> _Answer:
+        """Everything that calls of one kind need. Runs in a child, and must not raise."""
+        job = _Job(kind, kinds)
         try:
             with dynamo_inputs.session(kind.dynamic(), MOST_GRAPHS), dynamo_guards.writing() as written:
                 job.written = written
                 with job.graphs_answered():
                     for number, points in kind.points.items():
-                        case = self.recipe.cases[number]
-                        for point in _hint_first(case, self.points[number], points):
+                        job.mode = _mode(self.cases[number])
+                        for point in self._hint_first(number, points):
                             job.at = (number, point)
-                            job.mode = _mode(case)
                             with _hook(job.handle):
-                                self.run(case, self.points[number][point])
+                                self.run(self.cases[number], self.points[number][point])
                             if job.failed:
-                                return job.results(), job.failed
+                                return _Answer(failed=job.failed)
+            return _Answer(job.results(store), strange=sorted(job.strange), fresh=True)
         except Exception as error:
-            return job.results(), job.failed or _one_line(error)
-        return job.results(), job.failed
+            if os.environ.get("AOT_CACHE_DEBUG") == "1":
+                traceback.print_exc()
+            return _Answer(failed=job.failed or _one_line(error))
+
+    def _hint_first(self, number: int, mine: Sequence[int]) -> list[int]:
+        """Points, first the one nearest to the declared hint: its sizes guide Inductor's choices."""
+        case, points = self.cases[number], self.points[number]
+
+        def distance(at: int) -> tuple[int, ...]:
+            return tuple(abs(points[at][dim] - case.hint_of(dim)) for dim in case.dims)
+
+        return sorted(mine, key=distance)
+
+    def _reached(self, points: Mapping[int, Iterable[int]]) -> dict[str, list[dict[str, str]]]:
+        return {
+            self.cases[n].name: shapes.describe((self.points[n][at] for at in points[n]), self.cases[n].dims)
+            for n in sorted(points)
+        }
+
+    def _reached_all(self, kind: Kind) -> Json:
+        return [
+            self._reached({n: set(at) for n, at in kind.points.items()}),
+            [self._hint_first(n, at)[0] for n, at in kind.points.items()],
+        ]
+
+
+def _stored(store: Store, graph_key: str) -> _Answer | None:
+    record = store.get_record(GRAPHS, graph_key)
+    if record is None or not all(store.has(digest) for graph in record["graphs"] for digest in key.objects_of(graph)):
+        return None
+    return _Answer(record["graphs"], strange=[(case, at) for case, at in record["strange"]])
 
 
 class _Job:
     """One kind of call in its child: what Dynamo asks for, and what was made."""
 
-    def __init__(self, kind: Kind, known: set[str]) -> None:
-        self.kind, self.known = kind, known
+    def __init__(self, kind: Kind, kinds: Iterable[Kind]) -> None:
+        self.kind = kind
+        self.strange: set[tuple[int, int]] = set()
+        self._known: dict[str, list[Kind]] = {}
+        for other in kinds:
+            self._known.setdefault(other.structure, []).append(other)
         self.at = (0, 0)
         self.mode = ""
         self.failed = ""
         self.written = dynamo_guards.Written()
-        self._frames: list[tuple[CompiledFrame, dict[str, Json]]] = []
+        self._frames: list[tuple[CompiledFrame, dict[str, str], dict[str, Json]]] = []
         self._artifacts: dict[str, bytes] = {}
         self._users: dict[str, dict[int, set[int]]] = {}
 
@@ -197,7 +317,9 @@ class _Job:
         """Dynamo is about to compile `frame`."""
         structure, found = structure_of(frame, self.mode)
         mine = self.kind.fits(structure, found)
-        if structure in self.known and not mine:
+        if structure in self._known and not mine:
+            if not any(kind.fits(structure, found) for kind in self._known[structure]):
+                self.strange.add(self.at)
             return dynamo_frames.run_without_compiling()
         if mine:
             dynamo_inputs.mark(frame, self.kind.dynamic())
@@ -215,6 +337,10 @@ class _Job:
         elif self.written.nameless:
             self.failed = f"{name} depends on objects that have no name: {'; '.join(self.written.nameless)}"
         else:
+            aliases, objects = _by_number(made.dynamo_code, frame)
+            if objects:
+                self.failed = f"the bytecode of {name} holds objects that have no name: {', '.join(objects)}"
+                return
             guards = dynamo_guards.expressions(answer.guarded_code.guard_manager)
             facts = {
                 "identities": list(self.written.identities),
@@ -223,14 +349,14 @@ class _Job:
                 "mode": self.mode,
                 "settings": dynamo_globals.settings(),
             }
-            self._frames.append((made, facts))
+            self._frames.append((made, aliases, facts))
 
     @contextlib.contextmanager
     def graphs_answered(self) -> Iterator[None]:
         """Inductor compiles and its artifact is kept; Dynamo gets the graph itself."""
 
         def compiled(wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs: Any) -> Any:
-            name = graph._backend_id
+            name = inductor_artifact.name_of(graph)
             self._artifacts[name] = inductor_artifact.compile_graph(wrapper, backend, graph, inputs, **kwargs)
             run = dynamo_inputs.answer(graph)
 
@@ -243,52 +369,61 @@ class _Job:
         with inductor_artifact.instead(compiled):
             yield
 
-    def results(self) -> list[Graph]:
-        """What was made, as data."""
-        return [self._graph(made, facts) for made, facts in self._frames]
+    def results(self, store: Store) -> list[dict[str, Json]]:
+        """What was made, as JSON; its bytes go into the store."""
+        artifacts = {name: store.put(data) for name, data in self._artifacts.items()}
+        return [self._facts(*frame, artifacts, store) for frame in self._frames]
 
-    def _graph(self, made: CompiledFrame, facts: dict[str, Json]) -> Graph:
-        objects: dict[str, bytes] = {}
-
-        def keep(data: bytes) -> str:
-            digest = hashlib.sha256(data).hexdigest()
-            objects[digest] = data
-            return digest
-
+    def _facts(
+        self,
+        made: CompiledFrame,
+        aliases: Mapping[str, str],
+        facts: dict[str, Json],
+        artifacts: Mapping[str, str],
+        store: Store,
+    ) -> dict[str, Json]:
         assert made.dynamo_code is not None
-        graphs = {name: keep(self._artifacts[name]) for name in made.graphs}
-        names = {name: f"__aot_graph_{digest[:24]}" for name, digest in graphs.items()}
+        # Dynamo numbers what it makes, or draws lots for its name; here it is called by what it is.
+        names = {name: f"__aot_graph_{artifacts[name][:24]}" for name in made.graphs}
+        modules = {f"__aot_import_{module.replace('.', '_dot_')}": module for module in aliases.values()}
+        names |= {name: f"__aot_import_{module.replace('.', '_dot_')}" for name, module in aliases.items()}
         resumes = {}
         for name, (code, module) in made.resumes.items():
-            data = python_code.dump(code, {}, f"<{module}>")
-            digest = keep(data)
+            digest = store.put(python_code.dump(code, {}, f"<{module}>"))
             names[name] = f"__aot_resume_{digest[:24]}"
             resumes[names[name]] = {"module": module, "code": digest, "free": bool(code.co_freevars)}
-        bytecode = python_code.dump(made.dynamo_code, names, f"<{made.module}>")
         points: dict[int, set[int]] = {}
         for name in made.graphs:
             for case, at in self._users.get(name, {}).items():
                 points.setdefault(case, set()).update(at)
-        code = python_code.load(python_code.dump(made.code, {}, ""))
-        return Graph(
-            {
-                **facts,
-                "settings": keep(facts["settings"].encode()),
-                "module": made.module,
-                "function": getattr(made.code, "co_qualname", made.code.co_name),
-                "line": made.code.co_firstlineno,
-                "code": python_code.digest(code),
-                "guard_state": keep(made.guards),
-                "bytecode": keep(bytecode),
-                "graphs": {names[name]: digest for name, digest in graphs.items()},
-                "imports": dict(sorted(made.imports.items())),
-                "resumes": resumes,
-                "inlined": _inlined(made.inlined),
-                "dynamic": self.kind.dynamic(),
-            },
-            objects,
-            points,
-        )
+        return {
+            **facts,
+            "settings": store.put(facts["settings"].encode()),
+            "module": made.module,
+            "function": getattr(made.code, "co_qualname", made.code.co_name),
+            "line": made.code.co_firstlineno,
+            "code": python_code.digest(python_code.load(python_code.dump(made.code, {}, ""))),
+            "guard_state": store.put(made.guards),
+            "bytecode": store.put(python_code.dump(made.dynamo_code, names, f"<{made.module}>")),
+            "graphs": {names[name]: artifacts[name] for name in made.graphs},
+            "imports": dict(sorted({**made.imports, **modules}.items())),
+            "resumes": resumes,
+            "inlined": _inlined(made.inlined),
+            "dynamic": self.kind.dynamic(),
+            "points": {str(case): sorted(at) for case, at in points.items()},
+        }
+
+
+def _by_number(code: types.CodeType, frame: Frame) -> tuple[dict[str, str], list[str]]:
+    """({name: module} of globals in `code` that Dynamo numbered and that are modules, the others in words)."""
+    modules, others = {}, []
+    for name in numbered_globals(code):
+        value = frame.f_globals.get(name)
+        if isinstance(value, types.ModuleType):
+            modules[name] = value.__name__
+        else:
+            others.append(f"{name}, a {type(value).__name__}")
+    return modules, others
 
 
 def _inlined(codes: list[types.CodeType]) -> list[list[str]]:
@@ -328,13 +463,15 @@ def _by_values(case: Case, points: list[Point]) -> Iterator[list[int]]:
     yield from groups.values()
 
 
-def _hint_first(case: Case, points: list[Point], mine: list[int]) -> list[int]:
-    """The points of a kind, first the one nearest to the declared hint: its sizes guide Inductor's choices."""
+_TELLING = 40
 
-    def distance(number: int) -> tuple[int, ...]:
-        return tuple(abs(points[number][dim] - case.hint_of(dim)) for dim in case.dims)
 
-    return sorted(mine, key=distance)
+def _telling(case: Case, points: list[Point], group: list[int]) -> set[int]:
+    """Points of a group at which sizes are looked at: its ends, ones, powers of two, and a spread of others."""
+    first = points[group[0]]
+    dims = {name: Values(first[name]) if isinstance(dim, Values) else dim for name, dim in case.dims.items()}
+    wanted = {tuple(point.items()) for point in shapes.enumerate_points(dims, _TELLING).points}
+    return {at for at in group if tuple(points[at].items()) in wanted} | {group[0], group[-1]}
 
 
 def _one_line(error: BaseException) -> str:

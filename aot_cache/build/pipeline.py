@@ -65,6 +65,7 @@ class Built:
     digest: str
     size: int
     units: int
+    graphs: int
     compiled: int
     pruned: int
     failed: list[dict[str, str]]
@@ -97,7 +98,7 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
             same.seconds = time.perf_counter() - began
             return same
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
-        answer, plan = _run_worker(request, Path(scratch), progress)
+        answer, plan = _run_workers(request, Path(scratch), progress)
         built = _finish(request, store, plan, answer)
     built.seconds = time.perf_counter() - began
     if not built.failed:
@@ -110,7 +111,7 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
 def plan_only(request: Request, progress: Progress = lambda *_: None) -> Plan:
     """Trace without compiling: what `build` would compile."""
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
-        return _run_worker(request, Path(scratch), progress, show_plan=True)[1]
+        return _run_workers(request, Path(scratch), progress, show_plan=True)[1]
 
 
 def bundle_path(request: Request, name: str) -> Path:
@@ -150,9 +151,10 @@ def _still_there(before: Mapping[str, Json]) -> Built | None:
     return built
 
 
-def _run_worker(
+def _run_workers(
     request: Request, scratch: Path, progress: Progress, show_plan: bool = False
 ) -> tuple[dict[str, Json], Plan]:
+    """Kernels in one process, compiled graphs, if there are any, in another: libraries decide at import what they are in."""
     plan_out = scratch / "plan.json"
     job = {
         "target": request.target.properties(),
@@ -166,15 +168,29 @@ def _run_worker(
         "workers": request.workers,
         "show_plan": show_plan,
     }
-    answer: dict[str, Json] = {}
-    for event in _talk(job, _environment(request, scratch)):
+    environment = _environment(request, scratch)
+    cpu = request.target.backend == "cpu"
+    answer: dict[str, Json] = {"inputs": {}}
+    if not cpu:
+        _listen({**job, "stage": "kernels"}, environment, "traced" if show_plan else "compiled", answer, progress)
+    calling = answer.get("calling", []) if not cpu else None  # on the CPU nobody has looked yet
+    if request.plan is None and (cpu or calling):
+        last = "surveyed" if show_plan else "graphs"
+        _listen({**job, "stage": "graphs", "cases": calling}, environment, last, answer, progress)
+    return answer, Plan.read(plan_out)
+
+
+def _listen(
+    job: Mapping[str, Json], environment: Mapping[str, str], last: str, answer: dict[str, Json], progress: Progress
+) -> None:
+    """Run one worker and add its events to `answer`; what it read is added to what others read."""
+    for event in _talk(job, environment, last):
         if event["event"] == "progress":
             progress(event["stage"], event["done"], event["total"])
         elif event["event"] == "error":
             raise getattr(errors, event["type"])(event["wanted"], event["found"], event["do"])
         else:
-            answer.update(event)
-    return answer, Plan.read(plan_out)
+            answer.update({**event, "inputs": stamp.both(answer["inputs"], event.get("inputs", {}))})
 
 
 def _environment(request: Request, scratch: Path) -> dict[str, str]:
@@ -185,6 +201,7 @@ def _environment(request: Request, scratch: Path) -> dict[str, str]:
         HIP_VISIBLE_DEVICES="",
         PYTHONHASHSEED="0",
         TRITON_CACHE_DIR=str(scratch / "triton"),
+        TORCHINDUCTOR_CACHE_DIR=str(scratch / "inductor"),
         TRITON_STORE_BINARY_ONLY="1",
         TRITON_DISABLE_LINE_INFO="0" if request.line_info else "1",
     )
@@ -193,8 +210,8 @@ def _environment(request: Request, scratch: Path) -> dict[str, str]:
     return environment
 
 
-def _talk(job: Mapping[str, Json], environment: Mapping[str, str]) -> Any:
-    """Start the worker, hand it the job, yield its events."""
+def _talk(job: Mapping[str, Json], environment: Mapping[str, str], last: str) -> Any:
+    """Start a worker, hand it the job, yield its events, of which `last` is the last."""
     worker = subprocess.Popen(
         [sys.executable, "-m", "aot_cache.build.worker"],
         stdin=subprocess.PIPE,
@@ -213,7 +230,7 @@ def _talk(job: Mapping[str, Json], environment: Mapping[str, str]) -> Any:
         worker.stdin.close()
         for line in worker.stdout:
             event = json.loads(line)
-            finished = finished or event["event"] in ("error", "traced" if job["show_plan"] else "compiled")
+            finished = finished or event["event"] in ("error", last)
             yield event
     finally:
         if worker.poll() is None and not finished:
@@ -251,7 +268,8 @@ def _finish(request: Request, store: Store, plan: Plan, answer: Mapping[str, Jso
         digest=digest,
         size=path.stat().st_size,
         units=len(manifest["units"]),
-        compiled=answer["compiled"],
+        graphs=len(manifest["graphs"]),
+        compiled=answer.get("compiled", 0) + answer.get("graphs_compiled", 0),
         pruned=len(manifest["pruned"]),
         failed=list(manifest["failed"]),
         sampled=plan.sampled,

@@ -47,6 +47,17 @@ def inputs(also: Mapping[str, str] | None = None) -> dict[str, Json]:
     return {"python": platform.python_version(), "packages": packages, "files": dict(sorted(files.items()))}
 
 
+def both(one: dict[str, Json], other: dict[str, Json]) -> dict[str, Json]:
+    """What two processes of one build imported."""
+    if not one or not other:
+        return one or other
+    return {
+        "python": one["python"],
+        "packages": {**one["packages"], **other["packages"]},
+        "files": {**one["files"], **other["files"]},
+    }
+
+
 def environment() -> str:
     """Digest of the environment variables that could change what host code launches."""
     kept = sorted(f"{k}={v}" for k, v in os.environ.items() if k not in _SHELL and not k.startswith("SSH_"))

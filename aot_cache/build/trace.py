@@ -39,10 +39,20 @@ class _Block:
     via: list[list[tuple[int, int]]] = field(default_factory=list)
     closures: dict[str, Json] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
+    compiled: bool = False
+    """Whether a `torch.compile`d function was called."""
     error: AotCacheError | None = None
 
 
-def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None = None) -> Plan:
+@dataclass(frozen=True)
+class Traced:
+    """A plan, and the cases that call compiled functions: those are not traced here, but run as plain Python."""
+
+    plan: Plan
+    compiled: list[str]
+
+
+def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None = None) -> Traced:
     """Enumerate what `recipe` launches. The process must have become `target` (see `virtual_device.become`).
 
     Raises:
@@ -56,6 +66,7 @@ def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None =
     total = sum(len(e.points) for e in enumerations)
     merged = _Merged(recipe, target, enumerations)
     done = 0
+    compiled: set[str] = set()
 
     def run(job: tuple[int, int]) -> _Block:
         number, start = job
@@ -73,9 +84,11 @@ def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None =
             raise block.error
         merged.add(block)
         late_modules.update(block.modules)
+        if block.compiled:
+            compiled.add(recipe.cases[number].name)
         done += min(BLOCK, len(enumerations[number].points) - start)
         progress("trace", done, total)
-    return merged.plan()
+    return Traced(merged.plan(), sorted(compiled))
 
 
 _closures: dict[str, Json] = {}
@@ -87,6 +100,7 @@ late_modules: dict[str, str] = {}
 def _run_block(case: Case, number: int, points: list[Point], start: int) -> _Block:
     log = LaunchLog()
     block = _Block(number)
+    virtual_device.compiled_calls.clear()
     with instead_of_launching(log), virtual_device.tensors(), case.modes():
         for offset, point in enumerate(points[start : start + BLOCK]):
             log.mark = start + offset
@@ -94,6 +108,7 @@ def _run_block(case: Case, number: int, points: list[Point], start: int) -> _Blo
             if error is not None:
                 block.error = error
                 return block
+    block.compiled = bool(virtual_device.compiled_calls)
     block.units, block.tunings = log.units, log.tunings
     block.unit_marks, block.tuning_marks = log.seen_units, log.seen_tunings
     block.via = [sorted(v) for v in log.via]
@@ -175,24 +190,12 @@ class _Merged:
         tunings = [
             Tuning(reached=self._reached(self._tuning_marks[name]), **self._tunings[name]) for name in tuning_order
         ]
-        cases = [
-            CasePlan(
-                case.name,
-                {d: v.text for d, v in case.dims.items()},
-                len(e.points),
-                e.total,
-                list(e.sampled),
-                case.mode,
-                case.autocast,
-            )
-            for case, e in zip(self._recipe.cases, self._enumerations)
-        ]
         return Plan(
             self._recipe.name,
             self._target,
             "traced",
             triton.__version__,
-            cases,
+            [CasePlan.of(case, e) for case, e in zip(self._recipe.cases, self._enumerations)],
             units,
             tunings,
             dict(sorted(self._closures.items())),

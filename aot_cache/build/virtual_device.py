@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from aot_cache.target import Target
 
 
+compiled_calls: list[bool] = []
+"""Not empty once a `torch.compile`d function was called: it ran as plain Python, for `build.graphs` to trace."""
+
+
 def become(target: Target) -> None:
     """Turn this process into one with `target` as its only GPU.
 
@@ -25,8 +29,9 @@ def become(target: Target) -> None:
     """
     if target.backend == "cpu":
         raise TargetError("a GPU target", "cpu: Triton compiles for GPUs only", "name a GPU target (aot-cache targets)")
-    from aot_cache.upstream import torch_cuda, torch_shortcuts, triton_driver
+    from aot_cache.upstream import dynamo_off, torch_cuda, torch_shortcuts, triton_driver
 
+    dynamo_off.run_as_python(lambda: compiled_calls.append(True) if not compiled_calls else None)
     torch_shortcuts.install()
     torch_cuda.pretend(target)
     triton_driver.pretend(target)

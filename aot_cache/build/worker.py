@@ -46,41 +46,53 @@ def main() -> int:
 
 def _work(job: dict[str, Json], send: Any) -> None:
     from aot_cache import target as targets
-    from aot_cache.build import virtual_device
 
     target = targets.Target(**{**job["target"], "capability": tuple(job["target"]["capability"])})
-    virtual_device.become(target)
 
+    def progress(stage: str, done: int, total: int) -> None:
+        send("progress", stage=stage, done=done, total=total)
+
+    (_graphs if job["stage"] == "graphs" else _kernels)(job, target, send, progress)
+
+
+def _recipe(job: dict[str, Json]) -> Any:
     from aot_cache import recipe as recipes
     from aot_cache import shapes
+
+    ranges = {name: shapes.parse_dimension(text) for name, text in job["ranges"].items()}
+    return recipes.load(job["recipe"]).narrowed(ranges)
+
+
+def _kernels(job: dict[str, Json], target: Any, send: Any, progress: Any) -> None:
+    """Trace and compile Triton kernels: torch and Triton answer for the target, compiled functions run as Python."""
+    from aot_cache.build import virtual_device
+
+    virtual_device.become(target)
+
     from aot_cache.build import compile as compiler
     from aot_cache.build import stamp, trace
     from aot_cache.plan import Plan
     from aot_cache.store import Store
     from aot_cache.upstream import triton_launcher
 
-    def progress(stage: str, done: int, total: int) -> None:
-        send("progress", stage=stage, done=done, total=total)
-
-    recipe = None
+    recipe, compiled = None, []
     if job["recipe"]:
-        ranges = {name: shapes.parse_dimension(text) for name, text in job["ranges"].items()}
-        recipe = recipes.load(job["recipe"]).narrowed(ranges)
-        plan = trace.trace(recipe, target.id, progress, job["workers"])
+        recipe = _recipe(job)
+        traced = trace.trace(recipe, target.id, progress, job["workers"])
+        plan, compiled = traced.plan, traced.compiled
     else:
         plan = Plan.read(Path(job["plan"]))
     plan.write(Path(job["plan_out"]))
-    send("traced", units=len(plan.units))
+    send("traced", units=len(plan.units), calling=compiled, inputs=stamp.inputs(trace.late_modules))
     if job["show_plan"]:
         return
     pythons = [triton_launcher.this_python(), *map(triton_launcher.other_python, job["pythons"])]
     pythons = list({p.suffix: p for p in pythons}.values())
-    store = Store(job["store"])
     outcome = compiler.compile_plan(
         plan,
         recipe,
         target,
-        store,
+        Store(job["store"]),
         line_info=job["line_info"],
         pythons=pythons,
         progress=progress,
@@ -95,8 +107,33 @@ def _work(job: dict[str, Json], send: Any) -> None:
         failed=outcome.failed,
         toolchain=outcome.toolchain,
         inputs=stamp.inputs(trace.late_modules),
-        python=sys.version.split()[0],
     )
+
+
+def _graphs(job: dict[str, Json], target: Any, send: Any, progress: Any) -> None:
+    """Trace and compile the graphs of compiled functions: Inductor compiles for the target."""
+    from aot_cache.upstream import inductor_target
+
+    inductor_target.become(target)
+
+    from aot_cache import recipe as recipes
+    from aot_cache.build import graphs, stamp
+    from aot_cache.plan import Plan
+    from aot_cache.store import Store
+
+    recipe = _recipe(job)
+    recipes.set_device("cpu" if target.backend == "cpu" else "cuda")
+    plan = Plan.read(Path(job["plan_out"])) if Path(job["plan_out"]).exists() else graphs.empty_plan(recipe, target.id)
+    runs = graphs.Runs(recipe, target, job["cases"])
+    runs.survey(progress)
+    plan.calls = runs.calls()
+    plan.write(Path(job["plan_out"]))
+    inputs = stamp.inputs()
+    send("surveyed", inputs=inputs)
+    if job["show_plan"]:
+        return
+    made = runs.compile_all(Store(job["store"]), inputs, progress, job["workers"])
+    send("graphs", graphs=made.graphs, graph_failed=made.failed, graphs_compiled=made.compiled, graph_key=made.key)
 
 
 if __name__ == "__main__":

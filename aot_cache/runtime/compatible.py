@@ -22,6 +22,8 @@ def parts(manifest: Mapping[str, Json], look_at_gpu: bool = True) -> list[Part]:
         look_at_gpu: read device 0 when there is one; otherwise only when the process has CUDA up already.
     """
     wanted = manifest["target"]
+    if wanted["backend"] == "cpu":
+        return []  # what its graphs are bound to is compared when Dynamo is there
     out = [Part("triton", str(manifest["toolchain"]["triton"]), installed("triton") or "not installed")]
     gpu = _gpu(look_at_gpu)
     if gpu is None:

@@ -16,9 +16,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from aot_cache.key import Part
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
-from aot_cache.upstream import dynamo_frames, dynamo_globals, dynamo_guards, inductor_artifact, python_code, torch_capture
+from aot_cache.upstream import (
+    dynamo_frames,
+    dynamo_globals,
+    dynamo_guards,
+    inductor_artifact,
+    inductor_events,
+    python_code,
+    torch_capture,
+)
 from aot_cache.upstream.dynamo_frames import Found, Frame
 
 Json = Any
@@ -49,10 +58,16 @@ class GraphSet:
         self._by_code: dict[str, list[int]] = {}
         for number, graph in enumerate(self._graphs):
             self._by_code.setdefault(graph["code"], []).append(number)
+        self._artifacts = {name: digest for graph in self._graphs for name, digest in graph["graphs"].items()}
         self._functions: dict[str, Any] = {}
         self._codes: dict[str, types.CodeType] = {}
         self._numbers = itertools.count(1)
+        self.on_cpu = bool(bundle.manifest["target"]["backend"] == "cpu")
         self._lock = threading.RLock()
+
+    def waiting(self) -> bool:
+        """Whether any compiled graph is not loaded yet."""
+        return self.loaded.primed < len(self._artifacts)
 
     def wanted(self, code: types.CodeType) -> bool:
         """Whether any graph may be for this code."""
@@ -76,9 +91,7 @@ class GraphSet:
     def prime(self) -> int:
         """Load all compiled graphs, and their kernels onto the current device. Returns how many are new."""
         with self._lock:
-            names = {name: digest for graph in self._graphs for name, digest in graph["graphs"].items()}
-            new = [self._function(name, digest) for name, digest in names.items() if name not in self._functions]
-            self.loaded.primed = len(self._functions)
+            new = [self._function(name, at) for name, at in self._artifacts.items() if name not in self._functions]
             return len(new)
 
     def _check(self, number: int, frame: Frame) -> tuple[Any, str]:
@@ -138,9 +151,43 @@ class GraphSet:
         if name not in self._functions:
             made = inductor_artifact.load_graph(self._bundle.object(digest))
             self._functions[name] = dynamo_globals.not_traced(made)
+            self.loaded.primed = len(self._functions)
         return self._functions[name]
 
 
-def listen(find: Any, wanted: Any) -> Any:
-    """Ask before Dynamo compiles. Returns a function that stops it."""
-    return dynamo_frames.before_compiling(find, wanted)
+def differing(bound: Mapping[str, Json], target: Mapping[str, Json]) -> list[Part]:
+    """What of `graph_key` is another here; imports Dynamo, which the process has by now."""
+    here = dynamo_globals.bound_to(target)
+    names = ("torch", "torch git", "python", "triton")
+    parts = [Part(name, str(bound[name]), str(here[name])) for name in names]
+    if target["backend"] == "cpu":
+        parts.append(Part("vector instructions", str(bound["target"]["isa"]), str(here["target"]["isa"])))
+    return [part for part in parts if not part.same]
+
+
+class Miss:
+    """Answers Dynamo's misses from all bundles of this process, and counts the rest."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self.sets: list[GraphSet] = []
+
+    def arm(self) -> None:
+        """Hook Dynamo's miss path; the process has imported Dynamo."""
+
+        def note(kind: str, name: str) -> None:
+            self._ledger.note(kind, name, torch_capture.capturing())
+
+        dynamo_frames.count(note)
+        inductor_events.listen(note)
+        dynamo_frames.before_compiling(self.find, self.wanted)
+
+    def wanted(self, code: types.CodeType) -> bool:
+        return any(graphs.wanted(code) for graphs in self.sets)
+
+    def find(self, frame: Frame) -> Found | None:
+        for graphs in self.sets:
+            found = graphs.find(frame)
+            if found is not None:
+                return found
+        return None

@@ -19,13 +19,17 @@ from aot_cache.runtime.kernels import KernelSet, Report
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle, read_bundle
 from aot_cache.upstream import after_import, torch_capture
-from aot_cache.upstream.versions import TRITON_SEEN, installed, minor
+from aot_cache.upstream.versions import TORCH_SEEN, TRITON_SEEN, installed, minor
 
 LEDGER = Ledger()
 UNTESTED = "AOT_CACHE_UNTESTED"
 """Set to 1 to load under a Triton release that this version was not tested with."""
 
 _sets: list[KernelSet] = []
+_graph_bundles: list[Bundle] = []
+"""Bundles whose graphs wait for Dynamo to be imported."""
+_miss: Any = None
+"""`runtime.graphs.Miss`, once Dynamo is imported."""
 _folders: list[tuple[Path, str | None]] = []
 """Folders of which the bundle for this GPU is taken once the GPU is known."""
 _lock = threading.RLock()
@@ -40,6 +44,8 @@ _FORM = (
     "metadata_sets",
     "signatures",
     "binaries",
+    "graph_key",
+    "graphs",
 )
 _armed = False
 _strict = False
@@ -76,9 +82,11 @@ def _load(path: Path, digest: str | None, strict: bool) -> Report | None:
             with _lock:
                 _folders.append((path, digest))
             after_import.when_triton_comes(_arm_unharmed)
+            after_import.after_import("torch._dynamo", _arm_graphs_unharmed)
             return None
         kernels = _add(path, digest)
         after_import.when_triton_comes(_arm_unharmed)
+        after_import.after_import("torch._dynamo", _arm_graphs_unharmed)
         if torch_capture.cuda_is_up():
             prime()
         return kernels.report
@@ -90,26 +98,44 @@ def _load(path: Path, digest: str | None, strict: bool) -> Report | None:
 def prime() -> int:
     """Install and load, on the current device, everything whose kernels the process has imported.
 
-    The process must have initialised CUDA. Returns how many modules were loaded.
+    Kernels and graphs for a GPU are left alone until the process has initialised CUDA. Returns how many modules and
+    graphs were loaded.
 
     Raises:
         AotCacheError: only after `load(strict=True)`; otherwise what cannot be installed is dropped with a warning.
     """
+    with _lock, collection.paused():
+        _choose_from_folders()
+        return (_prime_kernels() if torch_capture.cuda_is_up() else 0) + _prime_graphs()
+
+
+def _prime_kernels() -> int:
     from aot_cache.upstream import triton_kernel
 
     arm()
     device = triton_kernel.current_device()
     loaded = 0
-    with _lock, collection.paused():
-        _choose_from_folders()
-        for kernels in list(_sets):
+    for kernels in list(_sets):
+        try:
+            if kernels.waiting(device):
+                _check(kernels.bundle, look_at_gpu=True)
+                kernels.install(device)
+            loaded += kernels.prime(device)
+        except Exception as error:
+            _sets.remove(kernels)
+            _refuse(error, _strict)
+    return loaded
+
+
+def _prime_graphs() -> int:
+    """Load compiled graphs; those for a GPU once CUDA is up."""
+    loaded = 0
+    for graphs in list(_miss.sets) if _miss is not None else []:
+        if graphs.on_cpu or torch_capture.cuda_is_up():
             try:
-                if kernels.waiting(device):
-                    _check(kernels.bundle, look_at_gpu=True)
-                    kernels.install(device)
-                loaded += kernels.prime(device)
+                loaded += graphs.prime()
             except Exception as error:
-                _sets.remove(kernels)
+                _miss.sets.remove(graphs)
                 _refuse(error, _strict)
     return loaded
 
@@ -120,22 +146,29 @@ def ready(*, strict: bool = False) -> list[Report]:
     Raises:
         NotReady: with `strict`, when a declared kernel is not installed: not imported, of other source, or no bundle.
     """
-    if torch_capture.cuda_is_up():
-        prime()
+    prime()
     reports = [kernels.report for kernels in _sets]
     if strict:
         missing = [f"{name} (its module is not imported)" for r in reports for name in r.pending]
         missing += [f"{name} ({why})" for r in reports for name, why in r.stale.items()]
         missing += [f"{name} ({why})" for r in reports for name, why in r.unchosen.items()]
+        missing += _missing_graphs()
         if not reports:
             missing.append("no bundle is loaded")
-        if missing or not all(r.devices for r in reports):
+        if missing or not all(r.devices or not r.units for r in reports):
             raise NotReady(
                 "everything declared to be installed",
                 "; ".join(missing) or "CUDA is not initialised",
                 "see aot_cache.stats(), and build again if sources changed",
             )
     return reports
+
+
+def _missing_graphs() -> list[str]:
+    if any(bundle.manifest["graphs"] for bundle in _graph_bundles):
+        return ["graphs (torch._dynamo is not imported: nothing is compiled yet)"]
+    sets = _miss.sets if _miss is not None else []
+    return [f"{g.loaded.graphs} graphs (CUDA is not initialised)" for g in sets if g.waiting()]
 
 
 def seal() -> None:
@@ -145,7 +178,8 @@ def seal() -> None:
 
 def stats() -> dict[str, Any]:
     """The ledger, and what each bundle has installed; JSON-able."""
-    return {**LEDGER.to_json(), "bundles": [kernels.report.to_json() for kernels in _sets]}
+    graphs = [vars(found.loaded) for found in (_miss.sets if _miss is not None else [])]
+    return {**LEDGER.to_json(), "bundles": [kernels.report.to_json() for kernels in _sets], "graphs": graphs}
 
 
 def loaded() -> list[KernelSet]:
@@ -160,6 +194,10 @@ def _add(path: Path, digest: str | None) -> KernelSet:
     _check(kernels.bundle, look_at_gpu=False)
     with _lock:
         _sets.append(kernels)
+        if bundle.manifest["graphs"]:
+            _graph_bundles.append(bundle)
+            if _miss is not None:  # Dynamo is here already
+                _add_graphs()
     return kernels
 
 
@@ -167,8 +205,8 @@ def _check_form(bundle: Bundle) -> None:
     """Raises Incompatible for a bundle of another kind, or of another version's form."""
     kind = bundle.manifest.get("kind")
     do = "build it with this version of aot-cache"
-    if kind != "kernels":
-        raise Incompatible(f"a bundle of kernels at {bundle.path}", f"one of {kind!r}", do)
+    if kind != "units":
+        raise Incompatible(f"a bundle of units at {bundle.path}", f"one of {kind!r}", do)
     lacking = [name for name in _FORM if name not in bundle.manifest]
     if lacking:
         raise Incompatible(f"a whole manifest in {bundle.path}", f"it lacks {', '.join(lacking)}", do)
@@ -203,7 +241,7 @@ def _find(path: Path, digest: str | None) -> Bundle:
 
 def _check(bundle: Bundle, look_at_gpu: bool) -> None:
     release = minor(installed("triton"))
-    if release not in TRITON_SEEN and release and os.environ.get(UNTESTED) != "1":
+    if bundle.manifest["units"] and release not in TRITON_SEEN and release and os.environ.get(UNTESTED) != "1":
         raise Incompatible(
             f"a Triton that this aot-cache was tested with ({', '.join(TRITON_SEEN)})",
             f"{installed('triton')}",
@@ -241,6 +279,42 @@ def arm() -> None:
     torch_capture.before_capture(_before_capture)
 
 
+def _arm_graphs_unharmed() -> None:
+    """Hook Dynamo, inside somebody's import of it, which must not fail because of us."""
+    global _miss
+    try:
+        from aot_cache.runtime.graphs import Miss
+
+        with _lock:
+            if _miss is None:
+                _miss = Miss(LEDGER)
+                _miss.arm()
+            _add_graphs()
+    except Exception as error:
+        _graph_bundles.clear()
+        _refuse(error, _strict)
+
+
+def _add_graphs() -> None:
+    """Make the graphs of waiting bundles known to Dynamo's misses. What is not for this host is refused, once."""
+    from aot_cache.runtime.graphs import GraphSet, differing
+
+    while _graph_bundles:
+        bundle = _graph_bundles.pop(0)
+        release = minor(installed("torch"))
+        if release not in TORCH_SEEN and os.environ.get(UNTESTED) != "1":
+            raise Incompatible(
+                f"a torch that this aot-cache was tested with ({', '.join(TORCH_SEEN)}) for the graphs of {bundle.path}",
+                installed("torch"),
+                f"update aot-cache, or set {UNTESTED}=1",
+            )
+        parts = differing(bundle.manifest["graph_key"], bundle.manifest["target"])
+        if parts:
+            do = "build for it (aot-cache build)"
+            raise Incompatible(f"graphs for this host, not those of {bundle.path}", compatible.say(parts), do)
+        _miss.sets.append(GraphSet(bundle, LEDGER))
+
+
 def _native(source_key: str) -> bytes | None:
     from aot_cache.upstream.triton_launcher import interpreter_tag
 
@@ -262,7 +336,8 @@ def _arm_unharmed() -> None:
 
 
 def _before_capture() -> None:
-    if _folders or any(kernels.report.primed < kernels.report.units for kernels in _sets):
+    waiting = any(graphs.waiting() for graphs in (_miss.sets if _miss is not None else []))
+    if _folders or waiting or any(kernels.report.primed < kernels.report.units for kernels in _sets):
         prime()
 
 

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._C._dynamo.eval_frame import _FrameAction as FrameAction
+from torch._C._dynamo.eval_frame import _FrameExecStrategy as FrameExecStrategy
 from torch._dynamo import convert_frame
 from torch._dynamo.eval_frame import innermost_backend
-from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy, GuardedCode, wrap_guarded_code
+from torch._dynamo.types import ConvertFrameReturn, GuardedCode, wrap_guarded_code
+from torch._dynamo.utils import orig_code_map
 from torch._guards import CompileId
 
 Json = Any
@@ -49,16 +52,13 @@ def describe_wrapping(backend: Any) -> dict[str, Json] | None:
 
     None for any backend but Inductor.
     """
-    inner = innermost_backend(backend)
+    inner: Any = innermost_backend(backend)
     if type(inner) is not torch._TorchCompileInductorWrapper:
         return None
-    options = {name: value if isinstance(value, (bool, int, str)) else repr(value) for name, value in inner.config.items()}
+    options = {
+        name: value if isinstance(value, (bool, int, str)) else repr(value) for name, value in inner.config.items()
+    }
     return {"backend": "inductor", "options": dict(sorted(options.items())), "dynamic": inner.dynamic}
-
-
-def options_of(backend: Any) -> dict[str, Any]:
-    """The Inductor options of a wrapping, as they were given."""
-    return dict(innermost_backend(backend).config)
 
 
 Compile = Callable[[Any], ConvertFrameReturn]
@@ -73,7 +73,8 @@ def run_without_compiling() -> ConvertFrameReturn:
 def instead_of_compiling(handler: Instead) -> Callable[[], None]:
     """Ask `handler(frame, compile)` wherever Dynamo would compile, after all its own reasons to skip a frame.
 
-    `compile(package)` lets Dynamo go on and write what it makes into `package` (see `dynamo_package.Package`).
+    `compile(package)` lets Dynamo go on and write what it makes into `package` (see `dynamo_package.Package`), or
+    nowhere else than usual where that is None.
     Returns a function that takes the hook out.
     """
     original = convert_frame._compile
@@ -88,7 +89,11 @@ def instead_of_compiling(handler: Instead) -> Callable[[], None]:
             describe_wrapping(given["compiler_fn"]),
             bool(given["one_graph"]),
         )
-        return handler(frame, lambda package: original(*args, **{**kwargs, "package": package}))
+
+        def go_on(package: Any) -> Any:
+            return original(*args, **(kwargs if package is None else {**kwargs, "package": package}))
+
+        return handler(frame, go_on)
 
     convert_frame._compile = _compile
 
@@ -107,7 +112,9 @@ class Found:
     number: int
 
 
-def before_compiling(find: Callable[[Frame], Found | None], wanted: Callable[[types.CodeType], bool]) -> Callable[[], None]:
+def before_compiling(
+    find: Callable[[Frame], Found | None], wanted: Callable[[types.CodeType], bool]
+) -> Callable[[], None]:
     """Ask `find(frame)` before Dynamo looks at a frame whose code is `wanted`; what it finds goes into Dynamo's cache.
 
     There it belongs to the wrapping that asked, as if that had compiled it. Returns a function that takes the hook out.
@@ -121,9 +128,11 @@ def before_compiling(find: Callable[[Frame], Found | None], wanted: Callable[[ty
             fullgraph = bool(getattr(getattr(inner, "_inner_convert", inner), "_one_graph", False))
             found = find(Frame(frame.f_code, frame.f_globals, frame.f_locals, describe_wrapping(self), fullgraph))
             if found is not None:
-                convert_frame.orig_code_map[found.code] = frame.f_code  # as Dynamo notes for code that it made
+                orig_code_map[found.code] = frame.f_code  # as Dynamo notes for code that it made
                 convert_frame.output_codes.add(found.code)
-                guarded = GuardedCode(found.code, found.guard_manager, CompileId(frame_id=found.number, frame_compile_id=0), "aot-cache")
+                guarded = GuardedCode(
+                    found.code, found.guard_manager, CompileId(frame_id=found.number, frame_compile_id=0), "aot-cache"
+                )
                 return wrap_guarded_code(guarded)
         answer: ConvertFrameReturn = original(self, frame, cache_entry, frame_state)
         return answer
@@ -132,5 +141,33 @@ def before_compiling(find: Callable[[Frame], Found | None], wanted: Callable[[ty
 
     def undo() -> None:
         wrapper.__call__ = original
+
+    return undo
+
+
+def count(note: Callable[[str, str], None]) -> Callable[[], None]:
+    """Call `note(kind, name)` for each `frame` that Dynamo traces and each `graph_compile` of a backend.
+
+    Returns a function that stops it.
+    """
+    from torch._dynamo.output_graph import OutputGraph
+
+    graph: Any = OutputGraph
+    call = graph.call_user_compiler
+
+    def look(frame: Frame, go_on: Compile) -> ConvertFrameReturn:
+        note("frame", f"{frame.module}:{frame.code.co_name}")
+        return go_on(None)
+
+    def call_user_compiler(self: Any, *args: Any, **kwargs: Any) -> Any:
+        note("graph_compile", str(getattr(self.compiler_fn, "__name__", "backend")))
+        return call(self, *args, **kwargs)
+
+    graph.call_user_compiler = call_user_compiler
+    undo_frames = instead_of_compiling(look)
+
+    def undo() -> None:
+        undo_frames()
+        graph.call_user_compiler = call
 
     return undo

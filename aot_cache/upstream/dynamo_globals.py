@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import platform
 import sys
 import types
 from collections.abc import Mapping
@@ -17,9 +18,20 @@ from typing import Any
 import torch
 import torch._dynamo
 
+from aot_cache.key import graph_parts
+from aot_cache.upstream.versions import installed
+
 Json = Any
 
-_HOW = ("compile_threads", "worker_", "torchinductor_worker", "quiesce_", "log_", "profile_bandwidth", "autotune_num_choices")
+_HOW = (
+    "compile_threads",
+    "worker_",
+    "torchinductor_worker",
+    "quiesce_",
+    "log_",
+    "profile_bandwidth",
+    "autotune_num_choices",
+)
 """Settings of how compiling is done, not of what comes out of it, by their beginnings."""
 
 
@@ -43,7 +55,8 @@ def install_resume(name: str, code: types.CodeType, module: str, free: bool) -> 
 
 def not_traced(function: Any) -> Any:
     """`function`, into which Dynamo does not look."""
-    return torch._dynamo.disable(function, reason="a compiled graph")
+    disable: Any = torch._dynamo.disable
+    return disable(function, reason="a compiled graph")
 
 
 def mode() -> str:
@@ -66,3 +79,19 @@ def _settings(_hash: bytes) -> str:
 
     values = {name: repr(v) for name, v in config.save_config_portable().items() if not name.startswith(_HOW)}
     return json.dumps(values, sort_keys=True)
+
+
+def bound_to(target: Mapping[str, Json]) -> dict[str, Json]:
+    """What graphs made in this process are bound to; see `key.graph_parts`."""
+    return graph_parts(
+        torch=str(torch.__version__).partition("+")[0],
+        git=str(torch.version.git_version),
+        python=f"{sys.version_info.major}.{sys.version_info.minor}",
+        triton="" if target["backend"] == "cpu" else str(installed("triton") or ""),
+        target=dict(target) if target["backend"] != "cpu" else {"backend": "cpu", "isa": cpu_isa()},
+    )
+
+
+def cpu_isa() -> str:
+    """The vector instructions that Inductor's C++ uses on this machine."""
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -18,7 +18,7 @@ import inspect
 import json
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -214,7 +214,7 @@ def _plain(text: str) -> str:
     return _ADDRESS.sub(")", text.split("  # ", 1)[0].strip())
 
 
-def _value(guard: Guard, scope: Mapping[str, Any]) -> Any:
+def _value(guard: Guard, scope: dict[str, Any]) -> Any:
     try:
         return guard.originating_source.get_value(scope, guards._get_closure_vars(), {})
     except Exception as error:  # the expression may lead through anything
@@ -248,7 +248,7 @@ def _builtins(f_globals: Mapping[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else vars(found)
 
 
-def _take_dispatch_keys(guard: Guard, graph: Any, live: Mapping[str, Any]) -> None:
+def _take_dispatch_keys(guard: Guard, graph: Any, live: dict[str, Any]) -> None:
     recorded = _value(guard, {"L": graph.local_scope, "G": graph.global_scope})
     found = _value(guard, live)
     if isinstance(recorded, FakeTensor) and isinstance(found, torch.Tensor):
@@ -261,6 +261,3 @@ def _place(keys: Any) -> int:
     for key in _MODES:
         keys = keys.remove(key)
     return int(keys.raw_repr())
-
-
-Builder = Callable[..., tuple[Any, str]]

@@ -18,9 +18,12 @@ from typing import Any
 import torch
 import torch._dynamo as dynamo
 from torch._dynamo import config
+from torch._dynamo.output_graph import OutputGraph, get_builtins_dict
 
 from aot_cache.upstream.dynamo_frames import Frame
 from aot_cache.upstream.torch_fake import HostMode
+
+BUILTINS = "__aot_builtins__"
 
 Dynamic = Mapping[str, Sequence[Sequence[int]]]
 """Expression → [dimension, low, high] of what changes; dimension -1 is an integer argument."""
@@ -30,15 +33,36 @@ Dynamic = Mapping[str, Sequence[Sequence[int]]]
 def session(dynamic: Dynamic, most_graphs: int) -> Iterator[None]:
     """Dynamo's settings while the calls of one kind are traced."""
     integers = ",".join(path for path, dims in dynamic.items() if dims[0][0] < 0)
-    with config.patch(
-        recompile_limit=most_graphs,
-        accumulated_recompile_limit=8 * most_graphs,
-        fail_on_recompile_limit_hit=True,
-        automatic_dynamic_shapes=False,  # what is dynamic was seen beforehand
-        suppress_errors=False,
+    with (
+        _lasting_names(),
+        config.patch(
+            recompile_limit=most_graphs,
+            accumulated_recompile_limit=8 * most_graphs,
+            fail_on_recompile_limit_hit=True,
+            automatic_dynamic_shapes=False,  # what is dynamic was seen beforehand
+            suppress_errors=False,
+        ),
     ):
-        with torch.compiler.config.patch(dynamic_sources=integers):
+        compiler: Any = torch.compiler.config
+        with compiler.patch(dynamic_sources=integers):
             yield
+
+
+@contextlib.contextmanager
+def _lasting_names() -> Iterator[None]:
+    """Dynamo numbers the global that holds the builtins; a number of this process may be taken in the one that loads."""
+    graph: Any = OutputGraph
+    original = graph.install_builtins_dict_in_fglobals
+
+    def install(self: Any) -> str:
+        self.global_scope.setdefault(BUILTINS, get_builtins_dict(self.global_scope))
+        return BUILTINS
+
+    graph.install_builtins_dict_in_fglobals = install
+    try:
+        yield
+    finally:
+        graph.install_builtins_dict_in_fglobals = original
 
 
 def mark(frame: Frame, dynamic: Dynamic) -> None:
@@ -62,9 +86,16 @@ def answer(graph: Any) -> Callable[..., Any]:
     """
     output = next(node for node in graph.graph.nodes if node.op == "output")
     bounds = [_bounds(node) for node in output.args[0]]
+    known: dict[Any, list[Any]] = {}
 
     def run(*args: Any) -> Any:
-        results = graph.forward(*args)
+        asked = tuple(_geometry(arg) for arg in args)
+        if asked in known:  # as many layers ask it as the model has, at every point
+            results = [_made(like) for like in known[asked]]
+        else:
+            results = list(graph.forward(*args))
+            if all(isinstance(value, torch.Tensor) and not _shares(value, args) for value in results):
+                known[asked] = [_geometry(value) for value in results]
         for value, dims in zip(results, bounds):
             for dim, low, high in dims:
                 if isinstance(value, torch.Tensor) and value.shape[dim] >= 2:
@@ -74,12 +105,30 @@ def answer(graph: Any) -> Callable[..., Any]:
     return run
 
 
+def _geometry(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad
+
+
+def _made(like: Any) -> torch.Tensor:
+    shape, stride, dtype, device, _ = like
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+
+def _shares(value: torch.Tensor, args: tuple[Any, ...]) -> bool:
+    """Whether a result is one of the arguments or a view of one."""
+    storage = value.untyped_storage()
+    return any(isinstance(arg, torch.Tensor) and arg.untyped_storage()._cdata == storage._cdata for arg in args)
+
+
 def _bounds(node: Any) -> list[tuple[int, int, int]]:
     example = node.meta.get("example_value") if hasattr(node, "meta") else None
     if not isinstance(example, torch.Tensor):
         return []
-    out = []
-    for dim, size in enumerate(example.shape):
+    out: list[tuple[int, int, int]] = []
+    sizes: Any = example.shape
+    for dim, size in enumerate(sizes):
         if isinstance(size, torch.SymInt):
             found = size.node.shape_env.bound_sympy(size.node.expr)
             out.append((dim, max(2, int(found.lower)), int(found.upper) if found.upper.is_finite else sys.maxsize - 1))

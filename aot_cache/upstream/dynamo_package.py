@@ -7,6 +7,7 @@ keeps code objects, needs no source files, and writes nothing anywhere. Seen to 
 from __future__ import annotations
 
 import contextlib
+import re
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -74,3 +75,18 @@ class Package:
 
     def add_backend_id(self, backend_id: str, backend: Any | None = None) -> None:
         self.frame.graphs.append(backend_id)
+
+
+_NUMBERED = re.compile(
+    r".*_\d+_c\d+(_\d+)*|__gen_rand_values_\d+|__warnings_warn_wrapper_\d+|_[0-9a-z]*__builtins_dict.*"
+)
+"""Names of globals that Dynamo makes of an address or a counter (`OutputGraph.install_global_by_id`, `install_global`)."""
+
+
+def numbered_globals(code: types.CodeType) -> list[str]:
+    """Names in `code` that mean something in the process that made it only."""
+    found = [name for name in code.co_names if _NUMBERED.fullmatch(name)]
+    for value in code.co_consts:
+        if isinstance(value, types.CodeType):
+            found += numbered_globals(value)
+    return list(dict.fromkeys(found))

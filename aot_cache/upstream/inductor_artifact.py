@@ -16,7 +16,7 @@ import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Serializable
 
-_SETTINGS = {
+_SETTINGS: dict[str, Any] = {
     "strict_autograd_cache": True,
     "bypass_autograd_cache_key": True,
     "bundled_autograd_cache": True,
@@ -35,6 +35,8 @@ MEASURED = (
 """Choices that Inductor would make by measuring, on a GPU, at a kernel's first call. A build makes none of them: one
 config for a kernel, and the library's own matrix products."""
 
+_NOT_MEASURED: dict[str, Any] = dict.fromkeys(MEASURED, False)
+
 
 def compile_graph(wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs: Any) -> bytes:
     """Compile a Dynamo graph with Inductor and write the result down.
@@ -49,11 +51,16 @@ def compile_graph(wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs:
     asked = wrapper.config
     wrapper.config = {name: value for name, value in asked.items() if name not in MEASURED}
     try:
-        with functorch_config.patch(**_SETTINGS), inductor_config.patch(dict.fromkeys(MEASURED, False)):
+        with functorch_config.patch(_SETTINGS), inductor_config.patch(_NOT_MEASURED):
             compiled = backend(graph, inputs, **kwargs)
     finally:
         wrapper.config = asked
     return bytes(Serializable.serialize_compile_artifacts(Serializable(compiled)))
+
+
+def name_of(graph: Any) -> str:
+    """The global name by which Dynamo's bytecode calls what `graph` is compiled to."""
+    return str(graph._backend_id)
 
 
 def load_graph(data: bytes) -> Any:

@@ -25,7 +25,6 @@ def become(target: Target) -> None:
         torch_cuda.pretend(target, tensors=False)
         triton_driver.pretend(target)
         _stay_off_the_driver()
-    import torch._inductor.compile_fx
     from torch._inductor import config
 
     config.compile_threads = 1  # a graph is compiled in one forked child; its kernels are not spread further
@@ -66,7 +65,8 @@ def _compile_kernels_only() -> None:
         self: Any, warm_cache_only: bool = False, reload_kernel: Any = None, static_triton_bundle_key: str | None = None
     ) -> None:
         """Compile the first config and make no launcher; keep the kernel for upstream's static launcher."""
-        self.configs = self.configs[:1]
+        if self.configs is not None:  # else compiled before: another graph has the same kernel
+            self.configs = self.configs[:1]
         self._precompile_worker()
         if static_triton_bundle_key is not None and self.is_statically_launchable():
             TritonBundler.put_static_autotuner(static_triton_bundle_key, self)

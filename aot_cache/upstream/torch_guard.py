@@ -47,8 +47,12 @@ def ensure() -> None:
                 [compiler, str(source), "-o", str(library), *flags], capture_output=True, text=True, check=False
             )
         except OSError as error:
-            raise TargetError("a C++ compiler, because this torch is built for the CPU only", str(error), "set CXX") from error
+            raise TargetError(
+                "a C++ compiler, because this torch is built for the CPU only", str(error), "set CXX"
+            ) from error
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise TargetError(f"{compiler} to compile against torch's headers", last, "set CXX, or use a CUDA build of torch")
+            raise TargetError(
+                f"{compiler} to compile against torch's headers", last, "set CXX, or use a CUDA build of torch"
+            )
         ctypes.CDLL(str(library))

@@ -51,7 +51,12 @@ def _quick_empty_like(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualT
 
 def _quick_pointwise(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
     source = args[0]
-    if source.known is not None or not source.dtype.is_floating_point or not source.meta_.is_contiguous():
+    if (
+        not isinstance(source, VirtualTensor)
+        or source.known is not None
+        or not source.dtype.is_floating_point
+        or not source.meta_.is_contiguous()
+    ):
         return None
     return VirtualTensor(torch.empty(source.meta_.shape, dtype=source.dtype, device="meta"), None, source.device)
 

@@ -1,0 +1,31 @@
+"""Compiled functions as plain Python, and notice that they were called: for runs that look at something else.
+
+Upstream: `torch/_dynamo/eval_frame.py` (`_callback_from_stance`, asked at each call of a compiled function; what
+`torch.compiler.set_stance("force_eager")` answers is None). Seen to hold: see `versions.TORCH_SEEN`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from aot_cache.upstream import after_import
+
+
+def run_as_python(note: Callable[[], None]) -> None:
+    """From now on nothing is compiled in this process, and `note()` is called where a compiled function is.
+
+    Imports nothing: a process that compiles nothing does not pay for Dynamo.
+    """
+
+    def patch() -> None:
+        module: Any = sys.modules["torch._dynamo.eval_frame"]
+
+        def _callback_from_stance(callback: Any) -> None:
+            if callback not in (None, False):
+                note()
+
+        module._callback_from_stance = _callback_from_stance
+
+    after_import.after_import("torch._dynamo.eval_frame", patch)

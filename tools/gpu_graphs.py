@@ -1,0 +1,327 @@
+#!/usr/bin/env python3
+"""Check on a real GPU what aot-cache claims of compiled graphs, and print one JSON record (`gpu_check.py --only graphs`).
+
+    python tools/gpu_graphs.py [--recipe layers:recipe] [--bundle BUNDLE] [--target h200] [--every 1] [--out RECORD.json]
+
+Without `--bundle` it is built first, with the GPU and its driver library hidden, on two cores. Then, each in a fresh
+process with empty caches: `serve` makes every declared point's first call inside a capture; `plain` is the same with
+ordinary `torch.compile`, for the numerics that ours are held against. Exit code 0 when every claim holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import glob
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+Json = Any
+HARMFUL = {"compile", "disk_hit", "tuning", "benchmark", "module_load", "gcc", "frame", "graph_compile"}
+COMPARED = 8
+"""Points of each case at which numerics are held against ordinary `torch.compile`."""
+
+
+class Independent:
+    """Counts events by hooking upstream itself, beside the ledger: the two must agree."""
+
+    def __init__(self) -> None:
+        import torch._inductor.codecache  # noqa: F401  # so that all of it is there to be hooked
+        import triton.compiler
+        from torch._dynamo import convert_frame
+        from torch._inductor import compile_fx, cpp_builder
+        from torch._inductor.runtime import static_triton_launcher, triton_heuristics
+        from triton.runtime import autotuner
+
+        self.counts: Counter[str] = Counter()
+        self._wrap(convert_frame, "_compile", "frame")
+        self._wrap(compile_fx, "compile_fx", "graph_compile")
+        self._wrap(triton.compiler, "compile", "compile")
+        self._wrap(autotuner.Autotuner, "_bench", "benchmark")
+        self._wrap(triton_heuristics.CachingAutotuner, "bench", "benchmark")
+        self._wrap(static_triton_launcher.StaticallyLaunchedTritonKernel, "load_kernel", "module_load")
+        self._wrap(cpp_builder.CppBuilder, "build", "gcc")
+        self._wrap(triton.runtime.build.subprocess, "check_call", "gcc")
+
+    def watch_driver(self) -> None:
+        from triton.runtime.driver import driver
+
+        self._wrap(driver.active.utils, "load_binary", "module_load")
+
+    def _wrap(self, owner: Any, name: str, kind: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.counts[kind] += 1
+            return original(*args, **kwargs)
+
+        setattr(owner, name, counted)
+
+
+def relative(found: Any, wanted: Any) -> float:
+    """Relative norm of the difference."""
+    found, wanted = found.double(), wanted.double()
+    return float((found - wanted).norm() / max(float(wanted.norm()), 1e-30))
+
+
+def compared(points: list[dict[str, int]]) -> list[int]:
+    """A spread of points with both ends, the same on every run."""
+    last = len(points) - 1
+    return sorted({round(last * n / (COMPARED - 1)) for n in range(COMPARED)})
+
+
+def prime_libraries() -> None:
+    """cuBLAS and cuDNN make their handles at first use, which no capture allows, with or without us."""
+    import torch
+
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream), torch.no_grad():
+            for dtype in (torch.bfloat16, torch.float32):
+                w = torch.randn(64, 64, device="cuda", dtype=dtype)
+                w @ w, torch.bmm(w[None], w[None]), torch.baddbmm(w[None], w[None], w[None])
+                torch.nn.functional.conv1d(w[None], torch.randn(64, 1, 4, device="cuda", dtype=dtype), groups=64)
+    torch.cuda.synchronize()
+
+
+def eager(call: Any) -> Any:
+    import torch
+
+    with torch.compiler.set_stance("force_eager"):
+        return call()
+
+
+def part_serve(options: argparse.Namespace) -> Json:
+    """Every point's first call inside a capture, with the bundle."""
+    began = time.perf_counter()
+    import torch
+
+    import aot_cache
+    from aot_cache import recipe as recipes
+    from aot_cache.shapes import enumerate_points
+
+    aot_cache.load(options.bundle, strict=True)
+    recipe = recipes.load(options.recipe)
+    import torch._dynamo
+
+    independent = Independent()
+    imported = time.perf_counter() - began
+    torch.zeros(1, device="cuda")
+    prime_libraries()
+    independent.watch_driver()
+    independent.counts.clear()
+    began = time.perf_counter()
+    aot_cache.ready(strict=True)
+    ready_seconds = time.perf_counter() - began
+    while_loading = dict(independent.counts)
+    independent.counts.clear()
+    aot_cache.seal()
+    errors: dict[str, dict[str, float]] = {}
+    failed, captured, slowest, stream = [], 0, 0.0, torch.cuda.Stream()
+    for case in recipe.cases:
+        points = enumerate_points(case.dims).points
+        check = set(compared(points))
+        for number in sorted({*range(0, len(points), options.every), *check}):
+            name = ", ".join(f"{k}={v}" for k, v in points[number].items())
+            try:
+                with case.modes():
+                    torch.manual_seed(number)
+                    call = case.call(points[number])
+                    graph = torch.cuda.CUDAGraph()
+                    torch.cuda.synchronize()
+                    began = time.perf_counter()
+                    with torch.cuda.graph(graph, stream=stream):
+                        out = call()
+                    slowest = max(slowest, time.perf_counter() - began)
+                    graph.replay()
+                    torch.cuda.synchronize()
+                    captured += 1
+                    if number in check:
+                        errors.setdefault(case.name, {})[name] = relative(out, eager(call))
+            except Exception as lost:
+                failed.append(f"{case.name} {name}: {type(lost).__name__}: {str(lost).splitlines()[0][:200]}")
+                if len(failed) > 20:
+                    break
+    stats = aot_cache.stats()
+    return {
+        "captured": captured,
+        "failed": failed,
+        "import_seconds": round(imported, 2),
+        "ready_seconds": round(ready_seconds, 3),
+        "slowest_first_call_seconds": round(slowest, 4),
+        "events_while_loading": while_loading,
+        "independent_after_ready": dict(independent.counts),
+        "ledger_after_seal": {k: v for k, v in stats["after_seal"].items() if v},
+        "events": dict(Counter(f"{e['kind']} {e['name']}" for e in stats["events"] if e["sealed"])),
+        "graphs": stats["graphs"],
+        "errors": errors,
+    }
+
+
+def part_plain(options: argparse.Namespace) -> Json:
+    """Ordinary `torch.compile` at the compared points: its numerics, and what it compiles."""
+    import torch
+    from torch._dynamo import config
+
+    from aot_cache import recipe as recipes
+    from aot_cache.shapes import enumerate_points
+
+    config.assume_static_by_default = False  # dynamic from the first call, as the bundle's graphs are
+    recipe = recipes.load(options.recipe)
+    independent = Independent()
+    errors: dict[str, dict[str, float]] = {}
+    for case in recipe.cases:
+        points = enumerate_points(case.dims).points
+        for number in compared(points)[::-1]:
+            name = ", ".join(f"{k}={v}" for k, v in points[number].items())
+            with case.modes():
+                torch.manual_seed(number)
+                call = case.call(points[number])
+                errors.setdefault(case.name, {})[name] = relative(call(), eager(call))
+    return {"errors": errors, "events": dict(independent.counts)}
+
+
+# --- building, with nothing of a GPU in sight ----------------------------------------------------------------------------
+
+
+def build(options: argparse.Namespace, store: Path) -> Json:
+    """Build the bundle on two cores in a process that sees no GPU and cannot open its driver library."""
+    inner = [sys.executable, "-m", "aot_cache.cli", "build", "--model", options.recipe, "--target", options.target]
+    inner += ["--store", str(store), "--json"]
+    libraries = sorted({os.path.realpath(p) for d in _library_folders() for p in glob.glob(f"{d}/libcuda.so*")})
+    hide = " && ".join(f"mount --bind /dev/null {path}" for path in libraries) or "true"
+    probe = "import ctypes\ntry: ctypes.CDLL('libcuda.so.1'); print('found')\nexcept OSError: print('hidden')"
+    script = f'{hide} && {sys.executable} -c "$PROBE" 1>&2 && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", *inner]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": _path(), "PROBE": probe}
+    began = time.perf_counter()
+    done = subprocess.run(
+        ["taskset", "-c", "0,1", *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=HERE.parent,
+    )
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        return {"error": done.stderr.strip().splitlines()[-10:] + done.stdout.strip().splitlines()[-5:]}
+    built = json.loads(done.stdout)["bundles"][0]
+    kept = {k: built[k] for k in ("units", "graphs", "compiled", "size", "points", "digest", "failed")}
+    return {**kept, "path": built["path"], "seconds": round(seconds, 1), "driver": done.stderr.split()[:1], "cores": 2}
+
+
+def _library_folders() -> list[str]:
+    found = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True, check=False).stdout
+    paths = [line.split("=>")[1].strip() for line in found.splitlines() if "libcuda.so" in line]
+    return sorted(
+        {os.path.dirname(path) for path in paths} | set(os.environ.get("LD_LIBRARY_PATH", "").split(":")) - {""}
+    )
+
+
+def _path() -> str:
+    return os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+
+
+def run_part(name: str, options: argparse.Namespace, bundle: str) -> Json:
+    """One part in a fresh process with empty caches and no C compiler."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder, "answer.json")
+        environment = {
+            **os.environ,
+            "PYTHONPATH": _path(),
+            "TRITON_CACHE_DIR": f"{folder}/triton",
+            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+            "ANSWER": str(answer),
+        }
+        if name == "serve":
+            environment["CC"] = environment["CXX"] = "/bin/false"
+        command = [sys.executable, __file__, "--part", name, "--recipe", options.recipe, "--every", str(options.every)]
+        done = subprocess.run(
+            [*command, "--bundle", bundle], env=environment, capture_output=True, text=True, check=False, timeout=540
+        )
+        if done.returncode or not answer.exists():
+            return {"error": done.stderr.strip().splitlines()[-12:]}
+        found: Json = json.loads(answer.read_text())
+        return found
+
+
+def claims(record: Json) -> dict[str, bool]:
+    """What the record shows."""
+    serve, plain = record["serve"], record["plain"]
+    if "error" in serve or "error" in plain:
+        return {"both parts ran": False}
+    ratios = [
+        (serve["errors"][case][point], plain["errors"][case][point])
+        for case in plain["errors"]
+        for point in plain["errors"][case]
+    ]
+    record["worst_ours"], record["worst_plain"] = max(a for a, _ in ratios), max(b for _, b in ratios)
+    record["worst_ratio"] = max(a / b for a, b in ratios if b > 0)
+    return {
+        "every declared point captured at its first call": serve["captured"] > 0 and not serve["failed"],
+        "ledger: zero events after ready": not HARMFUL & set(serve["ledger_after_seal"]),
+        "independent hooks: zero events after ready": not serve["independent_after_ready"],
+        "numerics no worse than ordinary torch.compile's times 1.05": all(a <= b * 1.05 + 1e-4 for a, b in ratios),
+        "without the bundle the same calls compile": plain["events"].get("frame", 0) > 0,
+    }
+
+
+def check(options: argparse.Namespace) -> Json:
+    """All parts, as one record."""
+    import torch
+    import triton
+
+    with contextlib.ExitStack() as stack:
+        store = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        record: Json = {
+            "what": "compiled graphs: first call inside a capture",
+            "commit": os.environ.get("AOT_CACHE_COMMIT", ""),
+            "recipe": options.recipe,
+            "machine": torch.cuda.get_device_name(0),
+            "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0]},
+        }
+        bundle = options.bundle
+        if not bundle:
+            record["build"] = build(options, store)
+            if "error" in record["build"]:
+                return {**record, "claims": {"the bundle was built": False}}
+            bundle = record["build"].pop("path")
+            if options.keep:
+                Path(options.keep).write_bytes(Path(bundle).read_bytes())
+        record["serve"] = run_part("serve", options, bundle)
+        record["plain"] = run_part("plain", options, bundle)
+        record["claims"] = claims(record)
+    return record
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="layers:recipe")
+    parser.add_argument("--bundle")
+    parser.add_argument("--target", default="h200")
+    parser.add_argument("--every", type=int, default=1, help="of the declared points, capture each n-th")
+    parser.add_argument("--keep", help="where to leave the bundle that was built")
+    parser.add_argument("--part")
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    if options.part:
+        Path(os.environ["ANSWER"]).write_text(json.dumps(globals()[f"part_{options.part}"](options)))
+        return 0
+    record = check(options)
+    text = json.dumps(record, indent=1)
+    print(text)
+    if options.out:
+        Path(options.out).write_text(text + "\n")
+    return 0 if all(record["claims"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
