@@ -248,7 +248,7 @@ def run_part(name: str, options: argparse.Namespace, bundle: str) -> Json:
             [*command, "--bundle", bundle], env=environment, capture_output=True, text=True, check=False, timeout=540
         )
         if done.returncode or not answer.exists():
-            return {"error": done.stderr.strip().splitlines()[-12:]}
+            return {"error": [line for line in done.stderr.splitlines() if line.strip() and "^^^" not in line][-60:]}
         found: Json = json.loads(answer.read_text())
         return found
 

@@ -30,8 +30,8 @@ ROTARY = HEAD // 4
 @torch.library.custom_op("aot_layers::gated_delta", mutates_args=())
 def gated_delta(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
     """fla's recurrent kernel, for any number of tokens."""
-    inputs = (t.contiguous() for t in (q, k, v, g.float(), beta))
-    return fused_recurrent_gated_delta_rule(*inputs, use_qk_l2norm_in_kernel=True)[0]
+    q, k, v, g, beta = (t.contiguous() for t in (q, k, v, g.float(), beta))
+    return fused_recurrent_gated_delta_rule(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0]
 
 
 @gated_delta.register_fake
