@@ -12,7 +12,7 @@ from __future__ import annotations
 from aot_cache.errors import AotCacheError
 from aot_cache.recipe import Call, Case, Recipe, declare, device
 from aot_cache.runtime.kernels import Report
-from aot_cache.runtime.loader import AotCacheWarning, load, prime, seal, stats
+from aot_cache.runtime.loader import AotCacheWarning, explain, load, prime, seal, stats
 from aot_cache.runtime.record import recording
 from aot_cache.shapes import Range, Values
 from aot_cache.tune import ready
@@ -31,6 +31,7 @@ __all__ = [
     "__version__",
     "declare",
     "device",
+    "explain",
     "load",
     "prime",
     "ready",

@@ -147,6 +147,8 @@ def part_serve(options: argparse.Namespace) -> Json:
                         errors.setdefault(case.name, {})[name] = relative(out, eager(call))
             except Exception as lost:
                 failed.append(f"{case.name} {name}: {type(lost).__name__}: {str(lost).splitlines()[0][:200]}")
+                with contextlib.suppress(Exception), case.modes():
+                    failed.append(str(aot_cache.explain(call))[:1500])
                 if len(failed) > 20:
                     break
     stats = aot_cache.stats()

@@ -261,6 +261,8 @@ class Runs:
                                 self.run(self.cases[number], self.points[number][point])
                             if job.failed:
                                 return _Answer(failed=job.failed)
+            if not job.met:
+                return _Answer(failed="the call was made when it was looked at, and not when it was to be traced")
             return _Answer(job.results(store), strange=sorted(job.strange), fresh=True)
         except Exception as error:
             if os.environ.get("AOT_CACHE_DEBUG") == "1":
@@ -301,6 +303,7 @@ class _Job:
 
     def __init__(self, kind: Kind, kinds: Iterable[Kind]) -> None:
         self.kind = kind
+        self.met = False
         self.strange: set[tuple[int, int]] = set()
         self._known: dict[str, list[Kind]] = {}
         for other in kinds:
@@ -322,6 +325,7 @@ class _Job:
                 self.strange.add(self.at)
             return dynamo_frames.run_without_compiling()
         if mine:
+            self.met = True
             dynamo_inputs.mark(frame, self.kind.dynamic())
         package = Package(frame.code, frame.module)
         answer = compile_frame(package)

@@ -12,7 +12,7 @@ import itertools
 import json
 import threading
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,6 +165,10 @@ def differing(bound: Mapping[str, Json], target: Mapping[str, Json]) -> list[Par
     return [part for part in parts if not part.same]
 
 
+def _short(graph: Mapping[str, Json]) -> str:
+    return str(next(iter(graph["graphs"]), graph["bytecode"][:24]))
+
+
 class Miss:
     """Answers Dynamo's misses from all bundles of this process, and counts the rest."""
 
@@ -184,6 +188,28 @@ class Miss:
 
     def wanted(self, code: types.CodeType) -> bool:
         return any(graphs.wanted(code) for graphs in self.sets)
+
+    def explain(self, call: Callable[[], Any]) -> list[dict[str, Json]]:
+        """Make a call without compiling anything, and say of each frame that misses why."""
+        out: list[dict[str, Json]] = []
+
+        def look(frame: Frame, _go_on: Any) -> Any:
+            reasons = [(graph, why) for graphs in self.sets for graph, why in graphs.reasons(frame)]
+            out.append(
+                {
+                    "function": f"{frame.module}:{getattr(frame.code, 'co_qualname', frame.code.co_name)}",
+                    "place": f"{frame.code.co_filename}:{frame.code.co_firstlineno}",
+                    "graphs": [{"graph": _short(graph), "why": why} for graph, why in reasons],
+                }
+            )
+            return dynamo_frames.run_without_compiling()
+
+        undo = dynamo_frames.instead_of_compiling(look)
+        try:
+            call()
+        finally:
+            undo()
+        return out
 
     def find(self, frame: Frame) -> Found | None:
         for graphs in self.sets:

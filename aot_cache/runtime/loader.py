@@ -182,6 +182,23 @@ def stats() -> dict[str, Any]:
     return {**LEDGER.to_json(), "bundles": [kernels.report.to_json() for kernels in _sets], "graphs": graphs}
 
 
+def explain(call: Any, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+    """Make the call with nothing compiled, and say for each compiled function in it that misses why it does.
+
+    Args:
+        call: what to call, with `args` and `kwargs`; its side effects happen.
+
+    Returns:
+        For each frame that Dynamo would trace: `function`, `place` (file:line) and `graphs`, each with the first guard
+        or part of its key that the call fails (`why`). Empty when everything hits.
+    """
+
+    if _miss is None:
+        _arm_graphs_unharmed()
+    found: list[dict[str, Any]] = _miss.explain(lambda: call(*args, **kwargs))
+    return found
+
+
 def loaded() -> list[KernelSet]:
     """The bundles in this process."""
     return list(_sets)

@@ -7,6 +7,7 @@ Upstream: `torch/_dynamo/convert_frame.py` (`CatchErrorsWrapper`, `_compile`), `
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections.abc import Callable
@@ -80,6 +81,7 @@ def instead_of_compiling(handler: Instead) -> Callable[[], None]:
     original = convert_frame._compile
     signature = inspect.signature(original)
 
+    @functools.wraps(original)  # another hook reads its signature
     def _compile(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         frame = Frame(

@@ -31,7 +31,8 @@ Dynamic = Mapping[str, Sequence[Sequence[int]]]
 
 @contextlib.contextmanager
 def session(dynamic: Dynamic, most_graphs: int) -> Iterator[None]:
-    """Dynamo's settings while the calls of one kind are traced."""
+    """Dynamo's settings while the calls of one kind are traced; what was compiled before is forgotten."""
+    dynamo.reset()
     integers = ",".join(path for path, dims in dynamic.items() if dims[0][0] < 0)
     with (
         _lasting_names(),

@@ -15,6 +15,7 @@ import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Serializable
+from torch._inductor.async_compile import CompiledTritonKernels
 
 _SETTINGS: dict[str, Any] = {
     "strict_autograd_cache": True,
@@ -48,6 +49,8 @@ def compile_graph(wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs:
     Raises:
         Exception: whatever Inductor raises.
     """
+    seen: Any = CompiledTritonKernels
+    seen.cache_clear()  # a kernel that another graph has, too, would be missing from this one's artifact
     asked = wrapper.config
     wrapper.config = {name: value for name, value in asked.items() if name not in MEASURED}
     try:
