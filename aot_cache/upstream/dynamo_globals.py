@@ -24,6 +24,7 @@ from aot_cache.upstream.versions import installed
 Json = Any
 
 _HOW = (
+    # How compiling is done, by whom and with what notes, not what comes out of it.
     "compile_threads",
     "worker_",
     "torchinductor_worker",
@@ -31,8 +32,19 @@ _HOW = (
     "log_",
     "profile_bandwidth",
     "autotune_num_choices",
+    "aot_inductor",
+    "test_configs",
+    "TYPE_CHECKING",
+    # Backends that `torch.compile` does not use for the targets of aot-cache's table.
+    "halide.",
+    "xpu.",
+    "tpu_",
+    "cutlass.",
+    "cuda.cutlass",
+    "rocm.",
+    "cpp.cxx",
 )
-"""Settings of how compiling is done, not of what comes out of it, by their beginnings."""
+"""Settings that do not count, by their beginnings."""
 
 
 def install_modules(imports: Mapping[str, str], f_globals: dict[str, Any]) -> None:
