@@ -81,7 +81,14 @@ def graph_parts(*, torch: str, git: str, python: str, triton: str, target: Mappi
 def objects_of(graph: Mapping[str, Json]) -> set[str]:
     """Digests of everything that a graph needs of the store."""
     resumes = [resume["code"] for resume in graph["resumes"].values()]
-    return {graph["guard_state"], graph["bytecode"], graph["settings"], *graph["graphs"].values(), *resumes}
+    return {
+        graph["guard_state"],
+        graph["bytecode"],
+        graph["settings"],
+        *graph["graphs"].values(),
+        *graph["libraries"].values(),
+        *resumes,
+    }
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
+from net import Net, with_weights
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 
@@ -82,17 +83,8 @@ def layers(kind: str, size: str) -> list[torch.nn.Module]:
     for place in places:
         with torch.device("meta"):
             layer = qwen.Qwen3_5DecoderLayer(config, place)
-        made.append(_with_weights(layer))
+        made.append(with_weights(layer))
     return made
-
-
-def _with_weights(module: torch.nn.Module) -> torch.nn.Module:
-    """`module` with normal weights in bfloat16 on the device."""
-    for part in module.modules():
-        for name, weight in list(part.named_parameters(recurse=False)):
-            values = torch.randn(weight.shape, dtype=torch.bfloat16, device=device()) * 0.02
-            setattr(part, name, torch.nn.Parameter(values, requires_grad=False))
-    return module.eval()
 
 
 def each_layer(kind: str, size: str, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -127,7 +119,7 @@ compiled_norms = torch.compile(norms, fullgraph=True)
 def _norm_modules() -> tuple[torch.nn.Module, torch.nn.Module]:
     with torch.device("meta"):
         pair = qwen.Qwen3_5RMSNorm(DELTA_HEAD), qwen.Qwen3_5RMSNormGated(DELTA_HEAD)
-    return _with_weights(pair[0]), _with_weights(pair[1])
+    return with_weights(pair[0]), with_weights(pair[1])
 
 
 @declare(rows=Range(1, 512), mode="inference")
@@ -136,39 +128,12 @@ def norm(rows: int) -> Call:
     return Call(compiled_norms, *_norm_modules(), x, torch.randn_like(x))
 
 
-class GatedMLP(torch.nn.Module):
-    """A norm and a gated MLP, with a residual."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = torch.nn.RMSNorm(width)
-        self.gate, self.up = (torch.nn.Linear(width, 2 * width, bias=False) for _ in range(2))
-        self.down = torch.nn.Linear(2 * width, width, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.norm(x)
-        return x + self.down(torch.nn.functional.silu(self.gate(y)) * self.up(y))
-
-
-class Net(torch.nn.Module):
-    """Twelve gated MLPs."""
-
-    def __init__(self, width: int = 1024, depth: int = 12) -> None:
-        super().__init__()
-        self.layers = torch.nn.ModuleList(GatedMLP(width) for _ in range(depth))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 @cache
 def net_module() -> Any:
     """The net, compiled as a module."""
     with torch.device("meta"):
         net = Net()
-    return torch.compile(_with_weights(net))
+    return torch.compile(with_weights(net))
 
 
 @declare(batch=Range(1, 512), mode="no_grad")

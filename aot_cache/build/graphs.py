@@ -32,6 +32,7 @@ from aot_cache.upstream import (
     dynamo_guards,
     dynamo_inputs,
     inductor_artifact,
+    inductor_cpp,
     python_code,
 )
 from aot_cache.upstream.dynamo_frames import Frame
@@ -314,6 +315,7 @@ class _Job:
         self.written = dynamo_guards.Written()
         self._frames: list[tuple[CompiledFrame, dict[str, str], dict[str, Json]]] = []
         self._artifacts: dict[str, bytes] = {}
+        self._libraries: dict[str, dict[str, bytes]] = {}
         self._users: dict[str, dict[int, set[int]]] = {}
 
     def handle(self, frame: Frame, compile_frame: Any) -> Any:
@@ -361,7 +363,9 @@ class _Job:
 
         def compiled(wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs: Any) -> Any:
             name = inductor_artifact.name_of(graph)
-            self._artifacts[name] = inductor_artifact.compile_graph(wrapper, backend, graph, inputs, **kwargs)
+            with inductor_cpp.keeping() as libraries:
+                self._artifacts[name] = inductor_artifact.compile_graph(wrapper, backend, graph, inputs, **kwargs)
+            self._libraries[name] = libraries
             run = dynamo_inputs.answer(graph)
 
             def answer(*args: Any) -> Any:
@@ -396,6 +400,7 @@ class _Job:
             digest = store.put(python_code.dump(code, {}, f"<{module}>"))
             names[name] = f"__aot_resume_{digest[:24]}"
             resumes[names[name]] = {"module": module, "code": digest, "free": bool(code.co_freevars)}
+        libraries = {source: data for name in made.graphs for source, data in self._libraries[name].items()}
         points: dict[int, set[int]] = {}
         for name in made.graphs:
             for case, at in self._users.get(name, {}).items():
@@ -410,6 +415,7 @@ class _Job:
             "guard_state": store.put(made.guards),
             "bytecode": store.put(python_code.dump(made.dynamo_code, names, f"<{made.module}>")),
             "graphs": {names[name]: artifacts[name] for name in made.graphs},
+            "libraries": {source: store.put(data) for source, data in sorted(libraries.items())},
             "imports": dict(sorted({**made.imports, **modules}.items())),
             "resumes": resumes,
             "inlined": _inlined(made.inlined),

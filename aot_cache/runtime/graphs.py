@@ -24,6 +24,7 @@ from aot_cache.upstream import (
     dynamo_globals,
     dynamo_guards,
     inductor_artifact,
+    inductor_cpp,
     inductor_events,
     python_code,
     torch_capture,
@@ -59,6 +60,7 @@ class GraphSet:
         for number, graph in enumerate(self._graphs):
             self._by_code.setdefault(graph["code"], []).append(number)
         self._artifacts = {name: digest for graph in self._graphs for name, digest in graph["graphs"].items()}
+        self._libraries = {source: digest for graph in self._graphs for source, digest in graph["libraries"].items()}
         self._functions: dict[str, Any] = {}
         self._codes: dict[str, types.CodeType] = {}
         self._numbers = itertools.count(1)
@@ -149,10 +151,15 @@ class GraphSet:
 
     def _function(self, name: str, digest: str) -> Any:
         if name not in self._functions:
-            made = inductor_artifact.load_graph(self._bundle.object(digest))
+            with inductor_cpp.serving(self._library):
+                made = inductor_artifact.load_graph(self._bundle.object(digest))
             self._functions[name] = dynamo_globals.not_traced(made)
             self.loaded.primed = len(self._functions)
         return self._functions[name]
+
+    def _library(self, source: str) -> bytes | None:
+        digest = self._libraries.get(source)
+        return self._bundle.object(digest) if digest is not None else None
 
 
 def differing(bound: Mapping[str, Json], target: Mapping[str, Json]) -> list[Part]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+_NAME = 96
+
 if TYPE_CHECKING:
     from aot_cache.target import Target
 
@@ -55,9 +57,9 @@ def _compile_kernels_only() -> None:
     from torch._inductor.runtime import triton_helpers, triton_heuristics
     from torch._inductor.triton_bundler import TritonBundler
 
-    for module in [triton_helpers, *list(sys.modules.values())]:
-        if getattr(module, "set_driver_to_gpu", None) is not None:
-            found: Any = module
+    for imported in [triton_helpers, *list(sys.modules.values())]:
+        if getattr(imported, "set_driver_to_gpu", None) is not None:
+            found: Any = imported
             found.set_driver_to_gpu = lambda: None  # it would put the real driver back
     autotuner: Any = triton_heuristics.CachingAutotuner
 
@@ -68,10 +70,19 @@ def _compile_kernels_only() -> None:
         if self.configs is not None:  # else compiled before: another graph has the same kernel
             self.configs = self.configs[:1]
         self._precompile_worker()
-        if static_triton_bundle_key is not None and self.is_statically_launchable():
+        if not self.is_statically_launchable():
+            name = getattr(self.fn, "__name__", "a kernel")
+            raise RuntimeError(f"{name} cannot be launched without compiling a C launcher where it is loaded")
+        if static_triton_bundle_key is not None:
             TritonBundler.put_static_autotuner(static_triton_bundle_key, self)
 
     autotuner.precompile = precompile
+    from torch._inductor.codegen import triton as codegen
+
+    module: Any = codegen
+    full_name = module.get_fused_kernel_name
+    # Triton cuts file names off at 150 characters, and the static launcher then does not find the kernel's binary.
+    module.get_fused_kernel_name = lambda *args, **kwargs: full_name(*args, **kwargs)[:_NAME]
 
 
 def _constants_on_the_cpu() -> None:

@@ -1,0 +1,102 @@
+"""The shared libraries that Inductor compiles for the CPU: keep them when a graph is compiled, hand them out when it is loaded.
+
+An artifact holds C++ source, which upstream compiles again wherever its own cache folder does not have it, with a key that
+holds paths. Here a library is found by the source it was made from. Whoever loads checks that the processor is the same
+kind (`dynamo_globals.cpu_isa`).
+
+Upstream: `torch/_inductor/codecache.py` (`CppCodeCache.load_async`, `_load_library`). Seen to hold: see
+`versions.TORCH_SEEN`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch._inductor.codecache import CppCodeCache
+
+Lookup = Callable[[str], bytes | None]
+
+
+def _source_digest(cls: Any, main: str, device: str, flags: Any, optimized: str | None) -> str:
+    return hashlib.sha256(repr((cls.__name__, main, device, tuple(flags), optimized)).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _instead(load: Callable[..., Any]) -> Iterator[None]:
+    """`load(original, cls, source digest, *args, **kwargs)` in place of `CppCodeCache.load_async`."""
+    cache: Any = CppCodeCache
+    original = cache.__dict__["load_async"]
+
+    def load_async(
+        cls: Any,
+        /,
+        main_code: str,
+        device_type: str = "cpu",
+        submit_fn: Any = None,
+        extra_flags: Any = (),
+        optimized_code: str | None = None,
+        **rest: Any,
+    ) -> Any:
+        digest = _source_digest(cls, main_code, device_type, extra_flags, optimized_code)
+        args = (main_code, device_type, submit_fn, extra_flags, optimized_code)
+        return load(original.__func__, cls, digest, *args, **rest)
+
+    cache.load_async = classmethod(load_async)
+    try:
+        yield
+    finally:
+        cache.load_async = original
+
+
+@contextlib.contextmanager
+def keeping() -> Iterator[dict[str, bytes]]:
+    """Collect the libraries that are compiled inside, by the digest of their source."""
+    kept: dict[str, bytes] = {}
+    cache: Any = CppCodeCache
+    paths: dict[str, str] = {}
+    load_library = cache.__dict__["_load_library"]
+
+    def _load_library(cls: Any, path: str, key: str) -> Any:
+        paths[key] = path
+        return load_library.__func__(cls, path, key)
+
+    def load(original: Any, cls: Any, digest: str, *args: Any, **rest: Any) -> Any:
+        finish = original(cls, *args, **rest)
+
+        def finished() -> Any:
+            library = finish()
+            kept[digest] = Path(paths[library.key]).read_bytes()
+            return library
+
+        return finished
+
+    cache._load_library = classmethod(_load_library)
+    try:
+        with _instead(load):
+            yield kept
+    finally:
+        cache._load_library = load_library
+
+
+@contextlib.contextmanager
+def serving(lookup: Lookup) -> Iterator[None]:
+    """Libraries that `lookup` knows by the digest of their source are loaded from there; the others are compiled."""
+
+    def load(original: Any, cls: Any, digest: str, *args: Any, **rest: Any) -> Any:
+        data = lookup(digest)
+        return original(cls, *args, **rest) if data is None else lambda: _load(cls, digest, data)
+
+    with _instead(load):
+        yield
+
+
+def _load(cls: Any, digest: str, data: bytes) -> Any:
+    with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:  # private: the linker keeps what it has mapped
+        path = Path(folder, f"{digest[:32]}.so")
+        path.write_bytes(data)
+        return cls._load_library(str(path), digest[:32])
