@@ -19,9 +19,10 @@ import pytest
 
 from aot_cache import manifest
 from aot_cache import target as targets
-from aot_cache.build import pipeline, pool, stamp
+from aot_cache.build import pipeline, pool, stamp, virtual_device
 from aot_cache.build.pipeline import Built, Request
 from aot_cache.errors import AotCacheError, DeclarationError, StoreUnwritable, TargetError, UnknownName
+from aot_cache.plan import CallPlan, Plan
 from aot_cache.store import read_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -376,9 +377,37 @@ def test_a_recipe_that_cannot_be_had(bad: Project, model: str, error: type[AotCa
         bad.build(model=model)
 
 
-def test_a_target_that_triton_has_no_backend_for(bad: Project) -> None:
+def test_the_cpu_has_no_kernels(bad: Project) -> None:
+    """Triton compiles for GPUs only: for `cpu` there are compiled graphs, of which this recipe has none."""
     with pytest.raises(TargetError, match="Triton compiles for GPUs only"):
-        bad.build(target=targets.get("cpu"))
+        virtual_device.become(targets.get("cpu"))
+    built = bad.build(target=targets.get("cpu"))
+    assert (built.units, built.graphs, built.compiled, built.failed) == (0, 0, 0, [])
+    found = manifest.whole(read_bundle(built.path, built.digest))
+    assert (found["kernels"], found["units"], found["native"]) == ([], [], [])
+    assert bad.build(target=targets.get("cpu")).nothing_to_do
+
+
+@pytest.mark.xfail(
+    strict=True, reason="pipeline._run_workers runs no stage for a plan and `cpu`, then misses its own scratch file"
+)
+def test_a_plan_of_kernels_for_the_cpu(bad: Project, tmp_path: Path) -> None:
+    Plan("project", "h200").write(tmp_path / "kernels.plan.json")
+    with pytest.raises(AotCacheError) as caught:
+        bad.build(model=None, plan=tmp_path / "kernels.plan.json", target=targets.get("cpu"))
+    assert "aot-cache-" not in str(caught.value), "a scratch folder's path says nothing to the user"
+
+
+@pytest.mark.xfail(strict=True, reason="a build from a plan leaves its calls out, and calls itself complete")
+def test_a_plan_with_calls_is_not_complete_without_their_graphs(bad: Project, tmp_path: Path) -> None:
+    call = CallPlan("project:f", 3, "0" * 16, "inference", {"backend": "inductor"}, {})
+    Plan("project", "h200", calls=[call]).write(tmp_path / "calls.plan.json")
+    try:
+        built = bad.build(model=None, plan=tmp_path / "calls.plan.json")
+    except AotCacheError as error:  # to refuse it is right as well
+        assert "project:f" in str(error)
+    else:
+        assert built.graphs or built.failed
 
 
 def test_a_store_that_is_no_folder(bad: Project, tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ class Pipeline:
         if request.target.id == "b200":
             raise StoreUnwritable("to write there", "no space")
         path = Path("b.safetensors")
-        return Built(request.target.id, path, "d" * 64, 9, 1, 1, 0, [], sampled=["twice.n"], points=1, seconds=0.1)
+        return Built(request.target.id, path, "d" * 64, 9, 1, 0, 1, 0, [], sampled=["twice.n"], points=1, seconds=0.1)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import warnings
@@ -32,12 +33,30 @@ LAYERS = (
 # What imports no torch and no Triton: finding that there is nothing to do takes milliseconds, not seconds.
 LIGHT = ("aot_cache", "aot_cache.auto", "aot_cache.cli", "aot_cache.build.pipeline", "aot_cache.runtime.loader")
 
-# Triton's rooms that are not `triton` and `triton.language`: they have no promise of staying as they are.
-TRITON_INSIDE = ("triton.runtime", "triton.compiler", "triton.backends", "triton.knobs")
+# Rooms without an underscore in their name that have no promise of staying as they are, either: Triton's, but for
+# `triton` and `triton.language`, and the symbolic shapes and proxies under torch.fx.
+INSIDE = ("triton.runtime", "triton.compiler", "triton.backends", "triton.knobs", "torch.fx.experimental")
+
+# torch's rooms that compile, by the name that each is private under: the check of private names must know them all.
+TORCH_INSIDE = (
+    "torch._dynamo",
+    "torch._inductor",
+    "torch._functorch",
+    "torch._guards",
+    "torch._subclasses",
+    "torch._C",
+    "torch.fx.experimental",
+)
 
 # Names of attributes that only upstream's objects have, whatever the variable is called.
 UPSTREAM_ATTRIBUTES = frozenset(
+    # Triton's kernels and autotuners
     {"device_caches", "metadata_group", "packed_metadata", "pre_run_hooks", "prune_configs", "used_global_vals"}
+    # Dynamo's frames, guards and backends
+    | {"guarded_code", "skip_reason", "frame_exec_strategy", "verbose_code_parts", "global_state_guard"}
+    | {"_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "_torchdynamo_inline", "_backend_id"}
+    # tensors without memory, and sizes that are not known
+    | {"shape_env", "fake_mode", "untyped_storage", "_dynamo_dynamic_indices", "_is_param"}
 )
 
 # Each a debt with its reason; a strict xfail, so that paying it makes the entry fail and go.
@@ -185,7 +204,7 @@ def is_private(dotted: str) -> bool:
         return False
     if any(part.startswith("_") and not part.endswith("__") for part in parts):
         return True
-    return any(dotted == inside or dotted.startswith(f"{inside}.") for inside in TRITON_INSIDE)
+    return any(dotted == inside or dotted.startswith(f"{inside}.") for inside in INSIDE)
 
 
 def private_uses(module: str) -> Iterator[tuple[int, str]]:
@@ -200,8 +219,9 @@ def private_uses(module: str) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree(module)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             for alias in node.names:
-                if alias.asname and isinstance(node, ast.Import) and alias.name.startswith(("torch", "triton")):
-                    bound[alias.asname] = alias.name
+                dotted = alias.name if isinstance(node, ast.Import) else f"{node.module}.{alias.name}"
+                if alias.asname and dotted.partition(".")[0] in ("torch", "triton"):
+                    bound[alias.asname] = dotted
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Attribute):
             dotted = ast.unparse(node)
@@ -210,15 +230,20 @@ def private_uses(module: str) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f"{bound[root]}.{rest}"
             if node.attr in UPSTREAM_ATTRIBUTES:
                 yield node.lineno, dotted
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            # importlib.import_module("triton.runtime"), sys.modules["torch._C"], a table of modules to be patched
+            if _DOTTED.fullmatch(node.value) and is_private(node.value):
+                yield node.lineno, node.value
         elif isinstance(node, ast.Call) and node.args:
-            # importlib.import_module("triton.runtime"), getattr(torch, "_C"), sys.modules.get("torch._C")
+            # getattr(torch, "_C")
             words = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
             first = bound.get(ast.unparse(node.args[0]), "")
             for word in words:
-                if is_private(word) and " " not in word:
-                    yield node.lineno, word
-                elif ast.unparse(node.func) in ("getattr", "setattr", "hasattr") and is_private(f"{first}.{word}"):
+                if ast.unparse(node.func) in ("getattr", "setattr", "hasattr") and is_private(f"{first}.{word}"):
                     yield node.lineno, f"{first}.{word}"
+
+
+_DOTTED = re.compile(r"(torch|triton)(\.\w+)+")
 
 
 @pytest.mark.parametrize(
@@ -258,6 +283,13 @@ def test_the_check_of_private_names_sees_them(monkeypatch: pytest.MonkeyPatch, t
         "    getattr(torch, '_C')\n"
         "    importlib.import_module('triton.compiler')\n"
         "    return kernel.device_caches, torch.__version__, torch.cuda.is_available()\n"
+        "ROOMS = {'torch._inductor.codecache': 'torch._C is said, torch.nn.Linear is public'}\n"
+        "from torch.fx.experimental.symbolic_shapes import ShapeEnv as Env\n"
+        "import torch.fx.experimental as fx\n"
+        "def g(answer, torch_=torch.compile):\n"
+        "    return fx.proxy_tensor, Env.frozen, answer.guarded_code, torch.compiler.reset, torch.fx.Graph\n"
+        "def h():\n"
+        "    'torch._dynamo'\n"
     )
     monkeypatch.setitem(FILES, "sample", path)
     found = {(line, name) for line, name in private_uses("sample")}
@@ -271,7 +303,20 @@ def test_the_check_of_private_names_sees_them(monkeypatch: pytest.MonkeyPatch, t
         (10, "torch._C"),
         (11, "triton.compiler"),
         (12, "kernel.device_caches"),
+        (13, "torch._inductor.codecache"),
+        (14, "torch.fx.experimental.symbolic_shapes.ShapeEnv"),
+        (15, "torch.fx.experimental"),
+        (17, "torch.fx.experimental.proxy_tensor"),
+        (17, "torch.fx.experimental.symbolic_shapes.ShapeEnv.frozen"),
+        (17, "answer.guarded_code"),
+        (19, "torch._dynamo"),
     } == found
+
+
+@pytest.mark.parametrize("inside", TORCH_INSIDE)
+def test_the_rooms_that_compile_are_private(inside: str) -> None:
+    assert is_private(inside) and is_private(f"{inside}.anything")
+    assert not is_private(inside.partition(".")[0])
 
 
 # --- what an import costs ---------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aot_cache import key
-from aot_cache.key import Part, toolchain_parts, unit_key, unit_parts
+from aot_cache.key import Part, graph_parts, objects_of, toolchain_parts, unit_key, unit_parts
 
 TOOLCHAIN: dict[str, Any] = {
     "triton": "3.7.1",
@@ -148,6 +148,56 @@ def test_a_key_of_today_is_the_key_of_tomorrow() -> None:
     """Stores outlive releases: a key that changes by accident makes every build start anew."""
     assert key.SCHEMA == "1"
     assert made() == "0a1d5a966dd99bd2fa43b7aae8f3c591df67e380bb5055a967078b49861ed622"
+
+
+# --- graphs -----------------------------------------------------------------------------------------------------------
+
+BOUND: dict[str, Any] = {
+    "torch": "2.13.0",
+    "git": "ab" * 20,
+    "python": "3.11",
+    "triton": "3.7.1",
+    "target": {"backend": "cuda", "arch": 90, "warp_size": 32, "multi_processor_count": 132, "name": "NVIDIA H200"},
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "new"),
+    [
+        (("torch",), "2.13.1"),
+        (("git",), "ac" * 20),
+        (("python",), "3.12"),
+        (("triton",), ""),
+        (("target", "arch"), 100),
+        (("target", "multi_processor_count"), 114),
+        (("target", "name"), "NVIDIA H100"),
+    ],
+)
+def test_each_part_that_graphs_are_bound_to(path: tuple[str, ...], new: Any) -> None:
+    """Other than a kernel's: Inductor looks at the number of multiprocessors, and bytecode is bound to a Python."""
+    assert unit_key(graph_parts(**changed(BOUND, path, new))) != unit_key(graph_parts(**BOUND))
+
+
+def test_what_graphs_are_bound_to_has_names() -> None:
+    made = graph_parts(**BOUND)
+    assert set(made) == {"torch", "torch git", "python", "triton", "target"}
+    assert json.loads(json.dumps(made)) == made
+    BOUND["target"]["arch"] = 90
+    made["target"]["arch"] = 100
+    assert BOUND["target"]["arch"] == 90, "the target is the caller's own"
+
+
+def test_the_objects_of_a_graph_are_all_that_it_names() -> None:
+    graph = {
+        "guard_state": "a1", "bytecode": "b2", "settings": "c3", "graphs": {"g": "d4", "h": "e5"},
+        "libraries": {"source": "f6"}, "resumes": {"r": {"code": "a7", "module": "m", "free": False}},
+        "function": "model:f", "code": "b8", "inlined": [["m", "f", "c9"]], "identities": [], "imports": {"i": "m"},
+    }  # fmt: skip
+    assert objects_of(graph) == {"a1", "b2", "c3", "d4", "e5", "f6", "a7"}
+
+
+def test_kinds_of_records_are_told_apart() -> None:
+    assert len({key.UNITS, key.NATIVE, key.IR, key.GRAPHS}) == 4
 
 
 def test_parts_beside_this_host() -> None:

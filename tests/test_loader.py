@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,8 @@ BAD: dict[str, tuple[Callable[[Path, Path], dict[str, str]], str, str, int]] = {
     "another digest": (another_digest, "DigestMismatch", "0" * 64, 8),
     "without units": (lacking("units"), "Incompatible", "units", 16),
     "without toolchain": (lacking("toolchain"), "Incompatible", "toolchain", 16),
+    "without graphs": (lacking("graphs"), "Incompatible", "graphs", 16),
+    "without a key of graphs": (lacking("graph_key"), "Incompatible", "graph_key", 16),
     "of another kind": (of_another_kind, "Incompatible", "graphs", 16),
 }
 
@@ -281,6 +284,82 @@ def test_a_folder_with_a_bundle_for_each_gpu(bundle: Path, tmp_path: Path) -> No
     assert served.error is None and served.warnings == []
 
 
+# --- graphs that are not for this host --------------------------------------------------------------------------------
+
+
+def with_graphs(bundle: Path, folder: Path, backend: str = "cpu", **key: Any) -> dict[str, str]:
+    """A bundle of one graph that nothing can load, bound to what is here but for `key`."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        bound = json.loads(json.dumps(here(backend)))
+        manifest["target"] = targets.get(backend).properties()
+        manifest["graph_key"] = {**bound, **key}
+        manifest["graphs"] = [
+            {"module": "m", "function": "f", "code": "0" * 32, "graphs": {}, "resumes": {}, "libraries": {}}
+        ]
+        manifest["units"] = []
+
+    return {"AOT_CACHE": str(altered(bundle, folder / "graphs.safetensors", change))}
+
+
+@cache
+def here(backend: str) -> dict[str, Any]:
+    """What graphs that are made on this host are bound to."""
+    code = (
+        "import json; from aot_cache import target; from aot_cache.upstream import dynamo_globals\n"
+        f"print(json.dumps(dynamo_globals.bound_to(target.get({backend!r}).properties())))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100, check=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+DYNAMO = "import aot_cache.auto; facts['before'] = aot_cache.stats()['graphs']; import torch._dynamo"
+
+
+def test_graphs_wait_for_dynamo(bundle: Path, tmp_path: Path) -> None:
+    """A process that compiles nothing does not pay for Dynamo."""
+    served = serve("import aot_cache.auto", **with_graphs(bundle, tmp_path))
+    assert served.error is None and served.warnings == [] and served.imported == [] and served.stats["graphs"] == []
+    served = serve(DYNAMO, **with_graphs(bundle, tmp_path))
+    assert served.error is None and served.warnings == [] and served.before == []
+    assert served.stats["graphs"] == [{"graphs": 1, "primed": 0, "stale": {}}]
+
+
+@pytest.mark.parametrize(
+    ("backend", "part", "words"),
+    [
+        ("cpu", {"torch": "2.0.0"}, "torch: bundle 2.0.0, here "),
+        ("cpu", {"torch git": "0" * 40}, f"torch git: bundle {'0' * 40}"),
+        ("cpu", {"python": "2.7"}, "python: bundle 2.7, here "),
+        ("cpu", {"target": {"backend": "cpu", "isa": "riscv64 RVV"}}, "vector instructions: bundle riscv64 RVV"),
+        ("h200", {"triton": "2.0.0"}, "triton: bundle 2.0.0, here "),
+    ],
+)
+def test_graphs_of_another_host_are_refused_once(
+    bundle: Path, tmp_path: Path, backend: str, part: dict[str, Any], words: str
+) -> None:
+    served = serve(DYNAMO, **with_graphs(bundle, tmp_path, backend, **part))
+    assert served.error is None and served.stats["graphs"] == []
+    (warning,) = served.warnings
+    assert words in warning and "graphs for this host" in warning
+    assert served.stats["total"]["rejected_bundle"] == 1
+
+
+@pytest.mark.parametrize("allowed", ["", "1"])
+def test_graphs_under_a_torch_that_nobody_looked_at(bundle: Path, tmp_path: Path, allowed: str) -> None:
+    code = "from aot_cache.runtime import loader; loader.TORCH_SEEN = ('1.0',); " + DYNAMO
+    served = serve(code, **with_graphs(bundle, tmp_path), AOT_CACHE_UNTESTED=allowed)
+    assert served.error is None
+    if allowed:
+        assert served.warnings == [] and len(served.stats["graphs"]) == 1
+    else:
+        (warning,) = served.warnings
+        assert "1.0" in warning and "AOT_CACHE_UNTESTED=1" in warning and served.stats["graphs"] == []
+
+
 # --- ready, seal, stats -----------------------------------------------------------------------------------------------
 
 
@@ -325,6 +404,20 @@ def test_the_ledger_counts_by_kind_capture_and_seal() -> None:
 
 def test_what_is_harmful_is_counted() -> None:
     assert set(HARMFUL) < set(KINDS)
+    assert KINDS[: len(HARMFUL)] == HARMFUL, "as the text under KINDS says"
+    assert len(set(KINDS)) == len(KINDS)
+
+
+def test_graphs_are_in_the_ledger() -> None:
+    """A frame that is traced and a graph that is compiled are misses; a graph that was found in a bundle is none."""
+    ledger = Ledger()
+    for kind in ("frame", "graph_compile", "graph"):
+        ledger.note(kind, "model:f", True)
+    found = ledger.to_json()
+    assert {kind: count for kind, count in found["in_capture"].items() if count} == {
+        "frame": 1, "graph_compile": 1, "graph": 1
+    }  # fmt: skip
+    assert [event["kind"] for event in found["events"]] == ["frame", "graph_compile"]
 
 
 def test_the_ledger_keeps_the_last_events() -> None:

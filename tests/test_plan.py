@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aot_cache.errors import DeclarationError, StoreUnwritable
-from aot_cache.plan import CasePlan, Plan, Tuning, Unit, diff, merge
+from aot_cache.plan import CallPlan, CasePlan, Plan, Tuning, Unit, diff, merge
+from aot_cache.recipe import Call, Case
+from aot_cache.shapes import Range, Values, enumerate_points
 
 # --- plans of any content ---------------------------------------------------------------------------------------------
 
@@ -37,6 +39,24 @@ tunings = st.builds(
     candidates=st.lists(mappings, min_size=1, max_size=3),
     choice=st.none() | mappings,
     measured=mappings,
+    reached=reached,
+)
+
+calls = st.builds(
+    CallPlan,
+    function=st.sampled_from(["a.b:f", "a.b:Layer.forward"]),
+    line=st.integers(1, 999),
+    id=st.text("0123456789abcdef", min_size=16, max_size=16),
+    mode=st.sampled_from(["inference", "no_grad", "grad bfloat16"]),
+    wrapping=st.fixed_dictionaries(
+        {"backend": st.just("inductor"), "options": mappings, "dynamic": st.none() | st.booleans()}
+    ),
+    dynamic=st.dictionaries(
+        st.sampled_from(["L['x']", "L['self'].weight", "L['state'][0]"]),
+        st.lists(st.tuples(st.integers(-1, 3), st.integers(2, 9), st.integers(9, 99)).map(list), min_size=1, max_size=2),
+        max_size=2,
+    ),
+    hint=st.dictionaries(text, st.dictionaries(text, st.integers(), max_size=2), max_size=2),
     reached=reached,
 )
 
@@ -68,6 +88,7 @@ def plans(draw: st.DrawFn, target: str | None = None) -> Plan:
         units=list({u.id: u for u in draw(st.lists(units, max_size=4))}.values()),
         tunings=list(found.values()),
         closures=draw(st.dictionaries(kernels, json_values, max_size=2)),
+        calls=draw(st.lists(calls, max_size=3)),
     )
 
 
@@ -99,6 +120,8 @@ def test_a_plan_is_json_with_a_unit_a_line(plan: Plan, tmp_path_factory: pytest.
     lines = content.split("\n")
     for unit in plan.units:
         assert any(line.strip().rstrip(",").startswith('{"kernel"') and unit.source in line for line in lines)
+    for call in plan.calls:
+        assert any(line.strip().startswith('{"function"') and call.id in line for line in lines)
     assert content.endswith("}\n")
 
 
@@ -119,6 +142,8 @@ GOOD = Plan("r", "h200", units=[Unit("a:k", "aa", [], {})]).to_json()
         (json.dumps({**GOOD, "units": 3}), "TypeError"),
         (json.dumps({**GOOD, "closures": 3}), "TypeError"),
         (json.dumps({**GOOD, "cases": ["x"]}), "TypeError"),
+        (json.dumps({**GOOD, "calls": 3}), "TypeError"),
+        (json.dumps({**GOOD, "calls": [{"function": "a:f"}]}), "TypeError"),
     ],
 )
 def test_a_file_that_is_no_plan(tmp_path: Path, content: str, words: str) -> None:
@@ -126,6 +151,28 @@ def test_a_file_that_is_no_plan(tmp_path: Path, content: str, words: str) -> Non
     with pytest.raises(DeclarationError) as caught:
         Plan.read(tmp_path / "plan.json")
     assert words in str(caught.value)
+
+
+def test_a_plan_of_a_version_that_knew_no_calls() -> None:
+    assert Plan.from_json({name: value for name, value in GOOD.items() if name != "calls"}).calls == []
+
+
+def test_a_call_says_what_a_person_asks_of_it() -> None:
+    call = CallPlan("a:f", 3, "0" * 16, "inference", {"backend": "inductor"}, {"L['x']": [[0, 2, 9]]})
+    assert (call.hint, call.reached) == ({}, {})
+    assert Plan.from_json(json.loads(json.dumps(Plan("r", "cpu", calls=[call]).to_json()))).calls == [call]
+
+
+def test_a_case_in_a_plan_is_what_was_enumerated_of_it() -> None:
+    dims = {"n": Range(1, 9, 4), "heads": Values(2, 4)}
+    case = Case("decode", lambda n, heads: Call(print), dims, "no_grad", "bfloat16", {"n": 4})
+    found = enumerate_points(dims)
+    made = CasePlan.of(case, found)
+    assert made == CasePlan("decode", {name: dim.text for name, dim in dims.items()}, len(found.points), found.total,
+                            list(found.sampled), "no_grad", "bfloat16")  # fmt: skip
+    assert list(made.dims) == ["n", "heads"], "in the declared order"
+    large = enumerate_points({"n": Range(1, 100)}, 10)
+    assert CasePlan.of(Case("c", lambda n: Call(print), {"n": Range(1, 100)}), large).sampled == ["n"]
 
 
 @pytest.mark.parametrize("data", [b"\xff\xfe", b"\x00" * 20, b"[" * 100_000])

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 
 # --- the one place to extend when a public name comes or goes ---------------------------------------------------------
 
-DECLARE = ["Call", "Case", "Range", "Recipe", "Values", "declare"]
-SERVE = ["AotCacheWarning", "Report", "load", "prime", "ready", "recording", "seal", "stats"]
+DECLARE = ["Call", "Case", "Range", "Recipe", "Values", "declare", "device"]
+SERVE = ["AotCacheWarning", "Report", "explain", "load", "prime", "ready", "recording", "seal", "stats"]
 OTHER = ["AotCacheError", "__version__"]
 
 PUBLIC = sorted(DECLARE + SERVE + OTHER)

@@ -114,8 +114,87 @@ with torch.no_grad(), Case("c", None, {}, "grad", "float16").modes():
     if torch.cuda.is_available():  # torch switches autocast off where there is no GPU
         assert torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.float16
 assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+with Case("c", None, {}, "no_grad", "bfloat16").modes("cpu"):
+    assert torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    assert not torch.is_autocast_enabled("cuda") and not torch.is_grad_enabled()
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True, timeout=100)
+
+
+# --- the size to be best at -------------------------------------------------------------------------------------------
+
+
+def test_a_hint_is_the_largest_unless_it_is_declared() -> None:
+    assert adding.hint == {} and (adding.hint_of("a"), adding.hint_of("b")) == (4, 2)
+
+    @declare(hint={"a": 2}, a=Range(1, 8), b=Values(9, 3))
+    def case(a: int, b: int) -> Call:
+        return Call(add, a, b)
+
+    assert case.hint == {"a": 2} and (case.hint_of("a"), case.hint_of("b")) == (2, 9)
+
+
+@pytest.mark.parametrize(
+    ("hint", "words"),
+    [
+        ({"n": 9}, "n=9, it has n 1..8/2"),
+        ({"n": 2}, "n=2"),  # between two steps
+        ({"n": 0}, "n=0"),
+        ({"n": True}, "n=True"),
+        ({"n": 1.0}, "n=1.0"),
+        ({"m": 1}, "m=1, it has dimensions n"),
+    ],
+)
+def test_a_hint_that_is_no_point_of_the_case(hint: dict[str, Any], words: str) -> None:
+    with pytest.raises(DeclarationError, match="hint of case 'case'") as caught:
+
+        @declare(hint=hint, n=Range(1, 8, 2))
+        def case(n: int) -> Call:
+            return Call(add, n)
+
+    assert words in str(caught.value)
+
+
+def test_a_hint_where_there_is_no_dimension() -> None:
+    with pytest.raises(DeclarationError, match="dimensions none"):
+
+        @declare(hint={"n": 1})
+        def case() -> Call:
+            return Call(add, 1)
+
+
+def test_a_hint_of_the_caller_s_is_copied() -> None:
+    hint = {"n": 1}
+
+    @declare(hint=hint, n=Range(1, 8))
+    def case(n: int) -> Call:
+        return Call(add, n)
+
+    hint["n"] = 5
+    assert case.hint_of("n") == 1
+
+
+def test_narrowing_keeps_the_hint() -> None:
+    """Also one that is now outside: the point nearest to it is then the one to be best at."""
+
+    @declare(hint={"n": 100}, n=Range(1, 512))
+    def case(n: int) -> Call:
+        return Call(add, n)
+
+    (narrow,) = Recipe("sample", [case]).narrowed({"n": Range(1, 8)}).cases
+    assert narrow.hint_of("n") == 100
+
+
+# --- where tensors are made -------------------------------------------------------------------------------------------
+
+
+def test_tensors_are_made_on_the_gpu_unless_the_builder_says_otherwise() -> None:
+    assert recipes.device() == "cuda"
+    try:
+        recipes.set_device("cpu")
+        assert recipes.device() == "cpu"
+    finally:
+        recipes.set_device("cuda")
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------

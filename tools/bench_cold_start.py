@@ -157,6 +157,8 @@ def measure(options: argparse.Namespace) -> Json:
     with tempfile.TemporaryDirectory() as base:
         if not options.bundle:
             options.bundle = _build(options, Path(base, "store"))
+            if options.keep:
+                Path(options.keep).write_bytes(Path(options.bundle).read_bytes())
         warm = Path(base, "warm")
         warm.mkdir()
         run(
@@ -172,7 +174,9 @@ def measure(options: argparse.Namespace) -> Json:
                 for imports in rows[mode]:
                     with tempfile.TemporaryDirectory() as folder:
                         place = str(warm) if mode == "inductor" else folder
-                        rows[mode][imports].append(run(options, mode, imports, place, base))
+                        found = run(options, mode, imports, place, base)
+                    rows[mode][imports].append(found)
+                    print(f"round {number + 1}, {mode}, {imports}: {found['first']:.3f} s", file=sys.stderr, flush=True)
     return rows
 
 
@@ -226,6 +230,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--modes", type=lambda text: text.split(","), default=list(MODES))
     parser.add_argument("--bundle", default="")
+    parser.add_argument("--keep", help="where to leave the bundle that was built")
     parser.add_argument("--out")
     for hidden in ("--mode", "--imports", "--artifacts", "--save"):
         parser.add_argument(hidden, default="", help=argparse.SUPPRESS)

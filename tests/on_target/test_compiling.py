@@ -156,7 +156,7 @@ Build = Callable[..., Made]
 def build(kernels: ModuleType, clean_store: Store) -> Build:
     def build(*names: str, target: str = "h200", store: Store = clean_store) -> Made:
         recipe = Recipe("doomed", [kernels.cases[name] for name in names])
-        plan = trace.trace(recipe, target, lambda *_: None, workers=2)
+        plan = trace.trace(recipe, target, lambda *_: None, workers=2).plan
         return finish(plan, recipe, target, store)
 
     return build
@@ -189,7 +189,7 @@ def test_units_of_one_ir_are_assembled_once(
     kernels: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line_info: bool
 ) -> None:
     """A constexpr that nothing reads: three units, one binary, and one run of LLVM and the assembler to make it."""
-    plan = trace.trace(Recipe("doomed", [kernels.cases["indifferent"]]), "h200", lambda *_: None, workers=1)
+    plan = trace.trace(Recipe("doomed", [kernels.cases["indifferent"]]), "h200", lambda *_: None, workers=1).plan
     runs = tmp_path / "runs"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
 
@@ -276,7 +276,7 @@ def test_too_much_shared_memory_without_a_tuner_is_no_secret(build: Build) -> No
 
 def test_a_compiler_that_dies_loses_one_unit(build: Build, kernels: ModuleType, clean_store: Store) -> None:
     recipe = Recipe("doomed", [kernels.cases["dying"], kernels.cases["good"]])
-    plan = trace.trace(recipe, "h200", lambda *_: None, workers=2)
+    plan = trace.trace(recipe, "h200", lambda *_: None, workers=2).plan
     kernels.dying = True  # children are forked from here
     made = finish(plan, recipe, "h200", clean_store)
     assert made.failed == {"doomed_kernels:make_dying.<locals>.made": "its process was killed by SIGKILL"}

@@ -232,7 +232,7 @@ def enumerated(program: Program, kernel: Any) -> dict[Asked, list[Point]]:
         return Call(program.run, kernel, point, "cuda")
 
     recipe = Recipe("random", [Case("case", make, program.dims)])
-    plan = tracing.trace(recipe, "h200", lambda *_: None, workers=2)
+    plan = tracing.trace(recipe, "h200", lambda *_: None, workers=2).plan
     plan = Plan.from_json(json.loads(json.dumps(plan.to_json())))
     out = {}
     for unit in plan.units:

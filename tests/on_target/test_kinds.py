@@ -36,7 +36,8 @@ def _clean() -> Iterator[None]:
 
 def traced(make: Callable[..., Call], mode: str = "inference", autocast: str | None = None, **dims: Any) -> Plan:
     """The plan of one case, after a way through JSON."""
-    plan = tracing.trace(Recipe("test", [Case("case", make, dims, mode, autocast)]), "h200", lambda *_: None, workers=1)
+    recipe = Recipe("test", [Case("case", make, dims, mode, autocast)])
+    plan = tracing.trace(recipe, "h200", lambda *_: None, workers=1).plan
     return Plan.from_json(json.loads(json.dumps(plan.to_json())))
 
 
@@ -149,6 +150,18 @@ def test_options_keep_the_order_of_the_call() -> None:
     }
     assert len({unit.id for unit in plan.units}) == 2
     assert reached(plan) == asked_at(host, 5)
+
+
+def test_host_code_that_computes_on_the_cpu() -> None:
+    """Tables and masks are often made there: their operators are not the virtual device's business."""
+
+    def host(n: int, device: str) -> None:
+        scales = torch.ones(3).abs() * torch.arange(3).view(-1).float().exp()
+        assert scales.tolist()[0] == 1.0 and scales.device.type == "cpu"
+        sample.run_scale(n + int(scales.neg()[0]), device)
+
+    plan = traced_host(host, 5, 17)
+    assert reached(plan) == asked_at(host, 5, 17)
 
 
 def test_kernels_that_hooks_see() -> None:
@@ -501,7 +514,7 @@ def test_blocks_of_points_make_one_plan(monkeypatch: pytest.MonkeyPatch) -> None
     whole = traced_host(sample.run_tuned, *numbers)
     monkeypatch.setattr(tracing, "BLOCK", 7)
     recipe = Recipe("test", [Case("case", lambda n: Call(sample.run_tuned, n, "cuda"), {"n": Values(*numbers)})])
-    parts = tracing.trace(recipe, "h200", lambda *_: None, workers=3)
+    parts = tracing.trace(recipe, "h200", lambda *_: None, workers=3).plan
     assert json.dumps(parts.to_json()) == json.dumps(whole.to_json())
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from aot_cache.build import virtual_device
 from aot_cache.errors import DataDependent
+from aot_cache.upstream import torch_shortcuts
 from aot_cache.upstream.torch_tensor import VirtualTensor
 
 Op = Callable[[torch.Tensor], Any]
@@ -197,6 +198,39 @@ def test_reading(what: str, mode: Any) -> None:
         with virtual_device.tensors():
             virtual = SCALARS[what](base("cuda"))
     assert virtual == real
+
+
+# Host code computes tables and masks on the CPU, too, and the short cuts are asked about every operator that there is.
+ON_THE_CPU: dict[str, Op] = {
+    **{name: lambda x, name=name: getattr(torch.ops.aten, name)(x) for name in torch_shortcuts._POINTWISE},
+    "abs()": lambda x: x.abs(),
+    "view": lambda x: x.view(-1),
+    "view of a transposed one": lambda x: x.t().reshape(-1),
+    "empty_like": lambda x: torch.empty_like(x).fill_(1),
+    "new_zeros": lambda x: x.new_zeros(3),
+    "new_empty": lambda x: x.new_empty(3).fill_(2),
+    "zeros": lambda x: torch.zeros(3),
+    "full": lambda x: torch.empty(3).fill_(2),
+    "of no dimension": lambda x: x.sum().sqrt(),
+    "empty": lambda x: x[:0].exp(),
+}
+
+
+@pytest.mark.parametrize("what", ON_THE_CPU)
+def test_plain_tensors_beside_virtual_ones(what: str, mode: Any) -> None:
+    with mode():
+        real = ON_THE_CPU[what](torch.ones(3, 2))
+        with virtual_device.tensors():
+            beside = ON_THE_CPU[what](torch.ones(3, 2))
+    assert type(beside) is torch.Tensor and beside.device.type == "cpu"
+    assert facts(beside) == facts(real) and torch.equal(beside, real)
+
+
+def test_a_plain_tensor_that_is_moved_is_virtual(mode: Any) -> None:
+    with mode(), virtual_device.tensors():
+        moved = torch.ones(3).abs().to("cuda")
+        assert isinstance(moved, VirtualTensor) and moved.is_cuda
+        assert isinstance(moved.neg(), VirtualTensor)
 
 
 WRITES: dict[str, Op] = {
