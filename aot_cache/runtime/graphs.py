@@ -3,6 +3,9 @@
 Nothing is installed on code objects beforehand. A call that Dynamo has no code for is looked up here by what its function
 does (module and digest of its code); guards are built from that very call, so that inference mode, thread counts and
 functions that were replaced are seen as they are. What fits belongs, in Dynamo's cache, to the wrapping that asked.
+
+This module is imported inside somebody's import of Dynamo, which may be inside one of Inductor: rooms that need more of
+either are imported when they are used.
 """
 
 from __future__ import annotations
@@ -19,16 +22,7 @@ from typing import Any
 from aot_cache.key import Part
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
-from aot_cache.upstream import (
-    dynamo_frames,
-    dynamo_globals,
-    dynamo_guards,
-    inductor_artifact,
-    inductor_cpp,
-    inductor_events,
-    python_code,
-    torch_capture,
-)
+from aot_cache.upstream import dynamo_frames, dynamo_globals, inductor_events, python_code, torch_capture
 from aot_cache.upstream.dynamo_frames import Found, Frame
 
 Json = Any
@@ -102,6 +96,8 @@ class GraphSet:
         why = self._differs(number, graph, frame)
         if why:
             return None, why
+        from aot_cache.upstream import dynamo_guards
+
         dynamo_globals.install_modules(graph["imports"], frame.f_globals)
         data = self._bundle.object(graph["guard_state"])
         return dynamo_guards.build(data, graph["identities"], frame.code, frame.f_globals, frame.f_locals)
@@ -151,6 +147,8 @@ class GraphSet:
 
     def _function(self, name: str, digest: str) -> Any:
         if name not in self._functions:
+            from aot_cache.upstream import inductor_artifact, inductor_cpp
+
             with inductor_cpp.serving(self._library):
                 made = inductor_artifact.load_graph(self._bundle.object(digest))
             self._functions[name] = dynamo_globals.not_traced(made)
