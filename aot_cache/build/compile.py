@@ -203,8 +203,6 @@ def _build_native(
     workers: int | None,
 ) -> None:
     """The C modules that Triton would build with gcc when the kernels are loaded."""
-    if not outcome.keys:
-        return
     sources = {triton_launcher.source_key(s): (s, triton_launcher.UTILS) for s in [triton_launcher.utils_source()]}
     for unit, unit_key in zip(plan.units, outcome.keys):
         record = store.get_record(UNITS, unit_key)

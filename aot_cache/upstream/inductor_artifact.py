@@ -7,6 +7,8 @@ Upstream: `torch/_dynamo/aot_compile_types.py` (`BundledAOTAutogradSerializableC
 from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -67,8 +69,30 @@ def name_of(graph: Any) -> str:
 
 
 def load_graph(data: bytes) -> Any:
-    """The function in `data`, which must have been hashed before. Its kernels go onto the current device."""
-    return Serializable.deserialize_compile_artifacts(data)
+    """The function in `data`, which must have been hashed before. Its kernels go onto the current device.
+
+    Upstream writes source and binaries into its cache folders to read them again; here these are private, and removed.
+    """
+    with _private_folders():
+        return Serializable.deserialize_compile_artifacts(data)
+
+
+@contextlib.contextmanager
+def _private_folders() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in _FOLDERS}
+    with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
+        os.environ.update({name: os.path.join(folder, name.lower()) for name in _FOLDERS})
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+_FOLDERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aot_cache.upstream import inductor_attention
+
 _NAME = 96
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ def become(target: Target) -> None:
         _compile_kernels_only()
         _constants_on_the_cpu()
         _patterns_on_the_cpu()
+        inductor_attention.choose_for(target)
 
 
 def _stay_off_the_driver() -> None:
