@@ -19,7 +19,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from aot_cache.report import SHORT
+from aot_cache.report import SHORT, reached_text
 
 Json = Any
 Facts = Mapping[str, Json]
@@ -102,11 +102,12 @@ def chosen(facts: Facts) -> None:
 
 def builds(rows: Sequence[Facts]) -> None:
     """The summary at the end of a build."""
-    numbers = ("units", "compiled now", "does not fit", "failed", "size", "seconds")
+    numbers = ("units", "graphs", "compiled now", "does not fit", "failed", "size", "seconds")
     cells = [
         (
             b["target"],
             b["units"],
+            b["graphs"],
             b["compiled"],
             b["pruned"],
             len(b["failed"]),
@@ -138,9 +139,50 @@ def plan_or_bundle(facts: Facts) -> None:
     line()
     right = ("specializations", "configs", "size")
     rows = [(k["kernel"], k["specializations"], k["configs"], size(k["bytes"]), _tuned(k)) for k in facts["kernels"]]
-    table(("kernel", *right, "tuned"), rows, right)
+    if rows or not facts["calls"]:
+        table(("kernel", *right, "tuned"), rows, right)
+    _graphs(facts)
     for one in facts.get("specializations", ()):
         _specialization(one)
+
+
+def _graphs(facts: Facts) -> None:
+    """Graphs of a bundle, or the calls that a plan asks graphs for."""
+    if facts.get("graphs"):
+        line()
+        right = ("kernels", "guards", "size")
+        rows = [
+            (
+                f"{g['function']}:{g['line']}",
+                g["mode"],
+                g["options"],
+                g["changes"],
+                len(g["kernels"]),
+                len(g["guards"]) + len(g["identities"]),
+                size(g["bytes"]),
+            )
+            for g in facts["graphs"]
+        ]
+        table(("graph", "mode", "options", "changes", *right), rows, right)
+    elif facts["calls"] and "graphs" not in facts:
+        line()
+        calls = [(f"{c['function']}:{c['line']}", c["mode"], c["options"], c["changes"]) for c in facts["calls"]]
+        table(("compiled call", "mode", "options", "changes"), calls)
+    if "specializations" in facts:
+        for graph in facts.get("graphs", ()):
+            _graph(graph)
+
+
+def _graph(graph: Facts) -> None:
+    """One graph with everything that is asked of a call."""
+    line()
+    line(f"{graph['function']}:{graph['line']}, {graph['mode']}, changes {graph['changes']}")
+    for points in reached_text(graph["reached"]):
+        line(f"  reached by {points}")
+    for name in graph["kernels"]:
+        line(f"  kernel {name}")
+    for guard in [*graph["identities"], *graph["guards"]]:
+        line(f"  guard {guard}")
 
 
 def _summary(facts: Facts) -> Iterable[tuple[str, object]]:
@@ -154,6 +196,10 @@ def _summary(facts: Facts) -> Iterable[tuple[str, object]]:
         for failure in facts["failed"]:
             yield "failed", f"{failure['kernel']}: {failure['error']}"
     yield "units", facts["units"]
+    if facts["calls"]:
+        yield "graphs", len(facts["graphs"]) if "graphs" in facts else f"for {len(facts['calls'])} kinds of calls"
+    if facts.get("graph_key"):
+        yield "graphs for", ", ".join(f"{name} {value}" for name, value in facts["graph_key"].items() if value)
     if "pruned" in facts:
         yield "pruned", f"{facts['pruned']} that do not fit the target"
     yield "coverage", facts["coverage"]

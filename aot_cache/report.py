@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aot_cache import report_graphs
 from aot_cache.errors import AotCacheError, BundleCorrupt, DeclarationError, DigestMismatch, Incompatible, NotReady
 from aot_cache.key import Part
 from aot_cache.manifest import whole
@@ -73,6 +74,8 @@ def bundle(found: Bundle, kernel: str | None = None, points: bool = False, names
             **_common(inside),
             "kernels": _kernels(inside, _chosen(inside, kernel), objects),
         }
+        facts["graphs"] = report_graphs.graphs(m, m["objects"])
+        facts["graph_key"] = {k: v for k, v in m["graph_key"].items() if k != "target"}
         if kernel is not None or points:
             facts["specializations"] = _specializations(inside, _chosen(inside, kernel), compiled, names)
     return facts
@@ -121,6 +124,7 @@ def plan_of(manifest: Mapping[str, Json]) -> Plan:
         "units": units,
         "tunings": tunings,
         "closures": closures,
+        "calls": manifest["calls"],
     }
     try:
         return Plan.from_json(document)
@@ -158,6 +162,7 @@ def _common(found: Plan) -> Facts:
         "sampled": found.sampled,
         "coverage": coverage(found.origin, points, found.sampled),
         "units": len(found.units),
+        "calls": report_graphs.calls(found.calls),
         "untuned": sum(_is_choice(t) and t.choice is None for t in found.tunings),
     }
 

@@ -7,10 +7,11 @@ Upstream: `torch/_dynamo/convert_frame.py` (`CatchErrorsWrapper`, `_compile`), `
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,16 @@ def instead_of_compiling(handler: Instead) -> Callable[[], None]:
         convert_frame._compile = original
 
     return undo
+
+
+@contextlib.contextmanager
+def hooked(handler: Instead) -> Iterator[None]:
+    """`instead_of_compiling` inside only."""
+    undo = instead_of_compiling(handler)
+    try:
+        yield
+    finally:
+        undo()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -66,6 +67,14 @@ def compile_graph(wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs:
 def name_of(graph: Any) -> str:
     """The global name by which Dynamo's bytecode calls what `graph` is compiled to."""
     return str(graph._backend_id)
+
+
+_KERNEL = re.compile(rb"^(\w+) = async_compile\.", re.MULTILINE)
+
+
+def kernels_in(data: bytes) -> list[str]:
+    """Names of the kernels that an artifact's code defines, in order."""
+    return [name.decode() for name in dict.fromkeys(_KERNEL.findall(data))]
 
 
 def load_graph(data: bytes) -> Any:

@@ -1,0 +1,177 @@
+"""One kind of call in the child that compiles it: what Dynamo asks for, and what was made of it, as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from aot_cache.build.calls import Kind, structure_of
+from aot_cache.store import Store
+from aot_cache.upstream import (
+    dynamo_frames,
+    dynamo_globals,
+    dynamo_guards,
+    dynamo_inputs,
+    inductor_artifact,
+    inductor_cpp,
+    python_code,
+)
+from aot_cache.upstream.dynamo_frames import Frame
+from aot_cache.upstream.dynamo_package import CompiledFrame, Package, numbered_globals
+
+Json = Any
+
+
+class Job:
+    """One kind of call in its child: what Dynamo asks for, and what was made."""
+
+    def __init__(self, kind: Kind, kinds: Iterable[Kind]) -> None:
+        self.kind = kind
+        self.met = False
+        self.strange: set[tuple[int, int]] = set()
+        self._known: dict[str, list[Kind]] = {}
+        for other in kinds:
+            self._known.setdefault(other.structure, []).append(other)
+        self.at = (0, 0)
+        self.mode = ""
+        self.failed = ""
+        self.written = dynamo_guards.Written()
+        self._frames: list[tuple[CompiledFrame, dict[str, str], dict[str, Json]]] = []
+        self._artifacts: dict[str, bytes] = {}
+        self._libraries: dict[str, dict[str, bytes]] = {}
+        self._users: dict[str, dict[int, set[int]]] = {}
+
+    def handle(self, frame: Frame, compile_frame: Any) -> Any:
+        """Dynamo is about to compile `frame`."""
+        structure, found = structure_of(frame, self.mode)
+        mine = self.kind.fits(structure, found)
+        if structure in self._known and not mine:
+            if not any(kind.fits(structure, found) for kind in self._known[structure]):
+                self.strange.add(self.at)
+            return dynamo_frames.run_without_compiling()
+        if mine:
+            self.met = True
+            dynamo_inputs.mark(frame, self.kind.dynamic())
+        package = Package(frame.code, frame.module)
+        answer = compile_frame(package)
+        self._keep(package.frame, frame, answer)
+        return answer
+
+    def _keep(self, made: CompiledFrame, frame: Frame, answer: Any) -> None:
+        name = f"{frame.module}:{frame.code.co_name}"
+        if answer.guarded_code is None:
+            self.failed = f"Dynamo did not compile {name}: {answer.skip_reason or 'it gave no reason'}"
+        elif made.bypassed or made.dynamo_code is None:
+            self.failed = f"Dynamo cannot write {name} down ({made.bypassed})"
+        elif self.written.nameless:
+            self.failed = f"{name} depends on objects that have no name: {'; '.join(self.written.nameless)}"
+        else:
+            aliases, objects = _by_number(made.dynamo_code, frame)
+            if objects:
+                self.failed = f"the bytecode of {name} holds objects that have no name: {', '.join(objects)}"
+                return
+            guards = dynamo_guards.expressions(answer.guarded_code.guard_manager)
+            facts = {
+                "identities": list(self.written.identities),
+                "guards": guards,
+                "wrapping": frame.wrapping,
+                "mode": self.mode,
+                "settings": dynamo_globals.settings(),
+            }
+            self._frames.append((made, aliases, facts))
+
+    @contextlib.contextmanager
+    def graphs_answered(self) -> Iterator[None]:
+        """Inductor compiles and its artifact is kept; Dynamo gets the graph itself."""
+
+        def compiled(wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs: Any) -> Any:
+            name = inductor_artifact.name_of(graph)
+            with inductor_cpp.keeping() as libraries:
+                self._artifacts[name] = inductor_artifact.compile_graph(wrapper, backend, graph, inputs, **kwargs)
+            self._libraries[name] = libraries
+            run = dynamo_inputs.answer(graph)
+
+            def answer(*args: Any) -> Any:
+                self._users.setdefault(name, {}).setdefault(self.at[0], set()).add(self.at[1])
+                return run(*args)
+
+            return answer
+
+        with inductor_artifact.instead(compiled):
+            yield
+
+    def results(self, store: Store) -> list[dict[str, Json]]:
+        """What was made, as JSON; its bytes go into the store."""
+        artifacts = {name: store.put(data) for name, data in self._artifacts.items()}
+        return [self._facts(*frame, artifacts, store) for frame in self._frames]
+
+    def _facts(
+        self,
+        made: CompiledFrame,
+        aliases: Mapping[str, str],
+        facts: dict[str, Json],
+        artifacts: Mapping[str, str],
+        store: Store,
+    ) -> dict[str, Json]:
+        assert made.dynamo_code is not None
+        # Dynamo numbers what it makes, or draws lots for its name; here it is called by what it is.
+        names = {name: f"__aot_graph_{artifacts[name][:24]}" for name in made.graphs}
+        modules = {f"__aot_import_{module.replace('.', '_dot_')}": module for module in aliases.values()}
+        names |= {name: f"__aot_import_{module.replace('.', '_dot_')}" for name, module in aliases.items()}
+        resumes = {}
+        for name, (code, module) in made.resumes.items():
+            digest = store.put(python_code.dump(code, {}, f"<{module}>"))
+            names[name] = f"__aot_resume_{digest[:24]}"
+            resumes[names[name]] = {"module": module, "code": digest, "free": bool(code.co_freevars)}
+        libraries = {source: data for name in made.graphs for source, data in self._libraries[name].items()}
+        points: dict[int, set[int]] = {}
+        for name in made.graphs:
+            for case, at in self._users.get(name, {}).items():
+                points.setdefault(case, set()).update(at)
+        return {
+            **facts,
+            "settings": store.put(facts["settings"].encode()),
+            "module": made.module,
+            "function": getattr(made.code, "co_qualname", made.code.co_name),
+            "line": made.code.co_firstlineno,
+            "code": python_code.digest(python_code.load(python_code.dump(made.code, {}, ""))),
+            "guard_state": store.put(made.guards),
+            "bytecode": store.put(python_code.dump(made.dynamo_code, names, f"<{made.module}>")),
+            "graphs": {names[name]: artifacts[name] for name in made.graphs},
+            "libraries": {source: store.put(data) for source, data in sorted(libraries.items())},
+            "imports": dict(sorted({**made.imports, **modules}.items())),
+            "resumes": resumes,
+            "inlined": _inlined(made.inlined),
+            "dynamic": self.kind.dynamic(),
+            "kernels": [k for name in made.graphs for k in inductor_artifact.kernels_in(self._artifacts[name])],
+            "points": {str(case): sorted(at) for case, at in points.items()},
+        }
+
+
+def _by_number(code: types.CodeType, frame: Frame) -> tuple[dict[str, str], list[str]]:
+    """({name: module} of globals in `code` that Dynamo numbered and that are modules, the others in words)."""
+    modules, others = {}, []
+    for name in numbered_globals(code):
+        value = frame.f_globals.get(name)
+        if isinstance(value, types.ModuleType):
+            modules[name] = value.__name__
+        else:
+            others.append(f"{name}, a {type(value).__name__}")
+    return modules, others
+
+
+def _inlined(codes: list[types.CodeType]) -> list[list[str]]:
+    """[module, function, digest] of each traced function outside of torch and Python."""
+    out = set()
+    for code in codes:
+        if code.co_name.startswith("torch_dynamo_resume_in"):
+            continue  # the rest of a function that is checked itself
+        module = dynamo_inputs.module_of(code)
+        if module is None:
+            continue
+        found = python_code.place(code, module)
+        if found is not None:
+            out.add((module, found[0], python_code.digest(found[1])))
+    return [list(item) for item in sorted(out)]
