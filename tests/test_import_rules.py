@@ -24,7 +24,7 @@ LAYERS = (
     ("store", "shapes", "key", "target"),
     ("plan", "recipe", "manifest"),
     ("upstream", "signature"),
-    ("native",),
+    ("native", "report_graphs"),
     ("build", "runtime", "report"),
     ("tune", "render"),
     ("", "auto", "cli", "models", "engines"),  # "" is aot_cache/__init__.py

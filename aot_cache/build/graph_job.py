@@ -61,8 +61,9 @@ class Job:
 
     def _keep(self, made: CompiledFrame, frame: Frame, answer: Any) -> None:
         name = f"{frame.module}:{frame.code.co_name}"
-        if answer.guarded_code is None:
-            self.failed = f"Dynamo did not compile {name}: {answer.skip_reason or 'it gave no reason'}"
+        manager = dynamo_frames.guards_of(answer)
+        if manager is None:
+            self.failed = f"Dynamo did not compile {name}: {dynamo_frames.why_not(answer)}"
         elif made.bypassed or made.dynamo_code is None:
             self.failed = f"Dynamo cannot write {name} down ({made.bypassed})"
         elif self.written.nameless:
@@ -72,7 +73,7 @@ class Job:
             if objects:
                 self.failed = f"the bytecode of {name} holds objects that have no name: {', '.join(objects)}"
                 return
-            guards = dynamo_guards.expressions(answer.guarded_code.guard_manager)
+            guards = dynamo_guards.expressions(manager)
             facts = {
                 "identities": list(self.written.identities),
                 "guards": guards,

@@ -82,11 +82,11 @@ def _load(path: Path, digest: str | None, strict: bool) -> Report | None:
             with _lock:
                 _folders.append((path, digest))
             after_import.when_triton_comes(_arm_unharmed)
-            after_import.after_import("torch._dynamo", _arm_graphs_unharmed)
+            after_import.when_dynamo_comes(_arm_graphs_unharmed)
             return None
         kernels = _add(path, digest)
         after_import.when_triton_comes(_arm_unharmed)
-        after_import.after_import("torch._dynamo", _arm_graphs_unharmed)
+        after_import.when_dynamo_comes(_arm_graphs_unharmed)
         if torch_capture.cuda_is_up():
             prime()
         return kernels.report

@@ -28,6 +28,11 @@ def when_triton_comes(action: Callable[[], None]) -> None:
     after_import("triton", action)
 
 
+def when_dynamo_comes(action: Callable[[], None]) -> None:
+    """Call `action()` once Dynamo is imported, which may be inside somebody's import of Inductor."""
+    after_import("torch._dynamo", action)
+
+
 class _Waiter(importlib.abc.MetaPathFinder):
     """Stands first among the finders until the module is imported. Looking for it (`find_spec`) does not count."""
 

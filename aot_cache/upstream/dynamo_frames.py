@@ -106,6 +106,16 @@ def instead_of_compiling(handler: Instead) -> Callable[[], None]:
     return undo
 
 
+def guards_of(answer: ConvertFrameReturn) -> Any:
+    """The guard manager of what Dynamo compiled; None when it compiled nothing."""
+    return None if answer.guarded_code is None else answer.guarded_code.guard_manager
+
+
+def why_not(answer: ConvertFrameReturn) -> str:
+    """Why Dynamo compiled nothing."""
+    return getattr(answer, "skip_reason", None) or "it gave no reason"
+
+
 @contextlib.contextmanager
 def hooked(handler: Instead) -> Iterator[None]:
     """`instead_of_compiling` inside only."""
