@@ -53,7 +53,9 @@ calls = st.builds(
     ),
     dynamic=st.dictionaries(
         st.sampled_from(["L['x']", "L['self'].weight", "L['state'][0]"]),
-        st.lists(st.tuples(st.integers(-1, 3), st.integers(2, 9), st.integers(9, 99)).map(list), min_size=1, max_size=2),
+        st.lists(
+            st.tuples(st.integers(-1, 3), st.integers(2, 9), st.integers(9, 99)).map(list), min_size=1, max_size=2
+        ),
         max_size=2,
     ),
     hint=st.dictionaries(text, st.dictionaries(text, st.integers(), max_size=2), max_size=2),

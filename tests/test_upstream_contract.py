@@ -2,7 +2,8 @@
 
 Two halves. The first reads upstream/'s source and looks up every name of torch and triton in it. The second holds what
 a name alone does not tell: signatures, results and who calls whom, with real kernels compiled for a GPU that is not
-here. Run it in an environment of each release in `versions.py`; no GPU is needed.
+here. What is compiled by torch itself is in `test_torch_contract.py`. Run both in an environment of each release in
+`versions.py`; no GPU is needed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import inspect
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +25,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from contracts import UPSTREAM, need, parameters, python
 from triton import knobs
 from triton.backends.compiler import GPUTarget, Language
 from triton.compiler import ASTSource, CompiledKernel, make_backend
@@ -37,7 +38,6 @@ from triton.runtime.jit import JITFunction, compute_cache_key
 from aot_cache import target as targets
 from aot_cache.upstream import triton_driver, triton_jit, triton_launcher, triton_launches, versions
 
-UPSTREAM = Path(__file__).parents[1] / "aot_cache" / "upstream"
 TRITON = versions.minor(triton.__version__)
 H200, MI300X = targets.get("h200"), targets.get("mi300x")
 
@@ -49,16 +49,8 @@ CONDITIONAL = {
     "triton.backends.nvidia.driver.compile_module_from_src": "up to 3.7; later the driver compiles its file",
     "triton.backends.nvidia.driver.compile_module_from_file": "from 3.8",
     "triton.runtime.build.compile_module_from_file": "from 3.8",
+    "torch._C._cuda_getCurrentRawStream": "where torch is built with CUDA; where not, ours is the only one",
 }
-
-
-def need(holds: object, sentence: str) -> None:
-    """Fail with a sentence and the versions that it is no longer true of."""
-    assert holds, f"upstream moved (torch {torch.__version__}, triton {triton.__version__}): {sentence}"
-
-
-def parameters(function: Any) -> list[str]:
-    return list(inspect.signature(function).parameters)
 
 
 def after(minor: str) -> bool:
@@ -638,19 +630,6 @@ def test_the_driver_asks_us_for_its_c_module(tmp_path: Path) -> None:
     done = python(SERVE, environment)
     assert done.returncode == 0, done.stderr
     need(done.stdout.startswith("asked"), f"when Triton's driver comes up, serve() is {done.stdout.strip()}")
-
-
-def python(code: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a process of its own: it replaces what cannot be put back."""
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *arguments],
-        env={**os.environ, **environment},
-        cwd=UPSTREAM.parents[1],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
 
 
 # --- runtime/autotuner.py ---------------------------------------------------------------------------------------------

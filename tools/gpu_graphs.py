@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check on a real GPU what aot-cache claims of compiled graphs, and print one JSON record (`gpu_check.py --only graphs`).
+"""Check on a real GPU what aot-cache claims of compiled graphs, and print one JSON record; `gpu_check.py` does for kernels.
 
     python tools/gpu_graphs.py [--recipe layers:recipe] [--bundle BUNDLE] [--target h200] [--every 1] [--out RECORD.json]
 
