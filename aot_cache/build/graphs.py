@@ -187,7 +187,7 @@ class Runs:
                     same["points"].setdefault(int(case), set()).update(at)
         made.graphs = [
             {**{k: v for k, v in graph.items() if k != "points"}, "reached": self._reached(graph["points"])}
-            for _, graph in sorted(merged.items(), key=lambda item: (item[1]["module"], item[1]["function"], item[0]))
+            for _, graph in sorted(merged.items(), key=_order)
         ]
         return made
 
@@ -210,7 +210,9 @@ class Runs:
         progress("graphs", 0, len(missing))
         if missing:
             dynamo_inputs.warm_up(self._device)
-        for done, (index, answer) in enumerate(pool.run(lambda k: self._compile(k, jobs, store), missing, workers), 1):
+        # A child for each: what Dynamo has compiled, and how often, shows in what it makes next.
+        made = pool.run(lambda kind: self._compile(kind, jobs, store), missing, workers, fresh=True)
+        for done, (index, answer) in enumerate(made, 1):
             kind = missing[index]
             answer = answers[kind.id] = _Answer(failed=answer.why) if isinstance(answer, pool.Died) else answer
             if not answer.failed:
@@ -305,6 +307,12 @@ def _by_values(case: Case, points: list[Point]) -> Iterator[list[int]]:
     for number, point in enumerate(points):
         groups.setdefault(tuple(point[name] for name in static), []).append(number)
     yield from groups.values()
+
+
+def _order(item: tuple[str, dict[str, Json]]) -> tuple[str, ...]:
+    digest, graph = item
+    names = ("module", "function", "mode", "dynamic", "guards")  # for people first, and for a diff of two builds
+    return (*(str(graph[name]) for name in names), digest)
 
 
 _TELLING = 40

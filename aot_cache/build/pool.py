@@ -31,8 +31,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run(function: Callable[[T], Any], items: Sequence[T], workers: int | None = None) -> Iterator[tuple[int, Any]]:
+def run(
+    function: Callable[[T], Any], items: Sequence[T], workers: int | None = None, fresh: bool = False
+) -> Iterator[tuple[int, Any]]:
     """Yield (index, result) as items finish; a result is what `function` returned or `Died`.
+
+    With `fresh` each item has a child of its own, which has worked on nothing before.
 
     `function` must not raise: it returns its errors. Children are forked, so they share what is imported.
     """
@@ -63,7 +67,7 @@ def run(function: Callable[[T], Any], items: Sequence[T], workers: int | None = 
                     del children[pipe]
                     yield index, Died(_how(child.exitcode))
                     continue
-                if waiting:
+                if waiting and not fresh:
                     following = waiting.pop()
                     children[pipe] = (child, following)
                     try:

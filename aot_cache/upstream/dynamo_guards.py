@@ -80,6 +80,9 @@ def writing() -> Iterator[Written]:
     def pickle_guards_state(state: Any, builder: Any) -> Any:
         every = [_bare(guard) for guard in [*state.output_graph.guards, *written._guards]]
         state = replace(state, output_graph=replace(state.output_graph, _guards=GuardsSet(_ordered(every))))
+        for guard in every:
+            guard._hash = None  # of an address
+        state.shape_code_parts = _without_places(state.shape_code_parts)
         if hasattr(state, "local_state"):
             state.local_state = None  # torch 2.15: the dispatch keys in force here; the reader takes its own
         return dump(state, builder)
@@ -128,6 +131,15 @@ def _bare(guard: Guard) -> Guard:
         user_stack=None,
         _hash=None,
     )
+
+
+def _without_places(parts: Any) -> Any:
+    """Guards on sizes without the comments that say where user code asked for them."""
+    if parts is None:
+        return None
+    names = ("python_code_parts", "verbose_code_parts", "cpp_code_parts")
+    texts = {name: getattr(parts, name) for name in names if getattr(parts, name) is not None}
+    return replace(parts, **{n: replace(t, exprs=[_plain(e) for e in t.exprs]) for n, t in texts.items()})
 
 
 def _without_references(create: Any) -> Any:

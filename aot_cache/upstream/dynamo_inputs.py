@@ -11,13 +11,14 @@ import os
 import sys
 import sysconfig
 import types
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 import torch._dynamo as dynamo
-from torch._dynamo import config
+from torch._dynamo import bytecode_transformation, config
 from torch._dynamo.output_graph import OutputGraph, get_builtins_dict
 
 from aot_cache.upstream.dynamo_frames import Frame
@@ -31,8 +32,7 @@ Dynamic = Mapping[str, Sequence[Sequence[int]]]
 
 @contextlib.contextmanager
 def session(dynamic: Dynamic, most_graphs: int) -> Iterator[None]:
-    """Dynamo's settings while the calls of one kind are traced; what was compiled before is forgotten."""
-    dynamo.reset()
+    """Dynamo's settings while the calls of one kind are traced, in a process that has traced nothing else."""
     integers = ",".join(path for path, dims in dynamic.items() if dims[0][0] < 0)
     with (
         _lasting_names(),
@@ -51,7 +51,10 @@ def session(dynamic: Dynamic, most_graphs: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lasting_names() -> Iterator[None]:
-    """Dynamo numbers the global that holds the builtins; a number of this process may be taken in the one that loads."""
+    """Dynamo numbers the global that holds the builtins; a number of this process may be taken in the one that loads.
+
+    And it draws lots for the names of graphs, which end up in the artifact; that is to be the same each time.
+    """
     graph: Any = OutputGraph
     original = graph.install_builtins_dict_in_fglobals
 
@@ -60,10 +63,13 @@ def _lasting_names() -> Iterator[None]:
         return BUILTINS
 
     graph.install_builtins_dict_in_fglobals = install
+    names: Any = bytecode_transformation
+    lots = names.uuid
+    names.uuid = types.SimpleNamespace(uuid4=lambda: uuid.UUID(int=0))
     try:
         yield
     finally:
-        graph.install_builtins_dict_in_fglobals = original
+        graph.install_builtins_dict_in_fglobals, names.uuid = original, lots
 
 
 def mark(frame: Frame, dynamic: Dynamic) -> None:

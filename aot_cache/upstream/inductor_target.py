@@ -7,6 +7,7 @@ section 5 and below.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,13 @@ def _compile_kernels_only() -> None:
     full_name = module.get_fused_kernel_name
     # Triton cuts file names off at 150 characters, and the static launcher then does not find the kernel's binary.
     module.get_fused_kernel_name = lambda *args, **kwargs: full_name(*args, **kwargs)[:_NAME]
+    path_of = module.get_path
+
+    def get_path(*args: Any) -> tuple[str, str, str]:
+        name, folder, path = path_of(*args)
+        return name, folder, os.path.basename(path)  # a comment in the artifact, which is of no folder
+
+    module.get_path = get_path
 
 
 def _constants_on_the_cpu() -> None:
