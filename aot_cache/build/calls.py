@@ -56,7 +56,8 @@ def _walk(value: Any, path: str, found: list[Leaf], text: list[str], seen: set[i
     name = f"{kind.__module__}.{kind.__qualname__}"
     if isinstance(value, torch.Tensor):
         parameter = is_parameter(value)
-        text.append(f"{path} {value.dtype} {value.device.type} {value.dim()} {value.requires_grad} {parameter}")
+        shape = tuple(value.shape) if fixed or parameter else value.dim()  # another model is another structure
+        text.append(f"{path} {value.dtype} {value.device.type} {shape} {value.requires_grad} {parameter}")
         found.append(Leaf(path, value, fixed or parameter))
     elif value is None or kind in (bool, int, float, str, bytes):
         if kind is int and not fixed:
@@ -77,13 +78,21 @@ def _inside(value: Any) -> Iterator[tuple[str, Any, bool]]:
     if isinstance(value, (list, tuple)):
         yield from ((f"[{n}]", item, False) for n, item in enumerate(value))
     elif isinstance(value, Mapping):
-        yield from ((f"[{key!r}]", item, False) for key, item in value.items())
+        yield from ((f"[{key!r}]", item, False) for key, item in value.items() if _is_literal(key))
     elif isinstance(value, torch.nn.Module):
         for group in ("_parameters", "_buffers", "_modules"):
-            yield from ((f".{name}", item, True) for name, item in getattr(value, group).items())
+            owned = group != "_modules"  # a part's weights are, what it keeps from call to call is not
+            yield from ((f".{group}[{name!r}]", item, owned) for name, item in getattr(value, group).items())
         yield from ((f".{name}", item, False) for name, item in vars(value).items() if isinstance(item, torch.Tensor))
     elif type(value).__module__ not in ("builtins", "types", "functools", "torch") and not isinstance(value, type):
         yield from ((f".{name}", item, False) for name, item in getattr(value, "__dict__", {}).items())
+
+
+def _is_literal(key: Any) -> bool:
+    """Whether `repr(key)` is read back as `key`: paths are evaluated."""
+    if type(key) is tuple:
+        return all(map(_is_literal, key))
+    return key is None or type(key) in (bool, int, str, bytes)
 
 
 _Pattern = tuple[tuple[tuple[int, int], ...], ...]
@@ -98,8 +107,8 @@ class _Series:
     fixed: list[bool]
     first: list[tuple[int, ...]]
     varies: list[set[int]]
-    low: list[list[int]]
-    high: list[list[int]]
+    low: list[list[int | None]]
+    high: list[list[int | None]]
     points: dict[_Pattern, list[int]] = field(default_factory=dict)
     """For each pattern of special sizes, as (dimension, size) of each leaf, the points where it is so."""
 
@@ -113,8 +122,9 @@ class _Series:
                 if size in _SPECIAL:
                     special.append((d, size))
                 else:
-                    self.low[n][d] = min(self.low[n][d], size) if self.low[n][d] >= 0 else size
-                    self.high[n][d] = max(self.high[n][d], size)
+                    low, high = self.low[n][d], self.high[n][d]
+                    self.low[n][d] = size if low is None else min(low, size)
+                    self.high[n][d] = size if high is None else max(high, size)
             pattern.append(tuple(special))
         self.points.setdefault(tuple(pattern), []).append(point)
 
@@ -188,8 +198,8 @@ class Survey:
                 [leaf.fixed for leaf in found],
                 [leaf.sizes for leaf in found],
                 [set() for _ in found],
-                [[-1] * len(leaf.sizes) for leaf in found],
-                [[-1] * len(leaf.sizes) for leaf in found],
+                [[None] * len(leaf.sizes) for leaf in found],
+                [[None] * len(leaf.sizes) for leaf in found],
             )
         series.add(found, point)
 

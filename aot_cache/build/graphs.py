@@ -173,7 +173,11 @@ class Runs:
             made.compiled += sum(answers[kind.id].fresh for kind in jobs)
             if not strange:
                 break
+            known = set(self.kinds)
             self.survey(progress, strange)  # sizes go otherwise there than where they were looked at
+            if set(self.kinds) <= known:
+                made.failed += [self._unfit(point) for point in sorted(strange)]
+                break
         merged: dict[str, dict[str, Json]] = {}
         for kind in jobs:
             answer = answers[kind.id]
@@ -190,6 +194,12 @@ class Runs:
             for _, graph in sorted(merged.items(), key=_order)
         ]
         return made
+
+    def _unfit(self, point: tuple[int, int]) -> dict[str, str]:
+        case = self.cases[point[0]]
+        where = ", ".join(f"{k}={v}" for k, v in self.points[point[0]][point[1]].items())
+        why = f"at {where} it calls a compiled function as it does nowhere when it is looked at"
+        return {"kernel": f"case {case.name}", "unit": where, "error": why}
 
     def _answer(
         self,

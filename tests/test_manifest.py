@@ -1,0 +1,267 @@
+"""aot_cache.manifest: what `split` takes apart, `whole` puts together, through a file; and what a server parses is lean."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aot_cache import manifest
+from aot_cache.build import bundles
+from aot_cache.errors import BundleCorrupt
+from aot_cache.key import objects_of
+from aot_cache.plan import CallPlan, Plan
+from aot_cache.store import Bundle, Store, read_bundle, write_bundle
+from aot_cache.target import TARGETS
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+OBJECTS = {
+    sha(data): data for data in (b"binary", b"guards", b"bytecode", b"settings", b"graph", b"resume", b"library")
+}
+BINARY, GUARDS, BYTECODE, SETTINGS, GRAPH, RESUME, LIBRARY = OBJECTS
+
+# --- manifests of any content -----------------------------------------------------------------------------------------
+
+text = st.text(max_size=6)
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text
+mappings = st.dictionaries(text, scalars, max_size=3)
+reached = st.dictionaries(text, st.lists(st.dictionaries(text, text, max_size=2), max_size=2), max_size=2)
+digests = st.sampled_from(list(OBJECTS))
+
+specializations = st.lists(
+    st.fixed_dictionaries({"t": st.tuples(st.sampled_from(["i32", "*bf16", "constexpr"]), scalars).map(list)}),
+    max_size=3,
+)
+
+
+@st.composite
+def units(draw: st.DrawFn) -> dict[str, Any]:
+    options = draw(mappings)
+    return {
+        "kernel": draw(st.integers(0, 1)),
+        "key": draw(text),
+        "memory_key": draw(st.none() | text),
+        "specialization": draw(specializations),
+        "options": options,
+        "option_order": list(options),
+        "object": draw(digests),
+        "metadata": draw(mappings),
+        "via": draw(st.lists(st.lists(st.integers(-1, 3), min_size=2, max_size=2), max_size=2)),
+        "reached": draw(reached),
+    }
+
+
+graphs = st.fixed_dictionaries(
+    {
+        "module": text,
+        "function": text,
+        "line": st.integers(1, 999),
+        "kernels": st.lists(text, max_size=2),
+        "code": text,
+        "mode": st.sampled_from(["inference", "no_grad", "grad bfloat16"]),
+        "wrapping": st.fixed_dictionaries({"backend": st.just("inductor"), "options": mappings, "dynamic": st.none()}),
+        "settings": digests,
+        "guard_state": digests,
+        "bytecode": digests,
+        "graphs": st.dictionaries(text, digests, max_size=2),
+        "libraries": st.dictionaries(text, digests, max_size=2),
+        "imports": st.dictionaries(text, text, max_size=2),
+        "resumes": st.dictionaries(
+            text, st.fixed_dictionaries({"module": text, "code": digests, "free": st.booleans()}), max_size=2
+        ),
+        "inlined": st.lists(st.lists(text, min_size=3, max_size=3), max_size=2),
+        "identities": st.lists(st.lists(text, min_size=3, max_size=3), max_size=2),
+        "guards": st.lists(text, max_size=2),
+        "dynamic": st.dictionaries(text, st.lists(st.lists(st.integers(), min_size=3, max_size=3)), max_size=2),
+        "reached": reached,
+    }
+)
+
+
+@st.composite
+def tunings(draw: st.DrawFn) -> dict[str, Any]:
+    candidates = draw(st.lists(mappings, min_size=1, max_size=3))
+    return {
+        "kernel": draw(st.integers(0, 1)),
+        "tuner": draw(st.integers(0, 1)),
+        "key": draw(st.lists(scalars, max_size=2)),
+        "candidates": candidates,
+        "choice": draw(st.none() | mappings),
+        "measured": draw(mappings),
+        "reached": draw(reached),
+        "default": draw(st.none() | st.integers(0, len(candidates) - 1)),
+    }
+
+
+manifests = st.fixed_dictionaries(
+    {
+        "kind": st.just("units"),
+        "recipe": text,
+        "spec": text,
+        "origin": st.sampled_from(["traced", "recorded"]),
+        "target": st.just(TARGETS["h200"].properties()),
+        "toolchain": mappings,
+        "cases": st.lists(mappings, max_size=2),
+        "kernels": st.lists(st.fixed_dictionaries({"name": text, "closure": mappings}), max_size=2),
+        "metadata": mappings,
+        "units": st.lists(units(), max_size=3),
+        "tunings": st.lists(tunings(), max_size=2),
+        "pruned": st.lists(mappings, max_size=1),
+        "failed": st.lists(mappings, max_size=1),
+        "native": st.lists(mappings, max_size=1),
+        "graph_key": mappings,
+        "graphs": st.lists(graphs, max_size=3),
+        "calls": st.lists(mappings, max_size=2),
+        "complete": st.booleans(),
+    }
+)
+
+
+def through_a_file(whole: dict[str, Any], folder: Path) -> Bundle:
+    lean, details = manifest.split(whole)
+    path = folder / "a.safetensors"
+    write_bundle(path, lean, {**OBJECTS, lean["details"]: details})
+    return read_bundle(path)
+
+
+@given(whole=manifests)
+def test_a_manifest_comes_back(whole: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+    before = copy.deepcopy(whole)
+    back = manifest.whole(through_a_file(whole, tmp_path_factory.mktemp("bundle")))
+    assert whole == before, "split changes what it is given"
+    back.pop("objects")
+    assert back == json.loads(json.dumps(whole))
+
+
+@given(whole=manifests)
+def test_the_same_manifest_gives_the_same_bytes(whole: dict[str, Any]) -> None:
+    one, details = manifest.split(whole)
+    two, again = manifest.split(json.loads(json.dumps(whole)))
+    assert details == again and one["details"] == sha(details)
+    assert json.dumps(one, sort_keys=True) == json.dumps(two, sort_keys=True)
+
+
+# --- what is lean -----------------------------------------------------------------------------------------------------
+
+GRAPH_FACTS: dict[str, Any] = {
+    "module": "model",
+    "function": "Layer.forward",
+    "line": 7,
+    "kernels": ["triton_poi_fused_0"],
+    "code": "c" * 32,
+    "mode": "inference",
+    "wrapping": {"backend": "inductor", "options": {}, "dynamic": None},
+    "settings": SETTINGS,
+    "guard_state": GUARDS,
+    "bytecode": BYTECODE,
+    "graphs": {"__aot_graph_0": GRAPH},
+    "libraries": {"s" * 64: LIBRARY},
+    "imports": {"__aot_import_torch": "torch"},
+    "resumes": {"__aot_resume_0": {"module": "model", "code": RESUME, "free": False}},
+    "inlined": [["model", "helper", "d" * 32]],
+    "identities": [["FUNCTION_MATCH", "G['helper']", "function model:helper 0"]],
+    "guards": ["L['x'].size()[0] >= 2"],
+    "dynamic": {"L['x']": [[0, 2, 9]]},
+    "reached": {"case": [{"n": "2..9"}]},
+}
+
+
+def of_graphs(*found: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The whole manifest of a bundle of graphs."""
+    return {
+        "kind": "units", "recipe": "tiny", "spec": "tiny:recipe", "origin": "traced",
+        "target": TARGETS["cpu"].properties(), "toolchain": {"triton": ""}, "cases": [], "kernels": [], "metadata": {},
+        "units": [], "tunings": [], "pruned": [], "failed": [], "native": [], "graph_key": {"torch": "2.13.0"},
+        "graphs": list(found), "calls": [{"function": "model:Layer.forward"}], "complete": True, **more,
+    }  # fmt: skip
+
+
+def test_what_a_server_needs_of_a_graph_is_in_the_header() -> None:
+    """Looking a call up must not parse what only people read; and what it needs must not be among the details."""
+    lean, details = manifest.split(of_graphs(GRAPH_FACTS))
+    (graph,) = lean["graphs"]
+    needed = {"module", "function", "code", "mode", "wrapping", "settings", "guard_state", "bytecode", "graphs"}
+    needed |= {"imports", "resumes", "inlined", "identities", "libraries"}
+    assert needed <= set(graph), "the loader reads these"
+    assert not {"guards", "dynamic", "reached", "line"} & set(graph), "only people read these"
+    assert objects_of(graph) == objects_of(GRAPH_FACTS) == {SETTINGS, GUARDS, BYTECODE, GRAPH, RESUME, LIBRARY}
+    assert "calls" not in lean and "graph_key" in lean
+    assert json.loads(details)["graphs"] == [
+        {name: GRAPH_FACTS[name] for name in ("guards", "dynamic", "line", "reached", "kernels")}
+    ]
+
+
+def test_details_of_another_number_of_graphs(tmp_path: Path) -> None:
+    lean, details = manifest.split(of_graphs(GRAPH_FACTS, GRAPH_FACTS))
+    lean["graphs"].pop()
+    write_bundle(tmp_path / "a.safetensors", lean, {**OBJECTS, lean["details"]: details})
+    with pytest.raises(BundleCorrupt, match="do not fit its manifest"):
+        manifest.whole(read_bundle(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize("lacking", ["graphs", "calls"])
+def test_details_that_lack_a_part(tmp_path: Path, lacking: str) -> None:
+    lean, details = manifest.split(of_graphs(GRAPH_FACTS))
+    data = json.dumps({k: v for k, v in json.loads(details).items() if k != lacking}).encode()
+    lean["details"] = sha(data)
+    write_bundle(tmp_path / "a.safetensors", lean, {**OBJECTS, sha(data): data})
+    with pytest.raises(BundleCorrupt, match=lacking):
+        manifest.whole(read_bundle(tmp_path / "a.safetensors"))
+
+
+# --- what is put together ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(clean_store: Store) -> Store:
+    """A store that has every object."""
+    for data in OBJECTS.values():
+        clean_store.put(data)
+    return clean_store
+
+
+CALL = CallPlan("model:Layer.forward", 7, "0" * 16, "inference", {"backend": "inductor"}, {"L['x']": [[0, 2, 9]]})
+CPU = TARGETS["cpu"]
+BOUND = {"torch": "2.13.0", "target": {"backend": "cpu", "isa": "x86_64 AVX2"}}
+
+
+def test_graphs_are_put_into_a_bundle_with_all_that_they_need(kept: Store) -> None:
+    answer = {"graphs": [GRAPH_FACTS], "graph_failed": [], "graph_key": BOUND}
+    made, objects = bundles.assemble(CPU, "tiny:recipe", Plan("tiny", "cpu", calls=[CALL]), kept, answer)
+    assert made["graphs"] == [GRAPH_FACTS] and made["graph_key"] == BOUND and made["complete"] is True
+    assert made["calls"] == [asdict(CALL)] and made["units"] == [] and made["toolchain"] == {"triton": ""}
+    assert objects == {digest: OBJECTS[digest] for digest in objects_of(GRAPH_FACTS)}
+    json.dumps(made)
+
+
+def test_a_bundle_without_graphs_is_bound_to_no_torch(kept: Store) -> None:
+    """Kernels serve any torch: a key of graphs that are not there must not refuse them."""
+    made, objects = bundles.assemble(CPU, "tiny:recipe", Plan("tiny", "cpu"), kept, {"graph_key": BOUND})
+    assert (made["graphs"], made["calls"], made["graph_key"], objects) == ([], [], {}, {})
+
+
+def test_a_call_of_which_nothing_could_be_compiled_makes_a_bundle_incomplete(kept: Store) -> None:
+    failure = {"kernel": "model:Layer.forward", "unit": "0" * 16, "error": "it reads a value"}
+    answer = {"graphs": [GRAPH_FACTS], "graph_failed": [failure], "graph_key": BOUND}
+    made, objects = bundles.assemble(CPU, "tiny:recipe", Plan("tiny", "cpu", calls=[CALL]), kept, answer)
+    assert made["failed"] == [failure] and made["complete"] is False
+    assert GRAPH in objects, "what could be compiled is there"
+
+
+def test_what_two_graphs_share_is_in_a_bundle_once(kept: Store) -> None:
+    other = {**GRAPH_FACTS, "bytecode": RESUME, "resumes": {}}
+    answer = {"graphs": [GRAPH_FACTS, other], "graph_key": BOUND}
+    _, objects = bundles.assemble(CPU, "tiny:recipe", Plan("tiny", "cpu"), kept, answer)
+    assert set(objects) == objects_of(GRAPH_FACTS) | objects_of(other)
+    assert len(objects) == 6
