@@ -76,6 +76,7 @@ class Job:
             guards = dynamo_guards.expressions(manager)
             facts = {
                 "identities": list(self.written.identities),
+                "values": list(self.written.values),
                 "guards": guards,
                 "wrapping": frame.wrapping,
                 "mode": self.mode,

@@ -100,7 +100,9 @@ class GraphSet:
 
         dynamo_globals.install_modules(graph["imports"], frame.f_globals)
         data = self._bundle.object(graph["guard_state"])
-        return dynamo_guards.build(data, graph["identities"], frame.code, frame.f_globals, frame.f_locals)
+        return dynamo_guards.build(
+            data, graph["identities"], graph["values"], frame.code, frame.f_globals, frame.f_locals
+        )
 
     def _differs(self, number: int, graph: Mapping[str, Json], frame: Frame) -> str:
         """How the call differs from what was built, as far as it can be told without guards."""

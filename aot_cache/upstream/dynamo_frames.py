@@ -24,6 +24,8 @@ from torch._dynamo.types import ConvertFrameReturn, GuardedCode, wrap_guarded_co
 from torch._dynamo.utils import orig_code_map
 from torch._guards import CompileId
 
+from aot_cache.upstream import dynamo_off
+
 Json = Any
 
 
@@ -69,6 +71,7 @@ Instead = Callable[[Frame, Compile], ConvertFrameReturn]
 
 def run_without_compiling() -> ConvertFrameReturn:
     """Run this call, and all that it calls, as plain Python; remember nothing for the next one."""
+    dynamo_off.count_as_compiled()
     return ConvertFrameReturn(FrameExecStrategy(FrameAction.DEFAULT, FrameAction.SKIP), apply_to_code=False)
 
 
@@ -153,6 +156,7 @@ def before_compiling(
             if found is not None:
                 orig_code_map[found.code] = frame.f_code  # as Dynamo notes for code that it made
                 convert_frame.output_codes.add(found.code)
+                convert_frame.input_codes.add(frame.f_code)  # what `torch._dynamo.reset` forgets
                 guarded = GuardedCode(
                     found.code, found.guard_manager, CompileId(frame_id=found.number, frame_compile_id=0), "aot-cache"
                 )

@@ -27,7 +27,7 @@ from torch._dynamo import config, guards, package
 from torch._guards import Guard, GuardsSet
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from aot_cache.upstream.python_code import identity
+from aot_cache.upstream.python_code import identity, literal
 from aot_cache.upstream.torch_fake import is_parameter
 
 Json = Any
@@ -35,6 +35,10 @@ Json = Any
 _BY_IDENTITY = frozenset(guards.CheckFunctionManager.UNSUPPORTED_SERIALIZATION_GUARD_TYPES)
 _LIVENESS = frozenset({"WEAKREF_ALIVE", "DICT_VERSION"})
 """Guards on objects that a graph holds by reference; ours takes everything as an argument."""
+_BY_VALUE = frozenset(
+    "EQUALS_MATCH CONSTANT_MATCH BOOL_MATCH NONE_MATCH SEQUENCE_LENGTH LIST_LENGTH TUPLE_ITERATOR_LEN DICT_KEYS "
+    "DICT_KEYS_MATCH DICT_CONST_KEYS NAME_MATCH FLOAT_IS_NAN COMPLEX_IS_NAN".split()
+)
 _KEYS = torch._C.DispatchKey
 _MODES = (_KEYS.ADInplaceOrView, _KEYS.AutogradFunctionality, _KEYS.Python, _KEYS.PythonTLSSnapshot)
 """Dispatch keys that tell inference tensors from others, and tensors without memory from those with: no graph's code
@@ -47,10 +51,13 @@ class Written:
 
     Args:
         identities: guard type, the expression guarded, and the name of what it was.
+        values: guard type, expression and what a guard on a value compared it with. Upstream writes functions, classes and
+            modules by reference, so that a guard on what one of them holds would be made of what is there, and hold.
         nameless: identity guards on what has no name, with where user code needed it: such a frame cannot be kept.
     """
 
     identities: list[list[str]] = field(default_factory=list)
+    values: list[list[str]] = field(default_factory=list)
     nameless: list[str] = field(default_factory=list)
     _guards: list[Guard] = field(default_factory=list)
 
@@ -71,7 +78,7 @@ def writing() -> Iterator[Written]:
 
         def keep(entries: Sequence[Any]) -> list[bool]:
             kept = list(inner(entries)) if inner is not None else [True] * len(entries)
-            written.identities, written.nameless, written._guards = [], [], []
+            written.identities, written.values, written.nameless, written._guards = [], [], [], []
             return [bool(k) and _stays(entry, written) for k, entry in zip(kept, entries)]
 
         bound.arguments["guard_filter_fn"] = keep
@@ -99,6 +106,8 @@ def writing() -> Iterator[Written]:
 def _stays(entry: Any, written: Written) -> bool:
     kinds = {entry.guard_type, *entry.derived_guard_types}
     if not kinds & _BY_IDENTITY:
+        if entry.has_value and entry.guard_type in _BY_VALUE:
+            written.values.append([entry.guard_type, entry.orig_guard.name, literal(entry.value)])
         return True
     if kinds <= _LIVENESS:
         return False
@@ -176,6 +185,7 @@ def _without_fakes(reduce: Any) -> Any:
 def build(
     data: bytes,
     identities: Sequence[Sequence[str]],
+    values: Sequence[Sequence[str]],
     code: types.CodeType,
     f_globals: dict[str, Any],
     f_locals: Mapping[str, Any],
@@ -190,7 +200,11 @@ def build(
     _install_builtins(graph.name_of_builtins_dict_key_in_fglobals, f_globals)
     live = {"L": dict(f_locals), "G": f_globals, "__builtins__": _builtins(f_globals)}
     wanted = {(kind, name): text for kind, name, text in identities}
+    compared = {(kind, name): text for kind, name, text in values}
     for guard in graph.guards:
+        value = compared.get((guard.create_fn_name(), guard.name))
+        if value is not None and literal(_value(guard, live)) != value:
+            return None, f"{_plain(guard.name)} was {value} and is {literal(_value(guard, live))}"
         text = wanted.get((guard.create_fn_name(), guard.name))
         if text is not None:
             found = _value(guard, live)

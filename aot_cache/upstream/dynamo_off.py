@@ -6,11 +6,21 @@ Upstream: `torch/_dynamo/eval_frame.py` (`_callback_from_stance`, asked at each 
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from aot_cache.upstream import after_import
+
+
+def count_as_compiled() -> None:
+    """Tell torch >= 2.12 that a frame was compiled: `fullgraph=True` raises for a call in which none was."""
+    eval_frame: Any = importlib.import_module("torch._C._dynamo.eval_frame")
+    set_count = getattr(eval_frame, "set_fullgraph_compiled_frame_count", None)
+    if set_count is not None:
+        before = set_count(-1)
+        set_count(before if before < 0 else before + 1)
 
 
 def run_as_python(note: Callable[[], None]) -> None:
@@ -25,6 +35,7 @@ def run_as_python(note: Callable[[], None]) -> None:
         def _callback_from_stance(callback: Any) -> None:
             if callback not in (None, False):
                 note()
+                count_as_compiled()
 
         module._callback_from_stance = _callback_from_stance
 

@@ -105,10 +105,40 @@ def identity(value: object) -> str:
     return _named(value)
 
 
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, type(...))
+
+
+def literal(value: object, depth: int = 4) -> str:
+    """What a guard on `value` compares, as text that is the same in another process: constants and containers of them.
+
+    Anything else is named (`identity`), or by its type alone: what is inside has guards of its own.
+    """
+    if isinstance(value, enum.Enum):
+        return f"{identity(value)} {literal(value.value, depth - 1)}" if depth else identity(value)
+    if type(value) in _ATOMS:
+        return repr(value)
+    kind = f"{type(value).__module__}:{type(value).__qualname__}"
+    if isinstance(value, (list, tuple)) and depth:
+        return f"{kind} [{', '.join(literal(item, depth - 1) for item in value)}]"
+    if isinstance(value, (set, frozenset)) and depth:
+        return f"{kind} {{{', '.join(sorted(literal(item, depth - 1) for item in value))}}}"
+    if isinstance(value, dict) and depth == _TOP:
+        return f"{kind} of {len(value)}"
+    return identity(value) or kind
+
+
+_TOP = 4
+
+
+_NAMED_BY_TEXT = frozenset(
+    f"torch:{name}" for name in ("dtype", "device", "layout", "memory_format", "Size", "iinfo", "finfo")
+)
+
+
 def _named(value: object) -> str:
     """Builtins, operators, dtypes and the like: objects that a module has under their own name."""
     kind = f"{type(value).__module__}:{type(value).__qualname__}"
-    if type(value).__module__ in ("torch", "torch._ops"):
+    if kind in _NAMED_BY_TEXT or type(value).__module__ == "torch._ops":
         return f"{kind} {value}"  # dtypes, layouts, operators: their text is their name
     name, module = getattr(value, "__qualname__", ""), getattr(value, "__module__", None) or "builtins"
     if isinstance(name, str) and name and isinstance(module, str):

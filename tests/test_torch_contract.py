@@ -1,0 +1,895 @@
+"""What aot_cache/upstream/ takes for granted of Dynamo, Inductor and fake tensors, a sentence each.
+
+As `test_upstream_contract.py`, which also looks up every name: here is what a name does not tell. Frames are compiled by
+a backend that keeps the graph as it is; no C++ compiler and no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import json
+import pickle
+import re
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+import torch._functorch.config
+import torch._inductor.config
+from contracts import ROOT, UPSTREAM, need, parameters, python
+from dynamo_calls import as_it_is, compiled_by_dynamo, hooked
+from torch._dynamo import convert_frame, eval_frame, guards, output_graph, package
+from torch._dynamo.types import ConvertFrameReturn, GuardedCode, wrap_guarded_code
+from torch._guards import CompileId, Guard
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from aot_cache.upstream import (
+    dynamo_frames,
+    dynamo_globals,
+    dynamo_guards,
+    dynamo_inputs,
+    dynamo_package,
+    inductor_artifact,
+    inductor_events,
+    inductor_target,
+    torch_fake,
+    versions,
+)
+from aot_cache.upstream.dynamo_frames import Frame
+
+OLDEST = versions.minor(torch.__version__) == "2.11"
+inductor: Any = torch._inductor.config
+functorch: Any = torch._functorch.config
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    """Dynamo knows nothing of the tests before."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_this_release_is_in_the_table() -> None:
+    need(versions.minor(torch.__version__) in versions.TORCH_SEEN, "it is not in versions.TORCH_SEEN")
+
+
+# --- _dynamo/convert_frame.py -----------------------------------------------------------------------------------------
+
+
+def test_compile_is_given_its_arguments_by_name() -> None:
+    needed = {"code", "globals", "locals", "compiler_fn", "one_graph", "package"}
+    found = inspect.signature(convert_frame._compile).parameters
+    need(needed <= set(found), f"convert_frame._compile no longer takes {sorted(needed - set(found))}")
+    need(found["package"].default is None, "convert_frame._compile's package is not None by default")
+    need(
+        list(found).index("package") >= 10 and "**" not in str(found),
+        "convert_frame._compile takes its package among the first",
+    )
+
+
+def test_compile_is_called_by_name_in_its_module() -> None:
+    """A hook replaces `convert_frame._compile`; a caller that held the function would not see it."""
+    seen = []
+    with hooked(dynamo_frames.instead_of_compiling(lambda frame, go_on: seen.append(frame) or go_on(None))):
+        torch.compile(function, backend=as_it_is, fullgraph=True)(torch.ones(3))
+    need(len(seen) == 1, "a frame is compiled past convert_frame._compile")
+    (frame,) = seen
+    need(frame.code is function.__code__, "convert_frame._compile's code is not the frame's own")
+    need(frame.f_globals is globals() and frame.module == __name__, "its globals are not the frame's")
+    need(list(frame.f_locals) == ["x"] and torch.equal(frame.f_locals["x"], torch.ones(3)), "its locals are not")
+    need(frame.fullgraph is True, "its one_graph is not fullgraph")
+    need(frame.wrapping is None, "a backend of the user's is taken for Inductor")
+
+
+def function(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("options", [{}, {"max_autotune": True, "epilogue_fusion": False}])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_chain_of_backends_leads_to_the_wrapping(fullgraph: bool, options: dict[str, Any], dynamic: Any) -> None:
+    """From the callback of `torch.compile`, and from what `_compile` is handed, by `_torchdynamo_orig_backend`."""
+    seen: list[Any] = []
+    before: list[Any] = []
+    original: Any = convert_frame.CatchErrorsWrapper.__call__
+
+    def __call__(self: Any, frame: Any, cache_entry: Any, frame_state: Any) -> Any:
+        before.append(self)
+        return original(self, frame, cache_entry, frame_state)
+
+    def look(frame: Frame, go_on: Any) -> Any:
+        seen.append(frame)
+        return go_on(None)
+
+    def run(wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs: Any) -> Any:
+        return graph.forward
+
+    with pytest.MonkeyPatch.context() as patch, hooked(dynamo_frames.instead_of_compiling(look)):
+        patch.setattr(convert_frame.CatchErrorsWrapper, "__call__", __call__)
+        with inductor_artifact.instead(run):
+            torch.compile(function, options=options, dynamic=dynamic, fullgraph=fullgraph)(torch.ones(3))
+    wanted = {"backend": "inductor", "options": dict(sorted(options.items())), "dynamic": dynamic}
+    need(
+        [frame.wrapping for frame in seen] == [wanted],
+        f"_compile's compiler_fn does not lead to Inductor's wrapper: {[frame.wrapping for frame in seen]}",
+    )
+    wrapper = before[0]
+    need(dynamo_frames.describe_wrapping(wrapper) == wanted, "the callback does not lead to the same wrapper")
+    inner = wrapper._torchdynamo_orig_backend
+    found = getattr(getattr(inner, "_inner_convert", inner), "_one_graph", None)
+    need(found is fullgraph, "ConvertFrame._inner_convert._one_graph is not fullgraph")
+    need(seen[0].fullgraph is fullgraph, "_compile's one_graph is not fullgraph")
+
+
+def test_a_mode_is_options() -> None:
+    one = torch._TorchCompileInductorWrapper("max-autotune-no-cudagraphs", None, None)
+    need(one.config.get("max_autotune") is True, "a mode's options are not in the wrapper's config")
+    need(one.dynamic is None, "Inductor's wrapper does not say `dynamic`")
+    need("__call__" in vars(type(one)), "Inductor's wrapper has no __call__ of its own")
+    need(parameters(type(one).__call__)[:3] == ["self", "model_", "inputs_"], "its __call__ takes other arguments")
+
+
+def test_the_callback_of_a_frame() -> None:
+    wrapper = convert_frame.CatchErrorsWrapper
+    need("__call__" in vars(wrapper), "CatchErrorsWrapper has no __call__ of its own")
+    need(
+        parameters(wrapper.__call__) == ["self", "frame", "cache_entry", "frame_state"],
+        "CatchErrorsWrapper is not called with (frame, cache_entry, frame_state)",
+    )
+    need("_torchdynamo_orig_backend" in inspect.getsource(wrapper.__init__), "it does not keep what it wraps")
+
+
+def test_what_a_callback_returns() -> None:
+    fields = {field.name for field in dataclasses.fields(ConvertFrameReturn)}
+    need({"frame_exec_strategy", "apply_to_code", "guarded_code"} <= fields, "ConvertFrameReturn's fields")
+    need(("skip_reason" in fields) is not OLDEST, "from torch 2.12 on ConvertFrameReturn has a skip_reason")
+    need(ConvertFrameReturn().guarded_code is None, "ConvertFrameReturn() has code")
+    need(
+        parameters(GuardedCode) == ["code", "guard_manager", "compile_id", "trace_annotation"],
+        "GuardedCode is not (code, guard_manager, compile_id, trace_annotation)",
+    )
+    need(str(CompileId(frame_id=3, frame_compile_id=0)) == "3/0", "CompileId is not made of two numbers")
+    code = GuardedCode(function.__code__, None, CompileId(frame_id=0, frame_compile_id=0), "x")  # type: ignore[arg-type]
+    made = wrap_guarded_code(code)
+    need(isinstance(made, ConvertFrameReturn) and made.guarded_code is code, "wrap_guarded_code does not wrap it")
+    ours = dynamo_frames.run_without_compiling()
+    need(ours.apply_to_code is False and ours.guarded_code is None, "an answer without code is not for one call only")
+
+
+def test_a_skipped_call_is_asked_about_again() -> None:
+    """`run_without_compiling` is for this call, and for what it calls, only."""
+    seen = []
+
+    def look(frame: Frame, _go_on: Any) -> Any:
+        seen.append(frame.code.co_name)
+        return dynamo_frames.run_without_compiling()
+
+    with hooked(dynamo_frames.instead_of_compiling(look)):
+        compiled = torch.compile(outer, backend=as_it_is)
+        made = [compiled(torch.ones(3)) for _ in range(2)]
+    need([m.tolist() for m in made] == [[3] * 3] * 2, "a frame that is skipped does not run as plain Python")
+    need(seen == ["outer", "outer"], f"frames that were skipped for one call: {seen}")
+
+
+def test_a_call_that_is_skipped_may_want_its_whole_graph() -> None:
+    """Looking at calls, and explaining them, compiles nothing, whatever `fullgraph` says."""
+    with hooked(dynamo_frames.instead_of_compiling(lambda *_: dynamo_frames.run_without_compiling())):
+        made = torch.compile(outer, backend=as_it_is, fullgraph=True)(torch.ones(3))
+    need(made.tolist() == [3] * 3, "a frame that is skipped does not run as plain Python")
+
+
+def outer(x: torch.Tensor) -> torch.Tensor:
+    return function(x) + 1
+
+
+@dataclasses.dataclass
+class Found:
+    """Finds `function` compiled to something else, and counts how often it was asked."""
+
+    asked: int = 0
+
+    def __post_init__(self) -> None:
+        self.kept = compiled_by_dynamo(function, torch.ones(3))
+        torch._dynamo.reset()
+
+    def __call__(self, frame: Frame) -> dynamo_frames.Found:
+        self.asked += 1
+        ((made, _),) = self.kept.frames
+        for name in made.graphs:
+            frame.f_globals[name] = dynamo_globals.not_traced(lambda x: (x * 30,))
+        manager, why = dynamo_guards.build(
+            made.guards, self.kept.identities[0], self.kept.values[0], frame.code, frame.f_globals, frame.f_locals
+        )
+        assert manager is not None, why
+        assert made.dynamo_code is not None
+        return dynamo_frames.Found(made.dynamo_code, manager, 7)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_code_that_is_found_goes_into_the_cache(fullgraph: bool) -> None:
+    """What `before_compiling` answers runs, and is not asked for again while its guards hold."""
+    found = Found()
+    with hooked(dynamo_frames.before_compiling(found, lambda code: code is function.__code__)):
+        compiled = torch.compile(function, backend=as_it_is, fullgraph=fullgraph)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(convert_frame, "_compile", None)  # it must not come so far
+            first, second, other = (compiled(torch.full((3,), n)) for n in (1.0, 1.0, 2.0))
+    # Where `reset` looks for code whose cache is to be emptied: not left to the next test.
+    convert_frame.input_codes.add(function.__code__)
+    need(first.tolist() == second.tolist() == [30] * 3, "code that is found does not run")
+    need(other.tolist() == [60] * 3, "code that is found does not run on other values")
+    need(found.asked == 1, f"Dynamo asks {found.asked} times for what it has")
+    need(convert_frame.CatchErrorsWrapper.__call__.__module__.startswith("torch"), "the hook stays")
+
+
+@pytest.mark.xfail(strict=True, reason="before_compiling does not tell input_codes of the code that it answers for")
+def test_a_reset_forgets_what_was_found() -> None:
+    """torch._dynamo.reset empties the caches of the codes in `input_codes`."""
+    found = Found()
+    with hooked(dynamo_frames.before_compiling(found, lambda code: code is function.__code__)):
+        compiled = torch.compile(function, backend=as_it_is)
+        compiled(torch.ones(3))
+        torch._dynamo.reset()
+        compiled(torch.ones(3))
+    convert_frame.input_codes.add(function.__code__)
+    assert found.asked == 2
+
+
+def test_output_codes_are_known() -> None:
+    """Dynamo must not trace into code that it made."""
+    from torch._dynamo.utils import orig_code_map
+
+    for known in (convert_frame.output_codes, convert_frame.input_codes):
+        need(callable(getattr(known, "add", None)), "Dynamo's sets of known code have no `add`")
+    code = function.__code__.replace(co_name="made")
+    orig_code_map[code] = function.__code__
+    need(orig_code_map[code] is function.__code__, "orig_code_map is no mapping")
+
+
+def test_what_is_counted() -> None:
+    heard = []
+    with hooked(dynamo_frames.count(lambda kind, name: heard.append((kind, name)))):
+        compiled = torch.compile(function, backend=as_it_is)
+        compiled(torch.ones(3))
+        compiled(torch.ones(3))
+    need(heard == [("frame", f"{__name__}:function"), ("graph_compile", "as_it_is")], f"what is counted: {heard}")
+    need("call_user_compiler" in vars(output_graph.OutputGraph), "OutputGraph has no call_user_compiler")
+
+
+# --- _dynamo/package.py -----------------------------------------------------------------------------------------------
+
+
+def breaking(x: torch.Tensor) -> torch.Tensor:
+    y = torch.nn.functional.silu(x) * 2
+    torch._dynamo.graph_break()
+    return re_exported(y) + 1
+
+
+def re_exported(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+
+
+def test_dynamo_tells_a_package_all_that_it_makes() -> None:
+    kept = compiled_by_dynamo(breaking, torch.ones(3))
+    need(len(kept.frames) == 2, f"a graph break makes {len(kept.frames)} frames, not the function and its rest")
+    (first, _), (rest, frame) = kept.frames
+    wanted = {"code_context", "add_guarded_code", "add_inlined_source", "update_device_type"}
+    wanted |= {"add_resume_function", "add_backend_id"}
+    need(wanted <= set(kept.called), f"Dynamo no longer calls {sorted(wanted - set(kept.called))} of a package")
+    ours = {name for name in vars(dynamo_package.Package) if not name.startswith("_")}
+    need(set(kept.called) <= ours, f"Dynamo calls {sorted(set(kept.called) - ours)}, which ours does not have")
+    need(first.code is breaking.__code__ and isinstance(first.dynamo_code, types.CodeType), "bytecode")
+    need(pickle.loads(first.guards) is not None, "guards are no pickled state")
+    need(len(first.graphs) == len(rest.graphs) == 1, "a frame's graphs are not told by add_backend_id")
+    need(set(first.graphs) <= set(first.dynamo_code.co_names), "bytecode does not call its graph by that name")
+    (name,) = first.resumes
+    code, module = first.resumes[name]
+    need(module == __name__ and isinstance(code, types.CodeType), "add_resume_function(code, module, name)")
+    need(name in first.dynamo_code.co_names, "bytecode does not call the rest by the name that a package is told")
+    need(rest.code is code and frame.code is code, "the rest is not compiled as the code that a package was told")
+    need(frame.module == __name__, "the rest does not see the function's globals")
+    need(first.inlined[0] is breaking.__code__, "add_inlined_source is not told the frame's own code")
+    need(re_exported.__code__ in rest.inlined, "add_inlined_source is not told what was inlined")
+    need(not first.bypassed and not rest.bypassed, "a plain function is bypassed")
+
+
+def test_dynamo_tells_a_package_its_imports() -> None:
+    kept = compiled_by_dynamo(looks_elsewhere, torch.ones(3))
+    ((frame, _),) = kept.frames
+    need("add_import_source" in kept.called, "Dynamo does not tell a package what it imports (add_import_source)")
+    need(frame.imports, "add_import_source does not take (alias, module_name)")
+    for alias, module in frame.imports.items():
+        need(importlib.import_module(module) is globals()[alias], f"{alias} is not {module} among the globals")
+
+
+def looks_elsewhere(x: torch.Tensor) -> torch.Tensor:
+    return python_module.scaled(x)
+
+
+python_module: Any = types.ModuleType("aot_cache_contract_sample")
+exec("FACTOR = 3\ndef scaled(x):\n    return x * FACTOR", vars(python_module))  # noqa: S102 - as it stands
+
+
+@pytest.fixture(autouse=True)
+def _sample_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, python_module.__name__, python_module)
+
+
+def test_a_package_has_every_method_that_dynamo_calls() -> None:
+    """Also those that only odd frames ask for: read from the source."""
+    asked = set()
+    for module in (convert_frame, output_graph, guards, importlib.import_module("torch._dynamo.symbolic_convert")):
+        asked |= set(re.findall(r"\bpackage\.([a-z]\w+)\(", inspect.getsource(module)))
+    theirs = {name for name in vars(package.CompilePackage) if not name.startswith("_")}
+    asked = (asked & theirs) - {"initialize", "install", "cache_entry"}  # where torch makes its own
+    ours = {name for name in vars(dynamo_package.Package) if not name.startswith("_")}
+    need(asked <= ours, f"Dynamo calls {sorted(asked - ours)} of a package, which ours does not have")
+    bypasses = {"bypass_current_entry", "bypass_current_compile"} & theirs
+    need(len(bypasses) == 1, f"a package is bypassed by {sorted(bypasses)}")
+    for name in asked:
+        given, wanted = (parameters(vars(owner)[name]) for owner in (dynamo_package.Package, package.CompilePackage))
+        need(given == wanted, f"CompilePackage.{name} takes {wanted[1:]}, ours {given[1:]}")
+    made = dynamo_package.Package(function.__code__, __name__)
+    getattr(made, bypasses.pop())()
+    need(made.frame.bypassed, "a bypass is not noticed")
+
+
+def test_globals_that_are_numbered() -> None:
+    """`install_global_by_id` and `install_global`: names that mean nothing in another process."""
+    source = inspect.getsource(output_graph.OutputGraph.install_global_by_id)
+    need(
+        'f"{prefix}_{id(value)}_c{self.compile_id}"' in source,
+        "install_global_by_id no longer makes names of an address and a compile's number",
+    )
+    need("self.compile_id: int" in inspect.getsource(output_graph.OutputGraph.__init__), "and that is no number")
+    unique = inspect.getsource(output_graph.OutputGraph.install_global)
+    need("unique_id(" in unique or "unique_id_unbound_in(" in unique, "install_global no longer numbers names")
+    for name in (
+        "__abc_140_c0",
+        "_140_c12",
+        "__gen_rand_values_3",
+        "__warnings_warn_wrapper_0",
+    ):
+        code = compile(f"def f(): return {name}", "x", "exec").co_consts[0]
+        need(dynamo_package.numbered_globals(code) == [name], f"{name} is not taken for a numbered name")
+    code = compile("def f(): return __compiled_fn_1_ab, torch, __import_torch", "x", "exec").co_consts[0]
+    need(dynamo_package.numbered_globals(code) == [], "names that are kept are taken for numbered ones")
+
+
+def test_the_builtins_have_a_name_of_ours() -> None:
+    owner = output_graph.OutputGraph
+    need(parameters(owner.install_builtins_dict_in_fglobals) == ["self"], "install_builtins_dict_in_fglobals()")
+    before = owner.install_builtins_dict_in_fglobals
+    scope: dict[str, Any] = {"__builtins__": __builtins__}
+    with dynamo_inputs.session({}, 8):
+        need(owner.install_builtins_dict_in_fglobals is not before, "it cannot be replaced")
+        name = owner.install_builtins_dict_in_fglobals(types.SimpleNamespace(global_scope=scope))
+    need(owner.install_builtins_dict_in_fglobals is before, "the name stays ours")
+    need(name == dynamo_inputs.BUILTINS and scope[name]["len"] is len, "get_builtins_dict gives no dict of builtins")
+    kept = compiled_by_dynamo(counting, [torch.ones(3)] * 2)
+    state = package.load_guards_state(kept.frames[0][0].guards)
+    need(
+        state.output_graph.name_of_builtins_dict_key_in_fglobals == dynamo_inputs.BUILTINS,
+        "the guards' state does not say by which global the builtins are called",
+    )
+
+
+def counting(xs: list[torch.Tensor]) -> torch.Tensor:
+    return xs[0] * len(xs) * max(2, len(xs))
+
+
+# --- _dynamo/guards.py ------------------------------------------------------------------------------------------------
+
+
+def test_which_guards_compare_by_identity() -> None:
+    known = {"DICT_VERSION", "NN_MODULE", "ID_MATCH", "FUNCTION_MATCH", "CLASS_MATCH", "MODULE_MATCH"}
+    known |= {"CLOSURE_MATCH", "WEAKREF_ALIVE"}
+    found = set(guards.CheckFunctionManager.UNSUPPORTED_SERIALIZATION_GUARD_TYPES)
+    need(found == known, f"UNSUPPORTED_SERIALIZATION_GUARD_TYPES changed: {sorted(found ^ known)}")
+
+
+def test_how_guards_are_filtered_and_written() -> None:
+    found = inspect.signature(guards.CheckFunctionManager.__init__).parameters
+    need("guard_filter_fn" in found, "CheckFunctionManager takes no guard_filter_fn")
+    need(found["guard_filter_fn"].default is None, "guard_filter_fn is not None by default")
+    entry = {field.name for field in dataclasses.fields(guards.GuardFilterEntry)}
+    needed = {"guard_type", "derived_guard_types", "value", "has_value", "orig_guard"}
+    need(needed <= entry, f"a filter is not told {sorted(needed - entry)}")
+    need(parameters(guards.pickle_guards_state) == ["state", "builder"], "pickle_guards_state(state, builder)")
+    need("pickle_guards_state(" in inspect.getsource(guards.CheckFunctionManager.serialize_guards), "by module name")
+    fields = {field.name for field in dataclasses.fields(guards.GuardsState)}
+    need({"output_graph", "shape_code_parts"} <= fields, "GuardsState has other fields")
+    need(fields <= {"output_graph", "shape_code_parts", "local_state"}, f"GuardsState has more: {sorted(fields)}")
+
+
+def test_the_fields_of_a_guard() -> None:
+    fields = {field.name for field in dataclasses.fields(Guard)}
+    ours = {"create_fn", "guard_types", "code_list", "obj_weakref", "guarded_class_weakref", "stack", "user_stack"}
+    need(ours | {"_hash", "originating_source"} <= fields, f"a Guard has no {sorted(ours - fields)}")
+    known = ours | {"_hash", "originating_source", "_unserializable", "_force_dict_keys_match"}
+    need(fields <= known, f"a Guard has {sorted(fields - known)}: does it belong to the process that made it?")
+
+
+def test_how_a_tensor_is_unpickled() -> None:
+    wanted = ["meta_tensor", "device", "pytype", "dispatch_keys_raw", "grad"]
+    unpickle = guards.GuardsStatePickler._unpickle_tensor
+    need(parameters(unpickle) == wanted, f"GuardsStatePickler._unpickle_tensor takes {parameters(unpickle)}")
+    need(parameters(guards.GuardsStatePickler.reducer_override) == ["self", "obj"], "reducer_override(obj)")
+    made = unpickle(torch.empty(3, device="meta"), torch.device("cpu"), torch.nn.Parameter, 0, None)
+    need(isinstance(made, FakeTensor) and made.pytype is torch.nn.Parameter, "a tensor is not read as a fake one")
+    source = inspect.getsource(guards.GuardsStatePickler.reducer_override)
+    need("_unpickle_tensor, (" in re.sub(r"\s+", " ", source), "reducer_override does not write (function, arguments)")
+
+
+def test_the_state_that_is_guarded_is_json() -> None:
+    from torch._C._dynamo.guards import GlobalStateGuard
+
+    state = GlobalStateGuard()
+    values = json.loads(state.__getstate__())
+    need(values["num_threads"] == torch.get_num_threads(), "GlobalStateGuard's JSON has no num_threads")
+    values["num_threads"] += 1
+    state.__setstate__(json.dumps(values))
+    need(not state.check(), "GlobalStateGuard does not guard on what __setstate__ says")
+    dynamo_guards._take_host_threads(state)
+    need(state.check(), "GlobalStateGuard does not take the host's threads")
+    known = set(
+        "allow_bf16_reduce allow_fp16_reduce allow_tf32 autocast_state cuda_matmul_precision default_dtype "
+        "deterministic_algorithms deterministic_algorithms_warn_only grad_mode num_threads torch_function "
+        "torch_function_all_disabled".split()
+    )
+    need(set(values) <= known, f"GlobalStateGuard looks at {sorted(set(values) - known)}: whose business is it?")
+
+
+def test_guards_are_read_again_for_a_living_call() -> None:
+    kept = compiled_by_dynamo(guarded, torch.ones(3), {"k": 4})
+    ((made, frame),) = kept.frames
+    need(kept.nameless == [[]], f"guards on objects without a name: {kept.nameless}")
+    names = {name for _, name, _ in kept.identities[0]}
+    need("G['re_exported']" in names, f"a function is not guarded by identity: {sorted(names)}")
+
+    def check(x: Any, options: Any, f_globals: Any = frame.f_globals) -> str:
+        given = {"x": x, "options": options}
+        manager, why = dynamo_guards.build(
+            made.guards, kept.identities[0], kept.values[0], guarded.__code__, f_globals, given
+        )
+        need((manager is None) == bool(why), "a guard manager without a reason, or the other way round")
+        if manager is not None:
+            need(manager.check(given) is True, "a manager that was built does not hold")
+            need(dynamo_guards.expressions(manager), "a manager has no verbose_code_parts")
+        return str(why)
+
+    need(check(torch.ones(3), {"k": 4}) == "", "guards do not hold for the call that they were made of")
+    with torch.inference_mode():
+        inference = torch.ones(3)
+    need(check(inference, {"k": 4}) == "", "guards do not hold for an inference tensor")
+    need("k" in check(torch.ones(3), {"k": 5}), "a guard on a value holds for another")
+    need("size" in check(torch.ones(4), {"k": 4}), "a guard on a size holds for another")
+    need(check(torch.ones(3, dtype=torch.float64), {"k": 4}), "a guard on a dtype holds for another")
+    need(check(torch.ones(3), {}), "guards hold for a dict without the key")
+    need(check(torch.ones(3), None), "guards hold for None")
+    replaced = {**frame.f_globals, "re_exported": function}
+    need("re_exported" in check(torch.ones(3), {"k": 4}, replaced), "a function that was replaced goes unnoticed")
+    torch.set_num_threads(before := torch.get_num_threads())
+    try:
+        torch.set_num_threads(before + 1)
+        need(check(torch.ones(3), {"k": 4}) == "", "guards depend on the number of threads")
+    finally:
+        torch.set_num_threads(before)
+    with torch.no_grad():
+        need("grad_mode" in check(torch.ones(3), {"k": 4}), "guards hold in another grad mode")
+
+
+def guarded(x: torch.Tensor, options: Any) -> torch.Tensor:
+    return re_exported(x) * options["k"]
+
+
+def test_guards_are_the_same_bytes_twice() -> None:
+    """With nothing of the process in them: no stack, no path, no weak reference."""
+    first = compiled_by_dynamo(guarded, torch.ones(3), {"k": 4}).frames[0][0].guards
+    torch._dynamo.reset()
+    second = compiled_by_dynamo(guarded, torch.ones(3), {"k": 4}).frames[0][0].guards
+    need(first == second, "guards hold something of the process, or of the moment")
+    need(str(ROOT).encode() not in first, "guards hold the path of a file")
+
+
+def test_keys_that_tell_tensors_apart_by_where_they_were_made() -> None:
+    key = torch._C.DispatchKey
+    with torch.inference_mode():
+        inference = torch.ones(3)
+    normal, found = (torch._C._dispatch_keys(t) for t in (torch.ones(3), inference))
+    need(normal.raw_repr() != found.raw_repr(), "an inference tensor has the keys of others")
+    for name in (key.ADInplaceOrView, key.AutogradFunctionality, key.Python, key.PythonTLSSnapshot):
+        normal, found = normal.remove(name), found.remove(name)
+    need(normal.raw_repr() == found.raw_repr(), "an inference tensor has other keys besides")
+    need(isinstance(found.raw_repr(), int), "DispatchKeySet.raw_repr is no int")
+    same = torch._C.DispatchKeySet.from_raw_repr(found.raw_repr())
+    need(same.raw_repr() == found.raw_repr(), "DispatchKeySet.from_raw_repr does not undo raw_repr")
+    with FakeTensorMode():
+        fake = torch._C._dispatch_keys(torch.ones(3))
+    need(dynamo_guards._place(fake) == dynamo_guards._place(normal), "a fake tensor has other keys besides")
+    half = torch._C._dispatch_keys(torch.ones(3, device="meta"))
+    need(dynamo_guards._place(half) != dynamo_guards._place(normal), "keys do not tell devices apart")
+
+
+def test_how_guards_are_loaded() -> None:
+    need(parameters(package.load_guards_state) == ["guards_state"], "load_guards_state(guards_state)")
+    need(
+        parameters(package.load_guard_manager) == ["guards_state", "target_code", "runtime_global_scope"],
+        "load_guard_manager(guards_state, target_code, runtime_global_scope)",
+    )
+    strict = torch._dynamo.config.strict_precompile
+    need(strict in (True, False), "torch._dynamo.config.strict_precompile is gone")
+
+
+# --- what Dynamo is told before it traces -----------------------------------------------------------------------------
+
+
+def test_dimensions_are_dynamic_within_their_bounds() -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    x, frames = torch.ones(5, 3), []
+
+    def handle(frame: Frame, go_on: Any) -> Any:
+        frames.append(frame)
+        dynamo_inputs.mark(frame, {"L['x']": [[0, 2, 9]]})
+        return go_on(None)
+
+    with hooked(dynamo_frames.instead_of_compiling(handle)):
+        with dynamo_inputs.session({"L['x']": [[0, 2, 9]], "L['k']": [[-1, 2, 40]]}, 8):
+            need(torch.compiler.config.dynamic_sources == "L['k']", "torch.compiler.config.dynamic_sources")
+            compiled = torch.compile(sized, backend=backend, fullgraph=True)
+            for size, k in ((5, 20), (2, 3), (9, 40)):
+                x = torch.ones(size, 3)
+                need(compiled(x, k).tolist() == (x * k).tolist(), "a dynamic graph computes something else")
+    need(len(frames) == 1 and len(graphs) == 1, f"{len(frames)} frames for sizes within the bounds")
+    (bounds,) = [dynamo_inputs._bounds(node) for node in next(iter(reversed(graphs[0].graph.nodes))).args[0]]
+    need(bounds == [(0, 2, 9)], f"an output's bounds are {bounds}, by ShapeEnv.bound_sympy")
+    run = dynamo_inputs.answer(graphs[0])
+    need(isinstance(graphs[0], torch.fx.GraphModule), "a backend is not handed a GraphModule")
+    need(callable(run), "a graph cannot be answered")
+
+
+def sized(x: torch.Tensor, k: int) -> torch.Tensor:
+    return x * k
+
+
+def test_settings_of_a_session() -> None:
+    before = torch._dynamo.config.recompile_limit
+    with dynamo_inputs.session({}, 5):
+        config = torch._dynamo.config
+        need((config.recompile_limit, config.accumulated_recompile_limit) == (5, 40), "Dynamo's limits")
+        need(config.fail_on_recompile_limit_hit and not config.automatic_dynamic_shapes, "Dynamo's settings")
+    need(torch._dynamo.config.recompile_limit == before, "a setting stays")
+
+
+def test_mark_dynamic_takes_bounds() -> None:
+    needed = ["t", "index", "min", "max"]
+    found = parameters(torch._dynamo.mark_dynamic)
+    need(set(needed) <= set(found) and found[:2] == needed[:2], f"mark_dynamic takes {found}")
+
+
+def test_the_moment_a_compiled_function_is_called() -> None:
+    """dynamo_off replaces `_callback_from_stance`, which is looked up and asked at each call."""
+    need(parameters(eval_frame._callback_from_stance) == ["callback"], "_callback_from_stance(callback)")
+    code = """
+from aot_cache.upstream import dynamo_off
+noted = []
+dynamo_off.run_as_python(lambda: noted.append(1))
+import sys
+assert "torch" not in sys.modules, "it imports torch"
+import torch
+traced = []
+def backend(graph, inputs):
+    traced.append(graph)
+    return graph.forward
+@torch.compile(backend=backend)
+def f(x): return x * 2
+class M(torch.nn.Module):
+    def forward(self, x): return f(x) + 1
+m = torch.compile(M(), backend=backend)
+assert not noted
+assert f(torch.ones(2)).tolist() == [2, 2] and len(noted) == 1, noted
+assert m(torch.ones(2)).tolist() == [3, 3] and len(noted) >= 2, noted
+before = len(noted)
+torch.compiler.disable(f)(torch.ones(2)), (lambda x: x * 2)(torch.ones(2))
+assert not traced, "it was compiled"
+print("fine")
+"""
+    done = python(code, {"PYTHONPATH": str(ROOT)})
+    need(done.stdout.strip() == "fine", f"a compiled function is compiled, or not noticed: {done.stderr[-700:]}")
+
+
+def test_a_compiled_function_that_wants_its_whole_graph_runs_as_python() -> None:
+    code = """
+from aot_cache.upstream import dynamo_off
+dynamo_off.run_as_python(lambda: None)
+import torch
+print(torch.compile(lambda x: x * 2, fullgraph=True)(torch.ones(2)).tolist())
+"""
+    done = python(code, {"PYTHONPATH": str(ROOT)})
+    assert done.stdout.strip() == "[2.0, 2.0]", done.stderr[-300:]
+
+
+# --- Inductor ---------------------------------------------------------------------------------------------------------
+
+
+def setting(config: Any, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), config)
+
+
+@pytest.mark.parametrize("name", inductor_artifact.MEASURED)
+def test_choices_that_inductor_measures(name: str) -> None:
+    need(setting(inductor, name) in (True, False), f"torch._inductor.config.{name} is gone, or no switch")
+    with inductor.patch({name: False}):
+        need(setting(inductor, name) is False, f"torch._inductor.config.{name} cannot be switched off")
+
+
+@pytest.mark.parametrize("name", inductor_artifact._SETTINGS)
+def test_settings_of_the_artifact(name: str) -> None:
+    need(setting(functorch, name) in (True, False), f"torch._functorch.config.{name} is gone, or no switch")
+    with functorch.patch(inductor_artifact._SETTINGS):
+        need(setting(functorch, name) is True, f"torch._functorch.config.{name} cannot be switched on")
+
+
+def test_the_settings_that_code_depends_on() -> None:
+    found = json.loads(dynamo_globals.settings())
+    need(found == json.loads(dynamo_globals.settings()), "Inductor's settings differ from call to call")
+    need("max_fusion_size" in found and "triton.cudagraphs" in found, "save_config_portable has other names")
+    need(not any("0x" in value or "object at" in value for value in found.values()), "a setting is an address")
+    with inductor.patch({"max_fusion_size": inductor.max_fusion_size + 1}):
+        other = json.loads(dynamo_globals.settings())
+        need({k for k in other if other[k] != found[k]} == {"max_fusion_size"}, "another setting is not seen")
+    unknown = [
+        name for name in dynamo_globals._HOW if not any(k.startswith(name) for k in inductor.save_config_portable())
+    ]
+    gone = {
+        "compile_threads",
+        "worker_",
+        "torchinductor_worker",
+        "quiesce_",
+        "profile_bandwidth",
+        "TYPE_CHECKING",
+        "halide.",
+        "xpu.",
+        "tpu_",
+    }
+    gone |= {"cutlass.", "cuda.cutlass", "rocm.", "cpp.cxx", "log_", "aot_inductor"}
+    need(set(unknown) <= gone, f"settings that do not count are not there: {sorted(set(unknown) - gone)}")
+
+
+def test_the_artifact_of_a_graph() -> None:
+    serializable = inductor_artifact.Serializable
+    need(parameters(serializable.serialize_compile_artifacts) == ["fn"], "serialize_compile_artifacts(fn)")
+    need(parameters(serializable.deserialize_compile_artifacts) == ["data"], "deserialize_compile_artifacts(data)")
+    names = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        names.append(inductor_artifact.name_of(graph))
+        return graph.forward
+
+    ((made, _),) = compiled_by_dynamo(function, torch.ones(3), backend=backend).frames
+    need(made.graphs == names, "a package is told another name of a graph")
+    need(
+        made.dynamo_code is not None and names[0] in made.dynamo_code.co_names,
+        "a graph's _backend_id is not the name by which bytecode calls it",
+    )
+
+
+def test_a_backend_can_be_answered_for() -> None:
+    """`instead` answers for Inductor wherever it would compile; what it answers is what bytecode calls."""
+    seen = []
+
+    def handler(wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs: Any) -> Any:
+        seen.append((type(wrapper).__name__, type(graph).__name__, callable(backend)))
+        return lambda *args: [args[0] * 50]
+
+    with inductor_artifact.instead(handler):
+        made = torch.compile(function)(torch.ones(3))
+    need(seen == [("_TorchCompileInductorWrapper", "GraphModule", True)], f"Inductor's wrapper is not asked: {seen}")
+    need(made.tolist() == [50] * 3, "the answer is not what runs")
+
+
+def test_how_a_kernel_is_compiled() -> None:
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from torch._inductor.triton_bundler import TritonBundler
+
+    found = inspect.signature(CachingAutotuner.precompile).parameters
+    wanted = ["self", "warm_cache_only", "reload_kernel", "static_triton_bundle_key"]
+    need(list(found) == wanted, f"CachingAutotuner.precompile takes {list(found)}")
+    need([found[n].default for n in wanted[1:]] == [False, None, None], "its defaults are others")
+    need(parameters(CachingAutotuner._precompile_worker) == ["self"], "_precompile_worker()")
+    need(parameters(CachingAutotuner.is_statically_launchable) == ["self"], "is_statically_launchable()")
+    need(parameters(TritonBundler.put_static_autotuner) == ["key", "kernel"], "put_static_autotuner(key, kernel)")
+    text = inspect.getsource(CachingAutotuner.precompile)
+    steps = ["self._precompile_worker()", "put_static_autotuner(", "self._make_launchers()"]
+    places = [text.rindex(step) for step in steps]
+    need(places == sorted(places), "a kernel is not compiled, kept for the artifact, and then loaded")
+    need("compile_results" in inspect.getsource(CachingAutotuner.is_statically_launchable), "what is launchable")
+    need(
+        "self.configs = None" in inspect.getsource(CachingAutotuner._precompile_worker), "configs stay after compiling"
+    )
+
+
+def test_what_is_remembered_of_kernels() -> None:
+    from torch._inductor.async_compile import CompiledTritonKernels
+
+    need(parameters(CompiledTritonKernels.cache_clear) == [], "CompiledTritonKernels.cache_clear()")
+    CompiledTritonKernels._cache["x"] = None  # type: ignore[assignment]
+    CompiledTritonKernels.cache_clear()
+    need(not CompiledTritonKernels._cache, "CompiledTritonKernels.cache_clear does not forget")
+
+
+@pytest.mark.parametrize("hook", inductor_events._HOOKS, ids=lambda hook: hook[3])
+def test_what_inductor_is_listened_to_for(hook: tuple[str, str, str, str]) -> None:
+    module, owner, method, _ = hook
+    place = getattr(importlib.import_module(module), owner)
+    need(method in vars(place), f"{owner} has no {method} of its own")
+    need(parameters(getattr(place, method))[0] == "self", f"{owner}.{method} is no method")
+    others = [c for c in place.__subclasses__() if method in vars(c)]
+    known = {"StaticallyLaunchedXpuKernel", "DebugAutotuner"}
+    need({c.__name__ for c in others} <= known, f"{method} is overridden in {others}: it would not be counted")
+
+
+def test_a_kernel_is_loaded_by_one_method() -> None:
+    from torch._inductor.runtime import static_triton_launcher as launcher
+
+    need(parameters(launcher.StaticallyLaunchedTritonKernel.load_kernel) == ["self", "device"], "load_kernel(device)")
+    cuda = launcher.StaticallyLaunchedCudaKernel
+    need(
+        issubclass(cuda, launcher.StaticallyLaunchedTritonKernel), "CUDA's kernel is no StaticallyLaunchedTritonKernel"
+    )
+    text = inspect.getsource(launcher.StaticallyLaunchedTritonKernel.load_kernel)
+    need("self.function is not None" in text, "a kernel that is loaded is loaded again")
+    need("cubin_path" in text, "a kernel is not loaded from a file")
+
+
+def test_the_places_where_inductor_touches_a_device() -> None:
+    from torch._inductor.constant_folding import ConstantFolder
+    from torch._inductor.fx_passes import joint_graph, post_grad
+    from torch._inductor.runtime import triton_helpers
+
+    need(parameters(ConstantFolder.run) == ["self"], "ConstantFolder.run()")
+    for module in (joint_graph, post_grad):
+        need(parameters(module.lazy_init) == ["input_device"], f"{module.__name__}.lazy_init(input_device)")
+        need("lazy_init(" in inspect.getsource(module).replace("def lazy_init(", ""), "nobody calls lazy_init")
+    need(parameters(triton_helpers.set_driver_to_gpu) == [], "set_driver_to_gpu()")
+    need(inductor.compile_threads >= 1 and inductor.worker_suppress_logging in (True, False), "Inductor's workers")
+    from torch._inductor.codegen import triton as codegen
+
+    need(callable(codegen.get_fused_kernel_name), "codegen.triton has no get_fused_kernel_name")
+    need("get_fused_kernel_name(" in inspect.getsource(codegen.TritonScheduling.define_kernel), "who names a kernel")
+    need(callable(inductor_target.become), "inductor_target.become")
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="a torch without CUDA has none of these")
+def test_calls_into_the_cuda_runtime() -> None:
+    for name in ("_cuda_getCurrentRawStream",):
+        need(callable(getattr(torch._C, name, None)), f"torch._C.{name} is gone")
+    for name in ("_exchange_device", "_maybe_exchange_device", "get_rng_state", "set_rng_state"):
+        need(callable(getattr(torch.cuda, name, None)), f"torch.cuda.{name} is gone")
+
+
+def test_libraries_of_the_cpu() -> None:
+    from torch._inductor.codecache import CppCodeCache, CppPythonBindingsCodeCache
+
+    found = parameters(CppCodeCache.load_async)
+    wanted = ["main_code", "device_type", "submit_fn", "extra_flags", "optimized_code"]
+    need(found[:5] == wanted, f"CppCodeCache.load_async takes {found}")
+    need(set(found[5:]) <= {"needs_vec_isa", "kernel_needs_vec_isa"}, f"and {found[5:]}: part of the source's digest?")
+    need(parameters(CppCodeCache._load_library) == ["path", "key"], "CppCodeCache._load_library(path, key)")
+    for name in ("load_async", "_load_library"):
+        need(isinstance(vars(CppCodeCache)[name], classmethod), f"CppCodeCache.{name} is no class method")
+        need(name not in vars(CppPythonBindingsCodeCache), f"Python's bindings have a {name} of their own")
+    need(".key = key" in inspect.getsource(CppCodeCache._load_library), "a library does not say its key")
+
+
+# --- fake tensors -----------------------------------------------------------------------------------------------------
+
+
+def test_operators_go_through_dispatch() -> None:
+    wanted = ["self", "func", "types", "args", "kwargs"]
+    need(parameters(FakeTensorMode.dispatch) == wanted, f"FakeTensorMode.dispatch takes {wanted[1:]}")
+    need("allow_non_fake_inputs" in parameters(FakeTensorMode.__init__), "FakeTensorMode(allow_non_fake_inputs=)")
+    seen = []
+
+    class Mode(torch_fake._base):  # type: ignore[misc]
+        def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return super().dispatch(func, types, args, kwargs)
+
+    with Mode(allow_non_fake_inputs=True):
+        made = torch.ones(3) * 2
+    need(isinstance(made, FakeTensor), "an operator under the mode makes no fake tensor")
+    need(torch.ops.aten.mul.Tensor in seen, "FakeTensorMode does not hand operators to dispatch")
+
+
+def test_custom_operators_run_their_own_python() -> None:
+    ran = []
+    library = torch.library.Library("aot_cache_fake_contract", "DEF")
+    try:
+        library.define("body(Tensor x) -> Tensor")
+
+        def body(x: torch.Tensor) -> torch.Tensor:
+            ran.append(type(x))
+            return torch.cat([x, x])
+
+        library.impl("body", body, "CompositeExplicitAutograd")
+        with torch_fake.HostMode("cpu"), torch.no_grad():
+            made = torch.ops.aot_cache_fake_contract.body(torch.ones(3))
+        need(ran == [FakeTensor], f"a custom operator does not run its Python on fake tensors: {ran}")
+        need(isinstance(made, FakeTensor) and made.shape == (6,), "what it returns is lost")
+        op = torch.ops.aot_cache_fake_contract.body.default
+        need(op.namespace == "aot_cache_fake_contract", "an operator has no namespace")
+    finally:
+        library._destroy()
+    need(torch.ops.aten.add.Tensor.namespace in torch_fake.BUILTIN, "aten is not builtin")
+
+
+@pytest.mark.parametrize("read", [lambda x: x.item(), lambda x: x.nonzero(), lambda x: bool(x > 1)])
+def test_values_that_a_fake_tensor_does_not_have(read: Any) -> None:
+    with torch_fake.HostMode("cpu"), pytest.raises(torch_fake.NEEDS_VALUES):
+        read(torch.empty(()))
+
+
+def test_dynamo_traces_fake_tensors() -> None:
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    with torch_fake.HostMode("cpu"), torch.no_grad():
+        made = torch.compile(function, backend=backend, fullgraph=True)(torch.empty(3, 4))
+    need(len(graphs) == 1 and made.shape == (3, 4), "Dynamo does not trace under a fake tensor mode of ours")
+
+
+def test_what_is_a_parameter() -> None:
+    with torch_fake.HostMode("cpu"):
+        layer = torch.nn.Linear(2, 2)
+        need(torch_fake.is_parameter(layer.weight), "a Parameter under a fake tensor mode is not told from a tensor")
+        need(not torch_fake.is_parameter(layer.weight.detach()), "a plain tensor is taken for a Parameter")
+
+
+# --- a device guard ---------------------------------------------------------------------------------------------------
+
+
+def test_the_guard_for_a_torch_without_cuda() -> None:
+    from pathlib import Path
+
+    header = Path(torch.__file__).parent / "include" / "c10" / "core" / "impl" / "DeviceGuardImplInterface.h"
+    text = header.read_text()
+    need("struct NoOpDeviceGuardImpl" in text, "c10 has no NoOpDeviceGuardImpl")
+    need("define C10_REGISTER_GUARD_IMPL(" in text, "c10 has no C10_REGISTER_GUARD_IMPL")
+    need(sorted((Path(torch.__file__).parent / "lib").glob("libc10.*")), "torch ships no libc10")
+
+
+# --- nothing is left --------------------------------------------------------------------------------------------------
+
+
+def test_hooks_are_taken_out() -> None:
+    for what in (
+        convert_frame._compile,
+        convert_frame.CatchErrorsWrapper.__call__,
+        output_graph.OutputGraph.call_user_compiler,
+        output_graph.OutputGraph.install_builtins_dict_in_fglobals,
+        torch._TorchCompileInductorWrapper.__call__,
+        guards.CheckFunctionManager.__init__,
+        guards.GuardsStatePickler.reducer_override,
+        guards.pickle_guards_state,
+    ):
+        assert what.__module__.partition(".")[0] == "torch", what
+    assert UPSTREAM.is_dir()
