@@ -230,7 +230,6 @@ def test_code_that_is_found_goes_into_the_cache(fullgraph: bool) -> None:
     need(convert_frame.CatchErrorsWrapper.__call__.__module__.startswith("torch"), "the hook stays")
 
 
-@pytest.mark.xfail(strict=True, reason="before_compiling does not tell input_codes of the code that it answers for")
 def test_a_reset_forgets_what_was_found() -> None:
     """torch._dynamo.reset empties the caches of the codes in `input_codes`."""
     found = Found()
