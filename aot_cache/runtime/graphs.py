@@ -179,8 +179,8 @@ def _short(graph: Mapping[str, Json]) -> str:
 class Miss:
     """Answers Dynamo's misses from all bundles of this process, and counts the rest."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, ledger: Ledger, refuse: Callable[[Exception], None]) -> None:
+        self._ledger, self._refuse = ledger, refuse
         self.sets: list[GraphSet] = []
 
     def arm(self) -> None:
@@ -219,8 +219,13 @@ class Miss:
         return out
 
     def find(self, frame: Frame) -> Found | None:
-        for graphs in self.sets:
-            found = graphs.find(frame)
+        for graphs in list(self.sets):
+            try:
+                found = graphs.find(frame)
+            except Exception as error:  # the call goes on as it would without us
+                self.sets.remove(graphs)
+                self._refuse(error)
+                continue
             if found is not None:
                 return found
         return None

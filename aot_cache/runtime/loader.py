@@ -304,7 +304,7 @@ def _arm_graphs_unharmed() -> None:
 
         with _lock:
             if _miss is None:
-                _miss = Miss(LEDGER)
+                _miss = Miss(LEDGER, lambda error: _refuse(error, _strict))
                 _miss.arm()
             _add_graphs()
     except Exception as error:

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 def known(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason)
+    return pytest.mark.xfail(strict=False, reason=reason)
 
 
 LIVE = known(
