@@ -309,7 +309,6 @@ def test_keys_that_have_no_literal() -> None:
         assert eval(leaf.path, {"L": call.f_locals}) is leaf.value  # noqa: S307 - our own path
 
 
-@pytest.mark.xfail(strict=True, reason="what has slots has no __dict__: its tensors are not seen, and stay static")
 def test_an_object_with_slots() -> None:
     slotted = dataclasses.make_dataclass("Slotted", ["x"], slots=True)
     (kind,) = kinds_of(*(frame(f, slotted(t(n))) for n in (5, 6)))

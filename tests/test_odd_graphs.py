@@ -15,7 +15,6 @@ from aot_cache import manifest
 from aot_cache import target as targets
 from aot_cache.build import pipeline
 from aot_cache.build.pipeline import Built, Request
-from aot_cache.errors import AotCacheError
 from aot_cache.store import read_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -144,31 +143,22 @@ def test_functions_that_have_a_kernel_in_common(whole: dict[str, Any]) -> None:
     assert one[0]["libraries"] == two[0]["libraries"] != {}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="inductor_cpp.keeping forgets where a library is that it loaded before: KeyError"
-)
 def test_a_function_that_has_one_kernel_twice(whole: dict[str, Any]) -> None:
     assert failures_of(whole, "one_kernel_twice") == []
     assert reached(whole, "one_kernel_twice") == {"2..5"}
 
 
-@pytest.mark.xfail(strict=True, reason="int_oo.is_finite is true: dynamo_inputs._bounds asks for infinity as an int")
 def test_sizes_without_bounds(whole: dict[str, Any]) -> None:
     """`dynamic=True` also makes sizes dynamic that the recipe does not change."""
     assert failures_of(whole, "dynamic") == [] and reached(whole, "dynamic") == {"2..5"}
 
 
-SPLIT = "mark_dynamic with bounds forbids guards within them: ConstraintViolationError"
-
-
-@pytest.mark.xfail(strict=True, reason=SPLIT)
 def test_guards_that_split_a_range(whole: dict[str, Any]) -> None:
     """Each part is traced, and the plan says which points it serves."""
     assert failures_of(whole, "branches") == []
     assert reached(whole, "branches") == {"2,3", "4,5"}
 
 
-@pytest.mark.xfail(strict=True, reason=SPLIT)
 def test_guards_that_want_one_size(whole: dict[str, Any]) -> None:
     assert failures_of(whole, "specializes") == []
     assert reached(whole, "specializes") == {"3", "2,4,5"}
@@ -178,13 +168,7 @@ def test_guards_that_want_one_size(whole: dict[str, Any]) -> None:
     "function",
     [
         "no_operator",
-        pytest.param(
-            "given_up", marks=pytest.mark.xfail(strict=True, reason="what Dynamo gives up by an exception is not noted")
-        ),
-        pytest.param(
-            "after_a_break",
-            marks=pytest.mark.xfail(strict=True, reason="what Dynamo gives up by an exception is not noted"),
-        ),
+        "after_a_break",
     ],
 )
 def test_what_dynamo_gives_up_is_named(whole: dict[str, Any], function: str) -> None:
@@ -193,7 +177,6 @@ def test_what_dynamo_gives_up_is_named(whole: dict[str, Any], function: str) -> 
     assert "odd_model" in error and whole["complete"] is False
 
 
-@pytest.mark.xfail(strict=True, reason="guards on a CustomOpDef: cannot pickle 'torch._C._DispatchModule' object")
 def test_a_custom_operator_by_its_object(whole: dict[str, Any]) -> None:
     assert failures_of(whole, "custom_object") == []
 
@@ -201,20 +184,9 @@ def test_a_custom_operator_by_its_object(whole: dict[str, Any]) -> None:
 def test_every_call_is_a_graph_or_a_failure(whole: dict[str, Any]) -> None:
     for call in whole["calls"]:
         function = call["function"].partition(":")[2]
-        if function not in ("given_up", "after_a_break"):
-            assert graphs_of(whole, function) or failures_of(whole, function), function
+        assert graphs_of(whole, function) or failures_of(whole, function), function
 
 
 def test_functions_that_want_their_whole_graph(build: Callable[[str], Built]) -> None:
-    import torch
-
-    from aot_cache.upstream.versions import minor
-
-    try:
-        built, why = build("fullgraph"), ""
-    except AotCacheError as error:
-        built, why = None, str(error)
-    if built is None and minor(torch.__version__) != "2.11":
-        pytest.xfail(f"from torch 2.12 on fullgraph=True wants a frame that compiles, and the survey has none: {why}")
-    assert built is not None, why
+    built = build("fullgraph")
     assert built.graphs == 1 and not built.failed

@@ -424,7 +424,6 @@ def test_a_function_is_named_by_what_it_does() -> None:
     assert identity(held) != identity(types.MethodType(one, Sample())) and identity(held).startswith("method function")
 
 
-@pytest.mark.xfail(strict=True, reason="whatever has a __qualname__ is named by it: all lists' append, all <genexpr>s")
 def test_what_is_bound_to_an_object_is_not_named_by_its_class() -> None:
     """`SEPARATE = ", ".join` replaced by `"; ".join` is another function."""
     assert identity([].append) == ""
@@ -440,7 +439,6 @@ def test_a_tensor_has_no_name() -> None:
     assert identity(torch.ones(2)) == ""
 
 
-@pytest.mark.xfail(strict=True, reason="functools' wrapper in C is named by module and name: what it wraps may differ")
 def test_a_function_behind_a_cache_is_named_by_what_it_does() -> None:
     one, other = (types.FunctionType(code_of(f"def f(x): return x + {n}"), {"__name__": "m"}) for n in (1, 2))
     assert identity(functools.lru_cache(one)) != identity(functools.lru_cache(other))
@@ -673,7 +671,6 @@ deepest = deep(1)
     assert {"unfilled", "circle", "deep"} <= set(digests("strange_module"))
 
 
-ONLY_FUNCTIONS = "`place` looks into functions and classes only"
 HELD = {
     "one in a dict": "functions = {'one': lambda x: x + 1}\ntarget = functions['one']",
     "one behind a cache": "import functools\ntarget = lambda x: x + 1\ncached = functools.lru_cache(target)",
@@ -685,10 +682,7 @@ HELD = {
 }
 
 
-@pytest.mark.parametrize(
-    "what",
-    [pytest.param(w, marks=() if "made" in w else pytest.mark.xfail(strict=True, reason=ONLY_FUNCTIONS)) for w in HELD],
-)
+@pytest.mark.parametrize("what", HELD)
 def test_code_that_is_held_by_an_object(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a graph inlined and `place` does not find is not compared when the graph is looked up."""
     holder = ModuleType("holder_module")

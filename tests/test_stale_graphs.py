@@ -101,7 +101,6 @@ FUNCTIONS = {
     "a method of another module": "stale_helper.farther(x)",
     "nothing that changed": "same(x) + unchanged",
 }
-WRONG = {"a field's default, made inside": "a class is named by its name, whatever it holds"}
 
 TAIL = """
 bodies = {{name: eval(f"lambda x: {{text}}", globals()) for name, text in {functions!r}.items()}}
@@ -190,10 +189,7 @@ def test_a_source_that_did_not_change_hits(old: dict[str, list[Any]], what: str)
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "what",
-    [pytest.param(w, marks=pytest.mark.xfail(strict=True, reason=WRONG[w]) if w in WRONG else ()) for w in FUNCTIONS],
-)
+@pytest.mark.parametrize("what", FUNCTIONS)
 def test_a_source_that_changed_is_no_wrong_answer(new: dict[str, list[Any]], what: str) -> None:
     right, found, traced = new[what]
     assert right, "the graph of the old source was run"

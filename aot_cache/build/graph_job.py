@@ -55,7 +55,11 @@ class Job:
             self.met = True
             dynamo_inputs.mark(frame, self.kind.dynamic())
         package = Package(frame.code, frame.module)
-        answer = compile_frame(package)
+        try:
+            answer = compile_frame(package)
+        except Exception as error:  # Dynamo may go on without it: as plain Python, after a look at it in every process
+            self.failed = self.failed or dynamo_frames.why_given_up(error, f"{frame.module}:{frame.code.co_name}")
+            raise
         self._keep(package.frame, frame, answer)
         return answer
 

@@ -18,7 +18,7 @@ from typing import IO, Any
 from aot_cache import errors, key, recipe
 from aot_cache.build import stamp
 from aot_cache.build.bundles import assemble
-from aot_cache.errors import AotCacheError, TargetError
+from aot_cache.errors import AotCacheError, DeclarationError, TargetError
 from aot_cache.manifest import split
 from aot_cache.plan import Plan
 from aot_cache.store import Store, read_bundle, write_bundle
@@ -168,6 +168,8 @@ def _run_workers(
         "workers": request.workers,
         "show_plan": show_plan,
     }
+    if request.plan is not None:
+        _kernels_only(request.plan, request.target)
     environment = _environment(request, scratch)
     cpu = request.target.backend == "cpu"
     answer: dict[str, Json] = {"inputs": {}}
@@ -178,6 +180,24 @@ def _run_workers(
         last = "surveyed" if show_plan else "graphs"
         _listen({**job, "stage": "graphs", "cases": calling}, environment, last, answer, progress)
     return answer, Plan.read(plan_out)
+
+
+def _kernels_only(path: Path, target: Target) -> None:
+    """A plan file says which kernels to compile; graphs are traced from the recipe's own code.
+
+    Raises:
+        DeclarationError: the plan cannot be all that is built.
+    """
+    plan = Plan.read(path)
+    if plan.calls:
+        names = ", ".join(sorted({call.function for call in plan.calls})[:3])
+        raise DeclarationError(
+            "a plan of Triton kernels only",
+            f"{path} also has {len(plan.calls)} kinds of calls of compiled functions ({names})",
+            "build from the recipe with --model: graphs are traced from its code",
+        )
+    if target.backend == "cpu":
+        raise DeclarationError("a target that Triton compiles for", "cpu", "name a GPU with --target")
 
 
 def _listen(

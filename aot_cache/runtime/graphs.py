@@ -75,14 +75,19 @@ class GraphSet:
             for number in self._by_code.get(python_code.digest(frame.code), ()):
                 manager, _ = self._check(number, frame)
                 if manager is not None:
+                    code = self._install(number, frame)
                     self._ledger.note("graph", str(self._graphs[number]["function"]), torch_capture.capturing())
-                    return Found(self._install(number, frame), manager, next(self._numbers))
+                    return Found(code, manager, next(self._numbers))
         return None
 
     def reasons(self, frame: Frame) -> list[tuple[Mapping[str, Json], str]]:
         """For each graph of this code, why the call does not fit it; empty text where it does."""
-        numbers = self._by_code.get(python_code.digest(frame.code), ())
-        return [(self._graphs[number], self._check(number, frame)[1]) for number in numbers]
+        digest = python_code.digest(frame.code)
+        if digest in self._by_code:
+            return [(self._graphs[number], self._check(number, frame)[1]) for number in self._by_code[digest]]
+        name = (frame.module, getattr(frame.code, "co_qualname", frame.code.co_name))
+        why = f"the source of {':'.join(name)} differs"
+        return [(graph, why) for graph in self._graphs if (graph["module"], graph["function"]) == name]
 
     def prime(self) -> int:
         """Load all compiled graphs, and their kernels onto the current device. Returns how many are new."""

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch._C._dynamo.eval_frame import _FrameAction as FrameAction
 from torch._C._dynamo.eval_frame import _FrameExecStrategy as FrameExecStrategy
-from torch._dynamo import convert_frame
+from torch._dynamo import config, convert_frame
 from torch._dynamo.eval_frame import innermost_backend
 from torch._dynamo.types import ConvertFrameReturn, GuardedCode, wrap_guarded_code
 from torch._dynamo.utils import orig_code_map
 from torch._guards import CompileId
 
-from aot_cache.upstream import dynamo_off
+from aot_cache.upstream import dynamo_off, dynamo_stance
 
 Json = Any
 
@@ -119,6 +119,15 @@ def why_not(answer: ConvertFrameReturn) -> str:
     return getattr(answer, "skip_reason", None) or "it gave no reason"
 
 
+def why_given_up(error: Exception, name: str) -> str:
+    """What made Dynamo or its backend give up on the function `name`, in one line, with the place in user code."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    words = f"{type(error).__name__}: {' / '.join(lines[:1] + lines[-1:] if len(lines) > 1 else lines)}"[:600]
+    stack = getattr(error, "real_stack", None)  # set by Dynamo where it knows the line that it was at
+    place = f" ({stack[-1].filename}:{stack[-1].lineno})" if stack else ""
+    return f"Dynamo gave up on {name}{place}: {words}"
+
+
 @contextlib.contextmanager
 def hooked(handler: Instead) -> Iterator[None]:
     """`instead_of_compiling` inside only."""
@@ -148,28 +157,41 @@ def before_compiling(
     wrapper: Any = convert_frame.CatchErrorsWrapper
     original = wrapper.__call__
 
+    def ask(self: Any, frame: Any) -> ConvertFrameReturn | None:
+        if not wanted(frame.f_code):
+            return None
+        if _left_alone():
+            return run_without_compiling()  # upstream would leave this function alone for ever
+        inner = self._torchdynamo_orig_backend
+        fullgraph = bool(getattr(getattr(inner, "_inner_convert", inner), "_one_graph", False))
+        found = find(Frame(frame.f_code, frame.f_globals, frame.f_locals, describe_wrapping(self), fullgraph))
+        return None if found is None else _as_compiled(found, frame.f_code)
+
     def __call__(self: Any, frame: Any, cache_entry: Any, frame_state: Any) -> ConvertFrameReturn:
-        if wanted(frame.f_code):
-            inner = self._torchdynamo_orig_backend
-            fullgraph = bool(getattr(getattr(inner, "_inner_convert", inner), "_one_graph", False))
-            found = find(Frame(frame.f_code, frame.f_globals, frame.f_locals, describe_wrapping(self), fullgraph))
-            if found is not None:
-                orig_code_map[found.code] = frame.f_code  # as Dynamo notes for code that it made
-                convert_frame.output_codes.add(found.code)
-                convert_frame.input_codes.add(frame.f_code)  # what `torch._dynamo.reset` forgets
-                guarded = GuardedCode(
-                    found.code, found.guard_manager, CompileId(frame_id=found.number, frame_compile_id=0), "aot-cache"
-                )
-                return wrap_guarded_code(guarded)
-        answer: ConvertFrameReturn = original(self, frame, cache_entry, frame_state)
-        return answer
+        answer: ConvertFrameReturn | None = ask(self, frame)
+        return original(self, frame, cache_entry, frame_state) if answer is None else answer
 
     wrapper.__call__ = __call__
+    undo_stance = dynamo_stance.ask_where_recompiling_fails(wrapper, ask)
 
     def undo() -> None:
         wrapper.__call__ = original
+        undo_stance()
 
     return undo
+
+
+def _as_compiled(found: Found, code: types.CodeType) -> ConvertFrameReturn:
+    orig_code_map[found.code] = code  # as Dynamo notes for code that it made
+    convert_frame.output_codes.add(found.code)
+    convert_frame.input_codes.add(code)  # what `torch._dynamo.reset` forgets
+    number = CompileId(frame_id=found.number, frame_compile_id=0)
+    return wrap_guarded_code(GuardedCode(found.code, found.guard_manager, number, "aot-cache"))
+
+
+def _left_alone() -> bool:
+    """Whether Dynamo would run a frame as plain Python: it is off, or somebody watches single operators."""
+    return bool(config.disable) or torch._C._len_torch_dispatch_stack() > 0
 
 
 def count(note: Callable[[str, str], None]) -> Callable[[], None]:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch._dynamo import config, guards, package
 from torch._guards import Guard, GuardsSet
+from torch._library import custom_ops
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from aot_cache.upstream.python_code import identity, literal
@@ -95,7 +96,7 @@ def writing() -> Iterator[Written]:
         return dump(state, builder)
 
     manager.__init__, module.pickle_guards_state = __init__, pickle_guards_state
-    pickler.reducer_override = _without_fakes(reduce)
+    pickler.reducer_override = _operators_by_name(_without_fakes(reduce))
     with config.patch(strict_precompile=True):
         try:
             yield written
@@ -179,6 +180,21 @@ def _without_fakes(reduce: Any) -> Any:
     return reducer_override
 
 
+def _operators_by_name(reduce: Any) -> Any:
+    """What `torch.library.custom_op` makes holds dispatcher objects, which have no bytes; it is registered by name."""
+
+    def reducer_override(self: Any, value: Any) -> Any:
+        if isinstance(value, custom_ops.CustomOpDef):
+            return _operator, (value._qualname,)
+        return reduce(self, value)
+
+    return reducer_override
+
+
+def _operator(name: str) -> Any:
+    return custom_ops.OPDEFS.get(name)  # None where it is not defined: its guards then fail
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +218,9 @@ def build(
     wanted = {(kind, name): text for kind, name, text in identities}
     compared = {(kind, name): text for kind, name, text in values}
     for guard in graph.guards:
+        if guard.create_fn_name() == "EMPTY_NN_MODULE_HOOKS_DICT" and _value(guard, live):
+            # Dynamo does not look again at hooks that come after a trace; those that are there before it traces.
+            return None, f"{_plain(guard.name)} was empty and holds hooks"
         value = compared.get((guard.create_fn_name(), guard.name))
         if value is not None and literal(_value(guard, live)) != value:
             return None, f"{_plain(guard.name)} was {value} and is {literal(_value(guard, live))}"

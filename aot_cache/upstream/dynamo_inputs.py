@@ -1,7 +1,8 @@
 """What Dynamo is told about a call before it traces it, and how a traced graph answers without running.
 
 Upstream: `torch/_dynamo/decorators.py` (`mark_dynamic`), `torch.compiler.config.dynamic_sources`,
-`torch/fx/experimental/symbolic_shapes.py` (`ShapeEnv.bound_sympy`). Seen to hold: see `versions.TORCH_SEEN`.
+`torch/fx/experimental/symbolic_shapes.py` (`ShapeEnv.bound_sympy`, `StrictMinMaxConstraint`).
+Seen to hold: see `versions.TORCH_SEEN`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 import torch._dynamo as dynamo
 from torch._dynamo import bytecode_transformation, config
 from torch._dynamo.output_graph import OutputGraph, get_builtins_dict
+from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint
 
 from aot_cache.upstream.dynamo_frames import Frame
 from aot_cache.upstream.torch_fake import HostMode
@@ -36,6 +38,7 @@ def session(dynamic: Dynamic, most_graphs: int) -> Iterator[None]:
     integers = ",".join(path for path, dims in dynamic.items() if dims[0][0] < 0)
     with (
         _lasting_names(),
+        _ranges_may_split(),
         config.patch(
             recompile_limit=most_graphs,
             accumulated_recompile_limit=8 * most_graphs,
@@ -70,6 +73,23 @@ def _lasting_names() -> Iterator[None]:
         yield
     finally:
         graph.install_builtins_dict_in_fglobals, names.uuid = original, lots
+
+
+@contextlib.contextmanager
+def _ranges_may_split() -> Iterator[None]:
+    """Bounds of a marked dimension are kept, and code may still branch within them: such a graph serves a part of the
+    range, and a point outside that part is traced again. Upstream makes it an error, as of a promise of its caller's."""
+    constraint: Any = StrictMinMaxConstraint
+    start = constraint.__init__
+
+    def __init__(self: Any, **fields: Any) -> None:
+        start(self, **{**fields, "warn_only": True})
+
+    constraint.__init__ = __init__
+    try:
+        yield
+    finally:
+        constraint.__init__ = start
 
 
 def mark(frame: Frame, dynamic: Dynamic) -> None:
@@ -129,6 +149,9 @@ def _shares(value: torch.Tensor, args: tuple[Any, ...]) -> bool:
     return any(isinstance(arg, torch.Tensor) and arg.untyped_storage()._cdata == storage._cdata for arg in args)
 
 
+_NO_BOUND = sys.maxsize - 1
+
+
 def _bounds(node: Any) -> list[tuple[int, int, int]]:
     example = node.meta.get("example_value") if hasattr(node, "meta") else None
     if not isinstance(example, torch.Tensor):
@@ -138,7 +161,8 @@ def _bounds(node: Any) -> list[tuple[int, int, int]]:
     for dim, size in enumerate(sizes):
         if isinstance(size, torch.SymInt):
             found = size.node.shape_env.bound_sympy(size.node.expr)
-            out.append((dim, max(2, int(found.lower)), int(found.upper) if found.upper.is_finite else sys.maxsize - 1))
+            high = int(found.upper) if found.upper.is_Integer else _NO_BOUND
+            out.append((dim, max(2, int(found.lower)), high))
     return out
 
 

@@ -86,6 +86,7 @@ def _without_sources() -> Iterator[None]:
         return prepare(self)
 
     def __getstate__(self: Any) -> Any:
+        self.runtime_metadata.tangent_source_stack_traces = None
         return {**self.__dict__, **dict.fromkeys(_AUTOGRAD_TEXTS), **dict.fromkeys(_TIMES, 0)}
 
     graphs.prepare_for_serialization, results.__getstate__ = prepare_for_serialization, __getstate__

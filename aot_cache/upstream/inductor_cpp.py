@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,30 +59,36 @@ def _instead(load: Callable[..., Any]) -> Iterator[None]:
 def keeping() -> Iterator[dict[str, bytes]]:
     """Collect the libraries that are compiled inside, by the digest of their source."""
     kept: dict[str, bytes] = {}
-    cache: Any = CppCodeCache
-    paths: dict[str, str] = {}
-    load_library = cache.__dict__["_load_library"]
-
-    def _load_library(cls: Any, path: str, key: str) -> Any:
-        paths[key] = path
-        return load_library.__func__(cls, path, key)
 
     def load(original: Any, cls: Any, digest: str, *args: Any, **rest: Any) -> Any:
         finish = original(cls, *args, **rest)
 
         def finished() -> Any:
             library = finish()
-            kept[digest] = Path(paths[library.key]).read_bytes()
+            kept[digest] = _without_places(_path(library))
             return library
 
         return finished
 
-    cache._load_library = classmethod(_load_library)
-    try:
-        with _instead(load):
-            yield kept
-    finally:
-        cache._load_library = load_library
+    with _instead(load):
+        yield kept
+
+
+def _path(library: Any) -> Path:
+    """Where a library is, which may have been loaded long before: a module or a `ctypes.CDLL`."""
+    return Path(getattr(library, "__file__", None) or library._name)
+
+
+def _without_places(path: Path) -> bytes:
+    """A library without what tells where it was compiled: debug sections, and the id that is made of them."""
+    objcopy = shutil.which("objcopy")  # of binutils, which g++ cannot do without
+    if objcopy is None:
+        return path.read_bytes()
+    with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
+        bare = Path(folder, path.name)
+        wanted = ["--strip-all", "--remove-section=.note.gnu.build-id", str(path), str(bare)]
+        done = subprocess.run([objcopy, *wanted], capture_output=True, check=False)
+        return (bare if done.returncode == 0 else path).read_bytes()
 
 
 @contextlib.contextmanager

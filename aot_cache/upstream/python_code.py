@@ -7,7 +7,9 @@ in version 2, whose output does not depend on reference counts or interning, so 
 from __future__ import annotations
 
 import enum
+import functools
 import hashlib
+import inspect
 import marshal
 import sys
 import types
@@ -90,7 +92,7 @@ def identity(value: object) -> str:
     if isinstance(value, types.ModuleType):
         return f"module {value.__name__}"
     if isinstance(value, type):
-        return f"class {value.__module__}:{value.__qualname__}"
+        return f"class {value.__module__}:{value.__qualname__}{_generated(value)}"
     if isinstance(value, types.FunctionType):
         return f"function {value.__module__}:{value.__qualname__} {digest(value.__code__)}"
     if isinstance(value, types.CodeType):
@@ -103,6 +105,25 @@ def identity(value: object) -> str:
     if value is None or isinstance(value, (bool, int, float, str, bytes, type(...), type(NotImplemented))):
         return f"value {value!r}"
     return _named(value)
+
+
+def _generated(owner: type) -> str:
+    """What the generated methods of a class do: those of dataclasses, named tuples, `torch.fx` and the like.
+
+    They stand in no file, so that nothing else tells that they changed (`place`).
+    """
+    made = [
+        (name, digest(method.__code__), _held_by(method))
+        for name, method in sorted(vars(owner).items())
+        if isinstance(method, types.FunctionType) and method.__code__.co_filename.startswith("<")
+    ]
+    return f" {hashlib.sha256(repr(made).encode()).hexdigest()[:32]}" if made else ""
+
+
+def _held_by(function: types.FunctionType) -> str:
+    cells = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
+    others = [value for value in cells if not isinstance(value, type)]  # a class would ask itself
+    return literal([function.__defaults__, sorted((function.__kwdefaults__ or {}).items()), others])
 
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type(...))
@@ -140,14 +161,32 @@ def _named(value: object) -> str:
     kind = f"{type(value).__module__}:{type(value).__qualname__}"
     if kind in _NAMED_BY_TEXT or type(value).__module__ == "torch._ops":
         return f"{kind} {value}"  # dtypes, layouts, operators: their text is their name
+    if isinstance(value, _MADE_BY_CALLS):
+        return ""
+    if isinstance(value, types.GenericAlias):
+        return f"{kind} {value!r}"
+    owner_of = getattr(value, "__self__", None)
     name, module = getattr(value, "__qualname__", ""), getattr(value, "__module__", None) or "builtins"
     if isinstance(name, str) and name and isinstance(module, str):
-        return f"{kind} {module}:{name}"
+        holder = "" if _stands_alone(owner_of) else identity(owner_of)
+        wraps = getattr(value, "__wrapped__", None)  # functools' caches
+        inner = identity(wraps) if wraps is not None else ""
+        if (wraps is not None and not inner) or (not holder and not _stands_alone(owner_of)):
+            return ""
+        return " ".join(part for part in (f"{kind} {module}:{name}", holder, inner) if part)
     for owner in ("typing", "operator", "itertools"):
         known = sys.modules.get(owner)
         if known is not None and any(value is item for item in vars(known).values()):
             return f"{kind} {owner}:{value!r}"
     return ""
+
+
+_MADE_BY_CALLS = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
+
+
+def _stands_alone(owner: object) -> bool:
+    """Whether what is bound to `owner` is named by its own name: a function of a module, or of a class."""
+    return owner is None or isinstance(owner, (types.ModuleType, type))
 
 
 def place(code: types.CodeType, module: str) -> tuple[str, types.CodeType] | None:
@@ -184,9 +223,8 @@ def _places(module: types.ModuleType) -> dict[types.CodeType, tuple[str, types.C
         if isinstance(value, types.FunctionType):
             if value.__globals__ is vars(module):  # a decorator's wrapper calls itself by the name of what it wraps
                 nested(value.__code__, value.__qualname__, value.__code__)
-            inner = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
-            for other in (*inner, getattr(value, "__wrapped__", None)):
-                visit(other, depth + 1)
+            for cell in value.__closure__ or ():
+                visit(cell.cell_contents if _filled(cell) else None, depth + 1)
         elif isinstance(value, (staticmethod, classmethod, types.MethodType)):
             visit(value.__func__, depth + 1)
         elif isinstance(value, property):
@@ -195,6 +233,13 @@ def _places(module: types.ModuleType) -> dict[types.CodeType, tuple[str, types.C
         elif isinstance(value, type) and value.__module__ == module.__name__:
             for other in list(vars(value).values()):
                 visit(other, depth + 1)
+        elif isinstance(value, (functools.partial, functools.cached_property)):
+            visit(value.func, depth + 1)
+        elif isinstance(value, (dict, list, tuple)) and len(value) <= _MANY:
+            for other in list(value.values() if isinstance(value, dict) else value):
+                visit(other, depth + 1)
+        if callable(value) and not isinstance(value, type):
+            visit(inspect.getattr_static(value, "__wrapped__", None), depth + 1)
 
     for value in list(vars(module).values()):
         visit(value, 0)
@@ -202,6 +247,8 @@ def _places(module: types.ModuleType) -> dict[types.CodeType, tuple[str, types.C
 
 
 _DEPTH = 5
+_MANY = 1000
+"""Items of a container up to which functions are looked for in it: more is a vocabulary or a table."""
 
 
 def _filled(cell: types.CellType) -> bool:

@@ -43,11 +43,6 @@ def parts(bundle: Path) -> dict[str, str]:
     return out
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="libraries: their debug sections (g++ -g1) have the folder of compiling, and the build id follows; graphs: "
-    "tangent_source_stack_traces of a backward pass has paths of source, and bytecode names graphs by their digests",
-)
 def test_two_builds_give_the_same_bytes(built: Built) -> None:
     """In two folders, with two seeds of the hash, by one process and by two."""
     one, two = parts(built.bundle), parts(built.again.bundle())
@@ -101,10 +96,6 @@ say()
 """
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a dimension is marked with its whole declared range, and a branch on it violates that constraint",
-)
 def test_a_range_that_the_code_splits_is_covered_by_parts(doomed: tuple[Project, int, dict[str, str]]) -> None:
     project, _, failed = doomed
     assert "sample_doomed:parted" not in failed

@@ -13,18 +13,8 @@ pytestmark = pytest.mark.timeout(300)
 
 
 def known(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=False, reason=reason)
+    return pytest.mark.xfail(strict=True, reason=reason)
 
-
-LIVE = known(
-    "values that guards reach through a module, class or function are not written down: those are pickled by name, and "
-    "the guard is built again on whatever value is there now (dynamo_guards.build)"
-)
-
-TAGS = known(
-    "guards on immutable globals are skipped while the version of their dict is the one at which they were built; a frame "
-    "that has identity guards on globals has them built on the living dict, so its first check looks at no constant"
-)
 
 # --- other wrappings --------------------------------------------------------------------------------------------------
 
@@ -167,30 +157,21 @@ def replaced(serve: Serve) -> dict[str, Any]:
 
 REASONS = {
     "function": "the source of sample_model:helper differs",
-    "constant": "G['SHIFT'] == 0.5",
-    "default": "G['helper'].__defaults__[0] == 3.0",
-    "constant of another module": "SHIFT == 0.5",
+    "constant": "G['SHIFT'] was 0.5 and is 7.0",
+    "default": "G['helper'].__defaults__ was builtins:tuple [3.0] and is builtins:tuple [7.0]",
+    "constant of another module": "SHIFT was 0.5 and is 7.0",
     "method": "the source of sample_model:Norm.bend differs",
-    "class attribute": "['scale'] == 1.25",
+    "class attribute": "['scale'] was 1.25 and is 7.0",
     "method of an instance": "not ___dict_contains('bend', L['self'].__dict__)",
     "attribute of an instance": "not ___dict_contains('scale', L['self'].__dict__)",
 }
-BROKEN = {
-    "constant": TAGS,
-    "default": LIVE,
-    "constant of another module": LIVE,
-    "class attribute": LIVE,
-}
 
 
-@pytest.mark.parametrize("what", [pytest.param(name, marks=BROKEN.get(name, ())) for name in REASONS])
+@pytest.mark.parametrize("what", REASONS)
 def test_what_was_replaced_at_run_time_misses(what: str, replaced: dict[str, Any]) -> None:
     assert missed(replaced[what]) and REASONS[what] in replaced[what]["why"]
 
 
-@known(
-    "Dynamo traces hooks and does not guard on them: a first call that it traces has them, and the bundle's graph has not"
-)
 def test_a_submodule_with_a_hook_misses(replaced: dict[str, Any]) -> None:
     assert missed(replaced["forward hook"])
 
@@ -292,35 +273,25 @@ def test_the_number_of_threads_is_the_machine_s_business(settings: dict[str, Any
     assert hit(settings["threads"]) and hit(settings["as it was"])
 
 
-@known("installed graphs are looked up by Dynamo's callback, which this stance replaces: the first call raises")
 def test_the_first_call_hits_where_recompiling_is_forbidden(settings: dict[str, Any]) -> None:
     assert found(settings["recompiling forbidden"])
 
 
-@known("dynamo_frames.before_compiling answers before Dynamo's own reasons to leave a frame alone")
 def test_a_mode_that_watches_operators_sees_them(settings: dict[str, Any]) -> None:
     assert settings["seen"] == settings["to be seen"], (
         "as torch.compile has it, which compiles nothing under such a mode"
     )
 
 
-@known("dynamo_frames.before_compiling answers before Dynamo's own reasons to leave a frame alone")
 def test_dynamo_that_is_disabled_runs_plain_python(settings: dict[str, Any]) -> None:
     assert hit(settings["disabled"]) and settings["disabled"]["graph"] == 0
 
 
-RESET = known(
-    "what before_compiling installs is not among convert_frame.input_codes, by which a reset finds what to forget"
-)
-
-
-@RESET
 def test_a_reset_forgets_and_the_next_call_hits(settings: dict[str, Any]) -> None:
     assert found(settings["before the reset"])
     assert found(settings["after the reset"]), "Dynamo's cache is empty: found in the bundle again"
 
 
-@RESET
 def test_a_miss_after_a_reset_compiles(settings: dict[str, Any]) -> None:
     assert missed(settings["a miss after the reset"]), "a KeyError of Dynamo's orig_code_map"
 
@@ -403,12 +374,10 @@ def test_source_that_changed_misses(moved: dict[str, Any]) -> None:
     assert missed(moved["own source"])
 
 
-@known("explain looks for graphs by the digest of the code: where that changed it finds none, and gives no reason")
 def test_source_that_changed_is_named(moved: dict[str, Any]) -> None:
     assert "the source of sample_model:scaled differs" in moved["own source"]["why"]
 
 
 @pytest.mark.parametrize("what", ["default", "class attribute"])
-@LIVE
 def test_a_value_that_changed_in_the_source_misses(what: str, moved: dict[str, Any]) -> None:
     assert missed(moved[what])

@@ -58,6 +58,8 @@ def functions() -> list[JITFunction]:
 
 @pytest.fixture(autouse=True)
 def _nothing_installed() -> Iterator[None]:
+    for function in functions():
+        function.device_caches.clear()  # of tests elsewhere, whose modules the collector may not have seen yet
     yield
     for function in functions():
         function.device_caches.clear()
