@@ -44,6 +44,13 @@ def graphs(manifest: Mapping[str, Json], sizes: Mapping[str, int]) -> list[Facts
             "options": options_text(graph["wrapping"]),
             "changes": changes(graph["dynamic"]),
             "kernels": list(graph["kernels"]),
+            "open": [
+                k["kernel"]
+                for n, found in graph["candidates"].items()
+                for key, k in found.items()
+                if key not in graph["choices"].get(n, {})
+            ],
+            "chosen": sum(len(found) for found in graph["choices"].values()),
             "breaks": len(graph["resumes"]),
             "bytes": sum(sizes[digest] for digest in objects_of(graph)),
             "guards": list(graph["guards"]),

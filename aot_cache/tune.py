@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from aot_cache import recipe as recipes
-from aot_cache import shapes
+from aot_cache import shapes, tune_graphs
 from aot_cache.errors import TuneError
+from aot_cache.key import objects_of
 from aot_cache.manifest import split, whole
-from aot_cache.recipe import Case, Recipe
 from aot_cache.runtime import loader
 from aot_cache.runtime.kernels import KernelSet, Report
 from aot_cache.store import read_bundle, write_bundle
@@ -78,6 +78,9 @@ def ready(*, strict: bool = False, tune: bool = False) -> list[Report]:
                 if best is not None:
                     tuning = manifest["tunings"][number]
                     kernels.choose_now(tuning, tuning["candidates"][best])
+        for graphs in loader.loaded_graphs():
+            manifest = whole(graphs.bundle)
+            tune_graphs.measure(graphs, manifest, tune_graphs.open_graphs(manifest), lambda *_: None)
     return reports
 
 
@@ -115,6 +118,11 @@ def tune(bundle_path: Path, out: Path, *, prune: bool, points: int, progress: Pr
     results = _measure(kernels, manifest, range(len(manifest["tunings"])), points, progress)
     device = {"name": name, "clocks_before": before, "clocks_after": _clocks()}
     chosen = _write_choices(manifest, results, device)
+    for graphs in (found for found in loader.loaded_graphs() if found.bundle.digest == bundle.digest):
+        every = [name for graph in manifest["graphs"] for name, several in graph["candidates"].items() if several]
+        choices = tune_graphs.measure(graphs, manifest, every, progress)
+        for graph in manifest["graphs"]:
+            graph["choices"] = {name: choices[name] for name in graph["graphs"] if choices.get(name)}
     dropped = _prune(manifest) if prune else 0
     objects = {digest: bundle.object(digest) for digest in _needed(manifest)}
     lean, details = split(manifest)
@@ -127,6 +135,7 @@ def tune(bundle_path: Path, out: Path, *, prune: bool, points: int, progress: Pr
         "device": device,
         "choices": len(manifest["tunings"]),
         "measured": chosen,
+        "measured_in_graphs": sum(len(found) for g in manifest["graphs"] for found in g["choices"].values()),
         "pruned_units": dropped,
         "changed_from_default": sum(
             1 for t in manifest["tunings"] if t["choice"] is not None and t["candidates"][t["default"]] != t["choice"]
@@ -170,7 +179,7 @@ def _measure(
     plan = _points_for(manifest, results, points)
     for done, ((case_name, text), wanted) in enumerate(sorted(plan.items())):
         progress("tune", done, len(plan))
-        case, point = _case(recipe, case_name), json.loads(text)
+        case, point = tune_graphs.case_of(recipe, case_name), json.loads(text)
         for number in wanted:
             tuning = manifest["tunings"][number]
             triton_tuning.forget(kernels.name_of(tuning), tuning["tuner"], tuning["key"])
@@ -206,13 +215,6 @@ def _candidate(tuning: Mapping[str, Json], config: Mapping[str, Json]) -> int:
     return next((n for n, c in enumerate(tuning["candidates"]) if c == config), -1)
 
 
-def _case(recipe: Recipe, name: str) -> Case:
-    for case in recipe.cases:
-        if case.name == name:
-            return case
-    raise TuneError(f"case {name!r} in recipe {recipe.name!r}", "it is not there any more", "build the bundle again")
-
-
 def _write_choices(manifest: dict[str, Json], results: Mapping[int, _Times], device: Mapping[str, Json]) -> int:
     chosen = 0
     for number, result in results.items():
@@ -239,7 +241,8 @@ def _prune(manifest: dict[str, Json]) -> int:
 
 
 def _needed(manifest: Mapping[str, Json]) -> set[str]:
-    return {u["object"] for u in manifest["units"]} | {n["object"] for n in manifest["native"]}
+    of_graphs = {digest for graph in manifest["graphs"] for digest in objects_of(graph)}
+    return {u["object"] for u in manifest["units"]} | {n["object"] for n in manifest["native"]} | of_graphs
 
 
 def _clocks() -> str:

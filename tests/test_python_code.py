@@ -329,6 +329,7 @@ NAMED: dict[str, str] = {  # expression: how its name begins
     "torch.ops.aten": "module torch.ops.aten",
     "torch.nn.Linear": "class torch.nn.modules.linear:Linear",
     "torch.nn.functional.silu": "function torch.nn.functional:silu ",
+    "torch._C._log_api_usage_once": "builtins:builtin_function_or_method ",
     "torch.relu": "builtins:builtin_function_or_method ",
     "torch.add": "builtins:builtin_function_or_method ",
     "torch.Tensor.add": "builtins:method_descriptor ",

@@ -16,6 +16,7 @@ from aot_cache.upstream import (
     dynamo_inputs,
     inductor_artifact,
     inductor_cpp,
+    inductor_tuning,
     python_code,
 )
 from aot_cache.upstream.dynamo_frames import Frame
@@ -41,6 +42,7 @@ class Job:
         self._frames: list[tuple[CompiledFrame, dict[str, str], dict[str, Json]]] = []
         self._artifacts: dict[str, bytes] = {}
         self._libraries: dict[str, dict[str, bytes]] = {}
+        self._candidates: dict[str, Json] = {}
         self._users: dict[str, dict[int, set[int]]] = {}
 
     def handle(self, frame: Frame, compile_frame: Any) -> Any:
@@ -77,6 +79,10 @@ class Job:
             if objects:
                 self.failed = f"the bytecode of {name} holds objects that have no name: {', '.join(objects)}"
                 return
+            unknown = _unchecked(made.inlined, self.written)
+            if unknown:
+                self.failed = f"{name} calls what no name of a module leads to: {', '.join(unknown)}"
+                return
             guards = dynamo_guards.expressions(manager)
             facts = {
                 "identities": list(self.written.identities),
@@ -94,9 +100,9 @@ class Job:
 
         def compiled(wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs: Any) -> Any:
             name = inductor_artifact.name_of(graph)
-            with inductor_cpp.keeping() as libraries:
+            with inductor_cpp.keeping() as libraries, inductor_tuning.collecting() as several:
                 self._artifacts[name] = inductor_artifact.compile_graph(wrapper, backend, graph, inputs, **kwargs)
-            self._libraries[name] = libraries
+            self._libraries[name], self._candidates[name] = libraries, several
             run = dynamo_inputs.answer(graph)
 
             def answer(*args: Any) -> Any:
@@ -146,6 +152,8 @@ class Job:
             "guard_state": store.put(made.guards),
             "bytecode": store.put(python_code.dump(made.dynamo_code, names, f"<{made.module}>")),
             "graphs": {names[name]: artifacts[name] for name in made.graphs},
+            "candidates": {names[name]: self._candidates[name] for name in made.graphs},
+            "choices": {},
             "libraries": {source: store.put(data) for source, data in sorted(libraries.items())},
             "imports": dict(sorted({**made.imports, **modules}.items())),
             "resumes": resumes,
@@ -168,16 +176,26 @@ def _by_number(code: types.CodeType, frame: Frame) -> tuple[dict[str, str], list
     return modules, others
 
 
-def _inlined(codes: list[types.CodeType]) -> list[list[str]]:
-    """[module, function, digest] of each traced function outside of torch and Python."""
-    out = set()
+def _traced(codes: Iterable[types.CodeType]) -> Iterator[tuple[str, types.CodeType, tuple[str, types.CodeType] | None]]:
+    """(module, code, its place) of each function that was traced, outside of torch and Python."""
     for code in codes:
-        if code.co_name.startswith("torch_dynamo_resume_in"):
-            continue  # the rest of a function that is checked itself
         module = dynamo_inputs.module_of(code)
-        if module is None:
-            continue
-        found = python_code.place(code, module)
-        if found is not None:
-            out.add((module, found[0], python_code.digest(found[1])))
-    return [list(item) for item in sorted(out)]
+        # The rest of a function after a graph break is checked with that function.
+        if module is not None and not code.co_name.startswith("torch_dynamo_resume_in"):
+            yield module, code, python_code.place(code, module)
+
+
+def _unchecked(codes: Iterable[types.CodeType], written: dynamo_guards.Written) -> list[str]:
+    """Functions of which a reader could not tell that they changed: they have no place, and no guard names them."""
+    named = " ".join(name for _, _, name in written.identities)
+    return [
+        f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
+        for _, code, place in _traced(codes)
+        if place is None and python_code.digest(code) not in named
+    ]
+
+
+def _inlined(codes: Iterable[types.CodeType]) -> list[list[str]]:
+    """[module, function, digest] of each function that was traced and has a place."""
+    found = {(module, place[0], python_code.digest(place[1])) for module, _, place in _traced(codes) if place}
+    return [list(item) for item in sorted(found)]

@@ -47,7 +47,7 @@ class GraphSet:
     """The graphs of one bundle."""
 
     def __init__(self, bundle: Bundle, ledger: Ledger) -> None:
-        self._bundle, self._ledger = bundle, ledger
+        self.bundle, self._ledger = bundle, ledger
         self._graphs: list[Mapping[str, Json]] = list(bundle.manifest["graphs"])
         self.loaded = Loaded(len(self._graphs))
         self._by_code: dict[str, list[int]] = {}
@@ -55,7 +55,9 @@ class GraphSet:
             self._by_code.setdefault(graph["code"], []).append(number)
         self._artifacts = {name: digest for graph in self._graphs for name, digest in graph["graphs"].items()}
         self._libraries = {source: digest for graph in self._graphs for source, digest in graph["libraries"].items()}
+        self._choices = {name: found for graph in self._graphs for name, found in graph["choices"].items()}
         self._functions: dict[str, Any] = {}
+        self._users: dict[str, list[dict[str, Any]]] = {}
         self._codes: dict[str, types.CodeType] = {}
         self._numbers = itertools.count(1)
         self.on_cpu = bool(bundle.manifest["target"]["backend"] == "cpu")
@@ -104,7 +106,7 @@ class GraphSet:
         from aot_cache.upstream import dynamo_guards
 
         dynamo_globals.install_modules(graph["imports"], frame.f_globals)
-        data = self._bundle.object(graph["guard_state"])
+        data = self.bundle.object(graph["guard_state"])
         return dynamo_guards.build(
             data, graph["identities"], graph["values"], frame.code, frame.f_globals, frame.f_locals
         )
@@ -131,7 +133,7 @@ class GraphSet:
         return ""
 
     def _changed_settings(self, wanted: str, found: str) -> str:
-        was, now = json.loads(self._bundle.object(wanted)), json.loads(found)
+        was, now = json.loads(self.bundle.object(wanted)), json.loads(found)
         names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
         return "Inductor's settings differ: " + ", ".join(f"{n} was {was.get(n)} and is {now.get(n)}" for n in names)
 
@@ -143,28 +145,46 @@ class GraphSet:
         graph = self._graphs[number]
         for name, digest in graph["graphs"].items():
             frame.f_globals[name] = self._function(name, digest)
+            self._users.setdefault(name, []).append(frame.f_globals)
         for name, resume in graph["resumes"].items():
             dynamo_globals.install_resume(name, self._code(resume["code"]), resume["module"], resume["free"])
         return self._code(graph["bytecode"])
 
     def _code(self, digest: str) -> types.CodeType:
         if digest not in self._codes:
-            self._codes[digest] = python_code.load(self._bundle.object(digest))
+            self._codes[digest] = python_code.load(self.bundle.object(digest))
         return self._codes[digest]
 
     def _function(self, name: str, digest: str) -> Any:
         if name not in self._functions:
-            from aot_cache.upstream import inductor_artifact, inductor_cpp
-
-            with inductor_cpp.serving(self._library):
-                made = inductor_artifact.load_graph(self._bundle.object(digest))
-            self._functions[name] = dynamo_globals.not_traced(made)
-            self.loaded.primed = len(self._functions)
+            self._load(name, digest, self._choices.get(name, {}))
         return self._functions[name]
+
+    def _load(self, name: str, digest: str, choices: Mapping[str, int] | None) -> list[Any]:
+        """Load a compiled graph; returns its kernels that have several configs."""
+        from aot_cache.upstream import inductor_artifact, inductor_cpp, inductor_tuning
+
+        with inductor_cpp.serving(self._library), inductor_tuning.choosing(choices) as several:
+            made = inductor_artifact.load_graph(self.bundle.object(digest))
+        self._functions[name] = dynamo_globals.not_traced(made)
+        for names in self._users.get(name, ()):
+            names[name] = self._functions[name]
+        self.loaded.primed = len(self._functions)
+        return several
+
+    def load_all_configs(self, name: str) -> list[Any]:
+        """Load a compiled graph again, so that its next run measures. Returns its `inductor_tuning.Kernel`s."""
+        with self._lock:
+            return self._load(name, self._artifacts[name], None)
+
+    def load_chosen(self, name: str, choices: Mapping[str, int]) -> None:
+        """Load a compiled graph again with the configs of these numbers."""
+        with self._lock:
+            self._load(name, self._artifacts[name], choices)
 
     def _library(self, source: str) -> bytes | None:
         digest = self._libraries.get(source)
-        return self._bundle.object(digest) if digest is not None else None
+        return self.bundle.object(digest) if digest is not None else None
 
 
 def differing(bound: Mapping[str, Json], target: Mapping[str, Json]) -> list[Part]:

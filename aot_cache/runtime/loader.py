@@ -204,6 +204,11 @@ def loaded() -> list[KernelSet]:
     return list(_sets)
 
 
+def loaded_graphs() -> list[Any]:
+    """The `runtime.graphs.GraphSet`s in this process."""
+    return list(_miss.sets) if _miss is not None else []
+
+
 def _add(path: Path, digest: str | None) -> KernelSet:
     bundle = _find(path, digest)
     _check_form(bundle)

@@ -36,12 +36,14 @@ MEASURED = (
     "max_autotune_pointwise",
     "max_autotune_gemm",
     "coordinate_descent_tuning",
-    "triton.autotune_pointwise",
 )
-"""Choices that Inductor would make by measuring, on a GPU, at a kernel's first call. A build makes none of them: one
-config for a kernel, and the library's own matrix products."""
+"""Choices that Inductor would make by measuring, on a GPU, while it compiles. A build makes none of them: matrix products
+are the library's own, and a kernel has the configs that Inductor tries by default (`inductor_tuning`)."""
 
-_NOT_MEASURED: dict[str, Any] = dict.fromkeys(MEASURED, False)
+_NOT_MEASURED: dict[str, Any] = {
+    **dict.fromkeys(MEASURED, False),
+    "static_launch_user_defined_triton_kernels": True,  # else their launcher is C, compiled where they are loaded
+}
 
 
 def compile_graph(wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs: Any) -> bytes:

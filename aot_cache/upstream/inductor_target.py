@@ -70,9 +70,7 @@ def _compile_kernels_only() -> None:
     def precompile(
         self: Any, warm_cache_only: bool = False, reload_kernel: Any = None, static_triton_bundle_key: str | None = None
     ) -> None:
-        """Compile the first config and make no launcher; keep the kernel for upstream's static launcher."""
-        if self.configs is not None:  # else compiled before: another graph has the same kernel
-            self.configs = self.configs[:1]
+        """Compile all configs and make no launcher; keep the kernel for upstream's static launcher."""
         self._precompile_worker()
         if not self.is_statically_launchable():
             name = getattr(self.fn, "__name__", "a kernel")

@@ -165,15 +165,11 @@ def _named(value: object) -> str:
         return ""
     if isinstance(value, types.GenericAlias):
         return f"{kind} {value!r}"
-    owner_of = getattr(value, "__self__", None)
-    name, module = getattr(value, "__qualname__", ""), getattr(value, "__module__", None) or "builtins"
-    if isinstance(name, str) and name and isinstance(module, str):
-        holder = "" if _stands_alone(owner_of) else identity(owner_of)
-        wraps = getattr(value, "__wrapped__", None)  # functools' caches
-        inner = identity(wraps) if wraps is not None else ""
-        if (wraps is not None and not inner) or (not holder and not _stands_alone(owner_of)):
-            return ""
-        return " ".join(part for part in (f"{kind} {module}:{name}", holder, inner) if part)
+    if type(value).__module__.startswith("triton.runtime."):
+        return _kernel(value)
+    qualified = _qualified(value)
+    if qualified is not None:
+        return f"{kind} {qualified}" if qualified else ""
     for owner in ("typing", "operator", "itertools"):
         known = sys.modules.get(owner)
         if known is not None and any(value is item for item in vars(known).values()):
@@ -181,12 +177,45 @@ def _named(value: object) -> str:
     return ""
 
 
+def _kernel(value: Any) -> str:
+    """A Triton kernel is named by its source and that of all that it calls; a graph holds its binary."""
+    from aot_cache.upstream import triton_jit  # Triton is here: the kernel is
+
+    function = triton_jit.unwrap(value)
+    if function is None:
+        return ""
+    configs = [str(config) for layer in triton_jit.wrappers(value) for config in getattr(layer, "configs", None) or ()]
+    parts = [triton_jit.name_of(function), triton_jit.closure_digest(triton_jit.closure(function)), *configs]
+    return f"kernel {hashlib.sha256(repr(parts).encode()).hexdigest()[:32]} {parts[0]}"
+
+
+def _qualified(value: Any) -> str | None:
+    """The name that a function or the like has of its own, with what it is bound to or wraps; empty where that has none."""
+    owner, wraps = getattr(value, "__self__", None), getattr(value, "__wrapped__", None)
+    name, module = getattr(value, "__qualname__", ""), getattr(value, "__module__", None) or "builtins"
+    if not (isinstance(name, str) and name and isinstance(module, str)):
+        return None
+    if _of_pybind(owner):
+        name = str(value.__name__)  # the qualified one has how pybind11 was compiled
+    # What is bound to a value, or what functools' caches wrap, is part of it.
+    parts = [identity(part) for part in (None if _stands_alone(owner) else owner, wraps) if part is not None]
+    return " ".join([f"{module}:{name}", *parts]) if all(parts) else ""
+
+
 _MADE_BY_CALLS = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 
 
 def _stands_alone(owner: object) -> bool:
-    """Whether what is bound to `owner` is named by its own name: a function of a module, or of a class."""
-    return owner is None or isinstance(owner, (types.ModuleType, type))
+    """Whether what is bound to `owner` is named by its own name: a function of a module, or of a class.
+
+    pybind11 binds what it makes for a module to a capsule, or to a record of its own.
+    """
+    return owner is None or isinstance(owner, (types.ModuleType, type)) or _of_pybind(owner)
+
+
+def _of_pybind(owner: object) -> bool:
+    kind = type(owner)
+    return kind.__name__ == "PyCapsule" or kind.__module__.startswith("pybind11")
 
 
 def place(code: types.CodeType, module: str) -> tuple[str, types.CodeType] | None:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch._higher_order_ops import utils as hop_utils
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 BUILTIN = frozenset({"aten", "prim", "prims", "_c10d_functional", "profiler", "inductor", "higher_order"})
@@ -21,6 +23,7 @@ NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 """What torch raises where host code reads the values of a tensor that has none."""
 
 _base: Any = FakeTensorMode
+_KNOWN: Any = hop_utils.registered_hop_fake_fns
 
 
 class HostMode(_base):  # type: ignore[misc]  # torch's class is untyped
@@ -29,6 +32,14 @@ class HostMode(_base):  # type: ignore[misc]  # torch's class is untyped
     def __init__(self, device: str) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self._key = "CUDA" if device == "cuda" else "CPU"
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, HigherOrderOperator) and func not in _KNOWN:
+            # To torch 2.12 the rule of, for one, a Triton kernel in a graph is for the class itself, not for ours.
+            return func.python_key_table[FakeTensorMode](self, *args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

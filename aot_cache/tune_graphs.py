@@ -1,0 +1,82 @@
+"""Choose between the configs of Inductor's kernels, on the GPU that will serve. The part of `tune` that is about graphs.
+
+Upstream measures, at a graph's first run; here it gets all configs to measure, and inputs from the recipe.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from aot_cache import recipe as recipes
+from aot_cache import shapes
+from aot_cache.errors import TuneError
+from aot_cache.recipe import Case, Recipe
+
+if TYPE_CHECKING:
+    from aot_cache.runtime.graphs import GraphSet  # imports Dynamo
+
+Json = Any
+Progress = Callable[[str, int, int], None]
+Choices = dict[str, dict[str, int]]
+"""Compiled graph → kernel → number of its config."""
+
+
+def open_graphs(manifest: Mapping[str, Json]) -> list[str]:
+    """Compiled graphs of which a kernel has several configs and none is chosen."""
+    return [
+        n
+        for graph in manifest["graphs"]
+        for n, found in graph["candidates"].items()
+        if found and not graph["choices"].get(n)
+    ]
+
+
+def measure(graphs: GraphSet, manifest: Mapping[str, Json], names: Iterable[str], progress: Progress) -> Choices:
+    """Load the graphs `names` with all configs, run the largest point that reaches each, and say what was fastest.
+
+    Afterwards this process runs what was fastest.
+
+    Raises:
+        TuneError: the bundle's recipe has changed.
+    """
+    import torch
+
+    wanted = set(names)
+    if not wanted:
+        return {}
+    recipe = recipes.load(manifest["spec"])
+    plan: dict[tuple[str, str], list[str]] = {}
+    for graph in manifest["graphs"]:
+        case, boxes = next(iter(sorted(graph["reached"].items())))
+        point = shapes.expand(boxes)[-1]
+        plan.setdefault((case, json.dumps(point)), []).extend(name for name in graph["graphs"] if name in wanted)
+    plan = {at: found for at, found in plan.items() if found}
+    chosen: Choices = {}
+    for done, ((name, text), found) in enumerate(sorted(plan.items())):
+        progress("tune graphs", done, len(plan))
+        case = case_of(recipe, name)
+        kernels = {graph: graphs.load_all_configs(graph) for graph in found}
+        with case.modes():
+            case.call(json.loads(text))()
+        torch.cuda.synchronize()
+        for graph, several in kernels.items():
+            numbers = {kernel.key: kernel.measured() for kernel in several}
+            chosen[graph] = {key: number for key, number in numbers.items() if number is not None}
+            if len(chosen[graph]) < len(numbers):
+                graphs.load_chosen(graph, chosen[graph])  # what did not run must not measure inside a capture
+    progress("tune graphs", len(plan), len(plan))
+    return chosen
+
+
+def case_of(recipe: Recipe, name: str) -> Case:
+    """The case of that name.
+
+    Raises:
+        TuneError: it is not there any more.
+    """
+    for case in recipe.cases:
+        if case.name == name:
+            return case
+    raise TuneError(f"case {name!r} in recipe {recipe.name!r}", "it is not there any more", "build the bundle again")

@@ -1,0 +1,88 @@
+"""Kernels of Inductor's with several configs: all are compiled, one is served, and upstream itself measures them.
+
+Upstream measures at a kernel's first call, and keeps what was fastest (`CachingAutotuner.run`). That must not happen inside
+a capture, so that a kernel is loaded with one config, the chosen one or the first, unless somebody means to tune.
+
+Upstream: `torch/_inductor/triton_bundler.py` (`TritonBundler`), `torch/_inductor/runtime/triton_heuristics.py`
+(`CachingAutotuner`). Seen to hold: see `versions.TORCH_SEEN`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch._inductor.triton_bundler import TritonBundler
+
+Json = Any
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a loaded graph that has several configs.
+
+    Args:
+        key: what the artifact calls it by: the digest of its source.
+        configs: their text, in the order of compiling.
+    """
+
+    key: str
+    configs: list[str]
+    _tuner: Any
+
+    def measured(self) -> int | None:
+        """Which config upstream found to be the fastest; None when it did not run, or nothing fitted."""
+        launchers = self._tuner.launchers
+        return self.configs.index(str(launchers[0].config)) if len(launchers) == 1 else None
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[dict[str, Json]]:
+    """Collect what is compiled inside with several configs: key → its name and the configs' text."""
+    found: dict[str, Json] = {}
+    bundler: Any = TritonBundler
+    original = bundler.__dict__["put_static_autotuner"]
+
+    def put_static_autotuner(cls: Any, key: str, kernel: Any) -> Any:
+        if len(kernel.compile_results) > 1:
+            name = kernel.inductor_meta.get("kernel_name") or kernel.fn.__name__
+            found[key] = {"kernel": name, "configs": _configs(kernel)}
+        return original.__func__(cls, key, kernel)
+
+    bundler.put_static_autotuner = classmethod(put_static_autotuner)
+    try:
+        yield found
+    finally:
+        bundler.put_static_autotuner = original
+
+
+@contextlib.contextmanager
+def choosing(choices: Mapping[str, int] | None) -> Iterator[list[Kernel]]:
+    """Graphs that are loaded inside have one config of each kernel: by key in `choices`, or else the first.
+
+    With None they have all, and measure them when they run for the first time. Yields the kernels that have several.
+    """
+    kernels: list[Kernel] = []
+    bundler: Any = TritonBundler
+    original = bundler.__dict__["load_autotuners"]
+
+    def load_autotuners(cls: Any, static_autotuners: Any) -> Any:
+        for entry in static_autotuners or ():
+            tuner = entry.kernel
+            if len(tuner.compile_results) > 1:
+                kernels.append(Kernel(entry.cache_key, _configs(tuner), tuner))
+                if choices is not None:
+                    tuner.compile_results = [tuner.compile_results[choices.get(entry.cache_key, 0)]]
+        return original.__func__(cls, static_autotuners)
+
+    bundler.load_autotuners = classmethod(load_autotuners)
+    try:
+        yield kernels
+    finally:
+        bundler.load_autotuners = original
+
+
+def _configs(tuner: Any) -> list[str]:
+    return [str(result.config) for result in tuner.compile_results]
