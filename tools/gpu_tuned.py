@@ -1,0 +1,179 @@
+#!/usr/bin/env python3
+"""Check on a real GPU how configs of Inductor's kernels are chosen, and print one JSON record.
+
+    python tools/gpu_tuned.py [--out RECORD.json]
+
+The bundle of `tuned.py` is built with the GPU hidden. Then, each in a fresh process with empty caches: `untuned` serves it
+as it is, `ready` tunes at start-up, `tuned` serves what `aot-cache tune` wrote, `plain` is ordinary `torch.compile`, which
+measures at first calls. Each captures calls and times replays at the largest point. Exit code 0 when every claim holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from gpu_graphs import HARMFUL, Independent, _path, build, eager, relative
+
+HERE = Path(__file__).resolve().parent
+POINTS = (2, 3, 64, 1000, 1024)
+ROUNDS = 3
+Json = Any
+
+
+def part(name: str, bundle: str) -> Json:
+    """Capture every case at `POINTS`; microseconds of a replay at the last, relative norms against eager, events."""
+    import torch
+    from torch._dynamo import config
+
+    import aot_cache
+    from aot_cache import recipe as recipes
+
+    ours = name != "plain"
+    if ours:
+        aot_cache.load(bundle, strict=True)
+    else:
+        config.assume_static_by_default = False
+    recipe = recipes.load("tuned:recipe")
+    torch.zeros(1, device="cuda")
+    independent = Independent()
+    if ours:
+        aot_cache.ready(strict=True, tune=name == "ready")
+        aot_cache.seal()
+    before, out = dict(independent.counts), {}
+    independent.counts.clear()
+    for case in recipe.cases:
+        errors = {}
+        for n in POINTS:
+            with case.modes():
+                call = case.call({"n": n})
+                if not ours:
+                    call()  # it compiles and measures
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    found = call()
+                graph.replay()
+                errors[n] = relative(found, eager(call))
+        out[case.name] = {"errors": errors, "replay_us": time_of(graph)}
+    after = {k: v for k, v in independent.counts.items() if v}
+    ledger = {k: v for k, v in aot_cache.stats()["after_seal"].items() if v}
+    return {"cases": out, "before": before, "after": after, "ledger_after_seal": ledger}
+
+
+def time_of(graph: Any) -> float:
+    """Microseconds of a replay: 200 in one event pair, the median of 9."""
+    import torch
+
+    times = []
+    for _ in range(9):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(200):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / 200)
+    return statistics.median(times)
+
+
+def run(name: str, bundle: str) -> Json:
+    """One part in a fresh process with empty caches; ours without a C compiler."""
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {"TRITON_CACHE_DIR": f"{folder}/t", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/i"}
+        environment = {**os.environ, "PYTHONPATH": _path(), **caches, "ANSWER": f"{folder}/answer.json"}
+        if name != "plain":
+            environment["CC"] = environment["CXX"] = "/bin/false"
+        command = [sys.executable, __file__, "--part", name, "--bundle", bundle]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        answer = Path(folder, "answer.json")
+        if done.returncode or not answer.exists():
+            return {"error": done.stderr.strip().splitlines()[-30:]}
+        found: Json = json.loads(answer.read_text())
+        return found
+
+
+def tune(bundle: str, out: Path) -> Json:
+    """`aot-cache tune`."""
+    command = [sys.executable, "-m", "aot_cache.cli", "tune", bundle, "--out", str(out), "--json"]
+    environment = {**os.environ, "PYTHONPATH": _path()}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return json.loads(done.stdout) if done.returncode == 0 else {"error": done.stderr.strip().splitlines()[-30:]}
+
+
+def claims(record: Json) -> dict[str, bool]:
+    """What the record shows."""
+    parts = {name: record[name][0] for name in ("untuned", "ready", "tuned", "plain")}
+    broken = [name for name, found in parts.items() if "error" in found] + ["tune"] * ("error" in record["tune"])
+    if broken:
+        return {f"{', '.join(broken)} ran": False}
+    served = [parts[name] for name in ("untuned", "ready", "tuned")]
+    errors = [e for found in served for case in found["cases"].values() for e in case["errors"].values()]
+    fastest = {
+        name: {case: min(r["cases"][case]["replay_us"] for r in record[name]) for case in parts["plain"]["cases"]}
+        for name in parts
+    }
+    record["replay_us"] = fastest
+    record["over_plain"] = {n: {c: t / fastest["plain"][c] for c, t in f.items()} for n, f in fastest.items()}
+    return {
+        "no event after ready, in the ledger": not any(HARMFUL & set(found["ledger_after_seal"]) for found in served),
+        "no event after ready, by independent hooks": not any(found["after"] for found in served),
+        "as eager computes it, to bfloat16's rounding": max(errors) < 1e-2,
+        "ready(tune=True) measured": parts["ready"]["before"].get("benchmark", 0) > 1,
+        "without it nothing is measured": not parts["untuned"]["before"].get("benchmark"),
+        "aot-cache tune chose": record["tune"]["measured_in_graphs"] >= 2,
+        "what it chose is not measured again": not parts["tuned"]["before"].get("benchmark"),
+    }
+
+
+def check(folder: Path) -> Json:
+    """All parts, as one record."""
+    import torch
+    import triton
+
+    options = argparse.Namespace(recipe="tuned:recipe", target="h200")
+    record: Json = {
+        "what": "configs of Inductor's kernels: chosen ahead, tuned, or measured by ordinary torch.compile",
+        "commit": os.environ.get("AOT_CACHE_COMMIT", ""),
+        "machine": torch.cuda.get_device_name(0),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0]},
+        "build": build(options, folder),
+    }
+    if "error" in record["build"]:
+        return {**record, "claims": {"the bundle was built": False}}
+    bundle, chosen = record["build"].pop("path"), folder / "chosen.safetensors"
+    record["tune"] = tune(bundle, chosen)
+    for _ in range(ROUNDS):
+        for name in ("untuned", "ready", "tuned", "plain"):
+            record.setdefault(name, []).append(run(name, str(chosen) if name == "tuned" else bundle))
+    record["claims"] = claims(record)
+    return record
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part")
+    parser.add_argument("--bundle", default="")
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    if options.part:
+        Path(os.environ["ANSWER"]).write_text(json.dumps(part(options.part, options.bundle)))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        record = check(Path(folder))
+    text = json.dumps(record, indent=1)
+    print(text)
+    if options.out:
+        Path(options.out).write_text(text + "\n")
+    return 0 if all(record["claims"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
