@@ -72,6 +72,10 @@ class Job:
             self.failed = f"Dynamo did not compile {name}: {dynamo_frames.why_not(answer)}"
         elif made.bypassed or made.dynamo_code is None:
             self.failed = f"Dynamo cannot write {name} down ({made.bypassed})"
+        elif dynamo_guards.unreadable(made.guards):
+            self.failed = (
+                f"the guards of {name} are not read as they are written ({dynamo_guards.unreadable(made.guards)})"
+            )
         elif self.written.nameless:
             self.failed = f"{name} depends on objects that have no name: {'; '.join(self.written.nameless)}"
         else:

@@ -19,12 +19,12 @@ import json
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch._dynamo import config, guards, package
-from torch._guards import Guard, GuardsSet
+from torch._guards import Guard, GuardsSet, Source
 from torch._library import custom_ops
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
@@ -96,7 +96,7 @@ def writing() -> Iterator[Written]:
         return dump(state, builder)
 
     manager.__init__, module.pickle_guards_state = __init__, pickle_guards_state
-    pickler.reducer_override = _operators_by_name(_without_fakes(reduce))
+    pickler.reducer_override = _others(_without_fakes(reduce))
     with config.patch(strict_precompile=True):
         try:
             yield written
@@ -180,12 +180,15 @@ def _without_fakes(reduce: Any) -> Any:
     return reducer_override
 
 
-def _operators_by_name(reduce: Any) -> Any:
-    """What `torch.library.custom_op` makes holds dispatcher objects, which have no bytes; it is registered by name."""
+def _others(reduce: Any) -> Any:
+    """What upstream's pickler gets wrong: operators of `torch.library.custom_op` hold dispatcher objects, which have no
+    bytes, and are registered by name; sources (`DefaultsSource`) hand what they compute themselves to their `__init__`."""
 
     def reducer_override(self: Any, value: Any) -> Any:
         if isinstance(value, custom_ops.CustomOpDef):
             return _operator, (value._qualname,)
+        if isinstance(value, Source) and is_dataclass(value):
+            return type(value), tuple(getattr(value, part.name) for part in fields(value) if part.init)
         return reduce(self, value)
 
     return reducer_override
@@ -239,6 +242,15 @@ def build(
     if manager.check(f_locals):
         return manager, ""
     return None, failure(manager, f_locals)
+
+
+def unreadable(data: bytes) -> str:
+    """Why what was just written cannot be read; empty when it can."""
+    try:
+        package.load_guards_state(data)
+    except Exception as error:  # whatever a class does when it is unpickled
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def failure(manager: Any, f_locals: Mapping[str, Any]) -> str:
