@@ -35,7 +35,7 @@ def become(target: Target) -> None:
     config.compile_threads = 1  # a graph is compiled in one forked child; its kernels are not spread further
     config.worker_suppress_logging = True
     if target.backend != "cpu":
-        _compile_kernels_only()
+        _compile_kernels_only(target)
         _constants_on_the_cpu()
         _patterns_on_the_cpu()
         inductor_attention.choose_for(target)
@@ -57,7 +57,7 @@ def _stay_off_the_driver() -> None:
         module.init_gpu_context = lambda *_: None
 
 
-def _compile_kernels_only() -> None:
+def _compile_kernels_only(target: Target) -> None:
     from torch._inductor.runtime import triton_helpers, triton_heuristics
     from torch._inductor.triton_bundler import TritonBundler
 
@@ -75,6 +75,7 @@ def _compile_kernels_only() -> None:
         if not self.is_statically_launchable():
             name = getattr(self.fn, "__name__", "a kernel")
             raise RuntimeError(f"{name} cannot be launched without compiling a C launcher where it is loaded")
+        _keep_what_fits(target, self)
         if static_triton_bundle_key is not None:
             TritonBundler.put_static_autotuner(static_triton_bundle_key, self)
 
@@ -92,6 +93,27 @@ def _compile_kernels_only() -> None:
         return name, folder, os.path.basename(path)  # a comment in the artifact, which is of no folder
 
     module.get_path = get_path
+
+
+def _keep_what_fits(target: Target, autotuner: Any) -> None:
+    """Drop configs that cannot run on `target`, as a device would; nobody here would notice, as nothing is loaded.
+
+    torch of every build, without ROCm, too, compiles for ROCm when `torch.version.hip` says so early enough: seen to hold
+    on CPU and CUDA builds. Where a new release asks something else, this fails, and names the kernel.
+
+    Raises:
+        RuntimeError: no config can; the graph is listed as failed.
+    """
+    name, device = getattr(autotuner.fn, "__name__", "a kernel"), autotuner.device_props
+    found = (device.type, device.cc, device.warp_size)
+    wanted = (target.backend, target.arch, target.warp_size)
+    if found != wanted:
+        raise RuntimeError(f"Inductor compiled {name} for {found}, and the target {target.id} is {wanted}")
+    limit, results = target.shared_memory_per_block_optin, autotuner.compile_results
+    autotuner.compile_results = [result for result in results if result.kernel.shared <= limit]
+    if not autotuner.compile_results:
+        least = min(result.kernel.shared for result in results)
+        raise RuntimeError(f"{name} needs {least} bytes of shared memory, {target.id} has {limit}")
 
 
 def _constants_on_the_cpu() -> None:
