@@ -10,6 +10,7 @@ from typing import Any
 from aot_cache.build.calls import Kind, structure_of
 from aot_cache.store import Store
 from aot_cache.upstream import (
+    dynamo_answers,
     dynamo_frames,
     dynamo_globals,
     dynamo_guards,
@@ -107,7 +108,7 @@ class Job:
             with inductor_cpp.keeping() as libraries, inductor_tuning.collecting() as several:
                 self._artifacts[name] = inductor_artifact.compile_graph(wrapper, backend, graph, inputs, **kwargs)
             self._libraries[name], self._candidates[name] = libraries, several
-            run = dynamo_inputs.answer(graph)
+            run = dynamo_answers.answer(graph)
 
             def answer(*args: Any) -> Any:
                 self._users.setdefault(name, {}).setdefault(self.at[0], set()).add(self.at[1])

@@ -13,7 +13,7 @@ import sys
 import sysconfig
 import types
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -104,66 +104,6 @@ def mark(frame: Frame, dynamic: Dynamic) -> None:
 def _get(frame: Frame, path: str) -> Any:
     # The paths are our own (`build.calls`), made of names that the call's own structure has.
     return eval(path, {"L": frame.f_locals})  # noqa: S307
-
-
-def answer(graph: Any) -> Callable[..., Any]:
-    """A Dynamo graph as a function that only makes outputs of the right geometry.
-
-    Outputs carry bounds of the dimensions that changed, for what Dynamo compiles after a graph break.
-    """
-    output = next(node for node in graph.graph.nodes if node.op == "output")
-    bounds = [_bounds(node) for node in output.args[0]]
-    known: dict[Any, list[Any]] = {}
-
-    def run(*args: Any) -> Any:
-        asked = tuple(_geometry(arg) for arg in args)
-        if asked in known:  # as many layers ask it as the model has, at every point
-            results = [_made(like) for like in known[asked]]
-        else:
-            results = list(graph.forward(*args))
-            if all(isinstance(value, torch.Tensor) and not _shares(value, args) for value in results):
-                known[asked] = [_geometry(value) for value in results]
-        for value, dims in zip(results, bounds):
-            for dim, low, high in dims:
-                if isinstance(value, torch.Tensor) and value.shape[dim] >= 2:
-                    dynamo.mark_dynamic(value, dim, min=low, max=high)
-        return results
-
-    return run
-
-
-def _geometry(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad
-
-
-def _made(like: Any) -> torch.Tensor:
-    shape, stride, dtype, device, _ = like
-    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
-
-
-def _shares(value: torch.Tensor, args: tuple[Any, ...]) -> bool:
-    """Whether a result is one of the arguments or a view of one."""
-    storage = value.untyped_storage()
-    return any(isinstance(arg, torch.Tensor) and arg.untyped_storage()._cdata == storage._cdata for arg in args)
-
-
-_NO_BOUND = sys.maxsize - 1
-
-
-def _bounds(node: Any) -> list[tuple[int, int, int]]:
-    example = node.meta.get("example_value") if hasattr(node, "meta") else None
-    if not isinstance(example, torch.Tensor):
-        return []
-    out: list[tuple[int, int, int]] = []
-    sizes: Any = example.shape
-    for dim, size in enumerate(sizes):
-        if isinstance(size, torch.SymInt):
-            found = size.node.shape_env.bound_sympy(size.node.expr)
-            high = int(found.upper) if found.upper.is_Integer else _NO_BOUND
-            out.append((dim, max(2, int(found.lower)), high))
-    return out
 
 
 def warm_up(device: str) -> None:
