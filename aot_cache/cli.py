@@ -208,9 +208,11 @@ def _build_all(requests: Sequence[Request], facts: dict[str, Any], as_json: bool
             render.builds(rows)
     failed = [f"{one.target}: {failure['kernel']}" for one in done for failure in one.failed]
     if failed:
-        units = sum(one.units + one.pruned for one in done) + len(failed)
+        units = sum(one.units + one.pruned + one.graphs for one in done) + len(failed)
         names = ", ".join(dict.fromkeys(failed))
-        raise CompileFailed(f"all of {units} units to compile", f"{len(failed)} failed ({names})", "the rest is kept")
+        raise CompileFailed(
+            f"all of {units} kernels and graphs to compile", f"{len(failed)} failed ({names})", "the rest is kept"
+        )
 
 
 # --- looking ----------------------------------------------------------------------------------------------------------

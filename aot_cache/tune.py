@@ -74,10 +74,11 @@ def ready(*, strict: bool = False, tune: bool = False) -> list[Report]:
             manifest = whole(kernels.bundle)
             open_ones = [n for n, t in enumerate(manifest["tunings"]) if not kernels.is_chosen(t)]
             for number, result in _measure(kernels, manifest, open_ones, 1, lambda *_: None).items():
-                best = result.best()
-                if best is not None:
-                    tuning = manifest["tunings"][number]
-                    kernels.choose_now(tuning, tuning["candidates"][best])
+                tuning, best = manifest["tunings"][number], result.best()
+                # What no point launched here, because a graph holds it, say, must not be measured in a capture.
+                chosen = tuning["default"] if best is None else best
+                if chosen is not None:
+                    kernels.choose_now(tuning, tuning["candidates"][chosen])
         for graphs in loader.loaded_graphs():
             manifest = whole(graphs.bundle)
             tune_graphs.measure(graphs, manifest, tune_graphs.open_graphs(manifest), lambda *_: None)

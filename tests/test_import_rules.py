@@ -26,6 +26,7 @@ LAYERS = (
     ("upstream", "signature"),
     ("native", "report_graphs"),
     ("build", "runtime", "report"),
+    ("tune_graphs",),
     ("tune", "render"),
     ("", "auto", "cli", "models", "engines"),  # "" is aot_cache/__init__.py
 )

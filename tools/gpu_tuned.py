@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ Json = Any
 def part(name: str, bundle: str) -> Json:
     """Capture every case at `POINTS`; microseconds of a replay at the last, relative norms against eager, events."""
     import torch
-    from torch._dynamo import config
+    import torch._dynamo
 
     import aot_cache
     from aot_cache import recipe as recipes
@@ -39,13 +40,13 @@ def part(name: str, bundle: str) -> Json:
     ours = name != "plain"
     if ours:
         aot_cache.load(bundle, strict=True)
-    else:
-        config.assume_static_by_default = False
     recipe = recipes.load("tuned:recipe")
     torch.zeros(1, device="cuda")
     independent = Independent()
     if ours:
-        aot_cache.ready(strict=True, tune=name == "ready")
+        aot_cache.ready(strict=True)
+        if name == "ready":
+            aot_cache.ready(tune=True)
         aot_cache.seal()
     before, out = dict(independent.counts), {}
     independent.counts.clear()
@@ -65,7 +66,8 @@ def part(name: str, bundle: str) -> Json:
         out[case.name] = {"errors": errors, "replay_us": time_of(graph)}
     after = {k: v for k, v in independent.counts.items() if v}
     ledger = {k: v for k, v in aot_cache.stats()["after_seal"].items() if v}
-    return {"cases": out, "before": before, "after": after, "ledger_after_seal": ledger}
+    tuned = Counter(f"{event['kind']} {event['name']}" for event in aot_cache.stats()["events"])
+    return {"cases": out, "events": dict(tuned), "before": before, "after": after, "ledger_after_seal": ledger}
 
 
 def time_of(graph: Any) -> float:

@@ -13,7 +13,7 @@ import inspect
 import marshal
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -56,7 +56,22 @@ def dump(code: types.CodeType, names: Mapping[str, str], filename: str) -> bytes
     Raises:
         ValueError: a constant is of a kind that has no bytes.
     """
-    return marshal.dumps(_portable(code, names, filename), _MARSHAL)
+    try:
+        return marshal.dumps(_portable(code, names, filename), _MARSHAL)
+    except ValueError as error:
+        kinds = sorted({identity(value) or type(value).__name__ for value in _without_bytes(code)})
+        raise ValueError(f"constants of the bytecode have no bytes: {', '.join(kinds) or error}") from error
+
+
+def _without_bytes(code: types.CodeType) -> Iterator[object]:
+    for value in code.co_consts:
+        if isinstance(value, types.CodeType):
+            yield from _without_bytes(value)
+        else:
+            try:
+                marshal.dumps(value, _MARSHAL)
+            except ValueError:
+                yield value
 
 
 def _portable(code: types.CodeType, names: Mapping[str, str], filename: str) -> types.CodeType:
