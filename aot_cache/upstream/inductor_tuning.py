@@ -17,6 +17,7 @@ from typing import Any
 from torch._inductor.triton_bundler import TritonBundler
 
 Json = Any
+_CACHES = ("autotune_local_cache", "autotune_remote_cache", "bundled_autotune_remote_cache")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ def choosing(choices: Mapping[str, int] | None) -> Iterator[list[Kernel]]:
             tuner = entry.kernel
             if len(tuner.compile_results) > 1:
                 kernels.append(Kernel(entry.cache_key, _configs(tuner), tuner))
+                # Upstream would read and write what was fastest in a file beside the source, in the builder's folder.
+                tuner.inductor_meta = {**tuner.inductor_meta, **dict.fromkeys(_CACHES, False)}
+                tuner.save_cache_hook = None
                 if choices is not None:
                     tuner.compile_results = [tuner.compile_results[choices.get(entry.cache_key, 0)]]
         return original.__func__(cls, static_autotuners)
