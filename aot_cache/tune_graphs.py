@@ -43,6 +43,8 @@ def measure(graphs: GraphSet, manifest: Mapping[str, Json], names: Iterable[str]
     """
     import torch
 
+    from aot_cache.upstream import inductor_tuning
+
     wanted = set(names)
     if not wanted:
         return {}
@@ -58,7 +60,7 @@ def measure(graphs: GraphSet, manifest: Mapping[str, Json], names: Iterable[str]
         progress("tune graphs", done, len(plan))
         case = case_of(recipe, name)
         kernels = {graph: graphs.load_all_configs(graph) for graph in found}
-        with case.modes():
+        with case.modes(), inductor_tuning.measuring():
             case.call(json.loads(text))()
         torch.cuda.synchronize()
         for graph, several in kernels.items():

@@ -10,14 +10,17 @@ Upstream: `torch/_inductor/triton_bundler.py` (`TritonBundler`), `torch/_inducto
 from __future__ import annotations
 
 import contextlib
+import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._inductor.triton_bundler import TritonBundler
 
 Json = Any
 _CACHES = ("autotune_local_cache", "autotune_remote_cache", "bundled_autotune_remote_cache")
+_TIMES = 5
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,22 @@ def choosing(choices: Mapping[str, int] | None) -> Iterator[list[Kernel]]:
         yield kernels
     finally:
         bundler.load_autotuners = original
+
+
+@contextlib.contextmanager
+def measuring() -> Iterator[None]:
+    """Measure each config several times, as a choice that is kept deserves: one time is often twice another."""
+    tuner: Any = CachingAutotuner
+    original = tuner.bench
+
+    def bench(self: Any, *args: Any, **kwargs: Any) -> float:
+        return float(statistics.median(original(self, *args, **kwargs) for _ in range(_TIMES)))
+
+    tuner.bench = bench
+    try:
+        yield
+    finally:
+        tuner.bench = original
 
 
 def _configs(tuner: Any) -> list[str]:
