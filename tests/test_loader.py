@@ -294,9 +294,8 @@ def with_graphs(bundle: Path, folder: Path, backend: str = "cpu", **key: Any) ->
         bound = json.loads(json.dumps(here(backend)))
         manifest["target"] = targets.get(backend).properties()
         manifest["graph_key"] = {**bound, **key}
-        manifest["graphs"] = [
-            {"module": "m", "function": "f", "code": "0" * 32, "graphs": {}, "resumes": {}, "libraries": {}}
-        ]
+        none: dict[str, Any] = {"graphs": {}, "resumes": {}, "libraries": {}, "choices": {}}
+        manifest["graphs"] = [{"module": "m", "function": "f", "code": "0" * 32, **none}]
         manifest["units"] = []
 
     return {"AOT_CACHE": str(altered(bundle, folder / "graphs.safetensors", change))}

@@ -30,6 +30,7 @@ from torch._guards import CompileId, Guard
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from aot_cache.upstream import (
+    dynamo_answers,
     dynamo_frames,
     dynamo_globals,
     dynamo_guards,
@@ -555,7 +556,7 @@ def test_dimensions_are_dynamic_within_their_bounds() -> None:
                 x = torch.ones(size, 3)
                 need(compiled(x, k).tolist() == (x * k).tolist(), "a dynamic graph computes something else")
     need(len(frames) == 1 and len(graphs) == 1, f"{len(frames)} frames for sizes within the bounds")
-    (bounds,) = [dynamo_inputs._bounds(node) for node in next(iter(reversed(graphs[0].graph.nodes))).args[0]]
+    (bounds,) = [dynamo_answers._bounds(node) for node in next(iter(reversed(graphs[0].graph.nodes))).args[0]]
     need(bounds == [(0, 2, 9)], f"an output's bounds are {bounds}, by ShapeEnv.bound_sympy")
     run = dynamo_inputs.answer(graphs[0])
     need(isinstance(graphs[0], torch.fx.GraphModule), "a backend is not handed a GraphModule")

@@ -67,6 +67,7 @@ def run(
                     del children[pipe]
                     yield index, Died(_how(child.exitcode))
                     continue
+                yield index, result  # and keep it, before anybody begins what may be equal to it
                 if waiting and not fresh:
                     following = waiting.pop()
                     children[pipe] = (child, following)
@@ -81,7 +82,6 @@ def run(
                         pipe.send(None)
                     child.join()
                     del children[pipe]
-                yield index, result
     finally:
         for child, _ in children.values():
             child.kill()

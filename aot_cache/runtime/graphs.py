@@ -22,7 +22,14 @@ from typing import Any
 from aot_cache.key import Part
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
-from aot_cache.upstream import dynamo_frames, dynamo_globals, inductor_events, python_code, torch_capture
+from aot_cache.upstream import (
+    dynamo_frames,
+    dynamo_globals,
+    inductor_events,
+    inductor_later,
+    python_code,
+    torch_capture,
+)
 from aot_cache.upstream.dynamo_frames import Found, Frame
 
 Json = Any
@@ -216,6 +223,7 @@ class Miss:
 
         dynamo_frames.count(note)
         inductor_events.listen(note)
+        inductor_later.import_when_compiling()
         dynamo_frames.before_compiling(self.find, self.wanted)
 
     def wanted(self, code: types.CodeType) -> bool:

@@ -20,7 +20,11 @@ import torch._inductor.config as inductor_config
 from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Serializable
 from torch._functorch._aot_autograd.aot_autograd_result import GenericAOTAutogradResult
 from torch._inductor.async_compile import CompiledTritonKernels
+from torch._inductor.codecache import FxGraphCache
 from torch._inductor.output_code import CompiledFxGraph
+from torch._inductor.triton_bundler import TritonBundler
+
+from aot_cache.upstream import inductor_later, inductor_source
 
 _SETTINGS: dict[str, Any] = {
     "strict_autograd_cache": True,
@@ -76,7 +80,8 @@ _TIMES = ("forward_time_taken_ns", "backward_time_taken_ns")
 
 @contextlib.contextmanager
 def _without_sources() -> Iterator[None]:
-    """Artifacts without what is in them for logs: graphs as text and user code's lines, with the paths of this machine."""
+    """Artifacts without what is in them for logs (graphs as text, user code's lines with the paths of this machine), and
+    without imports that they do not need."""
     graphs: Any = CompiledFxGraph
     results: Any = GenericAOTAutogradResult
     prepare, serialized = graphs.prepare_for_serialization, results.__dict__.get("__getstate__")
@@ -85,7 +90,9 @@ def _without_sources() -> Iterator[None]:
         for name in _TEXTS:
             setattr(self, name, "")
         self.cache_linemap = []
-        return prepare(self)
+        result = prepare(self)
+        self.source_code = inductor_source.lean(self.source_code)
+        return result
 
     def __getstate__(self: Any) -> Any:
         self.runtime_metadata.tangent_source_stack_traces = None
@@ -134,8 +141,29 @@ def load_graph(data: bytes) -> Any:
 
     Upstream writes source and binaries into its cache folders to read them again; here these are private, and removed.
     """
-    with _private_folders():
+    with _private_folders(), _without_the_compiler():
         return Serializable.deserialize_compile_artifacts(data)
+
+
+@contextlib.contextmanager
+def _without_the_compiler() -> Iterator[None]:
+    """Upstream's cache, having loaded a graph, imports all of `torch._inductor.graph` for a hook of its own tests, and
+    asks another cache for what was measured elsewhere; neither is wanted here."""
+    cache: Any = FxGraphCache
+    original = cache.__dict__["cache_hit_post_compile"]
+    inductor_later.call_without_debug()
+
+    def cache_hit_post_compile(graph: Any, cache_info: Any, constants: Any) -> Any:
+        if graph._triton_bundle:
+            TritonBundler.read_and_emit(graph._triton_bundle)
+        graph.after_deserialization(constants)
+        return graph, cache_info
+
+    cache.cache_hit_post_compile = staticmethod(cache_hit_post_compile)
+    try:
+        yield
+    finally:
+        cache.cache_hit_post_compile = original
 
 
 @contextlib.contextmanager

@@ -387,7 +387,7 @@ assert aot_cache.load(path, strict=False) is not None
 }
 AFTER = """
 import os
-from serving import aot_cache, call, say
+from serving import FACTS, aot_cache, call, say
 
 aot_cache.seal()
 x = torch.randn(8, 16)
@@ -396,6 +396,9 @@ with torch.inference_mode():
     call("wrapped at import", m.compiled_tiled, x)
     call("wrapped before", globals().get("before") or torch.compile(m.Step().run), x)
     call("wrapped after", torch.compile(m.decorated._torchdynamo_orig_callable), x)
+import sys
+COMPILER = ("compile_fx", "graph", "ir", "lowering", "scheduler", "select_algorithm")
+FACTS["compiler"] = [name for name in COMPILER if f"torch._inductor.{name}" in sys.modules]
 import sample_twin_two
 with torch.no_grad():
     call("one twin alone", sample_twin_two.twin, x)
@@ -431,6 +434,12 @@ def test_any_order_of_imports(
         for what in ("decorated at import", "wrapped at import", "wrapped before"):
             assert found(facts[what])
         assert hit(facts["wrapped after"]) and facts["wrapped after"]["rejected_bundle"] == 0
+
+
+def test_a_process_whose_calls_hit_does_not_import_the_compiler(
+    torch_first: dict[str, Any], model_first: dict[str, Any], called_first: dict[str, Any]
+) -> None:
+    assert model_first["compiler"] == torch_first["compiler"] == called_first["compiler"] == []
 
 
 def test_a_function_whose_twin_is_not_imported_hits(torch_first: dict[str, Any]) -> None:

@@ -56,13 +56,16 @@ def functions() -> list[JITFunction]:
     return [value for value in gc.get_objects() if issubclass(type(value), JITFunction)]
 
 
+def _forget() -> None:
+    for function in functions():  # in a frame of its own: the last one must not live on in a fixture's
+        function.device_caches.clear()
+
+
 @pytest.fixture(autouse=True)
 def _nothing_installed() -> Iterator[None]:
-    for function in functions():
-        function.device_caches.clear()  # of tests elsewhere, whose modules the collector may not have seen yet
+    _forget()  # kernels of tests elsewhere, whose modules the collector may not have seen yet
     yield
-    for function in functions():
-        function.device_caches.clear()
+    _forget()
     for tuner in TUNERS:
         tuner.cache.clear()
 
