@@ -558,7 +558,7 @@ def test_dimensions_are_dynamic_within_their_bounds() -> None:
     need(len(frames) == 1 and len(graphs) == 1, f"{len(frames)} frames for sizes within the bounds")
     (bounds,) = [dynamo_answers._bounds(node) for node in next(iter(reversed(graphs[0].graph.nodes))).args[0]]
     need(bounds == [(0, 2, 9)], f"an output's bounds are {bounds}, by ShapeEnv.bound_sympy")
-    run = dynamo_inputs.answer(graphs[0])
+    run = dynamo_answers.answer(graphs[0])
     need(isinstance(graphs[0], torch.fx.GraphModule), "a backend is not handed a GraphModule")
     need(callable(run), "a graph cannot be answered")
 
