@@ -217,24 +217,25 @@ def build(
     graph = state.output_graph
     _take_host_threads(graph.global_state_guard)
     _install_builtins(graph.name_of_builtins_dict_key_in_fglobals, f_globals)
-    live = {"L": dict(f_locals), "G": f_globals, "__builtins__": _builtins(f_globals)}
+    live = _Scope({"L": dict(f_locals), "G": f_globals, "__builtins__": _builtins(f_globals)})
+    recorded = _Scope({"L": graph.local_scope, "G": graph.global_scope})
     wanted = {(kind, name): text for kind, name, text in identities}
     compared = {(kind, name): text for kind, name, text in values}
     for guard in graph.guards:
-        if guard.create_fn_name() == "EMPTY_NN_MODULE_HOOKS_DICT" and _value(guard, live):
+        if guard.create_fn_name() == "EMPTY_NN_MODULE_HOOKS_DICT" and live.value(guard):
             # Dynamo does not look again at hooks that come after a trace; those that are there before it traces.
             return None, f"{_plain(guard.name)} was empty and holds hooks"
         value = compared.get((guard.create_fn_name(), guard.name))
-        if value is not None and literal(_value(guard, live)) != value:
-            return None, f"{_plain(guard.name)} was {value} and is {literal(_value(guard, live))}"
+        if value is not None and literal(live.value(guard)) != value:
+            return None, f"{_plain(guard.name)} was {value} and is {literal(live.value(guard))}"
         text = wanted.get((guard.create_fn_name(), guard.name))
         if text is not None:
-            found = _value(guard, live)
+            found = live.value(guard)
             if identity(found) != text:
                 return None, f"{_plain(guard.name)} was {text} and is {identity(found) or type(found).__name__}"
             guard.create_fn = functools.partial(_create_live, guard.create_fn, live)
         elif guard.create_fn_name() == "TENSOR_MATCH":
-            _take_dispatch_keys(guard, graph, live)
+            _take_dispatch_keys(recorded.value(guard), live.value(guard))
     try:
         manager = package.load_guard_manager(state, code, f_globals)
     except (KeyError, AttributeError, IndexError, TypeError) as error:
@@ -271,17 +272,24 @@ def _plain(text: str) -> str:
     return _ADDRESS.sub(")", text.split("  # ", 1)[0].strip())
 
 
-def _value(guard: Guard, scope: dict[str, Any]) -> Any:
-    try:
-        return guard.originating_source.get_value(scope, guards._get_closure_vars(), {})
-    except Exception as error:  # the expression may lead through anything
-        return error
+@dataclass
+class _Scope:
+    """Names that guarded expressions begin with, and what these have led to: most share all but their last step."""
+
+    names: dict[str, Any]
+    known: dict[Any, Any] = field(default_factory=dict)
+
+    def value(self, guard: Guard) -> Any:
+        try:
+            return guard.originating_source.get_value(self.names, guards._get_closure_vars(), self.known)
+        except Exception as error:  # the expression may lead through anything
+            return error
 
 
-def _create_live(create: Any, live: Mapping[str, Any], builder: Any, guard: Guard) -> Any:
+def _create_live(create: Any, live: _Scope, builder: Any, guard: Guard) -> Any:
     """Create `guard` on what is there now; the other guards are created on what was written down."""
     scope, cache = builder.scope, builder.src_get_value_cache
-    builder.scope, builder.src_get_value_cache = {**scope, **live}, type(cache)()
+    builder.scope, builder.src_get_value_cache = {**scope, **live.names}, live.known
     try:
         return create(builder, guard)
     finally:
@@ -305,9 +313,7 @@ def _builtins(f_globals: Mapping[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else vars(found)
 
 
-def _take_dispatch_keys(guard: Guard, graph: Any, live: dict[str, Any]) -> None:
-    recorded = _value(guard, {"L": graph.local_scope, "G": graph.global_scope})
-    found = _value(guard, live)
+def _take_dispatch_keys(recorded: Any, found: Any) -> None:
     if isinstance(recorded, FakeTensor) and isinstance(found, torch.Tensor):
         keys: Any = torch._C._dispatch_keys(found)
         if _place(recorded.dispatch_keys or torch._C._dispatch_keys(recorded)) == _place(keys):
