@@ -160,10 +160,11 @@ def _graphs(facts: Facts) -> None:
                 len(g["kernels"]),
                 len(g["guards"]) + len(g["identities"]),
                 size(g["bytes"]),
+                f"{len(g['open'])} open" if g["open"] else "tuned" if g["chosen"] else "no choice",
             )
             for g in facts["graphs"]
         ]
-        table(("graph", "mode", "options", "changes", *right), rows, right)
+        table(("graph", "mode", "options", "changes", *right, "tuned"), rows, right)
     elif facts["calls"] and "graphs" not in facts:
         line()
         calls = [(f"{c['function']}:{c['line']}", c["mode"], c["options"], c["changes"]) for c in facts["calls"]]

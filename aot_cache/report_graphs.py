@@ -35,6 +35,8 @@ def graphs(manifest: Mapping[str, Json], sizes: Mapping[str, int]) -> list[Facts
     Args:
         manifest: the bundle's whole manifest.
         sizes: digest → bytes of the bundle's objects.
+
+    `open` names the kernels with several configs of which none was chosen yet; `chosen` counts the others.
     """
     return [
         {
