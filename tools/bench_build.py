@@ -4,7 +4,8 @@
     python tools/bench_build.py [--target h200] [--rounds 3] [--workers 2] [--json RECORD.json]
 
 aot      `aot-cache build`, the whole command: every declared point is run, each graph is compiled in a forked child.
-few      the same at 2 to 16 tokens in place of 2 to 256: what is left when there are few points to prove.
+one      the same with one worker: what is compiled at the same time is worth.
+few      the same as `aot` at 2 to 16 tokens in place of 2 to 256: what is left when there are few points to prove.
 plain    one process that becomes the target and compiles the same functions one after another with torch.compile and
          Inductor's `compile_threads=1`, at one size each: nothing is proved about the others, and nothing is written.
 nothing  `aot-cache build` again, with nothing changed.
@@ -29,7 +30,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 Json = Any
-MODES = ("aot", "few", "plain", "nothing", "imports")
+MODES = ("aot", "one", "few", "plain", "nothing", "imports")
 FEW = "n=2..16"
 AIMS = {"aot_over_plain": 0.7, "nothing_less_imports_s": 3.0}
 
@@ -131,6 +132,8 @@ def one_round(options: argparse.Namespace) -> Json:
         names = timed(["-c", LOADED, *arguments], folder)["said"]
         out["imports"] = timed(["-c", IMPORTS, ",".join(names)], folder, answer=False)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        out["one"] = timed([*build, "--workers", "1", "--store", f"{folder}/store"], folder)
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         few = [*build, "--range", FEW, "--store", f"{folder}/store"]  # the last --store counts
         out["few"] = timed(few, folder)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
@@ -158,6 +161,7 @@ def summary(rounds: list[Json]) -> Json:
     beyond = [r["nothing"]["seconds"] - r["imports"]["seconds"] for r in rounds]
     out["aot_over_plain"] = round(statistics.median(ratios), 3)
     out["few_over_plain"] = round(statistics.median(r["few"]["seconds"] / r["plain"]["seconds"] for r in rounds), 3)
+    out["aot_over_one"] = round(statistics.median(r["aot"]["seconds"] / r["one"]["seconds"] for r in rounds), 3)
     out["aot_over_plain_spread"] = [round(min(ratios), 3), round(max(ratios), 3)]
     out["nothing_less_imports_s"] = round(statistics.median(beyond), 3)
     out["met"] = {name: out[name] <= aim for name, aim in AIMS.items()}
@@ -171,7 +175,7 @@ def table(found: Json) -> str:
         lines.append(f"{mode:10}{row['median_s']:9.2f}{row['processor_s']:9.2f}   {row['all_s']}")
     for name, aim in AIMS.items():
         lines.append(f"{name} {found[name]} (aim {aim}, {'met' if found['met'][name] else 'not met'})")
-    lines.append(f"few_over_plain {found['few_over_plain']}")
+    lines += [f"{name} {found[name]}" for name in ("few_over_plain", "aot_over_one")]
     return "\n".join(lines)
 
 
