@@ -80,8 +80,7 @@ def ready(*, strict: bool = False, tune: bool = False) -> list[Report]:
                 if chosen is not None:
                     kernels.choose_now(tuning, tuning["candidates"][chosen])
         for graphs in loader.loaded_graphs():
-            manifest = whole(graphs.bundle)
-            tune_graphs.measure(graphs, manifest, tune_graphs.open_graphs(manifest), lambda *_: None)
+            tune_graphs.measure(graphs, whole(graphs.bundle), lambda *_: None, again=False)
     return reports
 
 
@@ -120,8 +119,7 @@ def tune(bundle_path: Path, out: Path, *, prune: bool, points: int, progress: Pr
     device = {"name": name, "clocks_before": before, "clocks_after": _clocks()}
     chosen = _write_choices(manifest, results, device)
     for graphs in (found for found in loader.loaded_graphs() if found.bundle.digest == bundle.digest):
-        every = [name for graph in manifest["graphs"] for name, several in graph["candidates"].items() if several]
-        choices = tune_graphs.measure(graphs, manifest, every, progress)
+        choices = tune_graphs.measure(graphs, manifest, progress, again=True)
         for graph in manifest["graphs"]:
             graph["choices"] = {name: choices[name] for name in graph["graphs"] if choices.get(name)}
     dropped = _prune(manifest) if prune else 0

@@ -6,7 +6,7 @@ Upstream measures, at a graph's first run; here it gets all configs to measure, 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from aot_cache import recipe as recipes
@@ -23,20 +23,12 @@ Choices = dict[str, dict[str, int]]
 """Compiled graph → kernel → number of its config."""
 
 
-def open_graphs(manifest: Mapping[str, Json]) -> list[str]:
-    """Compiled graphs of which a kernel has several configs and none is chosen."""
-    return [
-        n
-        for graph in manifest["graphs"]
-        for n, found in graph["candidates"].items()
-        if found and not graph["choices"].get(n)
-    ]
+def measure(graphs: GraphSet, manifest: Mapping[str, Json], progress: Progress, *, again: bool) -> Choices:
+    """Load graphs of which kernels have several configs with all of them, run the largest point that reaches each, and say
+    what was fastest. Afterwards this process runs what was fastest.
 
-
-def measure(graphs: GraphSet, manifest: Mapping[str, Json], names: Iterable[str], progress: Progress) -> Choices:
-    """Load the graphs `names` with all configs, run the largest point that reaches each, and say what was fastest.
-
-    Afterwards this process runs what was fastest.
+    Args:
+        again: also where a choice was made before.
 
     Raises:
         TuneError: the bundle's recipe has changed.
@@ -45,7 +37,12 @@ def measure(graphs: GraphSet, manifest: Mapping[str, Json], names: Iterable[str]
 
     from aot_cache.upstream import inductor_tuning
 
-    wanted = set(names)
+    wanted = {
+        name
+        for graph in manifest["graphs"]
+        for name, several in graph["candidates"].items()
+        if several and (again or not graph["choices"].get(name))
+    }
     if not wanted:
         return {}
     recipe = recipes.load(manifest["spec"])
@@ -59,7 +56,7 @@ def measure(graphs: GraphSet, manifest: Mapping[str, Json], names: Iterable[str]
     for done, ((name, text), found) in enumerate(sorted(plan.items())):
         progress("tune graphs", done, len(plan))
         case = case_of(recipe, name)
-        kernels = {graph: graphs.load_all_configs(graph) for graph in found}
+        kernels = {graph: graphs.load_again(graph, None) for graph in found}
         with case.modes(), inductor_tuning.measuring():
             case.call(json.loads(text))()
         torch.cuda.synchronize()
@@ -67,7 +64,7 @@ def measure(graphs: GraphSet, manifest: Mapping[str, Json], names: Iterable[str]
             numbers = {kernel.key: kernel.measured() for kernel in several}
             chosen[graph] = {key: number for key, number in numbers.items() if number is not None}
             if len(chosen[graph]) < len(numbers):
-                graphs.load_chosen(graph, chosen[graph])  # what did not run must not measure inside a capture
+                graphs.load_again(graph, chosen[graph])  # what did not run must not measure inside a capture
     progress("tune graphs", len(plan), len(plan))
     return chosen
 

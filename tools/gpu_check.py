@@ -467,6 +467,15 @@ def claims(record: Json) -> dict[str, bool]:
     return out
 
 
+def finish(record: Json, out: str | None) -> int:
+    """Print a record, write it to `out` if that is given, and say whether every claim holds, as an exit code."""
+    text = json.dumps(record, indent=1)
+    print(text)
+    if out:
+        Path(out).write_text(text + "\n")
+    return 0 if all(record["claims"].values()) else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle")
@@ -484,12 +493,7 @@ def main() -> int:
         answer = globals()[f"part_{options.part}"](options)
         Path(os.environ["GPU_CHECK_ANSWER"]).write_text(json.dumps(answer))
         return 0
-    record = check(options)
-    text = json.dumps(record, indent=1)
-    print(text)
-    if options.out:
-        Path(options.out).write_text(text + "\n")
-    return 0 if all(record["claims"].values()) else 1
+    return finish(check(options), options.out)
 
 
 if __name__ == "__main__":

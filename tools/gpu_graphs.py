@@ -23,6 +23,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from gpu_check import finish
+
 HERE = Path(__file__).resolve().parent
 Json = Any
 HARMFUL = {"compile", "disk_hit", "tuning", "benchmark", "module_load", "gcc", "frame", "graph_compile"}
@@ -333,12 +335,7 @@ def main() -> int:
     if options.part:
         Path(os.environ["ANSWER"]).write_text(json.dumps(globals()[f"part_{options.part}"](options)))
         return 0
-    record = check(options)
-    text = json.dumps(record, indent=1)
-    print(text)
-    if options.out:
-        Path(options.out).write_text(text + "\n")
-    return 0 if all(record["claims"].values()) else 1
+    return finish(check(options), options.out)
 
 
 if __name__ == "__main__":

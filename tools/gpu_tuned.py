@@ -21,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from gpu_check import finish
 from gpu_graphs import HARMFUL, Independent, _path, build, eager, relative
 
 HERE = Path(__file__).resolve().parent
@@ -170,11 +171,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         record = check(Path(folder))
-    text = json.dumps(record, indent=1)
-    print(text)
-    if options.out:
-        Path(options.out).write_text(text + "\n")
-    return 0 if all(record["claims"].values()) else 1
+    return finish(record, options.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 from aot_cache import key, shapes
 from aot_cache.build import pool
 from aot_cache.build.trace import functions_at
-from aot_cache.errors import TargetError
+from aot_cache.errors import TargetError, one_line
 from aot_cache.key import IR, NATIVE, UNITS
 from aot_cache.plan import Plan, Unit
 from aot_cache.recipe import Recipe
@@ -150,8 +150,8 @@ def _compile(
         return _Result(same=found.value)
     except Exception as error:
         if not unit.launched_without_tuner() and triton_compile.is_pruned_like_triton(error):
-            return _Result(pruned=_one_line(error))
-        return _Result(error=_one_line(error))
+            return _Result(pruned=one_line(error))
+        return _Result(error=one_line(error))
     return _Result(compiled.binary, compiled.metadata, ir=compiled.ir)
 
 
@@ -165,13 +165,6 @@ def _function(unit: Unit, recipe: Recipe | None) -> Any:
         case = next(c for c in recipe.cases if c.name == name)
         return functions_at(case, shapes.expand(boxes[:1])[0]).get(unit.kernel)
     return None
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Triton's message ends with what is wrong and begins with where; ptxas' says it in its own first line.
-    text = " / ".join([lines[0], lines[-1]] if len(lines) > 1 else lines)
-    return f"{type(error).__name__}: {text}"[:600]
 
 
 def _keep(store: Store, unit: Unit, unit_key: str, result: _Result, outcome: Outcome, shared: dict[str, Json]) -> None:

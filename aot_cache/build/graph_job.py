@@ -71,28 +71,27 @@ class Job:
         manager = dynamo_frames.guards_of(answer)
         if manager is None:
             self.failed = f"Dynamo did not compile {name}: {dynamo_frames.why_not(answer)}"
-        elif made.bypassed or made.dynamo_code is None:
+            return
+        if made.bypassed or made.dynamo_code is None:
             self.failed = f"Dynamo cannot write {name} down ({made.bypassed})"
-        elif dynamo_guards.unreadable(made.guards):
-            self.failed = (
-                f"the guards of {name} are not read as they are written ({dynamo_guards.unreadable(made.guards)})"
-            )
+            return
+        aliases, objects = _by_number(made.dynamo_code, frame)
+        inlined, unknown = _inlined(made.inlined, self.written)
+        unreadable = dynamo_guards.unreadable(made.guards)
+        if unreadable:
+            self.failed = f"the guards of {name} are not read as they are written ({unreadable})"
         elif self.written.nameless:
             self.failed = f"{name} depends on objects that have no name: {'; '.join(self.written.nameless)}"
+        elif objects:
+            self.failed = f"the bytecode of {name} holds objects that have no name: {', '.join(objects)}"
+        elif unknown:
+            self.failed = f"{name} calls what no name of a module leads to: {', '.join(unknown)}"
         else:
-            aliases, objects = _by_number(made.dynamo_code, frame)
-            if objects:
-                self.failed = f"the bytecode of {name} holds objects that have no name: {', '.join(objects)}"
-                return
-            unknown = _unchecked(made.inlined, self.written)
-            if unknown:
-                self.failed = f"{name} calls what no name of a module leads to: {', '.join(unknown)}"
-                return
-            guards = dynamo_guards.expressions(manager)
             facts = {
                 "identities": list(self.written.identities),
                 "values": list(self.written.values),
-                "guards": guards,
+                "guards": dynamo_guards.expressions(manager),
+                "inlined": inlined,
                 "wrapping": frame.wrapping,
                 "mode": self.mode,
                 "settings": dynamo_globals.settings(),
@@ -162,7 +161,6 @@ class Job:
             "libraries": {source: store.put(data) for source, data in sorted(libraries.items())},
             "imports": dict(sorted({**made.imports, **modules}.items())),
             "resumes": resumes,
-            "inlined": _inlined(made.inlined),
             "dynamic": self.kind.dynamic(),
             "kernels": [k for name in made.graphs for k in inductor_artifact.kernels_in(self._artifacts[name])],
             "points": {str(case): sorted(at) for case, at in points.items()},
@@ -181,26 +179,20 @@ def _by_number(code: types.CodeType, frame: Frame) -> tuple[dict[str, str], list
     return modules, others
 
 
-def _traced(codes: Iterable[types.CodeType]) -> Iterator[tuple[str, types.CodeType, tuple[str, types.CodeType] | None]]:
-    """(module, code, its place) of each function that was traced, outside of torch and Python."""
+def _inlined(codes: Iterable[types.CodeType], written: dynamo_guards.Written) -> tuple[list[list[str]], list[str]]:
+    """([module, function, digest] of each function outside of torch and Python that was traced, the others in words).
+
+    The others have no place and no guard names them: a reader could not tell that they changed.
+    """
+    named = " ".join(name for _, _, name in written.identities)
+    found, others = set(), []
     for code in codes:
         module = dynamo_inputs.module_of(code)
-        # The rest of a function after a graph break is checked with that function.
-        if module is not None and not code.co_name.startswith("torch_dynamo_resume_in"):
-            yield module, code, python_code.place(code, module)
-
-
-def _unchecked(codes: Iterable[types.CodeType], written: dynamo_guards.Written) -> list[str]:
-    """Functions of which a reader could not tell that they changed: they have no place, and no guard names them."""
-    named = " ".join(name for _, _, name in written.identities)
-    return [
-        f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
-        for _, code, place in _traced(codes)
-        if place is None and python_code.digest(code) not in named
-    ]
-
-
-def _inlined(codes: Iterable[types.CodeType]) -> list[list[str]]:
-    """[module, function, digest] of each function that was traced and has a place."""
-    found = {(module, place[0], python_code.digest(place[1])) for module, _, place in _traced(codes) if place}
-    return [list(item) for item in sorted(found)]
+        if module is None or code.co_name.startswith("torch_dynamo_resume_in"):
+            continue  # the rest of a function after a graph break is checked with that function
+        place = python_code.place(code, module)
+        if place is not None:
+            found.add((module, place[0], python_code.digest(place[1])))
+        elif python_code.digest(code) not in named:
+            others.append(f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})")
+    return [list(item) for item in sorted(found)], others

@@ -18,7 +18,7 @@ from aot_cache import key, shapes
 from aot_cache.build import pool, stamp
 from aot_cache.build.calls import Kind, Survey
 from aot_cache.build.graph_job import Job
-from aot_cache.errors import AotCacheError, DeclarationError, TraceError
+from aot_cache.errors import AotCacheError, DeclarationError, TraceError, one_line
 from aot_cache.key import GRAPHS
 from aot_cache.plan import CallPlan, CasePlan, Plan
 from aot_cache.recipe import Case, Recipe
@@ -275,7 +275,7 @@ class Runs:
         except Exception as error:
             if os.environ.get("AOT_CACHE_DEBUG") == "1":
                 traceback.print_exc()
-            return _Answer(failed=job.failed or _one_line(error))
+            return _Answer(failed=job.failed or one_line(error))
 
     def _hint_first(self, number: int, mine: Sequence[int]) -> list[int]:
         """Points, first the one nearest to the declared hint: its sizes guide Inductor's choices."""
@@ -334,11 +334,6 @@ def _telling(case: Case, points: list[Point], group: list[int]) -> set[int]:
     dims = {name: Values(first[name]) if isinstance(dim, Values) else dim for name, dim in case.dims.items()}
     wanted = {tuple(point.items()) for point in shapes.enumerate_points(dims, _TELLING).points}
     return {at for at in group if tuple(points[at].items()) in wanted} | {group[0], group[-1]}
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' / '.join(lines[:1] + lines[-1:] if len(lines) > 1 else lines)}"[:600]
 
 
 def _place(error: BaseException) -> str:

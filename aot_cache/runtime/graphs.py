@@ -64,7 +64,8 @@ class GraphSet:
         self._libraries = {source: digest for graph in self._graphs for source, digest in graph["libraries"].items()}
         self._choices = {name: found for graph in self._graphs for name, found in graph["choices"].items()}
         self._functions: dict[str, Any] = {}
-        self._users: dict[str, list[dict[str, Any]]] = {}
+        self._users: dict[str, dict[int, dict[str, Any]]] = {}
+        """Compiled graph → the globals that name it, by their id."""
         self._codes: dict[str, types.CodeType] = {}
         self._numbers = itertools.count(1)
         self.on_cpu = bool(bundle.manifest["target"]["backend"] == "cpu")
@@ -132,8 +133,9 @@ class GraphSet:
         found = dynamo_globals.settings()
         if hashlib.sha256(found.encode()).hexdigest() != graph["settings"]:
             return self._changed_settings(graph["settings"], found)
+        here = {module: python_code.digests(module) for module in {module for module, _, _ in graph["inlined"]}}
         for module, qualname, digest in graph["inlined"]:
-            if digest not in self._digests(module).get(qualname, ()):
+            if digest not in here[module].get(qualname, ()):
                 why = f"the source of {module}:{qualname} differs"
                 self.loaded.stale[f"{graph['module']}:{graph['function']}"] = why
                 return why
@@ -144,15 +146,12 @@ class GraphSet:
         names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
         return "Inductor's settings differ: " + ", ".join(f"{n} was {was.get(n)} and is {now.get(n)}" for n in names)
 
-    def _digests(self, module: str) -> dict[str, set[str]]:
-        return python_code.digests(module)
-
     def _install(self, number: int, frame: Frame) -> types.CodeType:
         """Put the functions that a graph's bytecode names where it looks for them; returns the bytecode."""
         graph = self._graphs[number]
         for name, digest in graph["graphs"].items():
             frame.f_globals[name] = self._function(name, digest)
-            self._users.setdefault(name, []).append(frame.f_globals)
+            self._users.setdefault(name, {})[id(frame.f_globals)] = frame.f_globals
         for name, resume in graph["resumes"].items():
             dynamo_globals.install_resume(name, self._code(resume["code"]), resume["module"], resume["free"])
         return self._code(graph["bytecode"])
@@ -174,20 +173,18 @@ class GraphSet:
         with inductor_cpp.serving(self._library), inductor_tuning.choosing(choices) as several:
             made = inductor_artifact.load_graph(self.bundle.object(digest))
         self._functions[name] = dynamo_globals.not_traced(made)
-        for names in self._users.get(name, ()):
+        for names in self._users.get(name, {}).values():
             names[name] = self._functions[name]
         self.loaded.primed = len(self._functions)
         return several
 
-    def load_all_configs(self, name: str) -> list[Any]:
-        """Load a compiled graph again, so that its next run measures. Returns its `inductor_tuning.Kernel`s."""
-        with self._lock:
-            return self._load(name, self._artifacts[name], None)
+    def load_again(self, name: str, choices: Mapping[str, int] | None) -> list[Any]:
+        """Load a compiled graph with the configs of these numbers; with all, to be measured at its next run, for None.
 
-    def load_chosen(self, name: str, choices: Mapping[str, int]) -> None:
-        """Load a compiled graph again with the configs of these numbers."""
+        Returns its `inductor_tuning.Kernel`s.
+        """
         with self._lock:
-            self._load(name, self._artifacts[name], choices)
+            return self._load(name, self._artifacts[name], choices)
 
     def _library(self, source: str) -> bytes | None:
         digest = self._libraries.get(source)

@@ -24,6 +24,7 @@ from torch._dynamo.types import ConvertFrameReturn, GuardedCode, wrap_guarded_co
 from torch._dynamo.utils import orig_code_map
 from torch._guards import CompileId
 
+from aot_cache.errors import one_line
 from aot_cache.upstream import dynamo_off, dynamo_stance
 
 Json = Any
@@ -121,11 +122,9 @@ def why_not(answer: ConvertFrameReturn) -> str:
 
 def why_given_up(error: Exception, name: str) -> str:
     """What made Dynamo or its backend give up on the function `name`, in one line, with the place in user code."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    words = f"{type(error).__name__}: {' / '.join(lines[:1] + lines[-1:] if len(lines) > 1 else lines)}"[:600]
     stack = getattr(error, "real_stack", None)  # set by Dynamo where it knows the line that it was at
     place = f" ({stack[-1].filename}:{stack[-1].lineno})" if stack else ""
-    return f"Dynamo gave up on {name}{place}: {words}"
+    return f"Dynamo gave up on {name}{place}: {one_line(error)}"
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
-"""What Dynamo is told about a call before it traces it, and how a traced graph answers without running.
+"""What Dynamo is told about a call before it traces it.
 
 Upstream: `torch/_dynamo/decorators.py` (`mark_dynamic`), `torch.compiler.config.dynamic_sources`,
-`torch/fx/experimental/symbolic_shapes.py` (`ShapeEnv.bound_sympy`, `StrictMinMaxConstraint`).
+`torch/fx/experimental/symbolic_shapes.py` (`StrictMinMaxConstraint`).
 Seen to hold: see `versions.TORCH_SEEN`.
 """
 

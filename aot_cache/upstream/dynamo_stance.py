@@ -13,9 +13,6 @@ from typing import Any
 
 from torch._dynamo import decorators, eval_frame
 
-_STANCES: Any = eval_frame
-_USERS: Any = decorators
-
 Ask = Callable[[Any, Any], Any]
 
 
@@ -24,7 +21,8 @@ def ask_where_recompiling_fails(kind: type, ask: Ask) -> Callable[[], None]:
 
     Returns a function that takes the hook out.
     """
-    stances, users = _STANCES, _USERS
+    stances: Any = eval_frame
+    users: Any = decorators
     choose, set_stance = stances._callback_from_stance, users._set_stance
 
     def asking(callback: Any) -> Any:

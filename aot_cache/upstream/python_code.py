@@ -144,7 +144,11 @@ def _held_by(function: types.FunctionType) -> str:
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type(...))
 
 
-def literal(value: object, depth: int = 4) -> str:
+_TOP = 4
+"""Containers in one another that `literal` looks into."""
+
+
+def literal(value: object, depth: int = _TOP) -> str:
     """What a guard on `value` compares, as text that is the same in another process: constants and containers of them.
 
     Anything else is named (`identity`), or by its type alone: what is inside has guards of its own.
@@ -161,9 +165,6 @@ def literal(value: object, depth: int = 4) -> str:
     if isinstance(value, dict) and depth == _TOP:
         return f"{kind} of {len(value)}"
     return identity(value) or kind
-
-
-_TOP = 4
 
 
 _NAMED_BY_TEXT = frozenset(
