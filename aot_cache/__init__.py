@@ -4,7 +4,8 @@ Importing this package imports neither torch nor Triton, and never touches a GPU
 
 Declare what a model launches (`Recipe`, `declare`, `Range`, `Values`, `Call`), build it with `aot-cache build`, and in the
 serving process `load` the bundle (or `import aot_cache.auto`), call `ready` before the first capture and `seal` after it;
-`stats` gives the ledger, `recording` writes down what a program launches.
+`stats` gives the ledger, `recording` writes down what a program launches. `load` (or `arm`, without a bundle) guards
+captures: what misses inside one runs without compiling; `policy` and `fallback` say otherwise for single functions.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 from aot_cache.errors import AotCacheError
 from aot_cache.recipe import Call, Case, Recipe, declare, device
 from aot_cache.runtime.kernels import Report
-from aot_cache.runtime.loader import AotCacheWarning, explain, load, prime, seal, stats
+from aot_cache.runtime.loader import AotCacheWarning, arm, disarm, explain, load, prime, seal, stats
+from aot_cache.runtime.metrics import prometheus
+from aot_cache.runtime.policy import fallback, policy
 from aot_cache.runtime.record import recording
 from aot_cache.shapes import Range, Values
 from aot_cache.tune import ready
@@ -29,11 +32,16 @@ __all__ = [
     "Report",
     "Values",
     "__version__",
+    "arm",
     "declare",
     "device",
+    "disarm",
     "explain",
+    "fallback",
     "load",
+    "policy",
     "prime",
+    "prometheus",
     "ready",
     "recording",
     "seal",

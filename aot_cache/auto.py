@@ -3,6 +3,8 @@
 AOT_CACHE         a bundle, or a folder with one bundle for each kind of GPU; unset: nothing happens
 AOT_CACHE_DIGEST  the bundle's digest; any other is refused
 AOT_CACHE_STRICT  1: raise instead of serving without the bundle
+AOT_CACHE_POLICY  fallback, error or observe: what is done where a call misses; without a bundle it arms the guard alone
+AOT_CACHE_MISSES  a file to which every miss is appended, for `aot-cache build --misses`
 
 Import it before the model; it imports neither torch nor Triton itself and initialises no GPU.
 """
@@ -19,3 +21,7 @@ if _path := os.environ.get("AOT_CACHE"):
         digest=os.environ.get("AOT_CACHE_DIGEST") or None,
         strict=os.environ.get("AOT_CACHE_STRICT") == "1",
     )
+elif os.environ.get("AOT_CACHE_POLICY"):
+    from aot_cache.runtime.loader import arm
+
+    arm()

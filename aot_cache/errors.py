@@ -14,6 +14,7 @@ AotCacheError
 │   └── DigestMismatch      the bundle is not the one that was pinned
 ├── Incompatible            the bundle is sound but not for this host
 ├── NotReady                something declared is not installed, or a sealed process missed
+├── CacheMiss               policy `error`: a call would compile, tune or load inside a capture or after `seal()`
 └── TuneError               tuning could not run
 
 Every message says what was wanted, what was found, and what to do. The command line prints exactly one line and
@@ -105,6 +106,16 @@ class NotReady(AotCacheError):
     """Raised by `ready(strict=True)` when what is declared is not installed."""
 
     exit_code = 32
+
+
+class CacheMiss(AotCacheError):
+    """Raised in place of compiling, tuning or loading inside a capture, or after `seal()`, where the policy is `error`.
+
+    Also raised on ROCm for a Triton kernel that would compile inside a capture and has no eager twin: the capture would
+    be wrong without a sign.
+    """
+
+    exit_code = 64
 
 
 class TuneError(AotCacheError):

@@ -153,7 +153,7 @@ ARMED = (
 def test_triton_is_hooked_in_any_order(order: str, bundle: Path) -> None:
     served = serve(ORDERS[order] + ARMED, AOT_CACHE=str(bundle))
     assert served.error is None and served.warnings == []
-    assert served.hooks == ["aot_cache.upstream.triton_kernel"] + ["aot_cache.upstream.triton_events"] * 2
+    assert served.hooks == [f"aot_cache.upstream.triton_{room}" for room in ("miss", "tuner_miss", "events")]
 
 
 def test_a_kernel_s_module_that_comes_late_does_no_harm(bundle: Path) -> None:
@@ -349,7 +349,7 @@ def test_graphs_of_another_host_are_refused_once(
 
 @pytest.mark.parametrize("allowed", ["", "1"])
 def test_graphs_under_a_torch_that_nobody_looked_at(bundle: Path, tmp_path: Path, allowed: str) -> None:
-    code = "from aot_cache.runtime import loader; loader.TORCH_SEEN = ('1.0',); " + DYNAMO
+    code = "from aot_cache.runtime import finding; finding.TORCH_SEEN = ('1.0',); " + DYNAMO
     served = serve(code, **with_graphs(bundle, tmp_path), AOT_CACHE_UNTESTED=allowed)
     assert served.error is None
     if allowed:

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 # --- the one place to extend when a public name comes or goes ---------------------------------------------------------
 
 DECLARE = ["Call", "Case", "Range", "Recipe", "Values", "declare", "device"]
-SERVE = ["AotCacheWarning", "Report", "explain", "load", "prime", "ready", "recording", "seal", "stats"]
+SERVE = ["AotCacheWarning", "Report", "arm", "disarm", "explain", "fallback", "load", "policy", "prime", "prometheus"]
+SERVE += ["ready", "recording", "seal", "stats"]
 OTHER = ["AotCacheError", "__version__"]
 
 PUBLIC = sorted(DECLARE + SERVE + OTHER)
@@ -38,6 +39,7 @@ ERRORS = {  # name: (base, exit code of the command line)
     "DigestMismatch": ("StoreError", 8),
     "Incompatible": ("AotCacheError", 16),
     "NotReady": ("AotCacheError", 32),
+    "CacheMiss": ("AotCacheError", 64),
     "TuneError": ("AotCacheError", 3),
 }
 

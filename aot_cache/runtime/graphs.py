@@ -15,7 +15,7 @@ import itertools
 import json
 import threading
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +23,7 @@ from aot_cache.key import Part
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
 from aot_cache.upstream import (
-    dynamo_frames,
     dynamo_globals,
-    inductor_events,
-    inductor_later,
     python_code,
     torch_capture,
 )
@@ -95,7 +92,7 @@ class GraphSet:
         digest = python_code.digest(frame.code)
         if digest in self._by_code:
             return [(self._graphs[number], self._check(number, frame)[1]) for number in self._by_code[digest]]
-        name = (frame.module, getattr(frame.code, "co_qualname", frame.code.co_name))
+        name = (frame.module, frame.name)
         why = f"the source of {':'.join(name)} differs"
         return [(graph, why) for graph in self._graphs if (graph["module"], graph["function"]) == name]
 
@@ -201,61 +198,6 @@ def differing(bound: Mapping[str, Json], target: Mapping[str, Json]) -> list[Par
     return [part for part in parts if not part.same]
 
 
-def _short(graph: Mapping[str, Json]) -> str:
+def short(graph: Mapping[str, Json]) -> str:
+    """What people are shown of a graph."""
     return str(next(iter(graph["graphs"]), graph["bytecode"][:24]))
-
-
-class Miss:
-    """Answers Dynamo's misses from all bundles of this process, and counts the rest."""
-
-    def __init__(self, ledger: Ledger, refuse: Callable[[Exception], None]) -> None:
-        self._ledger, self._refuse = ledger, refuse
-        self.sets: list[GraphSet] = []
-
-    def arm(self) -> None:
-        """Hook Dynamo's miss path; the process has imported Dynamo."""
-
-        def note(kind: str, name: str) -> None:
-            self._ledger.note(kind, name, torch_capture.capturing())
-
-        dynamo_frames.count(note)
-        inductor_events.listen(note)
-        inductor_later.import_when_compiling()
-        dynamo_frames.before_compiling(self.find, self.wanted)
-
-    def wanted(self, code: types.CodeType) -> bool:
-        return any(graphs.wanted(code) for graphs in self.sets)
-
-    def explain(self, call: Callable[[], Any]) -> list[dict[str, Json]]:
-        """Make a call without compiling anything, and say of each frame that misses why."""
-        out: list[dict[str, Json]] = []
-
-        def look(frame: Frame, _go_on: Any) -> Any:
-            reasons = [(graph, why) for graphs in self.sets for graph, why in graphs.reasons(frame)]
-            out.append(
-                {
-                    "function": f"{frame.module}:{getattr(frame.code, 'co_qualname', frame.code.co_name)}",
-                    "place": f"{frame.code.co_filename}:{frame.code.co_firstlineno}",
-                    "graphs": [{"graph": _short(graph), "why": why} for graph, why in reasons],
-                }
-            )
-            return dynamo_frames.run_without_compiling()
-
-        undo = dynamo_frames.instead_of_compiling(look)
-        try:
-            call()
-        finally:
-            undo()
-        return out
-
-    def find(self, frame: Frame) -> Found | None:
-        for graphs in list(self.sets):
-            try:
-                found = graphs.find(frame)
-            except Exception as error:  # the call goes on as it would without us
-                self.sets.remove(graphs)
-                self._refuse(error)
-                continue
-            if found is not None:
-                return found
-        return None

@@ -20,11 +20,15 @@ KINDS = (
     "primed",
     "late_install",
     "graph",
+    "fallback",
+    "unsafe",
+    "refused",
     "rejected_bundle",
 )
 """What is counted. The first eight are what a capture must never meet: Triton's compiles, disk reads, tunings and what
 they measure, module loads, C compilers, frames that Dynamo traced, graphs that a backend compiled. The others are what
-aot-cache did; `graph` is a first call that found its graph in a bundle."""
+aot-cache did: `graph` is a first call that found its graph in a bundle, `fallback` a call inside a capture that was run
+without compiling or tuning, `unsafe` one that compiled or loaded there after all, `refused` one that raised instead."""
 
 HARMFUL = ("compile", "disk_hit", "tuning", "benchmark", "module_load", "gcc", "frame", "graph_compile")
 _KEPT = 256
@@ -64,6 +68,11 @@ class Ledger:
                 self._after_seal[kind] += count
             if kind in HARMFUL:
                 self._recent = [*self._recent[-_KEPT + 1 :], Event(kind, name, in_capture, self._sealed)]
+
+    @property
+    def sealed(self) -> bool:
+        """Whether start-up is over."""
+        return self._sealed
 
     def seal(self) -> None:
         """From here on every harmful event is a miss."""

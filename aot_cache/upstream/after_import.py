@@ -10,27 +10,54 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 
-def after_import(name: str, action: Callable[[], None]) -> None:
+def after_import(name: str, action: Callable[[], None]) -> Callable[[], None]:
     """Call `action()` once `name` is imported: now if it is, else right after its import, whoever does it.
+
+    Returns a function that stops the waiting.
 
     A module that is only half imported (somebody above us on the stack imports it) counts as imported when its import
     is over, which nobody tells: then `action` is not called, and whoever needs it calls it later.
     """
+    waiter = _Waiter(name, action)
     module = sys.modules.get(name)
     if module is None:
-        sys.meta_path.insert(0, _Waiter(name, action))
+        sys.meta_path.insert(0, waiter)
     elif not getattr(module.__spec__, "_initializing", False):
         action()
 
+    def cancel() -> None:
+        if waiter in sys.meta_path:
+            sys.meta_path.remove(waiter)
 
-def when_triton_comes(action: Callable[[], None]) -> None:
+    return cancel
+
+
+def hook_after_import(name: str, hook: Callable[[], Callable[[], None]]) -> Callable[[], None]:
+    """Call `hook()` once `name` is imported. Returns a function that calls what it returned, or stops the waiting."""
+    undo: list[Callable[[], None]] = []
+    cancel = after_import(name, lambda: undo.append(hook()))
+
+    def take_out() -> None:
+        cancel()
+        while undo:
+            undo.pop()()
+
+    return take_out
+
+
+def when_torch_comes(action: Callable[[], None]) -> Callable[[], None]:
+    """Call `action()` once torch is imported, wholly."""
+    return after_import("torch", action)
+
+
+def when_triton_comes(action: Callable[[], None]) -> Callable[[], None]:
     """Call `action()` once Triton is imported, wholly: its rooms import each other in circles."""
-    after_import("triton", action)
+    return after_import("triton", action)
 
 
-def when_dynamo_comes(action: Callable[[], None]) -> None:
+def when_dynamo_comes(action: Callable[[], None]) -> Callable[[], None]:
     """Call `action()` once Dynamo is imported, which may be inside somebody's import of Inductor."""
-    after_import("torch._dynamo", action)
+    return after_import("torch._dynamo", action)
 
 
 class _Waiter(importlib.abc.MetaPathFinder):

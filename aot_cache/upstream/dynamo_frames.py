@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,6 +52,11 @@ class Frame:
     def module(self) -> str:
         return str(self.f_globals.get("__name__", ""))
 
+    @property
+    def name(self) -> str:
+        """What the function is called in its module (Python 3.10 knows no more than its own name)."""
+        return str(getattr(self.code, "co_qualname", self.code.co_name))
+
 
 def describe_wrapping(backend: Any) -> dict[str, Json] | None:
     """The parts of a `torch.compile(...)` that decide its code: backend, options (a mode is options), dynamic.
@@ -74,6 +80,15 @@ def run_without_compiling() -> ConvertFrameReturn:
     """Run this call, and all that it calls, as plain Python; remember nothing for the next one."""
     dynamo_off.count_as_compiled()
     return ConvertFrameReturn(FrameExecStrategy(FrameAction.DEFAULT, FrameAction.SKIP), apply_to_code=False)
+
+
+_refused = threading.local()
+
+
+def refuse(error: Exception) -> ConvertFrameReturn:
+    """Make this call raise `error`, whatever Dynamo is told to suppress; only while `before_compiling` is hooked in."""
+    _refused.error = error
+    return run_without_compiling()
 
 
 def instead_of_compiling(handler: Instead) -> Callable[[], None]:
@@ -168,7 +183,12 @@ def before_compiling(
 
     def __call__(self: Any, frame: Any, cache_entry: Any, frame_state: Any) -> ConvertFrameReturn:
         answer: ConvertFrameReturn | None = ask(self, frame)
-        return original(self, frame, cache_entry, frame_state) if answer is None else answer
+        if answer is None:
+            answer = original(self, frame, cache_entry, frame_state)
+        error = _refused.__dict__.pop("error", None)
+        if error is not None:
+            raise error
+        return answer
 
     wrapper.__call__ = __call__
     undo_stance = dynamo_stance.ask_where_recompiling_fails(wrapper, ask)

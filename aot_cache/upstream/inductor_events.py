@@ -21,23 +21,37 @@ _HOOKS = (
 )
 
 
-def listen(note: Note) -> None:
-    """Call `note(kind, name)` for each `module_load`, `benchmark` and `gcc` of Inductor's, once it is imported."""
-    for module, owner, method, kind in _HOOKS:
-        after_import.after_import(module, partial(_wrap, module, owner, method, kind, note))
+def listen(note: Note) -> Callable[[], None]:
+    """Call `note(kind, name)` for each `module_load`, `benchmark` and `gcc` of Inductor's, once it is imported.
+
+    Returns a function that stops it.
+    """
+    undo = [after_import.hook_after_import(hook[0], partial(_wrap, *hook, note)) for hook in _HOOKS]
+
+    def stop() -> None:
+        for take_out in undo:
+            take_out()
+
+    return stop
 
 
-def _wrap(module: str, owner: str, method: str, kind: str, note: Note) -> None:
+def _wrap(module: str, owner: str, method: str, kind: str, note: Note) -> Callable[[], None]:
     place: Any = getattr(sys.modules[module], owner)
     original = getattr(place, method)
 
     def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        note(kind, _name(self))
+        note(kind, name_of(self))
         return original(self, *args, **kwargs)
 
     setattr(place, method, noted)
 
+    def undo() -> None:
+        setattr(place, method, original)
 
-def _name(thing: Any) -> str:
+    return undo
+
+
+def name_of(thing: Any) -> str:
+    """What people call a kernel of Inductor's, or a compiler of its."""
     function = getattr(thing, "fn", None)
     return str(getattr(thing, "name", None) or getattr(function, "__name__", "") or type(thing).__name__)

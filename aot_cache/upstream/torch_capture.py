@@ -1,13 +1,20 @@
-"""What torch knows of CUDA's state, asked without initialising it; and the moment before a capture begins.
+"""What torch knows of CUDA's state, asked without initialising it; which captures are under way, and when they begin and end.
 
-Seen to hold: see `versions.TORCH_SEEN`. Upstream: `torch/cuda/graphs.py` (`CUDAGraph.capture_begin`).
+Seen to hold: see `versions.TORCH_SEEN`. Upstream: `torch/cuda/graphs.py` (`CUDAGraph.capture_begin`, `capture_end`),
+through which `torch.cuda.graph`, `make_graphed_callables` and Inductor's `cudagraph_trees` go as well.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
+
+_under_way: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDictionary()
+"""Graphs that are being captured → (capture mode, thread). Weakly: a graph that is thrown away captures no more."""
+_lock = threading.Lock()
 
 
 def cuda_is_up() -> bool:
@@ -16,13 +23,31 @@ def cuda_is_up() -> bool:
     return torch is not None and hasattr(torch, "cuda") and bool(torch.cuda.is_initialized())
 
 
+def on_rocm() -> bool:
+    """Whether this process's torch is one for AMD's GPUs."""
+    torch = sys.modules.get("torch")
+    return torch is not None and getattr(torch.version, "hip", None) is not None
+
+
 def capturing() -> bool:
-    """Whether a capture is active on the current stream."""
+    """Whether compiling, tuning or loading now, on this thread, could break a capture or get into one.
+
+    So it is while the current stream is captured, and as long as a capture forbids it to this thread: one in mode
+    `global`, whoever began it, or one in mode `thread_local` that this thread began, whatever stream is current now.
+    """
     if not cuda_is_up():
         return False
     import torch
 
-    return bool(torch.cuda.is_current_stream_capturing())
+    try:
+        if torch.cuda.is_current_stream_capturing():
+            return True
+    except RuntimeError:  # the legacy stream may not even be asked while another one is captured
+        return True
+    me = threading.get_ident()
+    with _lock:
+        found = list(_under_way.values())
+    return any(mode == "global" or (mode == "thread_local" and thread == me) for mode, thread in found)
 
 
 def device_name() -> str:
@@ -32,20 +57,47 @@ def device_name() -> str:
     return str(torch.cuda.get_device_name(torch.cuda.current_device()))
 
 
-def before_capture(action: Callable[[], None]) -> Callable[[], None]:
-    """Call `action()` before each `CUDAGraph.capture_begin`. Returns a function that takes it out."""
+def watch_captures(before: Callable[[], None], after: Callable[[], None]) -> Callable[[], None]:
+    """Call `before()` ahead of each `CUDAGraph.capture_begin` and `after()` behind each `capture_end`; note what is under way.
+
+    `before` runs with the stream current that will be captured. Returns a function that takes the hooks out.
+    """
     import torch
 
     graph: Any = torch.cuda.CUDAGraph
-    original = graph.capture_begin
+    ending = "capture_end_pre" if hasattr(graph, "capture_end_pre") else "capture_end"  # newer: the first half of it
+    begin, end = graph.capture_begin, getattr(graph, ending)
 
     def capture_begin(self: Any, *args: Any, **kwargs: Any) -> Any:
-        action()
-        return original(self, *args, **kwargs)
+        before()
+        mode = kwargs.get("capture_error_mode", args[1] if len(args) > 1 else "global")
+        with _lock:
+            _under_way[self] = (mode, threading.get_ident())
+        try:
+            return begin(self, *args, **kwargs)
+        except BaseException:
+            _ended(self)
+            raise
+
+    def capture_end(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return end(self, *args, **kwargs)
+        finally:
+            _ended(self)
+            after()
 
     graph.capture_begin = capture_begin
+    setattr(graph, ending, capture_end)
 
     def undo() -> None:
-        graph.capture_begin = original
+        graph.capture_begin = begin
+        setattr(graph, ending, end)
+        with _lock:
+            _under_way.clear()
 
     return undo
+
+
+def _ended(graph: Any) -> None:
+    with _lock:
+        _under_way.pop(graph, None)

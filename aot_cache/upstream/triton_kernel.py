@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import gc
 from collections import namedtuple
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import triton
@@ -273,28 +273,3 @@ def functions_in_memory(names: set[str]) -> dict[str, list[JITFunction]]:
 def has(function: JITFunction, device: int, key: str) -> bool:
     """Whether the kernel for `key` is installed."""
     return key in function.device_caches[device][0]
-
-
-MissHandler = Callable[[JITFunction, str, int], bool]
-
-
-def on_miss(handler: MissHandler) -> Callable[[], None]:
-    """Ask `handler(function, key, device)` before Triton compiles; True means that it has installed the kernel.
-
-    The hook is on the miss path only: a launch that hits never comes here. Returns a function that takes it out.
-    """
-    original: Any = JITFunction._do_compile
-
-    def _do_compile(self: JITFunction, key: str, signature: Any, device: int, *args: Any, **kwargs: Any) -> Any:
-        if handler(self, key, device):
-            kernel = self.device_caches[device][0].get(key)
-            if kernel is not None:
-                return kernel
-        return original(self, key, signature, device, *args, **kwargs)
-
-    JITFunction._do_compile = _do_compile
-
-    def undo() -> None:
-        JITFunction._do_compile = original
-
-    return undo

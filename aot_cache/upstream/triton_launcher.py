@@ -127,32 +127,50 @@ def _cc(arguments: list[str], folder: str, what: str) -> None:
 Lookup = Callable[[str], "bytes | None"]
 
 _lookups: list[Lookup] = []
-_patched = False
+_replaced: list[tuple[Any, str, Any]] = []
+"""What Triton had where its C modules are served now: (module, name, function)."""
 _lock = threading.Lock()
 
 
-def serve(lookup: Lookup) -> None:
+def serve(lookup: Lookup) -> Callable[[], None]:
     """From now on Triton's C modules come from `lookup(source key)`; what it lacks is built as before.
 
     Nothing is written: modules are loaded from memory, so that neither a writable folder nor an exec-able /tmp is needed.
+    Returns a function that takes `lookup` out, and with the last one everything.
     """
-    global _patched
     with _lock:
         _lookups.append(lookup)
-        if _patched:
-            return
-        _patched = True
+        if not _replaced:
+            _replace_entrances()
+
+    def undo() -> None:
+        with _lock:
+            if lookup in _lookups:
+                _lookups.remove(lookup)
+            while _replaced and not _lookups:
+                module, name, original = _replaced.pop()
+                setattr(module, name, original)
+
+    return undo
+
+
+def _replace_entrances() -> None:
     import triton.runtime.build as build_module
 
     nvidia: Any = importlib.import_module("triton.backends.nvidia.driver")
+
+    def replace(module: Any, name: str, by: Any) -> None:
+        _replaced.append((module, name, getattr(module, name)))
+        setattr(module, name, by)
+
     for name, text_of in _ENTRANCES.items():
         if hasattr(build_module, name):
             served = _serving(getattr(build_module, name), text_of)
-            setattr(build_module, name, served)
+            replace(build_module, name, served)
             if hasattr(nvidia, name):  # imported there by name
-                setattr(nvidia, name, served)
+                replace(nvidia, name, served)
     if hasattr(nvidia, "make_launcher"):
-        nvidia.make_launcher = _remembering(nvidia.make_launcher)
+        replace(nvidia, "make_launcher", _remembering(nvidia.make_launcher))
 
 
 # Triton's ways to ask for a C module, and how to get its text from the first argument. 3.8 and later ask by file.

@@ -1,0 +1,92 @@
+"""The bundle for this host, at a path or in a folder, and what keeps a bundle from being loaded here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from aot_cache.errors import BundleMissing, Incompatible
+from aot_cache.runtime import compatible
+from aot_cache.store import Bundle, read_bundle
+from aot_cache.upstream.versions import TORCH_SEEN, TRITON_SEEN, installed, minor
+
+UNTESTED = "AOT_CACHE_UNTESTED"
+"""Set to 1 to load under a Triton release that this version was not tested with."""
+_FORM = (
+    "target",
+    "toolchain",
+    "kernels",
+    "units",
+    "tunings",
+    "native",
+    "metadata",
+    "metadata_sets",
+    "signatures",
+    "binaries",
+    "graph_key",
+    "graphs",
+)
+
+
+def find(path: Path, digest: str | None) -> Bundle:
+    """A bundle by its path, or the one of a folder that is for this host.
+
+    Raises:
+        StoreError: it cannot be read, or none fits.
+        Incompatible: several of a folder fit, or one of them has another form.
+    """
+    if not path.is_dir():
+        return read_bundle(path, digest, prefetch=True)
+    files = sorted(path.glob("*.safetensors"))
+    bundles = [bundle for bundle in map(read_bundle, files) if digest in (None, bundle.digest)]
+    for bundle in bundles:
+        check_form(bundle)
+    fitting = [b for b in bundles if not compatible.differing(compatible.parts(b.manifest, look_at_gpu=False))]
+    if not fitting:
+        raise BundleMissing(
+            f"a bundle for this host in {path}", f"{len(files)} bundles, none fits", "see aot-cache explain FILE"
+        )
+    if len(fitting) > 1:
+        named = ", ".join(b.path.name for b in fitting)
+        raise Incompatible(f"one bundle for this host in {path}", f"{named}", "name the file")
+    return fitting[0]
+
+
+def check_form(bundle: Bundle) -> None:
+    """Raises Incompatible for a bundle of another kind, or of another version's form."""
+    kind = bundle.manifest.get("kind")
+    do = "build it with this version of aot-cache"
+    if kind != "units":
+        raise Incompatible(f"a bundle of units at {bundle.path}", f"one of {kind!r}", do)
+    lacking = [name for name in _FORM if name not in bundle.manifest]
+    if lacking:
+        raise Incompatible(f"a whole manifest in {bundle.path}", f"it lacks {', '.join(lacking)}", do)
+
+
+def check(bundle: Bundle, look_at_gpu: bool) -> None:
+    """Raises Incompatible when a bundle's kernels are not for this host."""
+    release = minor(installed("triton"))
+    if bundle.manifest["units"] and release not in TRITON_SEEN and release and os.environ.get(UNTESTED) != "1":
+        raise Incompatible(
+            f"a Triton that this aot-cache was tested with ({', '.join(TRITON_SEEN)})",
+            f"{installed('triton')}",
+            f"update aot-cache, or set {UNTESTED}=1",
+        )
+    differing = compatible.differing(compatible.parts(bundle.manifest, look_at_gpu=look_at_gpu))
+    if differing:
+        raise Incompatible(
+            f"a bundle for this host, not {bundle.path}",
+            compatible.say(differing),
+            "build one for it (aot-cache build)",
+        )
+
+
+def check_torch(path: Path) -> None:
+    """Raises Incompatible when graphs cannot be promised to work with the torch that is installed."""
+    release = minor(installed("torch"))
+    if release not in TORCH_SEEN and os.environ.get(UNTESTED) != "1":
+        raise Incompatible(
+            f"a torch that this aot-cache was tested with ({', '.join(TORCH_SEEN)}) for the graphs of {path}",
+            installed("torch"),
+            f"update aot-cache, or set {UNTESTED}=1",
+        )

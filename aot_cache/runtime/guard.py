@@ -1,0 +1,237 @@
+"""What is done where a call misses: the contract that the whole package stands on.
+
+| state | action |
+|---|---|
+| miss, capture active | eager fallback: nothing is compiled, tuned or loaded; counted and explained |
+| miss, no capture | compile normally, or as the policy says |
+| hit | run it; nothing of this is on that path |
+
+Every method here is called by a hook on one of upstream's miss paths. A Triton kernel has no eager form of its own: it runs
+its twin if it has one (`policy.fallback`), else it compiles after all, in a way that does not break the capture, and is
+counted as unsafe. On ROCm, where that would be recorded wrongly without a sign, it raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from aot_cache.errors import CacheMiss
+from aot_cache.runtime import policy
+from aot_cache.runtime.ledger import Ledger
+from aot_cache.runtime.misses import Miss, Misses
+from aot_cache.upstream import torch_capture
+
+if TYPE_CHECKING:
+    from aot_cache.upstream.dynamo_frames import Compile, Frame
+    from aot_cache.upstream.triton_miss import GoOn, Launch
+    from aot_cache.upstream.triton_tuner_miss import Tuning
+
+Json = Any
+Facts = Callable[[], Mapping[str, Json]]
+_COUNTED = {
+    "eager": "fallback",
+    "twin": "fallback",
+    "first config": "fallback",
+    "unsafe": "unsafe",
+    "refused": "refused",
+}
+_DO = "declare it (aot-cache build --misses FILE), or set another policy"
+
+
+class Guard:
+    """Decides, counts and explains.
+
+    Args:
+        ledger, misses: where it is written down.
+        late: (kernel, its name, device) → install what still waits in a bundle for it; true when anything may have been.
+        reasons: why no graph of a bundle is for this frame, and what the next build needs to know of it.
+        warn: say something once.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        misses: Misses,
+        late: Callable[[Any, str, int], bool],
+        reasons: Callable[[Frame], tuple[str, Facts]],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._ledger, self._misses = ledger, misses
+        self._late, self._reasons, self._warn = late, reasons, warn
+        self._later: list[Callable[[], None]] = []
+        self._here = threading.local()
+        self._warned: set[str] = set()
+        self._lock = threading.Lock()
+
+    # --- Dynamo -------------------------------------------------------------------------------------------------------
+
+    def frame(self, frame: Frame, go_on: Compile) -> Any:
+        """Dynamo is about to trace a frame."""
+        from aot_cache.upstream import dynamo_frames
+
+        in_capture, own = self._state((frame.code.co_filename, frame.code.co_firstlineno))
+        why, facts = self._reasons(frame)
+        name = f"{frame.module}:{frame.name}"
+        if own == "error" and (in_capture or self._ledger.sealed):
+            self._note("graph", name, in_capture, "refused", why, facts)
+            return dynamo_frames.refuse(CacheMiss(f"a graph for {name}{_when(in_capture)}", why, _DO))
+        if in_capture and own == "fallback":
+            self._note("graph", name, True, "eager", why, facts)
+            return dynamo_frames.run_without_compiling()
+        self._note("graph", name, in_capture, "observed" if in_capture else "compiled", why, facts)
+        with self.installing():
+            return go_on(None)
+
+    # --- Triton -------------------------------------------------------------------------------------------------------
+
+    def launch(self, launch: Launch, go_on: GoOn) -> Any:
+        """Triton is about to compile a kernel; returns the kernel to launch."""
+        with self.installing():
+            if self._late(launch.function, launch.name, launch.device):
+                kernel = launch.installed()
+                if kernel is not None:
+                    self._ledger.note("late_install", launch.name, torch_capture.capturing())
+                    return kernel
+        place = policy.place_of(launch.function)
+        in_capture, own = self._state(place)
+        twin = policy.twin_of(place) if in_capture and not launch.warmup else None
+        action = self._action(own, in_capture, "unsafe" if twin is None else "twin")
+        why = "; ".join(launch.nearest()) or "no specialization of it is there"
+        self._note(
+            "kernel", launch.name, in_capture, action, why, lambda: {"unit": launch.unit(), "nearest": launch.nearest()}
+        )
+        if action == "refused":
+            raise CacheMiss(f"a specialization of {launch.name}{_when(in_capture)}", f"the nearest: {why}", _DO)
+        if action == "twin" and twin is not None:
+            from aot_cache.upstream import triton_miss
+
+            return triton_miss.StandIn(launch.function, twin)
+        if action == "unsafe":
+            return self._compile_unsafely(launch, go_on)
+        return go_on()
+
+    def _compile_unsafely(self, launch: Launch, go_on: GoOn) -> Any:
+        """Compile and load inside a capture: refusing would stop servers that run today."""
+        from aot_cache.upstream import capture_mode, triton_miss
+
+        self._warn_once(
+            f"the Triton kernel {launch.name} was compiled inside a CUDA graph capture; declare it, "
+            "or give it a twin (aot_cache.fallback)"
+        )
+        with self.installing(), capture_mode.relaxed():
+            kernel = go_on()
+            if not launch.warmup:
+                triton_miss.load_now(kernel)
+        return kernel
+
+    def tuning(self, tuning: Tuning) -> int | None:
+        """A Triton autotuner is about to measure; returns the number of the config to take, or None to let it."""
+        in_capture, own = self._state(policy.place_of(tuning.tuner))
+        with self.installing():
+            late = self._late(tuning.function, tuning.name, tuning.device)
+            chosen = tuning.chosen() if late else None
+        if chosen is not None:
+            return chosen
+        number = tuning.first_installed() if in_capture else 0
+        action = self._action(own, in_capture, "first config")
+        why = f"no choice for {tuning.key}"
+        self._note("tuning", tuning.name, in_capture, action, why, tuning.to_json)
+        if action == "refused":
+            raise CacheMiss(f"a choice of the autotuner of {tuning.name}{_when(in_capture)}", why, _DO)
+        return number if action == "first config" else None
+
+    @contextlib.contextmanager
+    def loading(self, name: str) -> Iterator[None]:
+        """A kernel that is compiled already is about to be loaded onto the device."""
+        if getattr(self._here, "installing", 0):
+            yield
+            return
+        in_capture, own = torch_capture.capturing(), policy.default()
+        action = self._action(own, in_capture, "unsafe")
+        if action == "compiled":
+            yield
+            return
+        self._note("load", name, in_capture, action, "it is compiled and was not loaded before", dict)
+        if action == "refused":
+            raise CacheMiss(f"the kernel {name} to be loaded{_when(in_capture)}", "it is compiled only", _DO)
+        if action == "observed":
+            yield
+            return
+        from aot_cache.upstream import capture_mode
+
+        self._warn_once(f"the kernel {name} was loaded inside a CUDA graph capture; launch it, or declare it, before")
+        with capture_mode.relaxed():
+            yield
+
+    # --- Inductor -----------------------------------------------------------------------------------------------------
+
+    def first_of_inductor(self, name: str) -> bool:
+        """Whether a kernel of Inductor's, which is about to measure its configs, must take the first one."""
+        in_capture, own = torch_capture.capturing(), policy.default()
+        action = self._action(own, in_capture, "first config")
+        if action == "compiled":
+            return False
+        why = "its configs were not measured"
+        self._note("tuning", name, in_capture, action, why, dict)
+        if action == "refused":
+            raise CacheMiss(f"a choice between the configs of {name}{_when(in_capture)}", why, _DO)
+        return action == "first config"
+
+    # --- captures -----------------------------------------------------------------------------------------------------
+
+    def later(self, forget: Callable[[], None]) -> None:
+        """What to undo when the capture is over."""
+        with self._lock:
+            self._later.append(forget)
+
+    def capture_is_over(self) -> None:
+        """What was done for a capture only is forgotten: a call after it compiles and tunes as ever."""
+        with self._lock:
+            later, self._later = self._later, []
+        for forget in later:
+            forget()
+
+    @contextlib.contextmanager
+    def installing(self) -> Iterator[None]:
+        """Loads inside are part of what was already decided; in a capture they do not break it."""
+        from aot_cache.upstream import capture_mode
+
+        before = getattr(self._here, "installing", 0)
+        self._here.installing = before + 1
+        try:
+            with capture_mode.relaxed() if not before and torch_capture.capturing() else contextlib.nullcontext():
+                yield
+        finally:
+            self._here.installing = before
+
+    # --- words --------------------------------------------------------------------------------------------------------
+
+    def _state(self, place: policy.Place) -> tuple[bool, str]:
+        return torch_capture.capturing(), policy.of(place)
+
+    def _action(self, own: str, in_capture: bool, fallback: str) -> str:
+        """What to do, where `fallback` is what the default policy has for a capture."""
+        if own == "error" and (in_capture or self._ledger.sealed):
+            return "refused"
+        if not in_capture:
+            return "compiled"
+        if own == "observe":
+            return "observed"
+        return "refused" if fallback == "unsafe" and torch_capture.on_rocm() else fallback
+
+    def _note(self, kind: str, name: str, in_capture: bool, action: str, why: str, facts: Facts) -> None:
+        if action in _COUNTED:
+            self._ledger.note(_COUNTED[action], name, in_capture)
+        self._misses.note(Miss(kind, name, in_capture, self._ledger.sealed, action, why), facts)
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            self._warn(text)
+
+
+def _when(in_capture: bool) -> str:
+    return ", inside a CUDA graph capture" if in_capture else ", after seal()"

@@ -1,0 +1,111 @@
+"""What missed: the last few for `stats()`, and all of them as JSON lines in the file that AOT_CACHE_MISSES names.
+
+Several processes append to one file, each line with one write under a lock. A miss that happens again and again is written
+the first, second, fourth, eighth … time, with how often this process has had it. `aot-cache inspect --misses` shows the
+file, `aot-cache build --misses` builds what is in it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import threading
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Json = Any
+VARIABLE = "AOT_CACHE_MISSES"
+SCHEMA = 1
+_KEPT = 256
+_MOST_IDENTITIES = 65536
+
+
+@dataclass(frozen=True)
+class Miss:
+    """One call that found nothing to run.
+
+    Args:
+        kind: `graph`, `kernel`, `tuning` or `load`.
+        name: `module:qualname` of the function or kernel.
+        in_capture, sealed: when it was.
+        action: what was done: `eager`, `twin`, `first config`, `unsafe`, `refused`, `compiled` or `observed`.
+        why: what differs from what is there.
+    """
+
+    kind: str
+    name: str
+    in_capture: bool
+    sealed: bool
+    action: str
+    why: str
+
+    def to_json(self) -> dict[str, Json]:
+        return dict(self.__dict__)
+
+
+class Misses:
+    """The misses of this process. Thread-safe."""
+
+    def __init__(self, warn: Callable[[str], None] = warnings.warn) -> None:
+        self._lock = threading.Lock()
+        self._recent: deque[Miss] = deque(maxlen=_KEPT)
+        self._seen: Counter[str] = Counter()
+        self._warn = warn
+        self._cannot_write = False
+
+    def note(self, miss: Miss, facts: Callable[[], Mapping[str, Json]]) -> None:
+        """Keep a miss; `facts` are what the next build needs of it, made only where a file asks for them."""
+        path = os.environ.get(VARIABLE)
+        with self._lock:
+            self._recent.append(miss)
+        if path and not self._cannot_write:
+            try:
+                self._write(path, miss, facts())
+            except Exception as error:  # the call goes on, whatever becomes of its record
+                self._cannot_write = isinstance(error, OSError)
+                self._warn(f"aot-cache could not write a miss of {miss.name} to {path}: {error}")
+
+    def to_json(self) -> list[dict[str, Json]]:
+        """The last few, oldest first."""
+        with self._lock:
+            return [miss.to_json() for miss in self._recent]
+
+    def reset(self) -> None:
+        """Forget all (tests)."""
+        with self._lock:
+            self._recent.clear()
+            self._seen.clear()
+            self._cannot_write = False
+
+    def _write(self, path: str, miss: Miss, facts: Mapping[str, Json]) -> None:
+        head = {"aot-cache miss": SCHEMA, **miss.to_json()}
+        same = [miss.kind, miss.name, miss.action, miss.in_capture, miss.sealed, facts]
+        identity = hashlib.sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()
+        with self._lock:
+            if len(self._seen) < _MOST_IDENTITIES or identity in self._seen:
+                self._seen[identity] += 1
+            seen = self._seen[identity]
+        if seen and seen & (seen - 1) == 0:
+            append(path, json.dumps({**head, "pid": os.getpid(), "seen": seen, **facts}))
+
+
+def append(path: str, line: str) -> None:
+    """Append a line to a file that other processes append to as well: one write, under a lock.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        data = (line + "\n").encode()
+        written = os.write(handle, data)
+        if written != len(data):  # a full disk: a reader skips the half line
+            raise OSError(28, "no space left for a whole line")
+    finally:
+        os.close(handle)

@@ -1,0 +1,40 @@
+"""Make the handles and workspaces of cuBLAS, cuBLASLt and cuDNN before a capture, which forbids to make them.
+
+torch makes a handle at a thread's first use of a library on a device, and cuBLAS's workspace at its first use on a stream
+(`aten/src/ATen/cuda/CublasHandlePool.cpp`, `aten/src/ATen/cudnn/Handle.cpp`). Measured on an H200, torch 2.11: inside a
+capture the first matrix product, convolution or attention fails without this; random numbers of the default generator
+need nothing; FFT plans and linear algebra solvers (cuFFT, cuSOLVER) are not made here.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+_done: set[tuple[int, int, int]] = set()
+"""(device, stream, thread): handles are a thread's own."""
+_lock = threading.Lock()
+
+
+def prime(cudnn: bool = True) -> bool:
+    """Use the libraries once on the current device and stream; true when that was needed. CUDA must be up.
+
+    Args:
+        cudnn: cuDNN as well, where torch has it and may use it: a convolution, and attention on Hopper and later.
+    """
+    stream = torch.cuda.current_stream()
+    place = (torch.cuda.current_device(), stream.cuda_stream, threading.get_ident())
+    with _lock:
+        if place in _done:
+            return False
+        _done.add(place)
+    with torch.no_grad(), torch.autocast("cuda", enabled=False):
+        small = torch.ones(16, 16, device="cuda", dtype=torch.float16)
+        torch.mm(small, small)
+        torch.nn.functional.linear(small, small, small[0])  # with a bias: cuBLASLt
+        libraries: Any = torch.backends.cudnn
+        if cudnn and libraries.is_available() and libraries.enabled:
+            torch.nn.functional.conv2d(small[None, None], small[None, None, :3, :3])
+    return True
