@@ -67,6 +67,8 @@ def test_this_release_is_in_the_table() -> None:
 def test_compile_is_given_its_arguments_by_name() -> None:
     needed = {"code", "globals", "locals", "compiler_fn", "one_graph", "package"}
     found = inspect.signature(convert_frame._compile).parameters
+    first = dynamo_frames._ARGUMENTS
+    need(tuple(found)[: len(first)] == first, f"convert_frame._compile does not begin with {', '.join(first)}")
     need(needed <= set(found), f"convert_frame._compile no longer takes {sorted(needed - set(found))}")
     need(found["package"].default is None, "convert_frame._compile's package is not None by default")
     need(

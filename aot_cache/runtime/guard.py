@@ -111,6 +111,7 @@ class Guard:
             return triton_miss.StandIn(launch.function, twin)
         if action == "unsafe":
             return self._compile_unsafely(launch, go_on)
+        self._here.observed = action == "observed"  # its load, which comes next, is the same miss
         return go_on()
 
     def _compile_unsafely(self, launch: Launch, go_on: GoOn) -> Any:
@@ -151,7 +152,7 @@ class Guard:
             return
         in_capture, own = torch_capture.capturing(), policy.default()
         action = self._action(own, in_capture, "unsafe")
-        if action == "compiled":
+        if action == "compiled" or self._here.__dict__.pop("observed", False):
             yield
             return
         self._note("load", name, in_capture, action, "it is compiled and was not loaded before", dict)
@@ -206,6 +207,10 @@ class Guard:
                 yield
         finally:
             self._here.installing = before
+
+    def forget_warnings(self) -> None:
+        """Say everything once more (tests)."""
+        self._warned.clear()
 
     # --- words --------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -72,6 +71,9 @@ def describe_wrapping(backend: Any) -> dict[str, Json] | None:
     return {"backend": "inductor", "options": dict(sorted(options.items())), "dynamic": inner.dynamic}
 
 
+_ARGUMENTS = ("code", "globals", "locals", "builtins", "closure", "compiler_fn", "one_graph")
+"""The first that `convert_frame._compile` takes, written down: somebody else's hook around it may hide its signature."""
+
 Compile = Callable[[Any], ConvertFrameReturn]
 Instead = Callable[[Frame, Compile], ConvertFrameReturn]
 
@@ -99,11 +101,10 @@ def instead_of_compiling(handler: Instead) -> Callable[[], None]:
     Returns a function that takes the hook out.
     """
     original = convert_frame._compile
-    signature = inspect.signature(original)
 
-    @functools.wraps(original)  # another hook reads its signature
+    @functools.wraps(original)
     def _compile(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
+        given = {**dict(zip(_ARGUMENTS, args)), **kwargs}
         frame = Frame(
             given["code"],
             given["globals"],

@@ -28,3 +28,5 @@ else:
     from aot_cache.build import virtual_device
 
     virtual_device.become(targets.get(TARGET))
+
+    from gpu_stub import device  # noqa: F401  # a fixture; imports Triton

@@ -16,9 +16,9 @@ import sample_kernels as sample
 import torch
 import triton
 from asking import Asked, asked_for, name_of
+from gpu_stub import Device
 from triton.compiler import CompiledKernel
 from triton.runtime.autotuner import Autotuner
-from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from aot_cache import manifest
@@ -30,6 +30,7 @@ from aot_cache.runtime.kernels import KernelSet
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import read_bundle
 
+pytestmark = pytest.mark.usefixtures("device")
 ROOT = Path(__file__).parents[2]
 MADE = "sample_kernels:make_kernel.<locals>.made"
 TUNERS = [value for value in vars(sample).values() if isinstance(value, Autotuner)]
@@ -68,34 +69,6 @@ def _nothing_installed() -> Iterator[None]:
     _forget()
     for tuner in TUNERS:
         tuner.cache.clear()
-
-
-class Device:
-    """In place of a GPU: notes what is loaded onto it, and what is launched."""
-
-    def __init__(self) -> None:
-        self.loaded: list[tuple[str, bytes, int]] = []
-        self.launched: list[str] = []
-
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        assert isinstance(binary, bytes) and binary.startswith(b"\x7fELF") and device == 0
-        self.loaded.append((name, binary, shared))
-        return f"module of {name}", 1, 0, 0, 1024
-
-    def unload_module(self, module: Any) -> None: ...
-
-    def launcher(self, source: Any, metadata: Any) -> Callable[..., None]:
-        assert all(isinstance(name, str) for name in source.signature)
-        return lambda *args: self.launched.append(metadata.name)
-
-
-@pytest.fixture(autouse=True)
-def device(monkeypatch: pytest.MonkeyPatch) -> Device:
-    found = Device()
-    monkeypatch.setattr(driver.active.utils, "load_binary", found.load_binary)
-    monkeypatch.setattr(driver.active.utils, "unload_module", found.unload_module, raising=False)
-    monkeypatch.setattr(driver.active, "launcher_cls", found.launcher, raising=False)
-    return found
 
 
 def ready(kernels: KernelSet) -> int:
