@@ -1,4 +1,4 @@
-"""aot_cache.build.calls: which sizes of a compiled function's arguments change with the points, and which calls are alike.
+"""aot_cache.build.calls, call_leaves: which sizes of a compiled function's arguments change, and which calls are alike.
 
 Calls are written down by hand (`Frame`), with real tensors on the CPU; nothing is traced or compiled.
 """
@@ -18,7 +18,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aot_cache.build.calls import Kind, Leaf, Survey, leaves, structure_of
+from aot_cache.build.calls import Kind, Survey
+from aot_cache.call_leaves import Leaf, leaves, structure_of
 from aot_cache.upstream.dynamo_frames import Frame
 
 WRAPPING = {"backend": "inductor", "options": {}, "dynamic": None}

@@ -24,7 +24,7 @@ LAYERS = (
     ("store", "shapes", "key", "target"),
     ("plan", "recipe", "manifest"),
     ("upstream", "signature"),
-    ("native", "report_graphs"),
+    ("native", "report_graphs", "call_leaves"),
     ("build", "runtime", "report"),
     ("tune_graphs",),
     ("tune", "render"),

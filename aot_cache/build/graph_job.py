@@ -7,7 +7,8 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from aot_cache.build.calls import Kind, structure_of
+from aot_cache.build.calls import Kind
+from aot_cache.call_leaves import structure_of
 from aot_cache.store import Store
 from aot_cache.upstream import (
     dynamo_answers,
