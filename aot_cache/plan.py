@@ -96,6 +96,8 @@ class CasePlan:
     sampled: list[str]
     mode: str = "inference"
     autocast: str | None = None
+    missed: list[dict[str, int]] = field(default_factory=list)
+    """Points outside of `dims` that were visited, too, because a serving process had them."""
 
     @classmethod
     def of(cls, case: Case, points: Enumeration) -> CasePlan:
@@ -118,6 +120,9 @@ class CallPlan:
             integer argument itself.
         hint: case → the point at which it is traced first.
         reached: the points at which it is made.
+        structure: digest of everything about the call but its sizes (see `call_leaves.structure_of`).
+        follows: case → how all sizes that are not the model's follow from its dimensions (see `follows`), one for each
+            place that makes such a call.
     """
 
     function: str
@@ -128,6 +133,8 @@ class CallPlan:
     dynamic: dict[str, list[list[int]]]
     hint: dict[str, dict[str, int]] = field(default_factory=dict)
     reached: Reached = field(default_factory=dict)
+    structure: str = ""
+    follows: dict[str, list[dict[str, list[Json]]]] = field(default_factory=dict)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from aot_cache.follows import readable
 from aot_cache.key import objects_of
 from aot_cache.plan import CallPlan
 
@@ -68,7 +69,7 @@ def changes(dynamic: Mapping[str, Sequence[Sequence[int]]]) -> str:
     """`x[0] 2..512, n 2..5`: what a graph leaves open, and between which bounds."""
     words = []
     for path, dims in dynamic.items():
-        name = path.removeprefix("L['").replace("']", "", 1)
+        name = readable(path)
         words += [f"{name}[{d}] {low}..{high}" if d >= 0 else f"{name} {low}..{high}" for d, low, high in dims]
     return ", ".join(words) or "nothing"
 

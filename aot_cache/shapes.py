@@ -257,6 +257,19 @@ def describe(points: Iterable[Point], dims: Iterable[str]) -> list[dict[str, str
     return [dict(zip(names, texts)) for texts in _boxes(sorted(rows), len(names))]
 
 
+def least(box: Mapping[str, str]) -> Point:
+    """The first point of a box that `describe` wrote; costs nothing however large the box is.
+
+    Raises:
+        DeclarationError: a text is not in the grammar.
+    """
+    found = {dim: _RUN.match(text) for dim, text in box.items()}
+    for dim, match in found.items():
+        if match is None:
+            raise DeclarationError("a set of values", repr(box[dim]), "write it as 1..8191 except 16..8176/16")
+    return {dim: int(match[1]) for dim, match in found.items() if match is not None}
+
+
 def expand(boxes: Iterable[Mapping[str, str]], limit: int = 1 << 20) -> list[Point]:
     """The inverse of `describe`: every point of the boxes once, in rising order (the last dimension fastest).
 

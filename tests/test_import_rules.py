@@ -22,8 +22,8 @@ PACKAGE = ROOT / "aot_cache"
 LAYERS = (
     ("errors",),
     ("store", "shapes", "key", "target"),
-    ("plan", "recipe", "manifest"),
-    ("upstream", "signature"),
+    ("plan", "recipe", "manifest", "follows"),
+    ("upstream", "signature", "missed"),
     ("native", "report_graphs", "call_leaves"),
     ("build", "runtime", "report"),
     ("tune_graphs",),
