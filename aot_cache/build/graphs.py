@@ -16,7 +16,7 @@ from typing import Any
 
 from aot_cache import key, shapes
 from aot_cache.build import pool, stamp
-from aot_cache.build.calls import Kind, Survey
+from aot_cache.build.calls import Kind, Survey, follows
 from aot_cache.build.graph_job import Job
 from aot_cache.errors import AotCacheError, DeclarationError, TraceError, one_line
 from aot_cache.key import GRAPHS
@@ -128,6 +128,7 @@ class Runs:
                 unseen = [at for at in group.points if at not in group.seen] if kind.dynamic() else []
                 points = {*same.points.get(group.case, ()), *kind.points[group.case], *unseen}
                 same.points[group.case] = sorted(points)
+                same.places.setdefault(group.case, set()).update(kind.places[group.case])
 
     def _look(self, group: _Group, at: int) -> None:
         """Run a point with all compiled functions as plain Python."""
@@ -147,6 +148,15 @@ class Runs:
 
     def calls(self) -> list[CallPlan]:
         """The kinds of calls, for the plan."""
+        told = [
+            follows([group.survey for group in self._groups if group.case == number], points)
+            for number, points in enumerate(self.points)
+        ]
+
+        def follow(kind: Kind, number: int) -> list[dict[str, list[Json]]]:
+            found = [told[number].get((kind.structure, n), {}) for n in sorted(kind.places[number])]
+            return [f for n, f in enumerate(found) if f not in found[:n]]
+
         return [
             CallPlan(
                 f"{kind.module}:{kind.function}",
@@ -157,6 +167,8 @@ class Runs:
                 kind.dynamic(),
                 {self.cases[n].name: self.points[n][self._hint_first(n, at)[0]] for n, at in kind.points.items()},
                 self._reached({n: set(at) for n, at in kind.points.items()}),
+                kind.structure,
+                {self.cases[n].name: follow(kind, n) for n in sorted(kind.places)},
             )
             for kind in sorted(self.kinds.values(), key=lambda kind: (kind.module, kind.function, kind.id))
         ]
