@@ -207,7 +207,8 @@ def _summary(facts: Facts) -> Iterable[tuple[str, object]]:
     for case in facts["cases"]:
         dims = " ".join(f"{dim}={values}" for dim, values in case["dims"].items())
         seen = f"{case['points']} points" if case["points"] == case["total"] else f"{case['points']} of {case['total']}"
-        yield "case", f"{case['name']}: {dims} ({seen}, {case['mode']})"
+        more = "".join(f", and {point}" for point in case["missed"])
+        yield "case", f"{case['name']}: {dims}{more} ({seen}, {case['mode']})"
     if facts["untuned"]:
         yield "untuned", f"{facts['untuned']} choices are not tuned: the first config that fits is used"
     if "specializations" in facts:

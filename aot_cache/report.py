@@ -155,6 +155,7 @@ def _common(found: Plan) -> Facts:
                 "points": c.points,
                 "total": c.total,
                 "mode": c.mode,
+                "missed": [", ".join(f"{dim}={v}" for dim, v in point.items()) for point in c.missed],
             }
             for c in found.cases
         ],

@@ -134,11 +134,13 @@ class Enumeration:
         points: every point, the last dimension changing fastest.
         total: how many points were declared; more than `len(points)` when something was sampled.
         sampled: the dimensions of which only some values are visited, in declared order.
+        added: how many of `points`, the last ones, are visited beside those.
     """
 
     points: list[Point]
     total: int
     sampled: tuple[str, ...]
+    added: int = 0
 
 
 _SPREAD = 64
@@ -255,19 +257,6 @@ def describe(points: Iterable[Point], dims: Iterable[str]) -> list[dict[str, str
     for value in set(itertools.chain.from_iterable(rows)):
         _check_value(value, "a point")
     return [dict(zip(names, texts)) for texts in _boxes(sorted(rows), len(names))]
-
-
-def least(box: Mapping[str, str]) -> Point:
-    """The first point of a box that `describe` wrote; costs nothing however large the box is.
-
-    Raises:
-        DeclarationError: a text is not in the grammar.
-    """
-    found = {dim: _RUN.match(text) for dim, text in box.items()}
-    for dim, match in found.items():
-        if match is None:
-            raise DeclarationError("a set of values", repr(box[dim]), "write it as 1..8191 except 16..8176/16")
-    return {dim: int(match[1]) for dim, match in found.items() if match is not None}
 
 
 def expand(boxes: Iterable[Mapping[str, str]], limit: int = 1 << 20) -> list[Point]:
