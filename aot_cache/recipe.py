@@ -228,10 +228,10 @@ class Recipe:
             cases.append(_replace(case, missed=(*case.missed, *more)))
         return _replace(self, cases=cases)
 
-    def without(self, points: Mapping[str, Collection[Point]]) -> Recipe:
-        """The recipe with these points not visited, unless they are declared."""
+    def without(self, points: Collection[tuple[str, Point]]) -> Recipe:
+        """The recipe with these (case, point) not visited, unless they are declared."""
         cases = [
-            _replace(case, missed=[point for point in case.missed if point not in points.get(case.name, ())])
+            _replace(case, missed=[point for point in case.missed if (case.name, point) not in points])
             for case in self.cases
         ]
         return _replace(self, cases=cases)

@@ -124,9 +124,22 @@ def builds(rows: Sequence[Facts]) -> None:
             line(f"{b['target']}: nothing to do, nothing has changed since this was built")
         for failure in b["failed"]:
             line(f"{b['target']}: failed: {failure['kernel']}: {failure['error']}")
+        _became(b)
         line(f"bundle: {b['path']}")
         line(f"digest: {b['digest']}")
         line(f"Dockerfile: {b['dockerfile']}")
+
+
+def _became(built: Facts) -> None:
+    """What became of the misses that a build was given."""
+    given = built["misses"]
+    if given is not None:
+        cut = f", {given['cut_off']} lines were cut off" if given["cut_off"] else ""
+        line(f"{built['target']}: misses: {given['covered']} of {given['given']} covered{cut}")
+        for miss in given["uncovered"]:
+            line(
+                f"{built['target']}: not covered: {miss['kind']} {miss['name']} ({miss['count']} times): {miss['why']}"
+            )
 
 
 # --- plans and bundles ------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ LAYERS = (
     ("errors",),
     ("store", "shapes", "key", "target"),
     ("plan", "recipe", "manifest", "follows"),
-    ("upstream", "signature", "missed"),
+    ("upstream", "signature", "missed", "miss_file"),
     ("native", "report_graphs", "call_leaves"),
     ("build", "runtime", "report"),
     ("tune_graphs",),

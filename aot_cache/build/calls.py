@@ -7,7 +7,7 @@ because Dynamo has no dynamic dimension that may be 1. `Values` are static: each
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +92,14 @@ class Kind:
         """Whether a call is of this kind."""
         return structure == self.structure and all(
             _fits(size, wanted) for leaf, sizes in zip(found, self.sizes) for size, wanted in zip(leaf.sizes, sizes)
+        )
+
+    def takes(self, structure: str, sizes: Mapping[str, Sequence[int]]) -> bool:
+        """Whether a call that was written down is of this kind: `sizes` are those that are not the model's own."""
+        mine = dict(zip(self.paths, self.sizes))
+        return structure == self.structure and all(
+            len(found) == len(mine.get(path, ())) and all(map(_fits, found, mine[path]))
+            for path, found in sizes.items()
         )
 
     def dynamic(self) -> dict[str, list[list[int]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,7 +100,8 @@ def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None =
         progress("trace", done, total)
     plan = merged.plan()
     if refused:
-        plan.cases = [CasePlan.of(case, case.points()) for case in recipe.without(by_case(refused)).cases]
+        visited = recipe.without([(case, point) for case, point, _ in refused])
+        plan.cases = [CasePlan.of(case, case.points()) for case in visited.cases]
     return Traced(plan, sorted(compiled), refused)
 
 
@@ -109,14 +110,6 @@ def _blocks(points: Enumeration) -> Iterator[tuple[int, int]]:
     declared = len(points.points) - points.added
     yield from ((start, min(start + BLOCK, declared)) for start in range(0, declared, BLOCK))
     yield from ((at, at + 1) for at in range(declared, len(points.points)))
-
-
-def by_case(refused: Iterable[tuple[str, Point, str]]) -> dict[str, list[Point]]:
-    """Case → its points among `refused`."""
-    out: dict[str, list[Point]] = {}
-    for case, point, _ in refused:
-        out.setdefault(case, []).append(point)
-    return out
 
 
 _closures: dict[str, Json] = {}
