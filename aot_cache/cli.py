@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from aot_cache import miss_file, recipe, render, report, shapes
+from aot_cache import miss_file, recipe, render, report, report_misses, shapes
 from aot_cache import native as native_gpu
 from aot_cache import target as targets_table
 from aot_cache.build import pipeline
@@ -247,14 +247,24 @@ def _is_plan(path: Path) -> bool:
 
 @app.command()
 def inspect(
-    path: PlanPath,
+    path: Annotated[Path | None, typer.Argument(metavar="PLAN", help="A plan file, or a bundle.")] = None,
     kernel: Annotated[
         str | None, typer.Option(metavar="SUBSTRING", help="List the specializations of these kernels.")
     ] = None,
     points: Annotated[bool, typer.Option("--points", help="List every specialization with its points.")] = False,
+    misses: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="What servers missed, instead. Repeatable.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What is in a bundle or a plan."""
+    """What is in a bundle or a plan, or what servers missed."""
+    if (path is None) == (not misses) or (misses and (kernel or points)):
+        found = "both" if path is not None else "neither" if not misses else "--kernel or --points"
+        raise DeclarationError("a plan or a bundle, or --misses FILE alone", found, "name one of them")
+    if path is None:
+        facts = report_misses.misses(miss_file.read(misses or []), misses or [])
+        render.document(facts) if as_json else render.misses(facts)
+        return
     if _is_plan(path):
         facts = report.plan(Plan.read(path), path, kernel, points, parameter_names)
     else:

@@ -151,7 +151,7 @@ def _line(text: bytes, where: str) -> dict[str, Json] | None:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         whole = text.strip()
-        if whole.startswith(_BEGINNING) or _BEGINNING.startswith(whole):
+        if _BEGINNING in whole or _BEGINNING.startswith(whole):  # the next process may have gone on in the same line
             return None
         raise _wrong(where, "it is not JSON") from error
     if not isinstance(data, dict) or MARK not in data:

@@ -133,13 +133,13 @@ def builds(rows: Sequence[Facts]) -> None:
 def _became(built: Facts) -> None:
     """What became of the misses that a build was given."""
     given = built["misses"]
-    if given is not None:
-        cut = f", {given['cut_off']} lines were cut off" if given["cut_off"] else ""
-        line(f"{built['target']}: misses: {given['covered']} of {given['given']} covered{cut}")
-        for miss in given["uncovered"]:
-            line(
-                f"{built['target']}: not covered: {miss['kind']} {miss['name']} ({miss['count']} times): {miss['why']}"
-            )
+    if given.get("given"):
+        line(f"{built['target']}: misses: {given['covered']} of {given['given']} covered")
+    if given.get("cut_off"):
+        line(f"{built['target']}: misses: lines cut off, by a process that was killed: {given['cut_off']}")
+    for miss in given.get("uncovered", ()):
+        what = f"{miss['kind']} {miss['name']} ({', '.join(filter(None, (times(miss['count']), miss['asked'])))})"
+        line(f"{built['target']}: not covered: {what}: {miss['why']}")
 
 
 # --- plans and bundles ------------------------------------------------------------------------------------------------
@@ -248,6 +248,38 @@ def _specialization(one: Facts) -> None:
     line(f"  source {one['parts']['source'][:SHORT]}")
     for text in one["reached_by"]:
         line(f"  reached by {text}")
+
+
+def misses(facts: Facts) -> None:
+    """`inspect --misses`."""
+    rows = [
+        (
+            m["kind"],
+            m["name"],
+            m["asked"],
+            m["count"],
+            "yes" if m["in_capture"] else "no",
+            ", ".join(m["actions"]),
+            "; ".join(m["why"]),
+            m["declare"] or "; ".join(m["nearest"]) or "-",
+        )
+        for m in facts["misses"]
+    ]
+    head = ("kind", "name", "asked for", "count", "in capture", "done instead", "why", "declare, or what differs")
+    if rows:
+        table(head, rows, ("count",))
+        line()
+    line(
+        f"{facts['different']} different misses, {times(facts['count'])}; {facts['in_capture']} of them inside captures"
+    )
+    line(f"{facts['declarable']} of them are covered by a wider declaration; `build --misses` builds what can be built")
+    if facts["cut_off"]:
+        line(f"{facts['cut_off']} lines are cut off, by a process that was killed")
+
+
+def times(count: int) -> str:
+    """`once`, or `12 times`."""
+    return "once" if count == 1 else f"{count} times"
 
 
 def difference(facts: Facts) -> None:

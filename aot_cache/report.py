@@ -223,7 +223,7 @@ def _specializations(found: Plan, kernels: Collection[str], compiled: Sequence[F
                 "signature": signature(unit, called[unit.kernel]),
                 **(compiled[number] if compiled else {"id": unit.id}),
                 "reached": unit.reached,
-                "reached_by": reached_text(unit.reached),
+                "reached_by": reached_text(unit.reached) or ["no declared point"],
                 "parts": parts,
             }
         )

@@ -24,7 +24,7 @@ LAYERS = (
     ("store", "shapes", "key", "target"),
     ("plan", "recipe", "manifest", "follows"),
     ("upstream", "signature", "missed", "miss_file"),
-    ("native", "report_graphs", "call_leaves"),
+    ("native", "report_graphs", "report_misses", "call_leaves"),
     ("build", "runtime", "report"),
     ("tune_graphs",),
     ("tune", "render"),

@@ -22,6 +22,7 @@ from aot_cache.errors import AotCacheError, DeclarationError, TargetError
 from aot_cache.manifest import split
 from aot_cache.miss_file import GRAPH, Misses
 from aot_cache.plan import Plan
+from aot_cache.report_misses import asked
 from aot_cache.store import Store, read_bundle, write_bundle
 from aot_cache.target import Target
 
@@ -292,6 +293,7 @@ def _became(misses: Misses, answer: Mapping[str, Json], target: Target) -> dict[
         {
             "kind": miss.kind,
             "name": miss.name,
+            "asked": asked(miss),
             "count": miss.count,
             "why": why.get(number, nobody.get(miss.kind, f"nothing is built of it for {target.id}")),
         }
