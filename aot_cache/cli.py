@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from aot_cache import miss_file, recipe, render, report, report_misses, shapes
 from aot_cache import native as native_gpu
-from aot_cache import recipe, render, report, shapes
 from aot_cache import target as targets_table
 from aot_cache.build import pipeline
 from aot_cache.build.pipeline import Built, Request
@@ -79,6 +79,9 @@ def build(
     ranges: Annotated[
         list[str] | None, typer.Option("--range", metavar="DIM=1..64", help="In place of a declared range. Repeatable.")
     ] = None,
+    misses: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="What servers missed: built as well. Repeatable.")
+    ] = None,
     store: Annotated[Path, typer.Option(metavar="DIR", help="Where everything is kept.")] = Path("artifacts"),
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The bundle, with one target.")] = None,
     line_info: Annotated[bool, typer.Option("--line-info", help="Keep line numbers, for profilers.")] = False,
@@ -91,13 +94,27 @@ def build(
 ) -> None:
     """Build the bundles of a model, for one GPU kind or several."""
     given = _check_inputs(model, plan, ranges or [])
+    if misses and plan is not None:
+        raise DeclarationError("--misses with --model", "--plan", "misses are added to what a recipe declares")
+    miss_file.read(misses or [])  # a mistake in it is found before the seconds that starting the worker takes
     targets, facts = _targets(target or [], given)
     if out is not None and len(targets) > 1:
         raise DeclarationError(
             "one target with --out", f"{len(targets)} targets", "leave --out away, or build each alone"
         )
     requests = [
-        Request(t, store, model, plan, _ranges(ranges or []), out, line_info, tuple(python or ()), workers)
+        Request(
+            t,
+            store,
+            model,
+            plan,
+            _ranges(ranges or []),
+            out,
+            line_info,
+            tuple(python or ()),
+            workers,
+            tuple(misses or ()),
+        )
         for t in targets
     ]
     if not as_json:
@@ -230,14 +247,24 @@ def _is_plan(path: Path) -> bool:
 
 @app.command()
 def inspect(
-    path: PlanPath,
+    path: Annotated[Path | None, typer.Argument(metavar="PLAN", help="A plan file, or a bundle.")] = None,
     kernel: Annotated[
         str | None, typer.Option(metavar="SUBSTRING", help="List the specializations of these kernels.")
     ] = None,
     points: Annotated[bool, typer.Option("--points", help="List every specialization with its points.")] = False,
+    misses: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="What servers missed, instead. Repeatable.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What is in a bundle or a plan."""
+    """What is in a bundle or a plan, or what servers missed."""
+    if (path is None) == (not misses) or (misses and (kernel or points)):
+        found = "both" if path is not None else "neither" if not misses else "--kernel or --points"
+        raise DeclarationError("a plan or a bundle, or --misses FILE alone", found, "name one of them")
+    if path is None:
+        facts = report_misses.misses(miss_file.read(misses or []), misses or [])
+        render.document(facts) if as_json else render.misses(facts)
+        return
     if _is_plan(path):
         facts = report.plan(Plan.read(path), path, kernel, points, parameter_names)
     else:

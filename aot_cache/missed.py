@@ -71,7 +71,12 @@ def _places(case: CasePlan, calls: Sequence[CallPlan]) -> Iterator[tuple[Relatio
         if mine:
             texts = {dim: {box[dim] for box in mine} for dim in case.dims}
             changing = {dim for dim, found in texts.items() if len(found) > 1 or not next(iter(found)).isdecimal()}
-            yield relations, min(map(shapes.least, mine), key=lambda point: tuple(point.values())), changing
+            yield relations, min(map(_first, mine), key=lambda point: tuple(point.values())), changing
+
+
+def _first(box: Mapping[str, str]) -> Point:
+    """The first point of a box as `shapes.describe` writes it; costs nothing however large the box is."""
+    return {dim: int(text.partition("..")[0].partition(",")[0]) for dim, text in box.items()}
 
 
 def _dims(case: CasePlan) -> dict[str, Dimension]:

@@ -97,13 +97,21 @@ class CasePlan:
     mode: str = "inference"
     autocast: str | None = None
     missed: list[dict[str, int]] = field(default_factory=list)
-    """Points outside of `dims` that were visited, too, because a serving process had them."""
+    """Points that were visited beside those of `dims`, because a serving process had them."""
 
     @classmethod
     def of(cls, case: Case, points: Enumeration) -> CasePlan:
         """What `points` enumerate of `case`."""
-        dims = {name: dim.text for name, dim in case.dims.items()}
-        return cls(case.name, dims, len(points.points), points.total, list(points.sampled), case.mode, case.autocast)
+        return cls(
+            case.name,
+            {name: dim.text for name, dim in case.dims.items()},
+            len(points.points),
+            points.total,
+            list(points.sampled),
+            case.mode,
+            case.autocast,
+            points.points[len(points.points) - points.added :],
+        )
 
 
 @dataclass
@@ -270,6 +278,17 @@ def merge(plans: Iterable[Plan]) -> Plan:
             same.via = [list(v) for v in sorted({tuple(v) for v in [*same.via, *unit.via]})]
         out.closures.update(plan.closures)
     out.units = list(units.values())
+    return out
+
+
+def extended(plan: Plan, parts: Iterable[Plan]) -> Plan:
+    """`plan` with the units and tunings of `parts` that it does not have, which are for the same target.
+
+    Raises:
+        DeclarationError: they are for different targets.
+    """
+    out = merge([plan, *parts])
+    out.cases, out.calls = plan.cases, plan.calls
     return out
 
 

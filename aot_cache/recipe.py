@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as _replace
 from difflib import get_close_matches
@@ -17,7 +17,7 @@ from importlib import metadata
 from typing import Any
 
 from aot_cache.errors import DeclarationError, UnknownName
-from aot_cache.shapes import Dimension, Point
+from aot_cache.shapes import Dimension, Enumeration, Point, describe, enumerate_points
 
 ENTRY_POINTS = "aot_cache.recipes"
 MODES = ("inference", "no_grad", "grad")
@@ -65,6 +65,7 @@ class Case:
         mode: `inference`, `no_grad` or `grad`: what serving runs under.
         autocast: a dtype name (`"bfloat16"`) when serving runs under `torch.autocast`, else None.
         hint: the value of a dimension that compiled graphs are to be best at; default its largest.
+        missed: points that are visited beside the declared ones, because a serving process had them.
     """
 
     name: str
@@ -73,6 +74,15 @@ class Case:
     mode: str = "inference"
     autocast: str | None = None
     hint: Mapping[str, int] = field(default_factory=dict)
+    missed: Sequence[Point] = ()
+
+    def points(self) -> Enumeration:
+        """Every point that a build visits: what is declared, and at the end what was missed and is not among that."""
+        found = enumerate_points(self.dims)
+        known = {tuple(point.items()) for point in found.points}
+        rows = sorted({tuple((name, point[name]) for name in self.dims) for point in self.missed} - known)
+        outside = sum(any(value not in self.dims[name] for name, value in row) for row in rows)
+        return Enumeration([*found.points, *map(dict, rows)], found.total + outside, found.sampled, len(rows))
 
     def call(self, point: Point) -> Call:
         """The call at `point`.
@@ -194,6 +204,35 @@ class Recipe:
                 )
         cases = [
             _replace(case, dims={dim: ranges.get(dim, own) for dim, own in case.dims.items()}) for case in self.cases
+        ]
+        return _replace(self, cases=cases)
+
+    def widened(self, points: Mapping[str, Iterable[Point]]) -> Recipe:
+        """The recipe with these points of its cases visited beside the declared ones.
+
+        Args:
+            points: case → points, which need not lie within what is declared.
+
+        Raises:
+            UnknownName: no case is called so.
+            DeclarationError: a point has other dimensions than its case, or a value that no dimension may have.
+        """
+        for name in points:
+            if name not in {case.name for case in self.cases}:
+                known = ", ".join(case.name for case in self.cases)
+                raise UnknownName(f"a case called {name!r} in recipe {self.name!r}", f"it has {known}")
+        cases = []
+        for case in self.cases:
+            more = list(points.get(case.name, ()))
+            describe(more, case.dims)  # says which of them is no point of this case
+            cases.append(_replace(case, missed=(*case.missed, *more)))
+        return _replace(self, cases=cases)
+
+    def without(self, points: Collection[tuple[str, Point]]) -> Recipe:
+        """The recipe with these (case, point) not visited, unless they are declared."""
+        cases = [
+            _replace(case, missed=[point for point in case.missed if (case.name, point) not in points])
+            for case in self.cases
         ]
         return _replace(self, cases=cases)
 

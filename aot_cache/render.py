@@ -124,9 +124,22 @@ def builds(rows: Sequence[Facts]) -> None:
             line(f"{b['target']}: nothing to do, nothing has changed since this was built")
         for failure in b["failed"]:
             line(f"{b['target']}: failed: {failure['kernel']}: {failure['error']}")
+        _became(b)
         line(f"bundle: {b['path']}")
         line(f"digest: {b['digest']}")
         line(f"Dockerfile: {b['dockerfile']}")
+
+
+def _became(built: Facts) -> None:
+    """What became of the misses that a build was given."""
+    given = built["misses"]
+    if given.get("given"):
+        line(f"{built['target']}: misses: {given['covered']} of {given['given']} covered")
+    if given.get("cut_off"):
+        line(f"{built['target']}: misses: lines cut off, by a process that was killed: {given['cut_off']}")
+    for miss in given.get("uncovered", ()):
+        what = f"{miss['kind']} {miss['name']} ({', '.join(filter(None, (times(miss['count']), miss['asked'])))})"
+        line(f"{built['target']}: not covered: {what}: {miss['why']}")
 
 
 # --- plans and bundles ------------------------------------------------------------------------------------------------
@@ -207,7 +220,8 @@ def _summary(facts: Facts) -> Iterable[tuple[str, object]]:
     for case in facts["cases"]:
         dims = " ".join(f"{dim}={values}" for dim, values in case["dims"].items())
         seen = f"{case['points']} points" if case["points"] == case["total"] else f"{case['points']} of {case['total']}"
-        yield "case", f"{case['name']}: {dims} ({seen}, {case['mode']})"
+        more = "".join(f", and {point}" for point in case["missed"])
+        yield "case", f"{case['name']}: {dims}{more} ({seen}, {case['mode']})"
     if facts["untuned"]:
         yield "untuned", f"{facts['untuned']} choices are not tuned: the first config that fits is used"
     if "specializations" in facts:
@@ -234,6 +248,38 @@ def _specialization(one: Facts) -> None:
     line(f"  source {one['parts']['source'][:SHORT]}")
     for text in one["reached_by"]:
         line(f"  reached by {text}")
+
+
+def misses(facts: Facts) -> None:
+    """`inspect --misses`."""
+    rows = [
+        (
+            m["kind"],
+            m["name"],
+            m["asked"],
+            m["count"],
+            "yes" if m["in_capture"] else "no",
+            ", ".join(m["actions"]),
+            "; ".join(m["why"]),
+            m["declare"] or "; ".join(m["nearest"]) or "-",
+        )
+        for m in facts["misses"]
+    ]
+    head = ("kind", "name", "asked for", "count", "in capture", "done instead", "why", "declare, or what differs")
+    if rows:
+        table(head, rows, ("count",))
+        line()
+    line(
+        f"{facts['different']} different misses, {times(facts['count'])}; {facts['in_capture']} of them inside captures"
+    )
+    line(f"{facts['declarable']} of them are covered by a wider declaration; `build --misses` builds what can be built")
+    if facts["cut_off"]:
+        line(f"{facts['cut_off']} lines are cut off, by a process that was killed")
+
+
+def times(count: int) -> str:
+    """`once`, or `12 times`."""
+    return "once" if count == 1 else f"{count} times"
 
 
 def difference(facts: Facts) -> None:

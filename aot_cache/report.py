@@ -155,6 +155,7 @@ def _common(found: Plan) -> Facts:
                 "points": c.points,
                 "total": c.total,
                 "mode": c.mode,
+                "missed": [", ".join(f"{dim}={v}" for dim, v in point.items()) for point in c.missed],
             }
             for c in found.cases
         ],
@@ -222,7 +223,7 @@ def _specializations(found: Plan, kernels: Collection[str], compiled: Sequence[F
                 "signature": signature(unit, called[unit.kernel]),
                 **(compiled[number] if compiled else {"id": unit.id}),
                 "reached": unit.reached,
-                "reached_by": reached_text(unit.reached),
+                "reached_by": reached_text(unit.reached) or ["no declared point"],
                 "parts": parts,
             }
         )

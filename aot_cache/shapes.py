@@ -134,11 +134,13 @@ class Enumeration:
         points: every point, the last dimension changing fastest.
         total: how many points were declared; more than `len(points)` when something was sampled.
         sampled: the dimensions of which only some values are visited, in declared order.
+        added: how many of `points`, the last ones, are visited beside those.
     """
 
     points: list[Point]
     total: int
     sampled: tuple[str, ...]
+    added: int = 0
 
 
 _SPREAD = 64

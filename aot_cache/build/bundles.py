@@ -31,12 +31,12 @@ def assemble(
         record = store.get_record(UNITS, unit_key)
         if record is None or unit.id in listed:
             continue  # it failed, and is listed so
-        misfit = record.get("pruned") or _misfit(record["metadata"], target)
-        if misfit and unit.launched_without_tuner():  # no tuner will pass it over: its launch fails
-            failed.append({"kernel": unit.kernel, "unit": unit.id, "error": misfit})
+        why = record.get("pruned") or misfit(record["metadata"], target)
+        if why and unit.launched_without_tuner():  # no tuner will pass it over: its launch fails
+            failed.append({"kernel": unit.kernel, "unit": unit.id, "error": why})
             continue
-        if misfit:
-            pruned.append({"kernel": unit.kernel, "unit": unit.id, "via": unit.via, "why": misfit})
+        if why:
+            pruned.append({"kernel": unit.kernel, "unit": unit.id, "via": unit.via, "why": why})
             continue
         objects[record["object"]] = store.get(record["object"])
         units.append(
@@ -93,7 +93,7 @@ def _first_that_fits(
     return next((c for c in range(len(tuning.candidates)) if c in here and c not in lacking), None)
 
 
-def _misfit(metadata: Mapping[str, Json], target: Target) -> str:
+def misfit(metadata: Mapping[str, Json], target: Target) -> str:
     """Why a compiled kernel cannot be loaded on `target`; empty when it can. Triton finds out at the first launch."""
     if metadata.get("shared", 0) > target.shared_memory_per_block_optin:
         return (

@@ -7,13 +7,16 @@ because Dynamo has no dynamic dimension that may be 1. `Values` are static: each
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from aot_cache import key
-from aot_cache.call_leaves import Leaf, structure_of
+from aot_cache.call_leaves import Leaf, function_of, structure_of
+from aot_cache.follows import Relation, fit
+from aot_cache.shapes import Point
 from aot_cache.upstream.dynamo_frames import Frame
 
 Json = Any
@@ -37,8 +40,11 @@ class _Series:
     high: list[list[int | None]]
     points: dict[_Pattern, list[int]] = field(default_factory=dict)
     """For each pattern of special sizes, as (dimension, size) of each leaf, the points where it is so."""
+    seen: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
+    """Point → the sizes of each leaf that is not the model's own."""
 
     def add(self, found: list[Leaf], point: int) -> None:
+        self.seen[point] = [leaf.sizes for leaf in found if not leaf.fixed]
         pattern = []
         for n, leaf in enumerate(found):
             sizes, special = leaf.sizes, []
@@ -64,6 +70,7 @@ class Kind:
         structure: digest of code, wrapping and the arguments' structure.
         sizes: for each leaf and dimension a size, or [low, high] where it changes with the point.
         points: case number → points at which such a call is made.
+        places: case number → the how many'th calls of this structure at a point are such.
     """
 
     function: str
@@ -75,6 +82,7 @@ class Kind:
     sizes: list[list[Any]]
     wrapping: dict[str, Json] | None
     points: dict[int, list[int]] = field(default_factory=dict)
+    places: dict[int, set[int]] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -84,6 +92,14 @@ class Kind:
         """Whether a call is of this kind."""
         return structure == self.structure and all(
             _fits(size, wanted) for leaf, sizes in zip(found, self.sizes) for size, wanted in zip(leaf.sizes, sizes)
+        )
+
+    def takes(self, structure: str, sizes: Mapping[str, Sequence[int]]) -> bool:
+        """Whether a call that was written down is of this kind: `sizes` are those that are not the model's own."""
+        mine = dict(zip(self.paths, self.sizes))
+        return structure == self.structure and all(
+            len(found) == len(mine.get(path, ())) and all(map(_fits, found, mine[path]))
+            for path, found in sizes.items()
         )
 
     def dynamic(self) -> dict[str, list[list[int]]]:
@@ -103,7 +119,7 @@ class Survey:
     """Collects the calls of all points of one case with one choice of `Values`, then tells their kinds."""
 
     def __init__(self) -> None:
-        self._series: dict[tuple[str, int], _Series] = {}
+        self.series: dict[tuple[str, int], _Series] = {}
         self._frames: dict[str, tuple[str, str, int, Any]] = {}
         self._count: dict[str, int] = {}
 
@@ -114,11 +130,11 @@ class Survey:
         structure, found = structure_of(frame, mode)
         number = self._count.get(structure, 0)
         self._count[structure] = number + 1
-        name = getattr(frame.code, "co_qualname", frame.code.co_name)
+        name = function_of(frame).partition(":")[2]
         self._frames[structure] = (name, frame.module, frame.code.co_firstlineno, frame.wrapping)
-        series = self._series.get((structure, number))
+        series = self.series.get((structure, number))
         if series is None:
-            series = self._series[structure, number] = _Series(
+            series = self.series[structure, number] = _Series(
                 [leaf.path for leaf in found],
                 [not isinstance(leaf.value, torch.Tensor) for leaf in found],
                 [leaf.fixed for leaf in found],
@@ -132,7 +148,7 @@ class Survey:
     def kinds(self, case: int) -> dict[str, Kind]:
         """Every kind of call that was seen, by id."""
         out: dict[str, Kind] = {}
-        for (structure, _), series in self._series.items():
+        for (structure, number), series in self.series.items():
             for pattern, points in series.points.items():
                 name, module, line, wrapping = self._frames[structure]
                 kind = Kind(
@@ -140,7 +156,44 @@ class Survey:
                 )
                 same = out.setdefault(kind.id, kind)
                 same.points[case] = sorted({*same.points.get(case, ()), *points})
+                same.places.setdefault(case, set()).add(number)
         return out
+
+
+Place = tuple[str, int]
+"""A structure, and the how many'th call of it at a point."""
+
+
+def follows(surveys: Iterable[Survey], points: Sequence[Point]) -> dict[Place, dict[str, list[Relation]]]:
+    """How the sizes of each place's calls follow from the point, over all choices of a case's `Values`.
+
+    Args:
+        surveys: of all parts of one case.
+        points: of the case, by number.
+    """
+    alike: dict[Place, list[_Series]] = {}
+    for survey in surveys:
+        for place, series in survey.series.items():
+            alike.setdefault(place, []).append(series)
+    known: dict[Any, Relation] = {}
+    out: dict[Place, dict[str, list[Relation]]] = {}
+    for place, several in alike.items():
+        seen = {at: sizes for series in several for at, sizes in series.seen.items()}
+        paths = [path for path, fixed in zip(several[0].paths, several[0].fixed) if not fixed]
+        where = [points[at] for at in seen]
+        for n, path in enumerate(paths):
+            columns = zip(*(sizes[n] for sizes in seen.values()))
+            out.setdefault(place, {})[path] = [_fitted(column, tuple(seen), where, known) for column in columns]
+    return out
+
+
+def _fitted(
+    column: tuple[int, ...], at: tuple[int, ...], where: Sequence[Point], known: dict[Any, Relation]
+) -> Relation:
+    """`fit`, once for sizes that go alike: a model's layers are many."""
+    if (column, at) not in known:
+        known[column, at] = fit(column, where)
+    return known[column, at]
 
 
 def _sizes(series: _Series, pattern: _Pattern) -> list[list[Any]]:

@@ -137,7 +137,7 @@ def _compile(
 ) -> _Result:
     unit = plan.units[number]
     try:
-        function = _function(unit, recipe)
+        function = _function(unit, plan, recipe)
         if function is None:
             return _Result(error="no kernel of this name can be reached: is its module installed here?")
         differs = triton_jit.closure_differs(function, plan.closures[unit.kernel])
@@ -155,13 +155,15 @@ def _compile(
     return _Result(compiled.binary, compiled.metadata, ir=compiled.ir)
 
 
-def _function(unit: Unit, recipe: Recipe | None) -> Any:
+def _function(unit: Unit, plan: Plan, recipe: Recipe | None) -> Any:
     function = triton_jit.unwrap(triton_jit.find(unit.kernel))
     if function is not None and triton_jit.name_of(function) == unit.kernel:
         return function
     if recipe is None:
         return None
-    for name, boxes in unit.reached.items():  # made inside a function: run the host code that makes it
+    # Made inside a function: run the host code that makes it. No declared point may reach a unit that was missed.
+    others = (other.reached for other in plan.units if other.kernel == unit.kernel and other.reached)
+    for name, boxes in (unit.reached or next(others, {})).items():
         case = next(c for c in recipe.cases if c.name == name)
         return functions_at(case, shapes.expand(boxes[:1])[0]).get(unit.kernel)
     return None

@@ -16,7 +16,7 @@ from typing import Any
 
 from aot_cache import key, shapes
 from aot_cache.build import pool, stamp
-from aot_cache.build.calls import Kind, Survey
+from aot_cache.build.calls import Kind, Survey, follows
 from aot_cache.build.graph_job import Job
 from aot_cache.errors import AotCacheError, DeclarationError, TraceError, one_line
 from aot_cache.key import GRAPHS
@@ -70,7 +70,7 @@ class _Answer:
 
 def empty_plan(recipe: Recipe, target: str) -> Plan:
     """The plan of a recipe without its units: for a target that has no Triton kernels."""
-    cases = [CasePlan.of(case, shapes.enumerate_points(case.dims)) for case in recipe.cases]
+    cases = [CasePlan.of(case, case.points()) for case in recipe.cases]
     return Plan(recipe.name, target, cases=cases)
 
 
@@ -94,11 +94,23 @@ class Runs:
 
     def __init__(self, recipe: Recipe, target: Target, cases: Sequence[str] | None = None) -> None:
         self.cases = [case for case in recipe.cases if cases is None or case.name in cases]
-        self.points = [shapes.enumerate_points(case.dims).points for case in self.cases]
+        enumerations = [case.points() for case in self.cases]
+        self.points = [found.points for found in enumerations]
         self.kinds: dict[str, Kind] = {}
+        self.refused: list[tuple[str, Point, str]] = []
+        """(case, point, why) of the missed points that the recipe's code cannot run at."""
+        self._missed = {
+            (number, at)
+            for number, found in enumerate(enumerations)
+            for at in range(len(found.points) - found.added, len(found.points))
+        }
         self.skipped: set[str] = set()
         self._groups = [
-            _Group(number, points, _telling(case, self.points[number], points))
+            _Group(
+                number,
+                points,
+                {at for at in points if (number, at) in self._missed} | _telling(case, self.points[number], points),
+            )
             for number, case in enumerate(self.cases)
             for points in _by_values(case, self.points[number])
         ]
@@ -114,6 +126,7 @@ class Runs:
             TraceError: host code needs values that tensors here do not have.
         """
         extra = set(also)
+        self._refuse()
         todo = [(g, at) for g in self._groups for at in g.points if at in g.telling or (g.case, at) in extra]
         progress("calls", 0, len(todo))
         for done, (group, at) in enumerate(todo, 1):
@@ -128,6 +141,18 @@ class Runs:
                 unseen = [at for at in group.points if at not in group.seen] if kind.dynamic() else []
                 points = {*same.points.get(group.case, ()), *kind.points[group.case], *unseen}
                 same.points[group.case] = sorted(points)
+                same.places.setdefault(group.case, set()).update(kind.places[group.case])
+
+    def _refuse(self) -> None:
+        """Leave out the missed points that the recipe's code cannot run at: a declared one has to run, these need not."""
+        for group in self._groups:
+            for at in [at for at in group.points if at not in group.seen and (group.case, at) in self._missed]:
+                try:
+                    with dynamo_frames.hooked(lambda *_: dynamo_frames.run_without_compiling()):
+                        self.run(self.cases[group.case], self.points[group.case][at])
+                except AotCacheError as error:
+                    self.refused.append((self.cases[group.case].name, self.points[group.case][at], str(error)))
+                    group.points.remove(at)
 
     def _look(self, group: _Group, at: int) -> None:
         """Run a point with all compiled functions as plain Python."""
@@ -147,6 +172,15 @@ class Runs:
 
     def calls(self) -> list[CallPlan]:
         """The kinds of calls, for the plan."""
+        told = [
+            follows([group.survey for group in self._groups if group.case == number], points)
+            for number, points in enumerate(self.points)
+        ]
+
+        def follow(kind: Kind, number: int) -> list[dict[str, list[Json]]]:
+            found = [told[number].get((kind.structure, n), {}) for n in sorted(kind.places[number])]
+            return [f for n, f in enumerate(found) if f not in found[:n]]
+
         return [
             CallPlan(
                 f"{kind.module}:{kind.function}",
@@ -157,6 +191,8 @@ class Runs:
                 kind.dynamic(),
                 {self.cases[n].name: self.points[n][self._hint_first(n, at)[0]] for n, at in kind.points.items()},
                 self._reached({n: set(at) for n, at in kind.points.items()}),
+                kind.structure,
+                {self.cases[n].name: follow(kind, n) for n in sorted(kind.places)},
             )
             for kind in sorted(self.kinds.values(), key=lambda kind: (kind.module, kind.function, kind.id))
         ]

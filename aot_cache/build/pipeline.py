@@ -10,17 +10,19 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
-from aot_cache import errors, key, recipe
+from aot_cache import errors, key, miss_file, recipe
 from aot_cache.build import stamp
 from aot_cache.build.bundles import assemble
 from aot_cache.errors import AotCacheError, DeclarationError, TargetError
 from aot_cache.manifest import split
+from aot_cache.miss_file import GRAPH, Misses
 from aot_cache.plan import Plan
+from aot_cache.report_misses import asked
 from aot_cache.store import Store, read_bundle, write_bundle
 from aot_cache.target import Target
 
@@ -43,6 +45,7 @@ class Request:
         line_info: keep line numbers for profilers (binaries then hold paths).
         pythons: further interpreters to build C modules for.
         workers: processes; default all cores.
+        misses: files of what serving processes missed; it is built with the model.
     """
 
     target: Target
@@ -54,11 +57,12 @@ class Request:
     line_info: bool = False
     pythons: tuple[str, ...] = ()
     workers: int | None = None
+    misses: tuple[Path, ...] = ()
 
 
 @dataclass
 class Built:
-    """What a build did and where its bundle is."""
+    """What a build did and where its bundle is; `misses` says what became of those that were given."""
 
     target: str
     path: Path
@@ -73,6 +77,7 @@ class Built:
     points: int
     seconds: float
     nothing_to_do: bool = False
+    misses: dict[str, Json] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Json]:
         return {**self.__dict__, "path": str(self.path)}
@@ -90,7 +95,8 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
     store.check_writable()
     if request.model is not None:
         recipe.resolve(request.model)
-    question = _question(request)
+    misses = miss_file.read(request.misses)
+    question = _question(request, misses)
     before = store.get_record(STAMPS, question)
     if before is not None and not stamp.changed(before["inputs"]):
         same = _still_there(before)
@@ -98,8 +104,9 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
             same.seconds = time.perf_counter() - began
             return same
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
-        answer, plan = _run_workers(request, Path(scratch), progress)
+        answer, plan = _run_workers(request, Path(scratch), misses, progress)
         built = _finish(request, store, plan, answer)
+    built.misses = _became(misses, answer, request.target)
     built.seconds = time.perf_counter() - began
     if not built.failed:
         result = built.to_json()
@@ -111,7 +118,7 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
 def plan_only(request: Request, progress: Progress = lambda *_: None) -> Plan:
     """Trace without compiling: what `build` would compile."""
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
-        return _run_workers(request, Path(scratch), progress, show_plan=True)[1]
+        return _run_workers(request, Path(scratch), miss_file.read(request.misses), progress, show_plan=True)[1]
 
 
 def bundle_path(request: Request, name: str) -> Path:
@@ -122,7 +129,7 @@ def bundle_path(request: Request, name: str) -> Path:
     return request.store / "bundles" / f"{safe}-{request.target.id}.safetensors"
 
 
-def _question(request: Request) -> str:
+def _question(request: Request, misses: Misses) -> str:
     """The stamp's key: everything about the request, and the environment."""
     plan = key.digest(request.plan.read_text()) if request.plan is not None and request.plan.is_file() else ""
     return key.digest(
@@ -134,6 +141,7 @@ def _question(request: Request) -> str:
             "out": str(request.out.absolute()) if request.out else "",
             "line_info": request.line_info,
             "pythons": list(request.pythons),
+            "misses": asdict(misses),
             "environment": stamp.environment(),
         }
     )
@@ -152,7 +160,7 @@ def _still_there(before: Mapping[str, Json]) -> Built | None:
 
 
 def _run_workers(
-    request: Request, scratch: Path, progress: Progress, show_plan: bool = False
+    request: Request, scratch: Path, misses: Misses, progress: Progress, show_plan: bool = False
 ) -> tuple[dict[str, Json], Plan]:
     """Kernels in one process, compiled graphs, if there are any, in another: libraries decide at import what they are in."""
     plan_out = scratch / "plan.json"
@@ -167,6 +175,8 @@ def _run_workers(
         "pythons": list(request.pythons),
         "workers": request.workers,
         "show_plan": show_plan,
+        "misses": [asdict(miss) for miss in misses.found],
+        "refused": [],
     }
     if request.plan is not None:
         _kernels_only(request.plan, request.target)
@@ -178,7 +188,8 @@ def _run_workers(
     calling = answer.get("calling", []) if not cpu else None  # on the CPU nobody has looked yet
     if request.plan is None and (cpu or calling):
         last = "surveyed" if show_plan else "graphs"
-        _listen({**job, "stage": "graphs", "cases": calling}, environment, last, answer, progress)
+        graphs = {**job, "stage": "graphs", "cases": calling, "refused": answer.get("refused", [])}
+        _listen(graphs, environment, last, answer, progress)
     return answer, Plan.read(plan_out)
 
 
@@ -272,6 +283,29 @@ def _drain(stream: IO[str], into: deque[str]) -> None:
         into.append(line)
         if show:
             sys.stderr.write(line)
+
+
+def _became(misses: Misses, answer: Mapping[str, Json], target: Target) -> dict[str, Json]:
+    """What became of the misses that the build was given."""
+    why = dict([*answer.get("missed_kernels", []), *answer.get("missed_calls", [])])
+    nobody = {GRAPH: "no declared case calls a compiled function"}
+    rows = [
+        {
+            "kind": miss.kind,
+            "name": miss.name,
+            "asked": asked(miss),
+            "count": miss.count,
+            "why": why.get(number, nobody.get(miss.kind, f"nothing is built of it for {target.id}")),
+        }
+        for number, miss in enumerate(misses.found)
+    ]
+    uncovered = [row for row in rows if row["why"]]
+    return {
+        "given": len(rows),
+        "covered": len(rows) - len(uncovered),
+        "uncovered": uncovered,
+        "cut_off": misses.cut_off,
+    }
 
 
 def _finish(request: Request, store: Store, plan: Plan, answer: Mapping[str, Json]) -> Built:

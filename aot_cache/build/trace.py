@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,10 +46,17 @@ class _Block:
 
 @dataclass(frozen=True)
 class Traced:
-    """A plan, and the cases that call compiled functions: those are not traced here, but run as plain Python."""
+    """What was enumerated.
+
+    Args:
+        plan: the units.
+        compiled: the cases that call compiled functions: those are not traced here, but run as plain Python.
+        refused: (case, point, why) of the missed points that the recipe's code cannot run at.
+    """
 
     plan: Plan
     compiled: list[str]
+    refused: list[tuple[str, Point, str]]
 
 
 def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None = None) -> Traced:
@@ -59,36 +66,50 @@ def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None =
         DeclarationError: when the recipe's own code raises at a point.
         TraceError: when host code cannot run without a GPU.
     """
-    enumerations = [shapes.enumerate_points(case.dims) for case in recipe.cases]
-    jobs = [
-        (number, start) for number, points in enumerate(enumerations) for start in range(0, len(points.points), BLOCK)
-    ]
+    enumerations = [case.points() for case in recipe.cases]
+    jobs = [(number, *block) for number, points in enumerate(enumerations) for block in _blocks(points)]
     total = sum(len(e.points) for e in enumerations)
     merged = _Merged(recipe, target, enumerations)
     done = 0
     compiled: set[str] = set()
+    refused: list[tuple[str, Point, str]] = []
 
-    def run(job: tuple[int, int]) -> _Block:
-        number, start = job
-        return _run_block(recipe.cases[number], number, enumerations[number].points, start)
+    def run(job: tuple[int, int, int]) -> _Block:
+        number, start, stop = job
+        return _run_block(recipe.cases[number], number, enumerations[number].points, start, stop)
 
     progress("trace", 0, total)
     _before.update(sys.modules)
     for index, block in pool.run(run, jobs, workers):
-        number, start = jobs[index]
+        number, start, stop = jobs[index]
+        name, first = recipe.cases[number].name, enumerations[number].points[start]
+        error = block.error if isinstance(block, _Block) else None
         if isinstance(block, pool.Died):
-            case = recipe.cases[number]
-            first = _where(enumerations[number].points[start])
-            raise TraceError(f"case {case.name!r} to run from {first}", block.why)
-        if block.error is not None:
-            raise block.error
-        merged.add(block)
-        late_modules.update(block.modules)
-        if block.compiled:
-            compiled.add(recipe.cases[number].name)
-        done += min(BLOCK, len(enumerations[number].points) - start)
+            error = TraceError(f"case {name!r} to run from {_where(first)}", block.why)
+        if error is not None and start < len(enumerations[number].points) - enumerations[number].added:
+            raise error
+        if isinstance(block, _Block):
+            late_modules.update(block.modules)
+        if error is not None:
+            refused.append((name, first, str(error)))
+        else:
+            merged.add(block)
+            if block.compiled:
+                compiled.add(name)
+        done += stop - start
         progress("trace", done, total)
-    return Traced(merged.plan(), sorted(compiled))
+    plan = merged.plan()
+    if refused:
+        visited = recipe.without([(case, point) for case, point, _ in refused])
+        plan.cases = [CasePlan.of(case, case.points()) for case in visited.cases]
+    return Traced(plan, sorted(compiled), refused)
+
+
+def _blocks(points: Enumeration) -> Iterator[tuple[int, int]]:
+    """(start, stop) of what a child runs at once. Missed points run alone: one at which the recipe raises is left out."""
+    declared = len(points.points) - points.added
+    yield from ((start, min(start + BLOCK, declared)) for start in range(0, declared, BLOCK))
+    yield from ((at, at + 1) for at in range(declared, len(points.points)))
 
 
 _closures: dict[str, Json] = {}
@@ -97,16 +118,16 @@ late_modules: dict[str, str] = {}
 """Module → file of what host code imported while it ran, in children whose imports are theirs: a build depends on it."""
 
 
-def _run_block(case: Case, number: int, points: list[Point], start: int) -> _Block:
+def _run_block(case: Case, number: int, points: list[Point], start: int, stop: int) -> _Block:
     log = LaunchLog()
     block = _Block(number)
     virtual_device.compiled_calls.clear()
     with instead_of_launching(log), virtual_device.tensors(), case.modes():
-        for offset, point in enumerate(points[start : start + BLOCK]):
+        for offset, point in enumerate(points[start:stop]):
             log.mark = start + offset
             error = _run_point(case, point)
             if error is not None:
-                block.error = error
+                block.error, block.modules = error, _late_modules()
                 return block
     block.compiled = bool(virtual_device.compiled_calls)
     block.units, block.tunings = log.units, log.tunings
@@ -116,9 +137,13 @@ def _run_block(case: Case, number: int, points: list[Point], start: int) -> _Blo
         if name not in _closures:
             _closures[name] = triton_jit.closure(function)
         block.closures[name] = _closures[name]
-    new = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items()) if name not in _before}
-    block.modules = {name: path for name, path in new.items() if isinstance(path, str)}
+    block.modules = _late_modules()
     return block
+
+
+def _late_modules() -> dict[str, str]:
+    new = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items()) if name not in _before}
+    return {name: path for name, path in new.items() if isinstance(path, str)}
 
 
 def _run_point(case: Case, point: Point) -> AotCacheError | None:

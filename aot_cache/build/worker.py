@@ -56,11 +56,16 @@ def _work(job: dict[str, Json], send: Any) -> None:
 
 
 def _recipe(job: dict[str, Json]) -> Any:
+    """(the recipe with what was missed, the misses, why some of them have no point in it)."""
     from aot_cache import recipe as recipes
     from aot_cache import shapes
+    from aot_cache.build import missed_calls
+    from aot_cache.miss_file import Miss
 
     ranges = {name: shapes.parse_dimension(text) for name, text in job["ranges"].items()}
-    return recipes.load(job["recipe"]).narrowed(ranges)
+    misses = [Miss(**miss) for miss in job["misses"]]
+    recipe, why = missed_calls.widen(recipes.load(job["recipe"]).narrowed(ranges), misses)
+    return recipe.without([(case, point) for case, point, _ in job["refused"]]), misses, why
 
 
 def _kernels(job: dict[str, Json], target: Any, send: Any, progress: Any) -> None:
@@ -71,19 +76,23 @@ def _kernels(job: dict[str, Json], target: Any, send: Any, progress: Any) -> Non
 
     from aot_cache.build import compile as compiler
     from aot_cache.build import stamp, trace
+    from aot_cache.build.missed_kernels import MissedKernels
     from aot_cache.plan import Plan
     from aot_cache.store import Store
     from aot_cache.upstream import triton_launcher
 
-    recipe, compiled = None, []
+    recipe, misses, compiled, refused = None, [], [], []
     if job["recipe"]:
-        recipe = _recipe(job)
+        recipe, misses, _ = _recipe(job)
         traced = trace.trace(recipe, target.id, progress, job["workers"])
-        plan, compiled = traced.plan, traced.compiled
+        plan, compiled, refused = traced.plan, traced.compiled, traced.refused
     else:
         plan = Plan.read(Path(job["plan"]))
+    missed = MissedKernels(misses, plan)
+    plan = missed.plan
     plan.write(Path(job["plan_out"]))
-    send("traced", units=len(plan.units), calling=compiled, inputs=stamp.inputs(trace.late_modules))
+    inputs = stamp.inputs(trace.late_modules)
+    send("traced", units=len(plan.units), calling=compiled, refused=refused, inputs=inputs)
     if job["show_plan"]:
         return
     pythons = [triton_launcher.this_python(), *map(triton_launcher.other_python, job["pythons"])]
@@ -98,8 +107,12 @@ def _kernels(job: dict[str, Json], target: Any, send: Any, progress: Any) -> Non
         progress=progress,
         workers=job["workers"],
     )
+    if misses:
+        missed.settle(outcome, Store(job["store"]), target)
+        plan.write(Path(job["plan_out"]))
     send(
         "compiled",
+        missed_kernels=list(missed.uncovered.items()),
         keys=outcome.keys,
         memory_keys=outcome.memory_keys,
         compiled=outcome.compiled,
@@ -117,15 +130,18 @@ def _graphs(job: dict[str, Json], target: Any, send: Any, progress: Any) -> None
     inductor_target.become(target)
 
     from aot_cache import recipe as recipes
-    from aot_cache.build import graphs, stamp
+    from aot_cache.build import graphs, missed_calls, stamp
     from aot_cache.plan import Plan
     from aot_cache.store import Store
 
-    recipe = _recipe(job)
+    recipe, misses, why = _recipe(job)
     recipes.set_device("cpu" if target.backend == "cpu" else "cuda")
     plan = Plan.read(Path(job["plan_out"])) if Path(job["plan_out"]).exists() else graphs.empty_plan(recipe, target.id)
     runs = graphs.Runs(recipe, target, job["cases"])
     runs.survey(progress)
+    if runs.refused:
+        visited = recipe.without([(case, point) for case, point, _ in runs.refused])
+        plan.cases = graphs.empty_plan(visited, target.id).cases
     plan.calls = runs.calls()
     plan.write(Path(job["plan_out"]))
     inputs = stamp.inputs()
@@ -133,7 +149,16 @@ def _graphs(job: dict[str, Json], target: Any, send: Any, progress: Any) -> None
     if job["show_plan"]:
         return
     made = runs.compile_all(Store(job["store"]), inputs, progress, job["workers"])
-    send("graphs", graphs=made.graphs, graph_failed=made.failed, graphs_compiled=made.compiled, graph_key=made.key)
+    failed = {failure["unit"]: failure["error"] for failure in made.failed}
+    refused = [*job["refused"], *runs.refused]
+    send(
+        "graphs",
+        graphs=made.graphs,
+        graph_failed=made.failed,
+        graphs_compiled=made.compiled,
+        graph_key=made.key,
+        missed_calls=list(missed_calls.uncovered(misses, runs.kinds.values(), plan, failed, why, refused).items()),
+    )
 
 
 if __name__ == "__main__":
