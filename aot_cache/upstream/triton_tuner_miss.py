@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from triton.runtime.autotuner import Autotuner, Heuristics
@@ -21,7 +22,7 @@ from aot_cache.upstream import triton_jit, triton_kernel, triton_launches
 
 Json = Any
 _decided = threading.local()
-"""The tuner that has just taken a config on this thread, with the key, and whether it had a choice for that."""
+"""The tuner that has just taken a config on this thread, if the last one that came to prune has."""
 
 
 @dataclass(frozen=True)
@@ -118,28 +119,28 @@ def instead_of_tuning(choose: Choose, later: Callable[[Forget], None]) -> Callab
 
     def prune_configs(self: Autotuner, kwargs: dict[str, Any]) -> list[Any]:
         configs = list(prune(self, kwargs))
+        _decided.tuner = None
         if kwargs.get("warmup"):
             return configs
         tuning = Tuning(self, configs, dict(kwargs))
         number = choose(tuning)
         if number is None:
             return configs
-        _decided.by = (self, tuning.key, tuning.key in self.cache)
-        return [configs[number]]
+        _decided.tuner = self
+        if tuning.key not in self.cache:
+            later(partial(self.cache.pop, tuning.key, None))
+        return [configs[number]]  # Triton 3.9 and later takes a single one without measuring
 
     def check_disk_cache(self: Autotuner, tuning_key: Any, configs: Any, measure: Callable[[], None]) -> bool:
-        if _decider() is not self:
+        if getattr(_decided, "tuner", None) is not self:
             return bool(check(self, tuning_key, configs, measure))
         measure()
         return False
 
     def _bench(self: Autotuner, *args: Any, **kwargs: Any) -> Any:
-        if _decider() is not self:
+        if getattr(_decided, "tuner", None) is not self:
             return bench(self, *args, **kwargs)
-        _, key, known = _decided.__dict__.pop("by")
         _skip_one_reset(self)
-        if not known:
-            later(lambda: _forget(self, key))
         return [0.0, 0.0, 0.0]
 
     tuner.prune_configs, tuner._bench, tuner.check_disk_cache = prune_configs, _bench, check_disk_cache
@@ -148,15 +149,6 @@ def instead_of_tuning(choose: Choose, later: Callable[[Forget], None]) -> Callab
         tuner.prune_configs, tuner._bench, tuner.check_disk_cache = prune, bench, check
 
     return undo
-
-
-def _forget(tuner: Any, key: Any) -> None:
-    tuner.cache.pop(key, None)
-
-
-def _decider() -> Autotuner | None:
-    by = getattr(_decided, "by", None)
-    return None if by is None else by[0]
 
 
 def _skip_one_reset(tuner: Any) -> None:
