@@ -137,7 +137,7 @@ def part_capture(options: argparse.Namespace) -> Json:
         aot_cache.load(options.bundle, strict=True)
         assert not torch.cuda.is_initialized(), "load initialised CUDA"
     else:
-        loader.arm()  # the ledger counts, nothing is installed
+        loader.arm("observe")  # the ledger counts, nothing is installed
     recipe = recipes.load(options.recipe)
     imported = time.perf_counter() - began
     torch.zeros(1, device="cuda")

@@ -209,10 +209,10 @@ def part_plain(options: argparse.Namespace) -> Json:
 # --- building, with nothing of a GPU in sight ----------------------------------------------------------------------------
 
 
-def build(options: argparse.Namespace, store: Path) -> Json:
+def build(options: argparse.Namespace, store: Path, *more: str) -> Json:
     """Build the bundle on two cores in a process that sees no GPU and cannot open its driver library."""
     inner = [sys.executable, "-m", "aot_cache.cli", "build", "--model", options.recipe, "--target", options.target]
-    inner += ["--store", str(store), "--json"]
+    inner += ["--store", str(store), "--json", *more]
     libraries = sorted({os.path.realpath(p) for d in _library_folders() for p in glob.glob(f"{d}/libcuda.so*")})
     hide = " && ".join(f"mount --bind /dev/null {path}" for path in libraries) or "true"
     probe = "import ctypes\ntry: ctypes.CDLL('libcuda.so.1'); print('found')\nexcept OSError: print('hidden')"

@@ -72,7 +72,7 @@ class Guard:
         """Dynamo is about to trace a frame."""
         from aot_cache.upstream import dynamo_frames
 
-        in_capture, own = self._state((frame.code.co_filename, frame.code.co_firstlineno))
+        in_capture, own = self._state(policy.place_of(frame.code))
         why, facts = self._reasons(frame)
         name = f"{frame.module}:{frame.name}"
         if own == "error" and (in_capture or self._ledger.sealed):

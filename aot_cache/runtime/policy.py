@@ -9,17 +9,25 @@ from __future__ import annotations
 
 import inspect
 import os
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from aot_cache.errors import DeclarationError
+from aot_cache.upstream import unwrapping
 
 POLICIES = ("fallback", "error", "observe")
 VARIABLE = "AOT_CACHE_POLICY"
 T = TypeVar("T")
-Place = tuple[str, int]
-"""File and line of a function: what Dynamo makes of its rest after a graph break keeps both."""
+
+
+class Place(NamedTuple):
+    """Where a function stands: its file, and its first and last line."""
+
+    file: str
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
@@ -71,8 +79,12 @@ def default() -> str:
 
 
 def of(place: Place) -> str:
-    """The policy for the function at `place`."""
-    return _own.get(place) or default()
+    """The policy for the function at `place`: its own, or that of the function in which it stands, or the process's.
+
+    What Dynamo makes of the rest of a function, after a graph break, stands in that function.
+    """
+    around = [own for own in _own if own.file == place.file and own.first <= place.first <= own.last]
+    return _own[max(around, key=lambda own: own.first)] if around else default()
 
 
 def twin_of(place: Place) -> Twin | None:
@@ -133,22 +145,16 @@ def fallback(kernel: Any) -> Callable[[T], T]:
 
 
 def place_of(what: Any) -> Place:
-    """Where the Python function under `what` is defined.
+    """Where the Python function under `what` stands; `what` may also be its code.
 
     Raises:
         DeclarationError: there is none.
     """
-    found = what.forward if hasattr(what, "forward") else what  # a module
-    for _ in range(32):
-        found = inspect.unwrap(found)
-        code = getattr(found, "__code__", None)
-        if code is not None:
-            return (str(code.co_filename), int(code.co_firstlineno))
-        inner = getattr(found, "__func__", None) or getattr(found, "fn", None)  # a method; a kernel or autotuner
-        if inner is None:
-            break
-        found = inner
-    raise DeclarationError("a function, a module or a Triton kernel", f"a {type(what).__name__}")
+    code = what if isinstance(what, types.CodeType) else unwrapping.code_of(what)
+    if code is None:
+        raise DeclarationError("a function, a module or a Triton kernel", f"a {type(what).__name__}")
+    lines = [line for _, _, line in code.co_lines() if line]
+    return Place(code.co_filename, code.co_firstlineno, max([code.co_firstlineno, *lines]))
 
 
 def _known(name: str, what: str) -> str:

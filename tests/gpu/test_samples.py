@@ -28,7 +28,7 @@ triton.compiler.compile = lambda *args, **kwargs: compiled.append(1) or original
 import sample_kernels
 from aot_cache.runtime import loader
 from aot_cache.shapes import enumerate_points
-loader.arm()
+loader.arm("observe")
 torch.zeros(1, device="cuda")
 aot_cache.ready()
 aot_cache.seal()

@@ -1,0 +1,26 @@
+"""The Python function under what torch and Triton make of one. Imports neither.
+
+Upstream: `torch/_dynamo/eval_frame.py` (`OptimizedModule`; compiled functions are wrapped as `functools.wraps` does),
+`triton/runtime/jit.py`, `triton/runtime/autotuner.py` (`fn`). Seen to hold: see `versions.TORCH_SEEN`, `TRITON_SEEN`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from typing import Any
+
+_LAYERS = 32
+
+
+def code_of(what: Any) -> types.CodeType | None:
+    """The code of a function, method, module's `forward`, compiled function or module, Triton kernel or autotuner."""
+    found = getattr(what, "_orig_mod", what)
+    found = found.forward if hasattr(found, "forward") else found
+    for _ in range(_LAYERS):
+        found = inspect.unwrap(found)
+        code = getattr(found, "__code__", None)
+        if isinstance(code, types.CodeType):
+            return code
+        found = getattr(found, "fn", None)
+    return None
