@@ -476,3 +476,53 @@ def test_captures_that_fail_or_are_thrown_away_are_over(captures: dict[str, int]
 def test_a_stream_that_may_not_be_asked_counts(captures: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", mock.Mock(side_effect=RuntimeError("implicit")))
     assert active(False)
+
+
+# --- before a capture ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def primed(monkeypatch: pytest.MonkeyPatch, captures: dict[str, int]) -> Iterator[list[int]]:
+    """How often the libraries were asked for, where captures begin in this process."""
+    from aot_cache.upstream import cuda_libraries
+
+    del captures  # a CUDAGraph that can begin
+    calls: list[int] = []
+    monkeypatch.setattr(cuda_libraries, "prime", lambda: calls.append(1))
+    with mock.patch.object(policy, "_default", None):
+        aot_cache.arm("fallback")
+        yield calls
+        aot_cache.disarm()
+
+
+def test_libraries_are_primed_before_a_capture(primed: list[int]) -> None:
+    graph: Any = torch.cuda.CUDAGraph()
+    graph.capture_begin(capture_error_mode="relaxed")
+    graph.capture_end()
+    assert primed == [1]
+    aot_cache.ready()
+    assert primed == [1, 1]
+
+
+def test_nothing_is_primed_while_another_capture_forbids_it(primed: list[int]) -> None:
+    first: Any = torch.cuda.CUDAGraph()
+    first.capture_begin()
+    second: Any = torch.cuda.CUDAGraph()
+    second.capture_begin(capture_error_mode="relaxed")
+    assert primed == [1]
+
+
+def test_observe_primes_nothing(primed: list[int]) -> None:
+    aot_cache.arm("observe")
+    graph: Any = torch.cuda.CUDAGraph()
+    graph.capture_begin()
+    assert primed == []
+
+
+def test_a_library_that_cannot_be_primed_is_a_warning(primed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from aot_cache.upstream import cuda_libraries
+
+    monkeypatch.setattr(cuda_libraries, "prime", mock.Mock(side_effect=RuntimeError("CUDA out of memory")))
+    graph: Any = torch.cuda.CUDAGraph()
+    with pytest.warns(loader.AotCacheWarning, match="could not prime CUDA's libraries before a capture: CUDA out of"):
+        graph.capture_begin()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the guard costs where everything hits: nanoseconds a call, armed against not armed, paired in one process.
 
-    python tools/bench_guard.py [--rounds 5] [--pairs 41] [--calls 20000] [--out RECORD.json]
+    python tools/bench_guard.py [--rounds 5] [--pairs 15] [--calls 4000] [--out RECORD.json]
 
 In each round, a fresh process: an empty compiled function, and on a GPU an empty Triton kernel, are called in turns with the
 guard armed and with it taken out. Beside it stands the same with nothing done between the turns: how far plain is from
@@ -135,8 +135,8 @@ def summary(rounds: list[Json]) -> Json:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pairs", type=int, default=41)
-    parser.add_argument("--calls", type=int, default=20000)
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--calls", type=int, default=4000)
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--out")
     options = parser.parse_args()

@@ -136,7 +136,7 @@ def part_cell(options: argparse.Namespace) -> Json:
     from gpu_graphs import relative
 
     try:
-        answer["outside"] = {"error": relative(case.call(x), case.eager(x)), **watch.since()}
+        answer["outside"] = {"error": relative(case.call(x), (case.measuring or case.eager)(x)), **watch.since()}
     except Exception as error:
         return {**answer, "outside": {"lost": lost(error)}, "second": {}}
     answer["second"] = {**capture_and_replay(case, x, options), **watch.since()}

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aot_cache.errors import CacheMiss
 from aot_cache.runtime import policy
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from aot_cache.upstream.triton_tuner_miss import Tuning
 
 Json = Any
+T = TypeVar("T")
 Facts = Callable[[], Mapping[str, Json]]
 _COUNTED = {
     "eager": "fallback",
@@ -73,7 +74,8 @@ class Guard:
         from aot_cache.upstream import dynamo_frames
 
         in_capture, own = self._state(policy.place_of(frame.code))
-        why, facts = self._reasons(frame)
+        unknown: tuple[str, Facts] = ("it could not be found out", dict)
+        why, facts = _or(unknown, lambda: self._reasons(frame))
         name = f"{frame.module}:{frame.name}"
         if own == "error" and (in_capture or self._ledger.sealed):
             self._note("graph", name, in_capture, "refused", why, facts)
@@ -99,7 +101,8 @@ class Guard:
         in_capture, own = self._state(place)
         twin = policy.twin_of(place) if in_capture and not launch.warmup else None
         action = self._action(own, in_capture, "unsafe" if twin is None else "twin")
-        why = "; ".join(launch.nearest()) or "no specialization of it is there"
+        nearest: list[str] = _or([], launch.nearest)
+        why = "; ".join(nearest) or "no specialization of it is there"
         self._note(
             "kernel", launch.name, in_capture, action, why, lambda: {"unit": launch.unit(), "nearest": launch.nearest()}
         )
@@ -136,7 +139,7 @@ class Guard:
             chosen = tuning.chosen() if late else None
         if chosen is not None:
             return chosen
-        number = tuning.first_installed() if in_capture else 0
+        number = _or(0, tuning.first_installed) if in_capture else 0
         action = self._action(own, in_capture, "first config")
         why = f"no choice for {tuning.key}"
         self._note("tuning", tuning.name, in_capture, action, why, tuning.to_json)
@@ -240,3 +243,11 @@ class Guard:
 
 def _when(in_capture: bool) -> str:
     return ", inside a CUDA graph capture" if in_capture else ", after seal()"
+
+
+def _or(otherwise: T, found_out: Callable[[], T]) -> T:
+    """What was found out, or something else: a call goes on, whatever keeps us from explaining it."""
+    try:
+        return found_out()
+    except Exception:
+        return otherwise

@@ -12,7 +12,7 @@ class Hooks:
     """Parts that are hooked in. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._undo: dict[str, list[Undo]] = {}
 
     def once(self, part: str, hook: Callable[[], Iterable[Undo]]) -> bool:
@@ -24,19 +24,24 @@ class Hooks:
         with self._lock:
             if part in self._undo:
                 return False
-            self._undo[part] = []  # before: hooking may import what calls this again
-            try:
-                self._undo[part].extend(hook())
-            except BaseException:
-                _undo(self._undo.pop(part))
-                raise
-            return True
+            mine = self._undo[part] = []
+        try:  # not under the lock: hooking imports, and another thread's import may be waiting for us
+            for undo in hook():
+                mine.append(undo)  # noqa: PERF402  # each as it comes: the next one may raise
+        except BaseException:
+            with self._lock:
+                self._undo.pop(part, None)
+            _undo(mine)
+            raise
+        return True
 
     def take_out(self) -> None:
         """Take everything out, last first: hooks stand around each other."""
         with self._lock:
-            while self._undo:
-                _undo(self._undo.popitem()[1])
+            parts = list(self._undo.values())
+            self._undo.clear()
+        while parts:
+            _undo(parts.pop())
 
 
 def _undo(hooks: list[Undo]) -> None:

@@ -103,6 +103,8 @@ def prime() -> int:
 
 
 def _prime_kernels() -> int:
+    if not _sets:
+        return 0
     from aot_cache.upstream import triton_kernel
 
     arm()
@@ -141,6 +143,8 @@ def ready(*, strict: bool = False) -> list[Report]:
         NotReady: with `strict`, when a declared kernel is not installed: not imported, of other source, or no bundle.
     """
     prime()
+    if torch_capture.cuda_is_up():
+        _prime_libraries()
     reports = [kernels.report for kernels in _sets]
     if strict:
         missing = [f"{name} (its module is not imported)" for r in reports for name in r.pending]
