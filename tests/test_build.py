@@ -568,6 +568,8 @@ def test_the_environment_is_part_of_the_stamp(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("COLUMNS", "7")
     monkeypatch.setenv("SSH_TTY", "x")
     assert stamp.environment() == before, "where a shell runs says nothing about kernels"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "new for each worker")
+    assert stamp.environment() == before, "nothing in the store would be found by the next build"
     monkeypatch.setenv("FLA_SOMETHING", "1")
     assert stamp.environment() != before
 
