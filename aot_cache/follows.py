@@ -55,55 +55,64 @@ def solve(
     """
     if {path: len(found) for path, found in sizes.items()} != {path: len(found) for path, found in relations.items()}:
         return "it is given other tensors or integers"
-    point: Point = {}
-    for steps in (_singles, _products):
-        for path, d, relation, size in steps(relations, sizes):
-            why = _take(point, relation, size, seen)
-            if why:
-                return f"{_name(path, d, sizes)} is {size}, {why}"
+    equations: dict[tuple[tuple[Any, ...], int], str] = {}
+    unknown = []
+    for path, found in relations.items():
+        for d, (relation, size) in enumerate(zip(found, sizes[path])):
+            if relation is None:
+                unknown.append(_name(path, d, sizes))
+            else:
+                equations.setdefault((tuple(relation), size), _name(path, d, sizes))
+    # What tells one dimension comes first, so that products find most of theirs known.
+    point = _search({}, sorted(equations.items(), key=lambda equation: len(equation[0][0])), seen)
+    if isinstance(point, str):
+        return point
     untold = [name for name in seen if name in changing and name not in point]
-    unknown = [_name(path, d, sizes) for path, found in relations.items() for d, r in enumerate(found) if r is None]
     if unknown and untold:
         return f"{unknown[0]} does not follow from {' or '.join(untold)} alone, and no other size tells"
     return {**seen, **point}
 
 
-_Equations = Iterator[tuple[str, int, list[Any], int]]
+_Equation = tuple[tuple[tuple[Any, ...], int], str]
 
 
-def _singles(relations: Relations, sizes: Mapping[str, Sequence[int]]) -> _Equations:
-    """What is constant or tells one dimension."""
-    yield from (equation for equation in _equations(relations, sizes) if len(equation[2]) <= 3)
+def _search(point: Point, equations: Sequence[_Equation], seen: Point) -> Point | str:
+    """The point with which all equations hold, or why there is none. Few are different, however many tensors there are."""
+    if not equations:
+        return point
+    ((relation, size), name), *others = equations
+    why = ""
+    for option in _options(point, relation, size, seen):
+        found = _search(option, others, seen)
+        if not isinstance(found, str):
+            return found
+        why = why or found
+    return why or f"{name} is {size}, {_never(point, relation)}"
 
 
-def _products(relations: Relations, sizes: Mapping[str, Sequence[int]]) -> _Equations:
-    yield from (equation for equation in _equations(relations, sizes) if len(equation[2]) > 3)
-
-
-def _equations(relations: Relations, sizes: Mapping[str, Sequence[int]]) -> _Equations:
-    for path, found in relations.items():
-        yield from ((path, d, r, size) for d, (r, size) in enumerate(zip(found, sizes[path])) if r is not None)
-
-
-def _take(point: Point, relation: list[Any], size: int, seen: Point) -> str:
-    """Put what one size tells into `point`; why it cannot be so, or nothing."""
-    plus, times, names = relation[0], *(relation[1:2] or [0]), relation[2:]
-    if not names:
-        return "" if size == plus else f"and always {plus} in what was declared"
-    text = " · ".join([*([str(times)] if times != 1 else []), *names]) + (f" + {plus}" if plus else "")
+def _options(point: Point, relation: Sequence[Any], size: int, seen: Point) -> Iterator[Point]:
+    """The points with which one size is so, as far as they are open."""
+    plus, times, names = relation[0], relation[1] if len(relation) > 1 else 0, relation[2:]
     left = [name for name in names if name not in point]
-    if not left:
-        fits = size == plus + times * math.prod(point[name] for name in names)
-        return "" if fits else f"and not {text} with {', '.join(f'{name}={point[name]}' for name in names)}"
+    if not left and size == plus + times * math.prod(point[name] for name in names):
+        yield point
     for free in left:
         # Where several are open one is solved for, and the others stay where they were seen.
         held = {name: point.get(name, seen[name]) for name in names if name != free}
         factor = times * math.prod(held.values())
         value, rest = divmod(size - plus, factor) if factor else (0, 1)
         if not rest and 0 <= value <= LARGEST:
-            point.update({**held, free: value})
-            return ""
-    return f"and no whole number makes it {text}"
+            yield {**point, **held, free: value}
+
+
+def _never(point: Point, relation: Sequence[Any]) -> str:
+    """Why no option is left for a size."""
+    plus, names = relation[0], relation[2:]
+    if not names:
+        return f"and always {plus} in what was declared"
+    text = " · ".join([*([str(relation[1])] if relation[1] != 1 else []), *names]) + (f" + {plus}" if plus else "")
+    known = ", ".join(f"{name}={point[name]}" for name in names if name in point)
+    return f"and not {text} with {known}" if known else f"and no whole number makes it {text}"
 
 
 def _name(path: str, d: int, sizes: Mapping[str, Sequence[int]]) -> str:

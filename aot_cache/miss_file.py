@@ -81,8 +81,8 @@ class Miss:
         return [_unit(data) for data in ([self.facts["unit"]] if self.kind == KERNEL else self.facts.get("units", []))]
 
     def tuning(self) -> Tuning | None:
-        """The choice that had to be made."""
-        return Tuning(**{name: self.facts["tuning"][name] for name in _TUNING}) if self.kind == TUNING else None
+        """The choice that a Triton autotuner had to make; those of Inductor's own kernels belong to their graph."""
+        return Tuning(**{name: self.facts["tuning"][name] for name in _TUNING}) if "tuning" in self.facts else None
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Misses:
 
 def identity(line: Mapping[str, Json]) -> str:
     """What makes two lines the same miss: what was asked for, and not who asked, when, how often or what was done."""
-    own = {name: line[name] for name in _IDENTITY[line["kind"]]}
+    own = {name: line[name] for name in _IDENTITY[line["kind"]] if name in line}
     # The order of options is part of Triton's key, so nothing is sorted here.
     return json.dumps([line["kind"], line["name"], list(own.items())])
 
@@ -109,7 +109,7 @@ def read(paths: Sequence[Path]) -> Misses:
         DeclarationError: a file cannot be read, or a line in it is none that a process of ours writes.
     """
     found: dict[str, Miss] = {}
-    seen: dict[tuple[str, Path, int], int] = {}
+    seen: dict[tuple[Path, str], int] = {}
     cut_off = 0
     for path in paths:
         for line in _lines(path):
@@ -118,15 +118,17 @@ def read(paths: Sequence[Path]) -> Misses:
                 continue
             same = identity(line)
             miss = found.setdefault(same, Miss(line["kind"], line["name"]))
-            before = seen.get((same, path, line["pid"]), 0)
-            # Ids of processes come again, in containers mostly: one that counts anew is another process.
+            # A process counts apart what it answered otherwise. And ids of processes come again, in containers mostly:
+            # one that counts anew is another process.
+            counter = json.dumps({name: value for name, value in line.items() if name not in ("seen", "why")})
+            before = seen.get((path, counter), 0)
             miss.count += line["seen"] - (before if line["seen"] > before else 0)
-            seen[same, path, line["pid"]] = line["seen"]
+            seen[path, counter] = line["seen"]
             miss.in_capture |= line["in_capture"]
             miss.sealed |= line["sealed"]
             _once(miss.actions, line["action"])
             _once(miss.why, line["why"])
-            miss.facts = {name: line[name] for name in _OWN[miss.kind]}
+            miss.facts = {name: line[name] for name in _OWN[miss.kind] if name in line}
     return Misses([found[same] for same in sorted(found)], cut_off)
 
 
@@ -161,10 +163,15 @@ def _line(text: bytes, where: str) -> dict[str, Json] | None:
             f"misses of schema {SCHEMA}", f"schema {data[MARK]!r} in {where}", "use the same version"
         )
     why = _shape(data, {"kind": str}) or ("" if data["kind"] in KINDS else f"kind {data['kind']!r}")
-    why = why or _shape(data, {**_COMMON, **_OWN[data["kind"]]}) or _inside(data)
+    why = why or _shape(data, {**_COMMON, **({} if _of_inductor(data) else _OWN[data["kind"]])}) or _inside(data)
     if why:
         raise _wrong(where, why)
     return data
+
+
+def _of_inductor(data: Mapping[str, Json]) -> bool:
+    """Whether it is a choice between the configs of a kernel of Inductor's, of which nothing more is known."""
+    return data["kind"] == TUNING and "tuning" not in data and "units" not in data
 
 
 def _wrong(where: str, found: str) -> DeclarationError:
@@ -197,7 +204,7 @@ def _inside(data: Mapping[str, Json]) -> str:
     if data["kind"] == KERNEL:
         texts = all(isinstance(text, str) for text in data["nearest"])
         return _shape(data["unit"], _UNIT) or ("" if texts else "nearest holds what is no text")
-    if data["kind"] == TUNING:
+    if data["kind"] == TUNING and not _of_inductor(data):
         return _inside_tuning(data["tuning"], data["units"])
     return ""
 

@@ -269,12 +269,11 @@ def misses(facts: Facts) -> None:
     if rows:
         table(head, rows, ("count",))
         line()
-    line(
-        f"{facts['different']} different misses, {times(facts['count'])}; {facts['in_capture']} of them inside captures"
-    )
-    line(f"{facts['declarable']} of them are covered by a wider declaration; `build --misses` builds what can be built")
+    line(f"different misses: {facts['different']}, {facts['in_capture']} of them inside captures")
+    line(f"missed calls in all: {facts['count']}")
+    line(f"covered by a wider declaration: {facts['declarable']}; `aot-cache build --misses` builds what can be built")
     if facts["cut_off"]:
-        line(f"{facts['cut_off']} lines are cut off, by a process that was killed")
+        line(f"lines cut off, by a process that was killed: {facts['cut_off']}")
 
 
 def times(count: int) -> str:

@@ -60,7 +60,7 @@ def _asked(miss: Miss) -> str:
         return ", ".join([*sizes, miss.facts["mode"]])
     if miss.kind == KERNEL:
         return " ".join(map(signature, miss.units()))
-    if miss.kind == TUNING:
-        tuning = miss.facts["tuning"]
-        return f"({', '.join(map(value_text, tuning['key']))}), {len(tuning['candidates'])} configs"
-    return ""
+    tuning = miss.tuning()
+    if tuning is not None:
+        return f"({', '.join(map(value_text, tuning.key))}), {len(tuning.candidates)} configs"
+    return "a choice between Inductor's configs" if miss.kind == TUNING else ""

@@ -568,6 +568,8 @@ def test_the_environment_is_part_of_the_stamp(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("COLUMNS", "7")
     monkeypatch.setenv("SSH_TTY", "x")
     assert stamp.environment() == before, "where a shell runs says nothing about kernels"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "new for each worker")
+    assert stamp.environment() == before, "nothing in the store would be found by the next build"
     monkeypatch.setenv("FLA_SOMETHING", "1")
     assert stamp.environment() != before
 
@@ -617,3 +619,150 @@ def test_a_plan_of_kernels_that_changed_is_not_nothing_to_do(tmp_path: Path) -> 
     project.kernels.write_text(KERNELS.replace("3.0", "3.5"))
     (failure,) = project.build(**more).failed
     assert "source of project_kernels:alone differs" in failure["error"]
+
+
+# --- what servers missed ----------------------------------------------------------------------------------------------
+
+SERVED = """
+import project
+from aot_cache import Call, Range, Recipe, declare
+
+@declare(n=Range(1, 17))
+def case(n):
+    if n > 1000:
+        raise ValueError("too many")
+    return Call(project.host, n)
+
+recipe = Recipe("served", [case])
+"""
+
+
+def missed(kind: str, name: str, **own: Any) -> str:
+    """A line of a misses file."""
+    common = {"in_capture": True, "sealed": True, "action": "twin", "why": "not there", "pid": 1, "seen": 2}
+    return json.dumps({"aot-cache miss": 1, "kind": kind, "name": name, **common, **own}) + "\n"
+
+
+def missed_call(**point: int) -> str:
+    facts = {
+        "place": "",
+        "wrapping": {},
+        "mode": "inference",
+        "structure": "",
+        "declare": "",
+        "sizes": {"n": [*point.values()]},
+    }
+    return missed("graph", "nobody:calls", points={"case": point}, **facts)
+
+
+@dataclass
+class AfterMisses:
+    """The recipe built again with what was missed: what the build said, its manifest, and its plan."""
+
+    built: Built
+    manifest: dict[str, Any]
+    plan: Plan
+
+    @property
+    def uncovered(self) -> list[tuple[str, str]]:
+        return [(row["name"].rpartition(":")[2], row["why"]) for row in self.built.misses["uncovered"]]
+
+
+@pytest.fixture(scope="module")
+def after_misses(twins: Sequence[tuple[Project, Built]]) -> AfterMisses:
+    project, before = twins[1]
+    (project.folder / "served.py").write_text(SERVED)
+    plan = json.loads(before.path.with_suffix(".plan.json").read_text())
+    kept = ("kernel", "source", "specialization", "options", "overrides")
+    units = {u["kernel"].rpartition(":")[2]: {name: u[name] for name in kept} for u in plan["units"]}
+
+    def with_block(name: str, block: Any) -> dict[str, Any]:
+        *pairs, _ = units[name]["specialization"]
+        return {**units[name], "specialization": [*pairs, {"t": ["constexpr", block]}]}
+
+    def kernel(unit: dict[str, Any]) -> str:
+        return missed("kernel", unit["kernel"], unit=unit, nearest=[])
+
+    tuning = {name: plan["tunings"][0][name] for name in ("kernel", "tuner", "candidates")}
+    configs = [
+        {**{name: u[name] for name in kept}, "via": [[0, c] for t, c in u["via"] if t == 0]}
+        for u in plan["units"]
+        if any(t == 0 for t, _ in u["via"])
+    ]
+    lines = [
+        kernel(with_block("alone", 32)),
+        kernel(with_block("make.<locals>.made", 32)),
+        kernel(with_block("alone", 16)),
+        kernel(with_block("inner", 16) | {"source": "0" * 64}),
+        kernel(with_block("outer", "no number")),
+        kernel(with_block("takes", 16) | {"specialization": [5]}),
+        kernel(units["alone"] | {"kernel": "no_such_module:kernel"}),
+        missed("tuning", tuning["kernel"], tuning={**tuning, "key": [99, "torch.float32"]}, units=configs),
+        missed("load", "project_kernels:tuned"),
+        missed("tuning", "triton_poi_fused"),
+        missed_call(n=200),
+        missed_call(n=2000),
+        missed_call(m=3),
+    ]
+    path = project.folder / "misses.jsonl"
+    path.write_text("".join(lines) + lines[0][:50])
+    served = Project(project.folder, project.store, "served").build(misses=(path,))
+    whole = manifest.whole(read_bundle(served.path, served.digest))
+    return AfterMisses(served, whole, Plan.read(served.path.with_suffix(".plan.json")))
+
+
+def test_misses_fail_no_build(after_misses: AfterMisses) -> None:
+    built = after_misses.built
+    assert not built.failed and after_misses.manifest["complete"] and not built.nothing_to_do
+    assert (built.misses["given"], built.misses["covered"], built.misses["cut_off"]) == (13, 4, 1)
+
+
+def test_missed_specializations_are_compiled(after_misses: AfterMisses) -> None:
+    """Also one of a kernel that is made inside a function."""
+    found = {
+        (after_misses.manifest["kernels"][u["kernel"]]["name"], u["specialization"][-1]["t"][1], bool(u["reached"]))
+        for u in after_misses.manifest["units"]
+    }
+    for name in ("project_kernels:alone", "project_kernels:make.<locals>.made"):
+        assert (name, 32, False) in found and (name, 16, True) in found
+    assert after_misses.built.compiled == 2, "the others are in the store"
+    assert (
+        after_misses.built.units == len(after_misses.plan.units) == len({unit.id for unit in after_misses.plan.units})
+    )
+
+
+def test_a_missed_choice_is_there_with_its_configs(after_misses: AfterMisses) -> None:
+    (number,) = [n for n, t in enumerate(after_misses.manifest["tunings"]) if t["key"][0] == 99]
+    assert after_misses.manifest["tunings"][number]["default"] == 0
+    reached = {tuple(via) for unit in after_misses.manifest["units"] for via in unit["via"]}
+    assert {(number, 0), (number, 1)} <= reached
+
+
+def test_a_missed_point_is_visited_and_named(after_misses: AfterMisses) -> None:
+    (case,) = after_misses.plan.cases
+    assert (case.dims, case.missed, case.points, case.total) == ({"n": "1..17"}, [{"n": 200}], 18, 18)
+    assert 200 in {tuning.key[0] for tuning in after_misses.plan.tunings}
+    assert after_misses.built.points == 18
+
+
+def test_what_is_not_covered_is_named_with_its_reason(after_misses: AfterMisses) -> None:
+    why = dict(after_misses.uncovered)
+    assert len(after_misses.uncovered) == 9 and why.pop("outer").startswith("CompilationError")
+    assert why == {
+        "calls": "no declared case calls a compiled function",
+        "inner": "its source here is not the one that missed",
+        "kernel": "no kernel of this name can be reached; is its module installed here?",
+        "takes": "its specialization is none of (type, value) pairs",
+        "tuned": "it was compiled, and loaded late: there is nothing to build",
+        "triton_poi_fused": "Inductor's kernel has all its configs in the bundle: tune it, or ready(tune=True)",
+    }
+
+
+def test_other_misses_are_another_build(twins: Sequence[tuple[Project, Built]], tmp_path: Path) -> None:
+    project, _ = twins[0]
+    nothing, something = tmp_path / "nothing", tmp_path / "something"
+    nothing.write_text("")
+    something.write_text(missed("load", "m:k"))
+    request = Request(targets.get("h200"), project.store, "project:recipe")
+    asked = {pipeline._question(request, pipeline.miss_file.read(paths)) for paths in ((), [nothing], [something])}
+    assert len(asked) == 2, "a file with nothing in it is as none"

@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aot_cache.build.calls import Kind, Survey
+from aot_cache.build.calls import Kind, Survey, follows
 from aot_cache.call_leaves import Leaf, leaves, structure_of
 from aot_cache.upstream.dynamo_frames import Frame
 
@@ -76,6 +76,37 @@ def test_a_size_that_changes_is_dynamic_between_its_bounds() -> None:
 def test_several_sizes_that_change() -> None:
     (kind,) = kinds_of(*(frame(g, t(n, 8, 2 * n), n * 10) for n in (3, 2)))
     assert kind.dynamic() == {"L['x']": [[0, 2, 3], [2, 4, 6]], "L['k']": [[-1, 20, 30]]}
+
+
+def test_how_sizes_follow_is_told_over_all_values_of_a_case() -> None:
+    """Each of `Values` is surveyed alone, and is a kind of its own."""
+    points = [{"n": n, "heads": heads} for heads in (16, 32) for n in (2, 3, 5)]
+    surveys = [Survey(), Survey()]
+    for number, point in enumerate(points):
+        survey = surveys[number // 3]
+        survey.next_point()
+        for width in (8, 9):  # two places that make such a call
+            survey.add(frame(g, t(2 * point["n"], point["heads"], width), point["n"] + 1), "inference", number)
+    kind = next(iter(surveys[1].kinds(0).values()))
+    found = follows(surveys, points)
+    assert [found[kind.structure, n]["L['x']"] for n in (0, 1)] == [[[0, 2, "n"], [0, 1, "heads"], [w]] for w in (8, 9)]
+    assert found[kind.structure, 0]["L['k']"] == [[1, 1, "n"]] and kind.places == {0: {0}}
+
+
+def test_sizes_that_are_the_model_s_own_follow_from_nothing() -> None:
+    layer = Layer()
+    survey = surveyed(frame(Layer.forward, layer, t(3)), frame(Layer.forward, layer, t(4)))
+    (relations,) = follows([survey], [{"n": 3}, {"n": 4}]).values()
+    assert relations["L['x']"] == [[0, 1, "n"]] and not any("_parameters" in path for path in relations)
+
+
+def test_a_call_that_was_written_down_is_of_a_kind() -> None:
+    (kind,) = kinds_of(*(frame(g, t(n, 8), n) for n in (2, 9)))
+    assert kind.takes(kind.structure, {"L['x']": [5, 8], "L['k']": [6]})
+    assert not kind.takes("another", {"L['x']": [5, 8], "L['k']": [6]})
+    for sizes in ([10, 8], [1, 8], [5, 9], [5], [5, 8, 1]):
+        assert not kind.takes(kind.structure, {"L['x']": sizes})
+    assert not kind.takes(kind.structure, {"L['y']": [5, 8]})
 
 
 def test_an_integer_changes_like_a_size() -> None:

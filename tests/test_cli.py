@@ -245,6 +245,44 @@ def test_every_option_arrives(run: Run, stub: Pipeline) -> None:
     assert (asked.line_info, asked.workers, asked.pythons) == (True, 3, ("p1", "p2"))
 
 
+MISS = {
+    "aot-cache miss": 1,
+    "kind": "graph",
+    "name": "m:layer",
+    "in_capture": True,
+    "sealed": True,
+    "action": "eager",
+    "why": "no graph\x1b[31m of it",
+    "pid": 1,
+    "seen": 12,
+    "place": "m.py:3",
+    "wrapping": {},
+    "mode": "inference",
+    "structure": "0123456789abcdef",
+    "sizes": {"L['x']": [600, 16]},
+    "points": {"decode": {"batch": 600}},
+    "declare": "decode: batch=Range(1, 600)",
+}
+
+
+def test_misses_go_with_a_model(run: Run, stub: Pipeline, sample: Sample) -> None:
+    Path("m").write_text(json.dumps(MISS))
+    assert run("build", "--model", "tiny:good", "--misses", "m", "--misses", "m").code == 0
+    assert stub.asked[0].misses == (Path("m"), Path("m"))
+    assert_one_line(run("build", "--plan", sample.plan, "--misses", "m"), "--misses with --model", "--plan")
+
+
+def test_what_became_of_misses_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"kind": "graph", "name": "m:layer", "asked": "x 600×16", "count": 12, "why": "no case\x1b calls it"}
+    misses = {"given": 3, "covered": 2, "uncovered": [row], "cut_off": 1}
+    built = Built("h200", Path("b"), "d" * 64, 9, 1, 0, 1, 0, [], [], 1, 0.1, misses=misses)
+    monkeypatch.setattr(pipeline, "build", lambda *_: built)
+    said = run("build", "--model", "tiny:good")
+    assert "h200: misses: 2 of 3 covered\n" in said.out and "was killed: 1\n" in said.out
+    assert "h200: not covered: graph m:layer (12 times, x 600×16): no case? calls it\n" in said.out
+    assert run("build", "--model", "tiny:good", "--json").document["bundles"][0]["misses"] == misses
+
+
 def test_what_was_built_before_an_error_is_said(run: Run, stub: Pipeline) -> None:
     arguments = ("build", "--model", "tiny:good", "--target", "h200", "--target", "b200")
     said = run(*arguments)
@@ -290,6 +328,9 @@ def test_control_c_ends_with_130(tmp_path: Path) -> None:
         ("--plan no.json", ["no.json", "No such file"]),
         ("--plan tiny.py", ["tiny.py", "not JSON"]),
         ("--plan no.json --range n=1", ["--range", "--plan"]),
+        ("--plan no.json --misses m", ["no.json", "No such file"]),
+        ("--model tiny:good --misses m", ["a misses file at m", "No such file"]),
+        ("--model tiny:good --misses tiny.py", ["a misses file", "tiny.py, line 2", "not JSON"]),
     ],
 )
 def test_a_mistake_is_found_before_anything_starts(
@@ -386,6 +427,24 @@ def test_inspecting_a_plan(run: Run, sample: Sample) -> None:
     facts = run("inspect", sample.plan, "--points", "--json").document
     assert (facts["kind"], facts["units"], len(facts["specializations"])) == ("plan", 2, 2)
     assert "tiny:scale" in run("inspect", sample.plan, "--points").out
+
+
+def test_inspecting_misses(run: Run, sample: Sample) -> None:
+    Path("m").write_text(
+        json.dumps(MISS) + "\n" + json.dumps({**MISS, "pid": 2, "seen": 3}) + "\n" + json.dumps(MISS)[:30]
+    )
+    said = run("inspect", "--misses", "m")
+    assert (said.code, said.err) == (0, "")
+    (row,) = [line.split() for line in said.out.splitlines() if "m:layer" in line]
+    assert row[:2] == ["graph", "m:layer"] and "15" in row and " ".join(row[-2:]).endswith("batch=Range(1, 600)")
+    assert "\x1b" not in said.out and "was killed: 1" in said.out
+    facts = run("inspect", "--misses", "m", "--json").document
+    assert (facts["kind"], facts["different"], facts["count"], facts["cut_off"]) == ("misses", 1, 15, 1)
+    assert facts["misses"][0]["points"] == {"decode": {"batch": 600}}
+    assert_one_line(run("inspect"), "neither")
+    assert_one_line(run("inspect", sample.bundle, "--misses", "m"), "both")
+    assert_one_line(run("inspect", "--misses", "m", "--points"), "--points")
+    assert_one_line(run("inspect", "--misses", sample.plan), "a misses file")
 
 
 def test_a_file_that_is_neither(run: Run, tmp_path: Path) -> None:

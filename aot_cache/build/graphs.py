@@ -330,6 +330,9 @@ class Runs:
 
     def _reached_all(self, kind: Kind) -> Json:
         return [
+            sorted(
+                (n, list(at)) for n, at in kind.points.items()
+            ),  # what is in the store names points by their numbers
             self._reached({n: set(at) for n, at in kind.points.items()}),
             [self._hint_first(n, at)[0] for n, at in kind.points.items()],
         ]

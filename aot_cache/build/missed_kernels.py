@@ -12,7 +12,7 @@ from aot_cache.build.bundles import misfit
 from aot_cache.build.compile import Outcome
 from aot_cache.errors import TraceError, one_line
 from aot_cache.key import UNITS
-from aot_cache.miss_file import LOAD, Miss
+from aot_cache.miss_file import LOAD, TUNING, Miss
 from aot_cache.plan import Plan, Unit, extended
 from aot_cache.store import Store
 from aot_cache.target import Target
@@ -38,8 +38,11 @@ class MissedKernels:
         for number, miss in enumerate(misses):
             if miss.kind == LOAD:
                 self.uncovered[number] = "it was compiled, and loaded late: there is nothing to build"
-            units = miss.units()
-            tuning = miss.tuning()
+            units, tuning = miss.units(), miss.tuning()
+            if miss.kind == TUNING and tuning is None:
+                self.uncovered[number] = (
+                    "Inductor's kernel has all its configs in the bundle: tune it, or ready(tune=True)"
+                )
             if not units and tuning is None:
                 continue
             try:

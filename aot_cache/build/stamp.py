@@ -22,6 +22,8 @@ Json = Any
 _SHELL = frozenset(
     "PWD OLDPWD SHLVL _ TERM COLUMNS LINES LS_COLORS USER LOGNAME HOSTNAME PS1 LESSOPEN LESSCLOSE MAIL DISPLAY "
     "PYTEST_CURRENT_TEST GITHUB_RUN_ID TMPDIR".split()
+    # Every worker of a build has new folders for these: with them in it, nothing in the store would be found again.
+    + "TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR".split()
 )
 
 

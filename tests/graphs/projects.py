@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,12 @@ class Project:
         return self.folder / "store" / "bundles" / f"{name}-cpu.safetensors"
 
     def build(
-        self, spec: str = "sample_recipe:recipe", workers: int = 1, **environment: str
+        self, spec: str = "sample_recipe:recipe", workers: int = 1, more: Sequence[str] = (), **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """`aot-cache build --json`, run in the project's folder."""
         command = "-m aot_cache.cli build --target cpu --store store --json --model".split()
         return subprocess.run(
-            [sys.executable, *command, spec, "--workers", str(workers)],
+            [sys.executable, *command, spec, "--workers", str(workers), *more],
             env={**_environment(), "PYTHONPATH": str(ROOT), **environment},
             cwd=self.folder,
             capture_output=True,

@@ -84,4 +84,5 @@ def twins(n: int) -> Call:
     return Call(_both, _rows(n))
 
 
-recipe = Recipe("sample-graphs", [decorated, broken, layers, scaled, tiled, method, weighted, pushed, elsewhere, twins])
+few = Recipe("sample-few", [decorated, scaled, tiled])
+recipe = Recipe("sample-graphs", [*few.cases, broken, layers, method, weighted, pushed, elsewhere, twins])
