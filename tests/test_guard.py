@@ -117,6 +117,16 @@ def test_nested_frames_and_the_rest_after_a_graph_break(made: Made) -> None:
     assert len(made.frames) == traced + 1
 
 
+def test_without_us_the_branch_is_compiled_inside_the_capture(made: Made) -> None:
+    aot_cache.disarm()
+    call = made.broken()
+    call(X, False)
+    traced = len(made.frames)
+    with capture():
+        call(X, True)
+    assert len(made.frames) == traced + 1 and counts() == {}
+
+
 def test_a_compiled_function_in_a_compiled_function_that_missed(made: Made) -> None:
     inner = made.plain()
     inner(X)

@@ -133,19 +133,22 @@ class Guard:
 
     def tuning(self, tuning: Tuning) -> int | None:
         """A Triton autotuner is about to measure; returns the number of the config to take, or None to let it."""
-        in_capture, own = self._state(policy.place_of(tuning.tuner))
+        place = policy.place_of(tuning.tuner)
+        in_capture, own = self._state(place)
         with self.installing():
             late = self._late(tuning.function, tuning.name, tuning.device)
             chosen = tuning.chosen() if late else None
         if chosen is not None:
             return chosen
-        number = _or(0, tuning.first_installed) if in_capture else 0
+        there: int | None = _or(None, tuning.first_installed) if in_capture else None
         action = self._action(own, in_capture, "first config")
+        if action == "first config" and there is None and policy.twin_of(place):
+            return 0  # its twin is about to run, and to be counted, whatever the config
         why = f"no choice for {tuning.key}"
         self._note("tuning", tuning.name, in_capture, action, why, tuning.to_json)
         if action == "refused":
             raise CacheMiss(f"a choice of the autotuner of {tuning.name}{_when(in_capture)}", why, _DO)
-        return number if action == "first config" else None
+        return (there or 0) if action == "first config" else None
 
     @contextlib.contextmanager
     def loading(self, name: str) -> Iterator[None]:

@@ -79,8 +79,8 @@ class Tuning:
         choice = self.tuner.cache.get(self.key)
         return None if choice is None else next((n for n, c in enumerate(self.configs) if c is choice), None)
 
-    def first_installed(self) -> int:
-        """The number of the first config whose kernel is there; 0 when none is."""
+    def first_installed(self) -> int | None:
+        """The number of the first config whose kernel is there, or None."""
         for number in range(len(self.configs)):
             launch = self._launch(number)
             if launch is not None:
@@ -88,7 +88,7 @@ class Tuning:
                 key, _, _ = triton_jit.bind(self.function, args, triton_jit.launch_defaults(self.function, kwargs))
                 if triton_kernel.has(self.function, self.device, key):
                     return number
-        return 0
+        return None
 
     def _launch(self, number: int) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The kernel's arguments under a config; None where something unknown stands between tuner and kernel."""

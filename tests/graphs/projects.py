@@ -75,7 +75,7 @@ class Project:
                 [sys.executable, "-c", script],
                 env={
                     **_environment(),
-                    "PYTHONPATH": os.pathsep.join(map(str, (self.folder, HERE, ROOT))),
+                    "PYTHONPATH": os.pathsep.join(map(str, (self.folder, HERE, HERE.parent, ROOT))),
                     "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor",
                     "AOT_CACHE": str(bundle),
                     "AOT_CACHE_STRICT": "1",

@@ -76,19 +76,39 @@ def test_the_bundle_says_how_sizes_follow(built: Built) -> None:
 
 @dataclass
 class Next:
-    """The next bundle: what the build said of the misses, and what a server has of it."""
+    """A server whose bundle lacks points, what the next build said of its misses, and what a server has of that."""
 
+    before: dict[str, Any]
     said: dict[str, Any]
     bundle: Path
     facts: dict[str, Any]
 
 
+BEFORE = """
+import aot_cache.auto
+import torch
+import sample_model as m
+from pretend import capture
+from serving import FACTS, aot_cache, call, say
+
+aot_cache.ready()
+aot_cache.seal()
+with torch.inference_mode():
+    call("warm-up without drafts", m.decorated, torch.randn(5, 16))
+    with capture():
+        call("drafts, declared", m.compiled_tiled, torch.randn(16, 16))
+        call("decorated 100", m.decorated, torch.randn(100, 16))
+        call("tiled 32", m.compiled_tiled, torch.randn(32, 16))
+FACTS["traced"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+say()
+"""
 AFTER = """
 import aot_cache.auto
 import torch
 import sample_model as m
 from serving import aot_cache, call, say
 
+aot_cache.ready(strict=True)
 aot_cache.seal()
 with torch.inference_mode():
     for n in (100, 64, 2, 80):
@@ -101,18 +121,20 @@ say()
 @pytest.fixture(scope="module")
 def following(built: Built) -> Next:
     """Built where the first bundle was, of fewer cases: of kinds of calls that nobody missed, the store has the graphs."""
+    folder = built.project.folder
+    misses = folder / "misses.jsonl"
+    before = built.project.serve(BEFORE, built.bundle, AOT_CACHE_MISSES=str(misses))
+    assert len(misses.read_text().splitlines()) == 2
     server = Server.of(built.bundle)
-    lines = [
-        server.miss("sample_model:decorated", {X: [100, 16]}),
-        server.miss("sample_model:tiled", {X: [32, 16]}),
+    lines = [  # beside what that server wrote: what no build can cover
         server.miss("sample_model:decorated", {X: [5, 17]}),
         server.miss("sample_model:decorated", {X: [5, 16]}, why="SHIFT was 0.5 and is 7.0"),
         server.miss("sample_model:decorated", {X: [100, 16]}, structure="0" * 16),
         server.miss("sample_model:decorated", {X: [1 << 60, 16]}),
         server.miss("sample_model:elsewhere", {X: [100, 16]}, structure="0" * 16),
     ]
-    folder = built.project.folder
-    (folder / "misses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with misses.open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
     run = built.project.build(
         "sample_recipe:few",
         more=("--misses", "misses.jsonl", "--out", "next.safetensors"),
@@ -120,7 +142,27 @@ def following(built: Built) -> Next:
     )
     assert run.returncode == 0, run.stderr
     (said,) = json.loads(run.stdout)["bundles"]
-    return Next(said, folder / "next.safetensors", built.project.serve(AFTER, folder / "next.safetensors"))
+    after = built.project.serve(AFTER, folder / "next.safetensors", AOT_CACHE_POLICY="error")
+    return Next(before, said, folder / "next.safetensors", after)
+
+
+def test_a_capture_takes_a_branch_that_the_warm_up_did_not(following: Next) -> None:
+    """What is declared hits, whatever the warm-up did; what is not falls back. Nothing is traced inside the capture."""
+    facts = following.before
+    assert found(facts["warm-up without drafts"]) and found(facts["drafts, declared"])
+    for name in ("decorated 100", "tiled 32"):
+        fact = facts[name]
+        assert not fact["error"] and fact["distance"] == 0.0 and not fact["frame"] and not fact["graph"], fact
+    assert facts["stats"]["in_capture"]["fallback"] == 2 and facts["traced"] == 0
+    assert {miss["action"] for miss in facts["stats"]["misses"]} == {"eager"}
+    assert all("size" in miss["why"] for miss in facts["stats"]["misses"])
+
+
+def test_the_loop_closes(following: Next) -> None:
+    """Under policy `error`: with the next bundle there is no miss."""
+    stats = following.facts["stats"]
+    assert stats["misses"] == [] and stats["policy"] == "error"
+    assert not any(stats["after_seal"][kind] for kind in ("frame", "graph_compile", "fallback", "refused", "gcc"))
 
 
 @pytest.mark.parametrize("call", ["decorated 100", "tiled 32"])

@@ -290,6 +290,13 @@ def test_a_config_that_is_there_goes_before_the_first(made: dict[str, Any]) -> N
     assert made["tuned"].best_config.kwargs == {"BLOCK": 64} and counts() == {"fallback": 1}
 
 
+def test_a_tuned_kernel_with_a_twin_is_one_fallback(made: dict[str, Any], device: Device) -> None:
+    aot_cache.fallback(made["tuned"])(lambda x, out: out.add_(x))
+    with capture():
+        tune(made["tuned"])
+    assert counts() == {"fallback": 1} and not device.launched and not device.loaded
+
+
 def test_a_failing_launch_leaves_the_tuner_as_it_was(made: dict[str, Any]) -> None:
     hook = made["tuned"].pre_hook
     with capture(), mock.patch.object(JITFunction, "_do_compile", side_effect=MemoryError):
