@@ -14,6 +14,7 @@ Each cell is a process of its own with empty caches. Exit code 0 when every clai
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import subprocess
@@ -76,7 +77,7 @@ def captured(call: Callable[[Any], Any], x: Any, mode: str, where: str) -> tuple
     """(graph, its output)."""
     import torch
 
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph, stream = torch.cuda.CUDAGraph(keep_graph=True), torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
         if where == "whole":
@@ -87,6 +88,13 @@ def captured(call: Callable[[Any], Any], x: Any, mode: str, where: str) -> tuple
             out = call(x)
         stream.wait_stream(side)
     return graph, out
+
+
+def nodes_of(graph: Any) -> int:
+    """How much was recorded."""
+    count = ctypes.c_size_t()
+    ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count))
+    return count.value
 
 
 def lost(error: BaseException) -> str:
@@ -103,13 +111,17 @@ def capture_and_replay(case: Any, x: Any, options: argparse.Namespace) -> Json:
     except Exception as error:
         torch.cuda.synchronize()
         return {"lost": lost(error), "cause": lost(error.__cause__ or error.__context__ or error)}
+    nodes = {
+        "nodes": nodes_of(graph),
+        "nodes of eager": nodes_of(captured(case.eager, x, options.mode, options.where)[0]),
+    }
     worst = 0.0
     for _ in range(2):
         x.copy_(torch.randn_like(x))
         graph.replay()
         torch.cuda.synchronize()
         worst = max(worst, relative(out, case.eager(x)))
-    return {"lost": "", "error": worst}
+    return {"lost": "", "error": worst, **nodes}
 
 
 def part_cell(options: argparse.Namespace) -> Json:
@@ -120,9 +132,13 @@ def part_cell(options: argparse.Namespace) -> Json:
     import aot_cache
 
     if options.policy != "none":
-        aot_cache.arm(options.policy)
+        aot_cache.arm("fallback" if options.policy == "rocm" else options.policy)
     from guard_cases import CASES, SIZE
 
+    if options.policy == "rocm":  # all that decides, and nothing of what torch and Triton make of it
+        from aot_cache.upstream import torch_capture
+
+        torch_capture.on_rocm = lambda: True
     case = CASES[options.case]
     x = torch.randn(SIZE, device="cuda")
     from triton.runtime.driver import driver
@@ -325,6 +341,7 @@ def cells_to_run(which: set[str]) -> list[tuple[str, ...]]:
         for policy in ("none", "fallback"):
             todo += [("cell", case, policy, mode, where) for case in CASES for mode in MODES for where in WHERE]
         todo += [("cell", case, "error", "global", "whole") for case in CASES]
+        todo += [("cell", case, "rocm", "global", "whole") for case in CASES]
         todo += [("cell", case, "observe", "thread_local", "whole") for case in CASES]
     if "entrances" in which:
         entrances = ("capture_begin", "make_graphed_callables", "cudagraph_trees", "another thread")
@@ -366,16 +383,13 @@ def then_hits(answer: Json) -> bool:
 
 def refused(answer: Json) -> bool:
     first = answer.get("first", {})
-    return (
-        "CacheMiss" in first.get("lost", "")
-        and not set(first["events"])
-        and then_hits(answer)
-        and "graph" not in answer
+    return whole_answer(answer) and (
+        "CacheMiss" in first.get("lost", "") and not set(first["events"]) and then_hits(answer)
     )
 
 
 def claims_of(done: dict[tuple[str, ...], Json]) -> dict[str, bool]:
-    from guard_cases import CASES
+    from guard_cases import CASES, FALLBACK
 
     def without(cell: tuple[str, ...]) -> Json:
         return done[(*cell[:2], "none", *cell[3:])]
@@ -398,6 +412,14 @@ def claims_of(done: dict[tuple[str, ...], Json]) -> dict[str, bool]:
             all(bool(answer["first"][fact]) == bool(without(cell)["first"][fact]) for fact in ("lost", "events"))
             for cell, answer in by["observe"].items()
         )
+        claims["on ROCm: eager, a twin, or an error before anything is recorded"] = all(
+            refused(a) if "unsafe" in CASES[c[1]].counts else fell_back(CASES[c[1]], a) for c, a in by["rocm"].items()
+        )
+        claims["nothing is recorded that eager would not have launched"] = all(
+            a["first"]["nodes"] == a["first"]["nodes of eager"]
+            for c, a in {**ours, **by["rocm"]}.items()
+            if CASES[c[1]].counts == FALLBACK
+        )
         claims["without us captures are lost, or compiled into"] = all(
             a["first"]["lost"] or a["first"]["events"] for a in by["none"].values()
         )
@@ -413,7 +435,7 @@ def claims_of(done: dict[tuple[str, ...], Json]) -> dict[str, bool]:
     return claims
 
 
-POLICIES = ("none", "fallback", "error", "observe")
+POLICIES = ("none", "fallback", "error", "observe", "rocm")
 
 
 def table(done: dict[tuple[str, ...], Json]) -> Json:
@@ -423,7 +445,9 @@ def table(done: dict[tuple[str, ...], Json]) -> Json:
         if not whole_answer(answer) or "first" not in answer:
             return answer
         first = answer["first"]
-        kept = {k: first[k] for k in ("lost", "error", "events", "in_capture") if first.get(k)}
+        kept = {
+            k: first[k] for k in ("lost", "error", "events", "in_capture", "nodes", "nodes of eager") if first.get(k)
+        }
         rest = {part: answer[part].get("events") for part in ("outside", "second") if answer.get(part)}
         losses = {f"{part} lost": answer[part]["lost"] for part in ("outside", "second") if answer[part].get("lost")}
         return {**kept, **{k: v for k, v in rest.items() if v}, **losses}

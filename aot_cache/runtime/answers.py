@@ -36,20 +36,22 @@ class Answers:
 
     Args:
         ledger: where everything is counted.
+        guard: decides what is done where there is no answer.
         refuse: told when a bundle's graphs cannot be used, and are dropped.
     """
 
-    def __init__(self, ledger: Ledger, refuse: Callable[[Exception], None]) -> None:
-        self._ledger, self._refuse = ledger, refuse
+    def __init__(self, ledger: Ledger, guard: Guard, refuse: Callable[[Exception], None]) -> None:
+        self._ledger, self._guard, self._refuse = ledger, guard, refuse
         self.sets: list[GraphSet] = []
         self._declared: dict[str, tuple[list[CallPlan], list[CasePlan]]] = {}
 
-    def hook(self, guard: Guard) -> Iterator[Callable[[], None]]:
+    def hook(self) -> Iterator[Callable[[], None]]:
         """Hook Dynamo's and Inductor's miss paths; yields what takes each hook out. The process has imported Dynamo."""
 
         def note(kind: str, name: str) -> None:
             self._ledger.note(kind, name, torch_capture.capturing())
 
+        guard = self._guard
         yield dynamo_frames.count(note)
         yield inductor_events.listen(note)
         yield inductor_later.import_when_compiling()
@@ -67,7 +69,8 @@ class Answers:
         """A graph for a call, out of the first bundle that has one."""
         for graphs in list(self.sets):
             try:
-                found = graphs.find(frame)
+                with self._guard.installing():
+                    found = graphs.find(frame)
             except Exception as error:  # the call goes on as it would without us
                 self.sets.remove(graphs)
                 self._refuse(error)

@@ -84,7 +84,7 @@ class Guard:
             self._note("graph", name, True, "eager", why, facts)
             return dynamo_frames.run_without_compiling()
         self._note("graph", name, in_capture, "observed" if in_capture else "compiled", why, facts)
-        with self.installing():
+        with self._decided():
             return go_on(None)
 
     # --- Triton -------------------------------------------------------------------------------------------------------
@@ -101,13 +101,14 @@ class Guard:
         in_capture, own = self._state(place)
         twin = policy.twin_of(place) if in_capture and not launch.warmup else None
         action = self._action(own, in_capture, "unsafe" if twin is None else "twin")
-        nearest: list[str] = _or([], launch.nearest)
-        why = "; ".join(nearest) or "no specialization of it is there"
-        self._note(
-            "kernel", launch.name, in_capture, action, why, lambda: {"unit": launch.unit(), "nearest": launch.nearest()}
-        )
+        nearest = _or(None, launch.nearest)
+        differences = nearest.differences if nearest is not None else []
+        why = "; ".join(differences) or "no specialization of it is there"
+        facts: Facts = lambda: {"unit": launch.unit(), "nearest": differences}  # noqa: E731
+        self._note("kernel", launch.name, in_capture, action, why, facts)
         if action == "refused":
-            raise CacheMiss(f"a specialization of {launch.name}{_when(in_capture)}", f"the nearest: {why}", _DO)
+            wanted = f"a specialization of {launch.name} for ({launch.text}){_when(in_capture)}"
+            raise CacheMiss(wanted, f"the nearest is for ({nearest.text}): {why}" if nearest is not None else why, _DO)
         if action == "twin" and twin is not None:
             from aot_cache.upstream import triton_miss
 
@@ -125,7 +126,7 @@ class Guard:
             f"the Triton kernel {launch.name} was compiled inside a CUDA graph capture; declare it, "
             "or give it a twin (aot_cache.fallback)"
         )
-        with self.installing(), capture_mode.relaxed():
+        with self._decided(), capture_mode.relaxed():
             kernel = go_on()
             if not launch.warmup:
                 triton_miss.load_now(kernel)
@@ -153,7 +154,7 @@ class Guard:
     @contextlib.contextmanager
     def loading(self, name: str) -> Iterator[None]:
         """A kernel that is compiled already is about to be loaded onto the device."""
-        if getattr(self._here, "installing", 0):
+        if getattr(self._here, "decided", False):
             yield
             return
         in_capture, own = torch_capture.capturing(), policy.default()
@@ -203,16 +204,21 @@ class Guard:
 
     @contextlib.contextmanager
     def installing(self) -> Iterator[None]:
-        """Loads inside are part of what was already decided; in a capture they do not break it."""
+        """What a bundle has is loaded inside: no miss, and in a capture it does not break it."""
         from aot_cache.upstream import capture_mode
 
-        before = getattr(self._here, "installing", 0)
-        self._here.installing = before + 1
+        with self._decided(), capture_mode.relaxed() if torch_capture.capturing() else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
+    def _decided(self) -> Iterator[None]:
+        """Loads inside are part of what was already decided."""
+        before = getattr(self._here, "decided", False)
+        self._here.decided = True
         try:
-            with capture_mode.relaxed() if not before and torch_capture.capturing() else contextlib.nullcontext():
-                yield
+            yield
         finally:
-            self._here.installing = before
+            self._here.decided = before
 
     def forget_warnings(self) -> None:
         """Say everything once more (tests)."""

@@ -129,7 +129,8 @@ def _prime_graphs() -> int:
     for graphs in list(_answers.sets) if _answers is not None else []:
         if graphs.on_cpu or torch_capture.cuda_is_up():
             try:
-                loaded += graphs.prime()
+                with GUARD.installing():
+                    loaded += graphs.prime()
             except Exception as error:
                 _answers.sets.remove(graphs)
                 _refuse(error, _strict)
@@ -336,8 +337,8 @@ def _hook_dynamo() -> None:
 
         with _lock:
             if _answers is None:
-                _answers = Answers(LEDGER, lambda error: _refuse(error, _strict))
-        HOOKS.once("dynamo", lambda: _answers.hook(GUARD))
+                _answers = Answers(LEDGER, GUARD, lambda error: _refuse(error, _strict))
+        HOOKS.once("dynamo", _answers.hook)
         with _lock:
             _add_graphs()
     except Exception as error:

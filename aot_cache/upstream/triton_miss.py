@@ -9,6 +9,7 @@ Upstream: `triton/runtime/jit.py` (`JITFunction.run`, `_pack_args`, `_do_compile
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,19 @@ from aot_cache.upstream import triton_jit
 Json = Any
 _asked = threading.local()
 """What the launch under way on this thread asks for: `run` packs it just before it compiles."""
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """A specialization that is there.
+
+    Args:
+        text: for people, see `Launch.text`.
+        differences: how what is missing differs from it, part by part.
+    """
+
+    text: str
+    differences: list[str]
 
 
 @dataclass(frozen=True)
@@ -66,12 +80,20 @@ class Launch:
         """The kernel that is there for it by now, or None."""
         return self.function.device_caches[self.device][0].get(self.key)
 
-    def nearest(self) -> list[str]:
-        """How what is missing differs from that specialization which is there and differs least; empty: there is none."""
-        names = [parameter.name for parameter in self.function.params]
-        wanted = _parts(self.key, names)
-        found = [_parts(key, names) for key in self.function.device_caches[self.device][0]]
-        return min((_differences(wanted, parts) for parts in found), key=len, default=[])
+    @property
+    def text(self) -> str:
+        """What is missing, for people: `x=*fp32 D, n=i32, BLOCK=64, num_warps=8`."""
+        return _text(self._parts(self.key))
+
+    def nearest(self) -> Nearest | None:
+        """That specialization which is there and differs least; None when there is none."""
+        wanted = self._parts(self.key)
+        found = [self._parts(key) for key in self.function.device_caches[self.device][0]]
+        near = [Nearest(_text(parts), _differences(wanted, parts)) for parts in found]
+        return min(near, key=lambda one: len(one.differences), default=None)
+
+    def _parts(self, key: str) -> dict[str, str]:
+        return _parts(key, [parameter.name for parameter in self.function.params])
 
 
 GoOn = Callable[[], Any]
@@ -203,10 +225,29 @@ def _items(text: str, start: int) -> tuple[list[str], int]:
     return out, len(text)
 
 
+_PLAIN = re.compile(r"\('?(?P<type>[^',()]+)'?, '?(?P<value>[^'()]*)'?\)")
+
+
+def _text(parts: dict[str, str]) -> str:
+    return ", ".join(f"{name}={_short(value)}" for name, value in parts.items() if name not in _ALWAYS)
+
+
+_ALWAYS = ("debug", "instrumentation_mode", "fpsan_homomorphic_casts")  # every launch has them
+
+
+def _short(value: str) -> str:
+    """`('*fp32', 'D')` → `*fp32 D`, `('constexpr', 64)` → `64`; what is not so plain as it is."""
+    found = _PLAIN.fullmatch(value)
+    if found is None:
+        return value
+    kind, more = found["type"], found["value"]
+    return more if kind == "constexpr" else f"{kind} {more}".removesuffix(" None").strip()
+
+
 def _differences(wanted: dict[str, str], found: dict[str, str]) -> list[str]:
     names = [*wanted, *(name for name in found if name not in wanted)]
     return [
-        f"{name} is {wanted.get(name, 'not given')}, and there it is {found.get(name, 'not given')}"
+        f"{name} is {_short(wanted.get(name, 'not given'))}, and there it is {_short(found.get(name, 'not given'))}"
         for name in names
         if wanted.get(name) != found.get(name)
     ]
