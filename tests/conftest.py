@@ -22,9 +22,15 @@ hypothesis.settings.load_profile("aot-cache")
 GPU_TESTS = Path(__file__).parent / "gpu"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything under tests/gpu is marked `gpu`, and what is marked is skipped where there is no GPU."""
+    """Everything under tests/gpu is marked `gpu`, and what is marked is skipped where there is no GPU.
+
+    And what shares a costly fixture stays in one process: all tests of a file, and those of a bundle that files share.
+    """
     for item in items:
+        shared = "built" in getattr(item, "fixturenames", ()) and item.path.parent.name == "graphs"
+        item.add_marker(pytest.mark.xdist_group("graphs" if shared else item.path.stem))
         if GPU_TESTS in item.path.parents:
             item.add_marker("gpu")
     marked = [item for item in items if item.get_closest_marker("gpu")]
