@@ -7,7 +7,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -22,15 +22,22 @@ hypothesis.settings.load_profile("aot-cache")
 GPU_TESTS = Path(__file__).parent / "gpu"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything under tests/gpu is marked `gpu`, and what is marked is skipped where there is no GPU.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Two at a time: tests of a file share costly fixtures and stay in one process, and so do all of tests/graphs."""
+    from xdist.scheduler import LoadFileScheduling
 
-    And what shares a costly fixture stays in one process: all tests of a file, and those of a bundle that files share.
-    """
+    class ByFixture(LoadFileScheduling):  # type: ignore[misc]  # it has no types
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return "graphs" if "/graphs/" in file else file
+
+    return ByFixture(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything under tests/gpu is marked `gpu`, and what is marked is skipped where there is no GPU."""
     for item in items:
-        shared = "built" in getattr(item, "fixturenames", ()) and item.path.parent.name == "graphs"
-        item.add_marker(pytest.mark.xdist_group("graphs" if shared else item.path.stem))
         if GPU_TESTS in item.path.parents:
             item.add_marker("gpu")
     marked = [item for item in items if item.get_closest_marker("gpu")]

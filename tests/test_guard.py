@@ -300,6 +300,18 @@ def test_misses_are_written_to_a_file(made: Made, tmp_path: Path, monkeypatch: p
     assert lines[-1]["structure"] != first["structure"], "another dtype is another structure"
 
 
+def test_a_miss_that_cannot_be_explained_is_still_safe(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is left alone: whoever builds from it would refuse a line that says nothing."""
+    monkeypatch.setenv("AOT_CACHE_MISSES", str(tmp_path / "misses.jsonl"))
+    monkeypatch.setattr(loader._answers, "reasons", mock.Mock(side_effect=ZeroDivisionError))
+    with capture():
+        torch.testing.assert_close(made.plain()(X), X.sin() + 1)
+    assert counts() == {"fallback": 1} and not (tmp_path / "misses.jsonl").exists()
+    assert aot_cache.stats()["misses"][0]["why"] == "it could not be found out"
+
+
 def test_a_file_that_cannot_be_written_is_one_warning(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Json = Any
 T = TypeVar("T")
-Facts = Callable[[], Mapping[str, Json]]
+Facts = Callable[[], "Mapping[str, Json] | None"]
 _COUNTED = {
     "eager": "fallback",
     "twin": "fallback",
@@ -74,7 +74,7 @@ class Guard:
         from aot_cache.upstream import dynamo_frames
 
         in_capture, own = self._state(policy.place_of(frame.code))
-        unknown: tuple[str, Facts] = ("it could not be found out", dict)
+        unknown: tuple[str, Facts] = ("it could not be found out", lambda: None)
         why, facts = _or(unknown, lambda: self._reasons(frame))
         name = f"{frame.module}:{frame.name}"
         if own == "error" and (in_capture or self._ledger.sealed):

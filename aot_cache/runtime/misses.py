@@ -58,14 +58,16 @@ class Misses:
         self._warn = warn
         self._cannot_write = False
 
-    def note(self, miss: Miss, facts: Callable[[], Mapping[str, Json]]) -> None:
-        """Keep a miss; `facts` are what the next build needs of it, made only where a file asks for them."""
+    def note(self, miss: Miss, facts: Callable[[], Mapping[str, Json] | None]) -> None:
+        """Keep a miss; `facts` are what the next build needs of it, made only where a file asks for them; None: not known."""
         path = os.environ.get(VARIABLE)
         with self._lock:
             self._recent.append(miss)
         if path and not self._cannot_write:
             try:
-                self._write(path, miss, facts())
+                found = facts()
+                if found is not None:
+                    self._write(path, miss, found)
             except Exception as error:  # the call goes on, whatever becomes of its record
                 self._cannot_write = isinstance(error, OSError)
                 self._warn(f"aot-cache could not write a miss of {miss.name} to {path}: {error}")
