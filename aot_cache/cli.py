@@ -88,6 +88,9 @@ def build(
     python: Annotated[
         list[str] | None, typer.Option(metavar="EXE", help="A further interpreter to build launchers for. Repeatable.")
     ] = None,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Of a job: what holds a rank's number is built for each of so many.")
+    ] = 1,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default all cores.")] = None,
     show_plan: Annotated[bool, typer.Option("--show-plan", help="Print what would be built; compile nothing.")] = False,
     as_json: AsJson = False,
@@ -114,6 +117,7 @@ def build(
             tuple(python or ()),
             workers,
             tuple(misses or ()),
+            ranks,
         )
         for t in targets
     ]

@@ -15,6 +15,7 @@ AotCacheError
 ├── Incompatible            the bundle is sound but not for this host
 ├── NotReady                something declared is not installed, or a sealed process missed
 ├── CacheMiss               policy `error`: a call would compile, tune or load inside a capture or after `seal()`
+├── RankDisagreement        the ranks of a job would not do the same thing, or one of them does not answer
 └── TuneError               tuning could not run
 
 Every message says what was wanted, what was found, and what to do. The command line prints exactly one line and
@@ -116,6 +117,10 @@ class CacheMiss(AotCacheError):
     """
 
     exit_code = 64
+
+
+class RankDisagreement(AotCacheError):
+    """Raised on every rank that can still raise, where the ranks of a job would not do the same thing."""
 
 
 class TuneError(AotCacheError):

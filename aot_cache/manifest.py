@@ -19,7 +19,7 @@ Json = Any
 
 _UNIT_DETAILS = ("key", "specialization", "options", "option_order", "via", "reached")
 _TUNING_DETAILS = ("candidates", "default", "measured", "reached")
-_GRAPH_DETAILS = ("guards", "dynamic", "line", "reached", "kernels", "candidates")
+_GRAPH_DETAILS = ("guards", "dynamic", "line", "reached", "kernels", "candidates", "per_rank")
 _DETAILS = ("cases", "pruned", "failed", "calls")
 
 

@@ -124,6 +124,8 @@ def builds(rows: Sequence[Facts]) -> None:
             line(f"{b['target']}: nothing to do, nothing has changed since this was built")
         for failure in b["failed"]:
             line(f"{b['target']}: failed: {failure['kernel']}: {failure['error']}")
+        for name, why in b["per_rank"].items():
+            line(f"{b['target']}: built for each rank: {name}: {why}")
         _became(b)
         line(f"bundle: {b['path']}")
         line(f"digest: {b['digest']}")

@@ -59,6 +59,8 @@ def graphs(manifest: Mapping[str, Json], sizes: Mapping[str, int]) -> list[Facts
             "guards": list(graph["guards"]),
             "identities": [f"{name} is {what}" for _, name, what in graph["identities"]],
             "inlined": [f"{module}:{name}" for module, name, _ in graph["inlined"]],
+            "rank": graph["rank"],
+            "per_rank": graph["per_rank"],
             "reached": graph["reached"],
         }
         for graph in manifest["graphs"]

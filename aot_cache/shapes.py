@@ -272,6 +272,15 @@ def least(box: Mapping[str, str]) -> Point:
     return {dim: int(match[1]) for dim, match in found.items() if match is not None}
 
 
+def holds(box: Mapping[str, str], point: Mapping[str, int]) -> bool:
+    """Whether a box that `describe` wrote has a point.
+
+    Raises:
+        DeclarationError: a text is not in the grammar.
+    """
+    return set(box) == set(point) and all(point[dim] in _parse_set(text, 1 << 20) for dim, text in box.items())
+
+
 def expand(boxes: Iterable[Mapping[str, str]], limit: int = 1 << 20) -> list[Point]:
     """The inverse of `describe`: every point of the boxes once, in rising order (the last dimension fastest).
 

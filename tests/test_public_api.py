@@ -20,9 +20,10 @@ ROOT = Path(__file__).parents[1]
 DECLARE = ["Call", "Case", "Range", "Recipe", "Values", "declare", "device"]
 SERVE = ["AotCacheWarning", "Report", "arm", "disarm", "explain", "fallback", "load", "policy", "prime", "prometheus"]
 SERVE += ["ready", "recording", "seal", "stats"]
+RANKS = ["Captured", "Decision", "Hit", "after_capture", "before_capture", "capture", "ranks", "will_hit"]
 OTHER = ["AotCacheError", "__version__"]
 
-PUBLIC = sorted(DECLARE + SERVE + OTHER)
+PUBLIC = sorted(DECLARE + SERVE + RANKS + OTHER)
 
 ERRORS = {  # name: (base, exit code of the command line)
     "AotCacheError": ("Exception", 3),
@@ -40,6 +41,7 @@ ERRORS = {  # name: (base, exit code of the command line)
     "Incompatible": ("AotCacheError", 16),
     "NotReady": ("AotCacheError", 32),
     "CacheMiss": ("AotCacheError", 64),
+    "RankDisagreement": ("AotCacheError", 3),
     "TuneError": ("AotCacheError", 3),
 }
 

@@ -487,8 +487,13 @@ def main() -> int:
     parser.add_argument("--own-tuning", choices=["once", "each"])
     parser.add_argument("--keep-tuned")
     parser.add_argument("--part")
+    parser.add_argument("--ranks", type=int, help="check instead what `gpu_ranks.py` does, on so many GPUs")
     parser.add_argument("--out")
     options = parser.parse_args()
+    if options.ranks:
+        import gpu_ranks
+
+        return gpu_ranks.main(["--ranks", str(options.ranks), *(["--out", options.out] if options.out else [])])
     if options.part:
         answer = globals()[f"part_{options.part}"](options)
         Path(os.environ["GPU_CHECK_ANSWER"]).write_text(json.dumps(answer))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -164,8 +165,24 @@ class Job:
             "resumes": resumes,
             "dynamic": self.kind.dynamic(),
             "kernels": [k for name in made.graphs for k in inductor_artifact.kernels_in(self._artifacts[name])],
+            "asks_rank": sorted(place for place in map(_asks_rank, (made.code, *made.inlined)) if place),
             "points": {str(case): sorted(at) for case, at in points.items()},
         }
+
+
+_RANK = frozenset({"get_rank", "get_node_local_rank", "get_group_rank"})
+_VARIABLES = frozenset({"RANK", "LOCAL_RANK", "GROUP_RANK"})
+
+
+def _asks_rank(code: types.CodeType) -> str:
+    """`function (file's name:line)` of code that asks which rank it is; empty for other code."""
+    if dynamo_inputs.module_of(code) is None or not (_RANK & {*code.co_names} or _VARIABLES & {*_texts(code)}):
+        return ""
+    return f"{code.co_name} ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
+
+
+def _texts(code: types.CodeType) -> list[str]:
+    return [value for value in code.co_consts if isinstance(value, str)]
 
 
 def _by_number(code: types.CodeType, frame: Frame) -> tuple[dict[str, str], list[str]]:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from threading import Thread
-from typing import IO, Any
+from typing import Any
 
-from aot_cache import errors, key, miss_file, recipe
-from aot_cache.build import stamp
+from aot_cache import key, miss_file, recipe
+from aot_cache.build import stamp, workers
 from aot_cache.build.bundles import assemble
-from aot_cache.errors import AotCacheError, DeclarationError, TargetError
+from aot_cache.errors import AotCacheError
 from aot_cache.manifest import split
 from aot_cache.miss_file import GRAPH, Misses
 from aot_cache.plan import Plan
@@ -46,6 +40,7 @@ class Request:
         pythons: further interpreters to build C modules for.
         workers: processes; default all cores.
         misses: files of what serving processes missed; it is built with the model.
+        ranks: how many the job has: graphs that hold a rank's number are built for each (see `by_rank`).
     """
 
     target: Target
@@ -58,6 +53,7 @@ class Request:
     pythons: tuple[str, ...] = ()
     workers: int | None = None
     misses: tuple[Path, ...] = ()
+    ranks: int = 1
 
 
 @dataclass
@@ -78,6 +74,8 @@ class Built:
     seconds: float
     nothing_to_do: bool = False
     misses: dict[str, Json] = field(default_factory=dict)
+    per_rank: dict[str, str] = field(default_factory=dict)
+    """Function whose graphs are built for each rank → why."""
 
     def to_json(self) -> dict[str, Json]:
         return {**self.__dict__, "path": str(self.path)}
@@ -104,8 +102,9 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
             same.seconds = time.perf_counter() - began
             return same
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
-        answer, plan = _run_workers(request, Path(scratch), misses, progress)
+        answer, plan = workers.run(request, Path(scratch), misses, progress)
         built = _finish(request, store, plan, answer)
+    built.per_rank = answer.get("per_rank", {})
     built.misses = _became(misses, answer, request.target)
     built.seconds = time.perf_counter() - began
     if not built.failed:
@@ -118,7 +117,7 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
 def plan_only(request: Request, progress: Progress = lambda *_: None) -> Plan:
     """Trace without compiling: what `build` would compile."""
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
-        return _run_workers(request, Path(scratch), miss_file.read(request.misses), progress, show_plan=True)[1]
+        return workers.run(request, Path(scratch), miss_file.read(request.misses), progress, show_plan=True)[1]
 
 
 def bundle_path(request: Request, name: str) -> Path:
@@ -142,6 +141,7 @@ def _question(request: Request, misses: Misses) -> str:
             "line_info": request.line_info,
             "pythons": list(request.pythons),
             "misses": asdict(misses),
+            "ranks": request.ranks,
             "environment": stamp.environment(),
         }
     )
@@ -157,132 +157,6 @@ def _still_there(before: Mapping[str, Json]) -> Built | None:
         return None
     built.nothing_to_do, built.compiled = True, 0
     return built
-
-
-def _run_workers(
-    request: Request, scratch: Path, misses: Misses, progress: Progress, show_plan: bool = False
-) -> tuple[dict[str, Json], Plan]:
-    """Kernels in one process, compiled graphs, if there are any, in another: libraries decide at import what they are in."""
-    plan_out = scratch / "plan.json"
-    job = {
-        "target": request.target.properties(),
-        "recipe": request.model if request.plan is None else None,
-        "plan": str(request.plan) if request.plan is not None else None,
-        "plan_out": str(plan_out),
-        "ranges": dict(request.ranges),
-        "store": str(request.store.absolute()),
-        "line_info": request.line_info,
-        "pythons": list(request.pythons),
-        "workers": request.workers,
-        "show_plan": show_plan,
-        "misses": [asdict(miss) for miss in misses.found],
-        "refused": [],
-    }
-    if request.plan is not None:
-        _kernels_only(request.plan, request.target)
-    environment = _environment(request, scratch)
-    cpu = request.target.backend == "cpu"
-    answer: dict[str, Json] = {"inputs": {}}
-    if not cpu:
-        _listen({**job, "stage": "kernels"}, environment, "traced" if show_plan else "compiled", answer, progress)
-    calling = answer.get("calling", []) if not cpu else None  # on the CPU nobody has looked yet
-    if request.plan is None and (cpu or calling):
-        last = "surveyed" if show_plan else "graphs"
-        graphs = {**job, "stage": "graphs", "cases": calling, "refused": answer.get("refused", [])}
-        _listen(graphs, environment, last, answer, progress)
-    return answer, Plan.read(plan_out)
-
-
-def _kernels_only(path: Path, target: Target) -> None:
-    """A plan file says which kernels to compile; graphs are traced from the recipe's own code.
-
-    Raises:
-        DeclarationError: the plan cannot be all that is built.
-    """
-    plan = Plan.read(path)
-    if plan.calls:
-        names = ", ".join(sorted({call.function for call in plan.calls})[:3])
-        raise DeclarationError(
-            "a plan of Triton kernels only",
-            f"{path} also has {len(plan.calls)} kinds of calls of compiled functions ({names})",
-            "build from the recipe with --model: graphs are traced from its code",
-        )
-    if target.backend == "cpu":
-        raise DeclarationError("a target that Triton compiles for", "cpu", "name a GPU with --target")
-
-
-def _listen(
-    job: Mapping[str, Json], environment: Mapping[str, str], last: str, answer: dict[str, Json], progress: Progress
-) -> None:
-    """Run one worker and add its events to `answer`; what it read is added to what others read."""
-    for event in _talk(job, environment, last):
-        if event["event"] == "progress":
-            progress(event["stage"], event["done"], event["total"])
-        elif event["event"] == "error":
-            raise getattr(errors, event["type"])(event["wanted"], event["found"], event["do"])
-        else:
-            answer.update({**event, "inputs": stamp.both(answer["inputs"], event.get("inputs", {}))})
-
-
-def _environment(request: Request, scratch: Path) -> dict[str, str]:
-    """The worker's environment: nothing of this machine or of this moment may reach the bytes."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRITON_ALWAYS_COMPILE")}
-    environment.update(
-        CUDA_VISIBLE_DEVICES="",
-        HIP_VISIBLE_DEVICES="",
-        PYTHONHASHSEED="0",
-        TRITON_CACHE_DIR=str(scratch / "triton"),
-        TORCHINDUCTOR_CACHE_DIR=str(scratch / "inductor"),
-        TRITON_STORE_BINARY_ONLY="1",
-        TRITON_DISABLE_LINE_INFO="0" if request.line_info else "1",
-    )
-    here = os.getcwd()
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in (here, environment.get("PYTHONPATH", "")) if p)
-    return environment
-
-
-def _talk(job: Mapping[str, Json], environment: Mapping[str, str], last: str) -> Any:
-    """Start a worker, hand it the job, yield its events, of which `last` is the last."""
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "aot_cache.build.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=dict(environment),
-        text=True,
-    )
-    assert worker.stdin is not None and worker.stdout is not None and worker.stderr is not None
-    last_words: deque[str] = deque(maxlen=20)
-    listener = Thread(target=_drain, args=(worker.stderr, last_words), daemon=True)
-    listener.start()
-    finished = False
-    try:
-        worker.stdin.write(json.dumps(job) + "\n")
-        worker.stdin.close()
-        for line in worker.stdout:
-            event = json.loads(line)
-            finished = finished or event["event"] in ("error", last)
-            yield event
-    finally:
-        if worker.poll() is None and not finished:
-            worker.kill()  # the reader gave up (Ctrl-C, an error): nobody waits for what it would write
-        worker.wait()
-        listener.join()
-        worker.stdout.close()
-        worker.stderr.close()
-    if not finished or (worker.returncode and not finished):
-        words = [w.strip() for w in last_words if w.strip()]
-        raise TargetError(
-            "the build worker to finish", f"it ended with code {worker.returncode}: {words[-1] if words else 'no word'}"
-        )
-
-
-def _drain(stream: IO[str], into: deque[str]) -> None:
-    show = os.environ.get("AOT_CACHE_DEBUG") == "1"
-    for line in stream:
-        into.append(line)
-        if show:
-            sys.stderr.write(line)
 
 
 def _became(misses: Misses, answer: Mapping[str, Json], target: Target) -> dict[str, Json]:

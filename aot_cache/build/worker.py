@@ -68,16 +68,25 @@ def _recipe(job: dict[str, Json]) -> Any:
     return recipe.without([(case, point) for case, point, _ in job["refused"]]), misses, why
 
 
+def _join(job: dict[str, Json]) -> None:
+    """Be one rank of several, where they are told apart."""
+    if job["ranks"] > 1:
+        from aot_cache.upstream import torch_fake_group
+
+        torch_fake_group.join(job["rank"], job["ranks"])
+
+
 def _kernels(job: dict[str, Json], target: Any, send: Any, progress: Any) -> None:
     """Trace and compile Triton kernels: torch and Triton answer for the target, compiled functions run as Python."""
     from aot_cache.build import virtual_device
 
     virtual_device.become(target)
+    _join(job)
 
     from aot_cache.build import compile as compiler
     from aot_cache.build import stamp, trace
     from aot_cache.build.missed_kernels import MissedKernels
-    from aot_cache.plan import Plan
+    from aot_cache.plan import Plan, extended
     from aot_cache.store import Store
     from aot_cache.upstream import triton_launcher
 
@@ -88,6 +97,8 @@ def _kernels(job: dict[str, Json], target: Any, send: Any, progress: Any) -> Non
         plan, compiled, refused = traced.plan, traced.compiled, traced.refused
     else:
         plan = Plan.read(Path(job["plan"]))
+    if job["also"]:
+        plan = extended(plan, [Plan.read(Path(path)) for path in job["also"]])
     missed = MissedKernels(misses, plan)
     plan = missed.plan
     plan.write(Path(job["plan_out"]))
@@ -128,6 +139,7 @@ def _graphs(job: dict[str, Json], target: Any, send: Any, progress: Any) -> None
     from aot_cache.upstream import inductor_target
 
     inductor_target.become(target)
+    _join(job)
 
     from aot_cache import recipe as recipes
     from aot_cache.build import graphs, missed_calls, stamp

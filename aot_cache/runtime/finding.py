@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from aot_cache.errors import BundleMissing, Incompatible
-from aot_cache.runtime import compatible
+from aot_cache.runtime import compatible, ranks
 from aot_cache.store import Bundle, read_bundle
 from aot_cache.upstream.versions import TORCH_SEEN, TRITON_SEEN, installed, minor
 
@@ -50,6 +51,25 @@ def find(path: Path, digest: str | None) -> Bundle:
         named = ", ".join(b.path.name for b in fitting)
         raise Incompatible(f"one bundle for this host in {path}", f"{named}", "name the file")
     return fitting[0]
+
+
+def agreed(path: Path, digest: str | None, group: Any) -> str:
+    """The digest of the bundle that every rank of `group` has found and can use.
+
+    Raises:
+        RankDisagreement: on every rank, when one has another bundle, or none.
+    """
+    try:
+        bundle = find(path, digest)
+        check_form(bundle)
+        check(bundle, look_at_gpu=False)
+        mine = bundle.digest
+    except Exception as error:  # said to the others, who must not wait for this rank
+        mine = f"none ({error})"
+    ranks.agree_same(mine, "bundle", group=group)
+    if mine.startswith("none"):
+        raise BundleMissing(f"a bundle at {path} that every rank can use", mine, "see aot-cache explain FILE")
+    return mine
 
 
 def check_form(bundle: Bundle) -> None:

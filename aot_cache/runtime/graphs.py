@@ -26,6 +26,7 @@ from aot_cache.upstream import (
     dynamo_globals,
     python_code,
     torch_capture,
+    torch_ranks,
 )
 from aot_cache.upstream.dynamo_frames import Found, Frame
 
@@ -71,6 +72,12 @@ class GraphSet:
     def waiting(self) -> bool:
         """Whether any compiled graph is not loaded yet."""
         return self.loaded.primed < len(self._artifacts)
+
+    def missing(self, name: str) -> str:
+        """Why a graph of the function `module:qualname` would not be found, as far as is known; empty when it would."""
+        if name in self.loaded.stale:
+            return self.loaded.stale[name]
+        return "its graph is not loaded" if self.waiting() else ""
 
     def wanted(self, code: types.CodeType) -> bool:
         """Whether any graph may be for this code."""
@@ -122,6 +129,9 @@ class GraphSet:
             return f"it is a function of {graph['module']}, and this one of {frame.module}"
         if frame.wrapping != graph["wrapping"]:
             return f"it was built for torch.compile with {graph['wrapping']}, and this is {frame.wrapping}"
+        rank = graph["rank"]
+        if rank not in (None, torch_ranks.own_or_first()):
+            return f"it was built for rank {rank}, and this is rank {torch_ranks.own_or_first()}"
         mode = dynamo_globals.mode()
         if graph["mode"].partition(" ")[0] != mode:
             return f"it was built for mode {graph['mode']!r}, and this is {mode!r}"

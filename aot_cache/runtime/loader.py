@@ -48,7 +48,13 @@ MISSES = Misses(_warn)
 
 
 def load(
-    path: str | Path, *, digest: str | None = None, strict: bool = False, policy: str | None = None
+    path: str | Path,
+    *,
+    digest: str | None = None,
+    strict: bool = False,
+    policy: str | None = None,
+    together: bool = False,
+    group: Any = None,
 ) -> Report | None:
     """Load a bundle into this process, and arm the guard.
 
@@ -57,24 +63,28 @@ def load(
         digest: the bundle's digest as `build` printed it; any other bundle is refused.
         strict: raise instead of warning and going on without the bundle.
         policy: see `arm`.
+        together: all ranks of `group` (None: of the whole job) load the same bundle, or none does; all of them call this.
 
     Returns:
         What was installed, updated as more of the process comes up; None when the bundle could not be used, or is
         still to be chosen from a folder.
 
     Raises:
-        AotCacheError: with `strict` only: `BundleMissing`, `BundleCorrupt`, `DigestMismatch`, `Incompatible`.
+        AotCacheError: with `strict` only: `BundleMissing`, `BundleCorrupt`, `DigestMismatch`, `Incompatible`,
+            and `RankDisagreement` on every rank.
         DeclarationError: there is no such policy.
     """
     global _strict
     _strict = _strict or strict
     with collection.paused():
         arm(policy)
-        return _load(Path(path), digest, strict)
+        return _load(Path(path), digest, strict, [group] if together else [])
 
 
-def _load(path: Path, digest: str | None, strict: bool) -> Report | None:
+def _load(path: Path, digest: str | None, strict: bool, together: list[Any]) -> Report | None:
     try:
+        for group in together:
+            digest = finding.agreed(path, digest, group)
         if path.is_dir() and not torch_capture.cuda_is_up():
             with _lock:
                 _folders.append((path, digest))

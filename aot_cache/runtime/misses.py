@@ -55,6 +55,7 @@ class Misses:
         self._lock = threading.Lock()
         self._recent: deque[Miss] = deque(maxlen=_KEPT)
         self._seen: Counter[str] = Counter()
+        self._in_capture = 0
         self._warn = warn
         self._cannot_write = False
 
@@ -63,6 +64,7 @@ class Misses:
         path = os.environ.get(VARIABLE)
         with self._lock:
             self._recent.append(miss)
+            self._in_capture += miss.in_capture
         if path and not self._cannot_write:
             try:
                 found = facts()
@@ -71,6 +73,10 @@ class Misses:
             except Exception as error:  # the call goes on, whatever becomes of its record
                 self._cannot_write = isinstance(error, OSError)
                 self._warn(f"aot-cache could not write a miss of {miss.name} to {path}: {error}")
+
+    def count_in_capture(self) -> int:
+        """How many there were inside captures."""
+        return self._in_capture
 
     def to_json(self) -> list[dict[str, Json]]:
         """The last few, oldest first."""

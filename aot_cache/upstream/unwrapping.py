@@ -14,13 +14,19 @@ _LAYERS = 32
 
 
 def code_of(what: Any) -> types.CodeType | None:
-    """The code of a function, method, module's `forward`, compiled function or module, Triton kernel or autotuner."""
+    """The code of the function under `what`, see `function_of`."""
+    function = function_of(what)
+    return None if function is None else function.__code__
+
+
+def function_of(what: Any) -> types.FunctionType | None:
+    """The function under a function, method, module's `forward`, compiled function or module, Triton kernel or autotuner."""
     found = getattr(what, "_orig_mod", what)
     found = found.forward if hasattr(found, "forward") else found
     for _ in range(_LAYERS):
         found = inspect.unwrap(found)
-        code = getattr(found, "__code__", None)
-        if isinstance(code, types.CodeType):
-            return code
+        found = getattr(found, "__func__", found)
+        if isinstance(found, types.FunctionType):
+            return found
         found = getattr(found, "fn", None)
     return None

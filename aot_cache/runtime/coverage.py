@@ -1,0 +1,123 @@
+"""Whether a declared point would hit in this process: every unit that it reaches is installed. Asked before a capture.
+
+From what the bundles say of themselves; nothing is called, and nothing is looked at on the GPU. What only a call can tell
+(a guard on a value that changed since) is `aot_cache.explain`'s to say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from aot_cache import shapes
+from aot_cache.errors import UnknownName
+from aot_cache.runtime import loader
+from aot_cache.store import Bundle
+
+Json = Any
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An answer; true when everything is installed.
+
+    Args:
+        hit: whether the point would hit.
+        why: what is not there, one line each.
+    """
+
+    hit: bool
+    why: list[str]
+
+    def __bool__(self) -> bool:
+        return self.hit
+
+
+def will_hit(what: Any, point: Mapping[str, int]) -> Hit:
+    """Whether a point would hit.
+
+    Args:
+        what: a case of the recipe by its name; or a compiled function or Triton kernel, itself or as `module:qualname`:
+            then of what the cases reach at `point`, only that.
+        point: dimension → value, for all dimensions of the case.
+
+    Raises:
+        UnknownName: no bundle that is loaded knows `what`.
+    """
+    name = what if isinstance(what, str) else _name_of(what)
+    known, covered, why = False, False, []
+    for bundle in _bundles():
+        details = _details(bundle)
+        for case in details["cases"]:
+            if name != case["name"] and ":" not in name:
+                continue
+            units = [one for one in _units(bundle, details) if name in (case["name"], one.name)]
+            known |= name == case["name"] or bool(units)
+            if set(point) != set(case["dims"]):
+                continue
+            reached = [
+                one for one in units if any(shapes.holds(box, point) for box in one.reached.get(case["name"], ()))
+            ]
+            covered |= bool(reached)
+            why += [f"{one.name}: {one.missing}" for one in reached if one.missing]
+    if not known:
+        raise UnknownName(f"a case, compiled function or kernel {name!r} in a loaded bundle", "none has it")
+    at = ", ".join(f"{dim}={value}" for dim, value in point.items())
+    return Hit(covered and not why, list(dict.fromkeys(why)) if covered else [f"{name} is not declared at {at}"])
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A specialization, a choice or a graph; `missing` says why it is not installed, empty when it is."""
+
+    name: str
+    reached: Mapping[str, list[Mapping[str, str]]]
+    missing: str
+
+
+def _bundles() -> Iterator[Bundle]:
+    yield from (kernels.bundle for kernels in loader.loaded())
+
+
+@cache
+def _parsed(data: bytes) -> Mapping[str, Json]:
+    found: Mapping[str, Json] = json.loads(data)
+    return found
+
+
+def _details(bundle: Bundle) -> Mapping[str, Json]:
+    return _parsed(bundle.object(bundle.manifest["details"]))
+
+
+def _units(bundle: Bundle, details: Mapping[str, Json]) -> Iterator[_Unit]:
+    report = next(k.report for k in loader.loaded() if k.bundle is bundle)
+    names = [kernel["name"] for kernel in bundle.manifest["kernels"]]
+
+    def missing(name: str) -> str:
+        if name in report.stale:
+            return report.stale[name]
+        return "" if report.devices and name not in report.pending else "it is not installed"
+
+    for unit, more in zip(bundle.manifest["units"], details["units"]):
+        yield _Unit(names[unit[0]], more["reached"], missing(names[unit[0]]))
+    for tuning, more in zip(bundle.manifest["tunings"], details["tunings"]):
+        name = names[tuning["kernel"]]
+        unchosen = report.unchosen.get(f"{name} {tuning['key']}", "")
+        yield _Unit(name, more["reached"], missing(name) or unchosen)
+    sets = [graphs for graphs in loader.loaded_graphs() if graphs.bundle is bundle]
+    for graph, more in zip(bundle.manifest["graphs"], details["graphs"]):
+        name = f"{graph['module']}:{graph['function']}"
+        why = sets[0].missing(name) if sets else "torch._dynamo is not imported: nothing is compiled yet"
+        yield _Unit(name, more["reached"], why)
+    for failed in details["failed"]:
+        yield _Unit(str(failed.get("kernel", "")), {}, "it did not compile")
+
+
+def _name_of(what: Any) -> str:
+    from aot_cache.upstream import unwrapping
+
+    function = unwrapping.function_of(what)
+    return f"{function.__module__}:{function.__qualname__}" if function is not None else repr(what)

@@ -1,0 +1,46 @@
+"""A recipe of a job with several ranks: what asks for its rank, what keeps it, and what is the same for all."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+import aot_cache
+from aot_cache import Call, Range, Recipe, declare
+
+Tensor = torch.Tensor
+
+
+@torch.compile
+def alike(x: Tensor) -> Tensor:
+    return x.sin() + 1
+
+
+def offset() -> int:
+    return dist.get_rank() * 100 if dist.is_initialized() else 0
+
+
+@torch.compile
+def asking(x: Tensor) -> Tensor:
+    return x * 2 + offset()
+
+
+class Shard(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rank = dist.get_rank()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 3 + self.rank
+
+
+def run(x: Tensor) -> Tensor:
+    return torch.compile(Shard())(asking(alike(x)))
+
+
+@declare(n=Range(2, 4), mode="inference")
+def step(n: int) -> Call:
+    return Call(run, torch.randn(n, 8, device=aot_cache.device()))
+
+
+recipe = Recipe("ranks", [step])

@@ -1,0 +1,81 @@
+"""One bundle for all ranks of a job: a rank's number in a graph is found at build time, and such a graph is a rank's own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from projects import HERE, Project
+
+from aot_cache import manifest
+from aot_cache.store import read_bundle
+
+pytestmark = pytest.mark.timeout(300)
+RANKS = 3
+
+
+@dataclass
+class OfRanks:
+    """What was built for a job, and what the build said."""
+
+    project: Project
+    bundle: Path
+    said: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> OfRanks:
+    project = Project.at(tmp_path_factory.mktemp("ranks") / "project")
+    shutil.copy(HERE / "sample_ranks.py", project.folder)
+    run = project.build("sample_ranks:recipe", more=("--ranks", str(RANKS)))
+    assert run.returncode == 0, run.stderr
+    (said,) = json.loads(run.stdout)["bundles"]
+    return OfRanks(project, Path(said["path"]), said)
+
+
+def test_what_holds_a_rank_is_built_for_each(job: OfRanks) -> None:
+    graphs = manifest.whole(read_bundle(job.bundle))["graphs"]
+    marks = sorted((graph["function"], graph["rank"]) for graph in graphs if graph["function"] != "alike")
+    assert marks == [(name, rank) for name in ("Shard.forward", "asking") for rank in range(RANKS)]
+    assert [graph["rank"] for graph in graphs if graph["function"] == "alike"] == [None]
+
+
+def test_the_build_says_where_the_number_comes_from(job: OfRanks) -> None:
+    why = job.said["per_rank"]
+    assert sorted(why) == ["sample_ranks:Shard.forward", "sample_ranks:asking"]
+    assert why["sample_ranks:asking"].startswith("the rank's number is asked for in offset (sample_ranks.py:")
+    assert "rank" in why["sample_ranks:Shard.forward"]
+
+
+SERVE = """
+import os
+from aot_cache.upstream import torch_fake_group
+import torch, torch.distributed as dist
+torch_fake_group.join(int(os.environ["AS"]), 3)
+import aot_cache.auto
+import sample_ranks as m
+from serving import FACTS, aot_cache, say
+
+import torch._dynamo
+aot_cache.arm("error")
+aot_cache.ready(strict=True)
+aot_cache.seal()
+with torch.inference_mode():
+    x = torch.randn(3, 8)
+    FACTS["apart"] = float((m.run(x) - (((x.sin() + 1) * 2 + dist.get_rank() * 100) * 3 + dist.get_rank())).abs().max())
+    FACTS["why"] = [row["why"] for frame in aot_cache.explain(m.asking, x.double()) for row in frame["graphs"]]
+say()
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_each_rank_runs_its_own(job: OfRanks, rank: int) -> None:
+    """Under policy `error`: with another rank's graph the numbers would be wrong, without one it would raise."""
+    facts = job.project.serve(SERVE, job.bundle, AS=str(rank))
+    assert facts["apart"] < 1e-3 and facts["stats"]["misses"] == []
+    others = [f"it was built for rank {other}, and this is rank {rank}" for other in range(RANKS) if other != rank]
+    assert [why for why in facts["why"] if why in others] == others
