@@ -76,6 +76,8 @@ graphs = st.fixed_dictionaries(
         "bytecode": digests,
         "graphs": st.dictionaries(text, digests, max_size=2),
         "libraries": st.dictionaries(text, digests, max_size=2),
+        "rank": st.none() | st.integers(0, 7),
+        "per_rank": text,
         "candidates": st.dictionaries(text, st.dictionaries(text, mappings, max_size=2), max_size=2),
         "choices": st.dictionaries(text, st.dictionaries(text, st.integers(0, 9), max_size=2), max_size=2),
         "imports": st.dictionaries(text, text, max_size=2),
@@ -169,6 +171,8 @@ GRAPH_FACTS: dict[str, Any] = {
     "bytecode": BYTECODE,
     "graphs": {"__aot_graph_0": GRAPH},
     "libraries": {"s" * 64: LIBRARY},
+    "rank": 1,
+    "per_rank": "the rank's number is asked for in offset (model.py:19)",
     "candidates": {
         "__aot_graph_0": {"k" * 52: {"kernel": "triton_poi_fused_0", "configs": ["XBLOCK: 1", "XBLOCK: 2"]}}
     },
@@ -200,11 +204,14 @@ def test_what_a_server_needs_of_a_graph_is_in_the_header() -> None:
     needed = {"module", "function", "code", "mode", "wrapping", "settings", "guard_state", "bytecode", "graphs"}
     needed |= {"imports", "resumes", "inlined", "identities", "libraries", "choices"}
     assert needed <= set(graph), "the loader reads these"
-    assert not {"guards", "dynamic", "reached", "line", "candidates"} & set(graph), "only people read these"
+    assert not {"guards", "dynamic", "reached", "line", "candidates", "per_rank"} & set(graph), "only people read these"
     assert objects_of(graph) == objects_of(GRAPH_FACTS) == {SETTINGS, GUARDS, BYTECODE, GRAPH, RESUME, LIBRARY}
     assert "calls" not in lean and "graph_key" in lean
     assert json.loads(details)["graphs"] == [
-        {name: GRAPH_FACTS[name] for name in ("guards", "dynamic", "line", "reached", "kernels", "candidates")}
+        {
+            name: GRAPH_FACTS[name]
+            for name in ("guards", "dynamic", "line", "reached", "kernels", "candidates", "per_rank")
+        }
     ]
 
 
