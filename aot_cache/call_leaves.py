@@ -35,11 +35,6 @@ class Leaf:
         return (int(self.value),)
 
 
-def function_of(frame: Frame) -> str:
-    """`module:qualname` of what is called."""
-    return f"{frame.module}:{getattr(frame.code, 'co_qualname', frame.code.co_name)}"
-
-
 def leaves(frame: Frame) -> tuple[list[Leaf], str]:
     """(the tensors and integers that a call is given, the structure around them as text)."""
     found: list[Leaf] = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from aot_cache.errors import BundleCorrupt
@@ -73,6 +74,17 @@ def split(whole: Mapping[str, Json]) -> tuple[dict[str, Json], bytes]:
     data = json.dumps(details, sort_keys=True, separators=(",", ":")).encode()
     lean["details"] = hashlib.sha256(data).hexdigest()
     return lean, data
+
+
+@lru_cache(maxsize=16)
+def _parsed(_digest: str, bundle: Bundle) -> dict[str, Json]:
+    found: dict[str, Json] = json.loads(bundle.object(_digest))
+    return found
+
+
+def details(bundle: Bundle) -> Mapping[str, Json]:
+    """What a server needs of a bundle for people and misses only; read once, not to be changed."""
+    return _parsed(bundle.manifest["details"], bundle)
 
 
 def whole(bundle: Bundle) -> dict[str, Json]:

@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gpu_check import finish
+
 HERE = Path(__file__).resolve().parent
 Json = Any
 
@@ -148,10 +150,7 @@ def main() -> int:
     found = summary([run_round(options) for _ in range(options.rounds)])
     record = {"what": "the guard on the hit path", "torch": torch.__version__, "rounds": options.rounds, **found}
     record["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    print(json.dumps(record, indent=1))
-    if options.out:
-        Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
-    return 0
+    return finish(record, options.out)
 
 
 if __name__ == "__main__":

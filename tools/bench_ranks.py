@@ -12,15 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from gpu_check import finish
+from jobs import environments
+
 Json = Any
 
 
@@ -51,18 +51,10 @@ def part_rank(options: argparse.Namespace) -> Json:
 
 def run_round(options: argparse.Namespace) -> Json:
     """The slowest rank's figures."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(options.ranks)}
-    common |= {
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
     command = [sys.executable, "-W", "ignore", __file__, "--part", "rank", "--shapes", str(options.shapes)]
     jobs = [
-        subprocess.Popen(command, env={**common, "RANK": str(n)}, stdout=subprocess.PIPE, text=True)
-        for n in range(options.ranks)
+        subprocess.Popen(command, env={**environment, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+        for environment in environments(options.ranks)
     ]
     answers = [json.loads(job.communicate(timeout=120)[0]) for job in jobs]
     return {name: max(answer[name] for answer in answers) for name in answers[0]}
@@ -83,10 +75,7 @@ def main() -> int:
     record: Json = {"what": "agreement of ranks, milliseconds", "ranks": options.ranks, "shapes": options.shapes}
     record |= {"cores": os.cpu_count(), "rounds": rounds}
     record["median"] = {name: round(statistics.median(one[name] for one in rounds), 3) for name in rounds[0]}
-    print(json.dumps(record, indent=1))
-    if options.out:
-        Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
-    return 0
+    return finish(record, options.out)
 
 
 if __name__ == "__main__":

@@ -473,7 +473,7 @@ def finish(record: Json, out: str | None) -> int:
     print(text)
     if out:
         Path(out).write_text(text + "\n")
-    return 0 if all(record["claims"].values()) else 1
+    return 0 if all(record.get("claims", {}).values()) else 1
 
 
 def main() -> int:

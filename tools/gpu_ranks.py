@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from gpu_check import finish
+from jobs import environments
 
-HERE = Path(__file__).resolve().parent
 Json = Any
 SHAPES = (1, 2, 4, 8, 16, 32)
 LACKING, MISSING = 32, 4
@@ -139,17 +138,12 @@ def cost(call: Any, times: int = 200) -> float:
 
 def run_job(part: str, options: argparse.Namespace, seconds: float) -> list[Json]:
     """Each rank's answer, or that it hung."""
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(options.ranks)}
-        common |= {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])}
+    with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-W", "ignore", __file__, "--part", part, "--ranks", str(options.ranks)]
         jobs = []
-        for rank in range(options.ranks):
-            environment = {**common, "RANK": str(rank), "ANSWER": f"{folder}/{rank}.json"}
-            jobs.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        for rank, environment in enumerate(environments(options.ranks)):
+            told = {**environment, "ANSWER": f"{folder}/{rank}.json"}
+            jobs.append(subprocess.Popen(command, env=told, stderr=subprocess.PIPE, text=True))
         deadline, answers = time.monotonic() + seconds, []
         for rank, job in enumerate(jobs):
             try:

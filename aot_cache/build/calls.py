@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from aot_cache import key
-from aot_cache.call_leaves import Leaf, function_of, structure_of
+from aot_cache.call_leaves import Leaf, structure_of
 from aot_cache.follows import Relation, fit
 from aot_cache.shapes import Point
 from aot_cache.upstream.dynamo_frames import Frame
@@ -130,8 +130,7 @@ class Survey:
         structure, found = structure_of(frame, mode)
         number = self._count.get(structure, 0)
         self._count[structure] = number + 1
-        name = function_of(frame).partition(":")[2]
-        self._frames[structure] = (name, frame.module, frame.code.co_firstlineno, frame.wrapping)
+        self._frames[structure] = (frame.name, frame.module, frame.code.co_firstlineno, frame.wrapping)
         series = self.series.get((structure, number))
         if series is None:
             series = self.series[structure, number] = _Series(

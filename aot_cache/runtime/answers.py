@@ -5,17 +5,15 @@ Imported inside somebody's import of Dynamo, like `graphs`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from aot_cache import call_leaves, missed
+from aot_cache import call_leaves, manifest, missed
 from aot_cache.plan import CallPlan, CasePlan
 from aot_cache.runtime.graphs import GraphSet, short
 from aot_cache.runtime.guard import Guard
-from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
 from aot_cache.upstream import (
     dynamo_frames,
@@ -23,7 +21,6 @@ from aot_cache.upstream import (
     inductor_events,
     inductor_later,
     inductor_miss,
-    torch_capture,
 )
 from aot_cache.upstream.dynamo_frames import Found, Frame
 
@@ -35,25 +32,20 @@ class Answers:
     """What Dynamo is told where it has no code for a call.
 
     Args:
-        ledger: where everything is counted.
         guard: decides what is done where there is no answer.
         refuse: told when a bundle's graphs cannot be used, and are dropped.
     """
 
-    def __init__(self, ledger: Ledger, guard: Guard, refuse: Callable[[Exception], None]) -> None:
-        self._ledger, self._guard, self._refuse = ledger, guard, refuse
+    def __init__(self, guard: Guard, refuse: Callable[[Exception], None]) -> None:
+        self._guard, self._refuse = guard, refuse
         self.sets: list[GraphSet] = []
         self._declared: dict[str, tuple[list[CallPlan], list[CasePlan]]] = {}
 
     def hook(self) -> Iterator[Callable[[], None]]:
         """Hook Dynamo's and Inductor's miss paths; yields what takes each hook out. The process has imported Dynamo."""
-
-        def note(kind: str, name: str) -> None:
-            self._ledger.note(kind, name, torch_capture.capturing())
-
         guard = self._guard
-        yield dynamo_frames.count(note)
-        yield inductor_events.listen(note)
+        yield dynamo_frames.count(guard.count)
+        yield inductor_events.listen(guard.count)
         yield inductor_later.import_when_compiling()
         yield inductor_miss.around_loading(guard.loading)
         yield inductor_miss.instead_of_tuning(guard.first_of_inductor, guard.later)
@@ -94,8 +86,7 @@ class Answers:
         mode = _mode()
         structure, leaves = call_leaves.structure_of(frame, mode)
         sizes = {leaf.path: list(leaf.sizes) for leaf in leaves if not leaf.fixed}
-        name = f"{frame.module}:{frame.name}"
-        solved = [missed.points_for(*self._plan(g.bundle), name, structure, sizes) for g in self.sets]
+        solved = [missed.points_for(*self._plan(g.bundle), frame.function, structure, sizes) for g in self.sets]
         best = next((one for one in solved if one.points), solved[0] if solved else missed.Solved({}, "", ""))
         return {
             "place": f"{frame.code.co_filename}:{frame.code.co_firstlineno}",
@@ -110,7 +101,7 @@ class Answers:
     def _plan(self, bundle: Bundle) -> tuple[list[CallPlan], list[CasePlan]]:
         """(the calls, the cases) that a bundle was built for."""
         if bundle.digest not in self._declared:
-            details = json.loads(bundle.object(bundle.manifest["details"]))
+            details = manifest.details(bundle)
             calls = [CallPlan(**call) for call in details["calls"]]
             self._declared[bundle.digest] = calls, [CasePlan(**case) for case in details["cases"]]
         return self._declared[bundle.digest]
@@ -123,7 +114,7 @@ class Answers:
             reasons = [(graph, why) for graphs in self.sets for graph, why in graphs.reasons(frame)]
             out.append(
                 {
-                    "function": f"{frame.module}:{frame.name}",
+                    "function": frame.function,
                     "place": f"{frame.code.co_filename}:{frame.code.co_firstlineno}",
                     "graphs": [{"graph": short(graph), "why": why} for graph, why in reasons],
                 }

@@ -6,13 +6,11 @@ From what the bundles say of themselves; nothing is called, and nothing is looke
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-from aot_cache import shapes
+from aot_cache import manifest, shapes
 from aot_cache.errors import UnknownName
 from aot_cache.runtime import loader
 from aot_cache.store import Bundle
@@ -50,7 +48,7 @@ def will_hit(what: Any, point: Mapping[str, int]) -> Hit:
     name = what if isinstance(what, str) else _name_of(what)
     known, covered, why = False, False, []
     for bundle in _bundles():
-        details = _details(bundle)
+        details = manifest.details(bundle)
         for case in details["cases"]:
             if name != case["name"] and ":" not in name:
                 continue
@@ -80,16 +78,6 @@ class _Unit:
 
 def _bundles() -> Iterator[Bundle]:
     yield from (kernels.bundle for kernels in loader.loaded())
-
-
-@cache
-def _parsed(data: bytes) -> Mapping[str, Json]:
-    found: Mapping[str, Json] = json.loads(data)
-    return found
-
-
-def _details(bundle: Bundle) -> Mapping[str, Json]:
-    return _parsed(bundle.object(bundle.manifest["details"]))
 
 
 def _units(bundle: Bundle, details: Mapping[str, Json]) -> Iterator[_Unit]:

@@ -67,6 +67,10 @@ class Guard:
         self._warned: set[str] = set()
         self._lock = threading.Lock()
 
+    def count(self, kind: str, name: str) -> None:
+        """An event of upstream's: write down that it was, and whether inside a capture."""
+        self._ledger.note(kind, name, torch_capture.capturing())
+
     # --- Dynamo -------------------------------------------------------------------------------------------------------
 
     def frame(self, frame: Frame, go_on: Compile) -> Any:
@@ -76,14 +80,12 @@ class Guard:
         in_capture, own = self._state(policy.place_of(frame.code))
         unknown: tuple[str, Facts] = ("it could not be found out", lambda: None)
         why, facts = _or(unknown, lambda: self._reasons(frame))
-        name = f"{frame.module}:{frame.name}"
-        if own == "error" and (in_capture or self._ledger.sealed):
-            self._note("graph", name, in_capture, "refused", why, facts)
-            return dynamo_frames.refuse(CacheMiss(f"a graph for {name}{_when(in_capture)}", why, _DO))
-        if in_capture and own == "fallback":
-            self._note("graph", name, True, "eager", why, facts)
+        action = self._action(own, in_capture, "eager")
+        self._note("graph", frame.function, in_capture, action, why, facts)
+        if action == "refused":
+            return dynamo_frames.refuse(CacheMiss(f"a graph for {frame.function}{_when(in_capture)}", why, _DO))
+        if action == "eager":
             return dynamo_frames.run_without_compiling()
-        self._note("graph", name, in_capture, "observed" if in_capture else "compiled", why, facts)
         with self._decided():
             return go_on(None)
 
@@ -95,7 +97,7 @@ class Guard:
             if self._late(launch.function, launch.name, launch.device):
                 kernel = launch.installed()
                 if kernel is not None:
-                    self._ledger.note("late_install", launch.name, torch_capture.capturing())
+                    self.count("late_install", launch.name)
                     return kernel
         place = policy.place_of(launch.function)
         in_capture, own = self._state(place)

@@ -15,15 +15,15 @@ class Hooks:
         self._lock = threading.Lock()
         self._undo: dict[str, list[Undo]] = {}
 
-    def once(self, part: str, hook: Callable[[], Iterable[Undo]]) -> bool:
-        """Hook a part in unless it is already; `hook` yields what takes each of its hooks out. True when it was new.
+    def once(self, part: str, hook: Callable[[], Iterable[Undo]]) -> None:
+        """Hook a part in unless it is already; `hook` yields what takes each of its hooks out.
 
         Raises:
             Exception: whatever `hook` raises; what it had hooked in by then is taken out again.
         """
         with self._lock:
             if part in self._undo:
-                return False
+                return
             mine = self._undo[part] = []
         try:  # not under the lock: hooking imports, and another thread's import may be waiting for us
             for undo in hook():
@@ -33,7 +33,6 @@ class Hooks:
                 self._undo.pop(part, None)
             _undo(mine)
             raise
-        return True
 
     def take_out(self) -> None:
         """Take everything out, last first: hooks stand around each other."""

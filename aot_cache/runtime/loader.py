@@ -331,7 +331,7 @@ def _triton_hooks() -> Iterator[Undo]:
     """Triton's miss paths and its C modules. Nothing here is on the hit path."""
     from aot_cache.upstream import triton_events, triton_launcher, triton_miss, triton_tuner_miss
 
-    yield triton_events.listen(lambda kind, name: LEDGER.note(kind, name, torch_capture.capturing()))
+    yield triton_events.listen(GUARD.count)
     yield triton_launcher.serve(_native)
     yield triton_miss.instead_of_compiling(GUARD.launch)
     yield triton_miss.around_loading(GUARD.loading)
@@ -347,7 +347,7 @@ def _hook_dynamo() -> None:
 
         with _lock:
             if _answers is None:
-                _answers = Answers(LEDGER, GUARD, lambda error: _refuse(error, _strict))
+                _answers = Answers(GUARD, lambda error: _refuse(error, _strict))
         HOOKS.once("dynamo", _answers.hook)
         with _lock:
             _add_graphs()

@@ -18,23 +18,21 @@ _done: set[tuple[int, int, int]] = set()
 _lock = threading.Lock()
 
 
-def prime(cudnn: bool = True) -> bool:
-    """Use the libraries once on the current device and stream; true when that was needed. CUDA must be up.
+def prime() -> None:
+    """Use the libraries once on the current device and stream, unless this thread has. CUDA must be up.
 
-    Args:
-        cudnn: cuDNN as well, where torch has it and may use it: a convolution, and attention on Hopper and later.
+    cuDNN where torch has it and may use it: for convolutions, and for attention on Hopper and later.
     """
     stream = torch.cuda.current_stream()
     place = (torch.cuda.current_device(), stream.cuda_stream, threading.get_ident())
     with _lock:
         if place in _done:
-            return False
+            return
         _done.add(place)
     with torch.no_grad(), torch.autocast("cuda", enabled=False):
         small = torch.ones(16, 16, device="cuda", dtype=torch.float16)
         torch.mm(small, small)
         torch.nn.functional.linear(small, small, small[0])  # with a bias: cuBLASLt
         libraries: Any = torch.backends.cudnn
-        if cudnn and libraries.is_available() and libraries.enabled:
+        if libraries.is_available() and libraries.enabled:
             torch.nn.functional.conv2d(small[None, None], small[None, None, :3, :3])
-    return True

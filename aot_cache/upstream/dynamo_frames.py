@@ -52,6 +52,11 @@ class Frame:
         return str(self.f_globals.get("__name__", ""))
 
     @property
+    def function(self) -> str:
+        """`module:qualname`, as plans and bundles name it."""
+        return f"{self.module}:{self.name}"
+
+    @property
     def name(self) -> str:
         """What the function is called in its module (Python 3.10 knows no more than its own name)."""
         return str(getattr(self.code, "co_qualname", self.code.co_name))
