@@ -127,11 +127,15 @@ class TuneError(AotCacheError):
     """Raised when a bundle cannot be tuned here."""
 
 
+_ADVICE = "Set TORCH"  # how torch ends many messages: which variables would say more
+
+
 def one_line(error: BaseException) -> str:
     """An error of somebody else's as one line of at most 600 characters: its type, and its message's first and last line.
 
     Messages of compilers begin with where, or with what is wrong (ptxas), and end with what is wrong (Triton) or where.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(_ADVICE)] or lines
     text = " / ".join([lines[0], lines[-1]] if len(lines) > 1 else lines)
     return f"{type(error).__name__}: {text}"[:600]

@@ -1,0 +1,198 @@
+"""Serve a model: slots for requests, a CUDA graph for each size of a batch, one step at a time. One thread calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+import aot_cache
+from aot_cache.models.qwen3_5 import net, weights
+from aot_cache.models.qwen3_5.model import Batch, Model
+from aot_cache.models.qwen3_5.settings import Settings
+
+
+@dataclass
+class _Request:
+    """What is known of the request in a slot.
+
+    Args:
+        said: the target's tokens of the last step, of which `count` + 1 are the request's.
+        length: tokens that the target has taken in; the last of `said` that holds comes next.
+    """
+
+    said: list[int]
+    length: int
+    count: int
+    temperature: float
+    seed: int
+
+
+class Engine:
+    """A model that serves.
+
+    Args:
+        model: what runs.
+        sizes: batch sizes that steps are padded to, each a captured graph on a GPU; by default 1, 2, 4 … `max_batch`.
+    """
+
+    def __init__(self, model: Model, sizes: Sequence[int] | None = None) -> None:
+        self.model, self.settings = model, model.settings
+        self.max_batch, self.max_model_len = self.settings.max_batch, self.settings.max_model_len
+        self.speculative, self.vocab = self.settings.drafts, int(self.settings.text["vocab_size"])
+        most = self.max_batch
+        self.sizes = sorted(sizes or {*(1 << n for n in range(most.bit_length()) if 1 << n < most), most})
+        self._running: dict[int, _Request] = {}
+        self._batches = {size: model.batch(size, self.settings.width) for size in self.sizes}
+        # What is drafted goes into tensors of its own; everything else of the step is the same.
+        self._verified = {
+            size: replace(batch, tokens=torch.zeros_like(batch.tokens)) for size, batch in self._batches.items()
+        }
+        self._hidden = model.batch(most, self.settings.width).hidden
+        self._graphs: dict[tuple[str, int], tuple[Any, Any]] = {}
+
+    # --- start-up -------------------------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> dict[str, Callable[[Batch], Any]]:
+        """What a step consists of, in order."""
+        if self.speculative:
+            return {"draft": self.model.draft, "verify": self.model.verify}
+        return {"decode": self.model.decode}
+
+    def capture(self, progress: Callable[[str, int, int], None] | None = None) -> dict[str, list[dict[str, Any]]]:
+        """Capture each part of a step for each size; without a GPU, run each once.
+
+        Where a bundle is loaded, a size that it does not cover is left to eager steps on all ranks.
+
+        Returns:
+            Part of the step → what was captured, dropped and why (`aot_cache.Captured.report`).
+        """
+        reports = {}
+        loaded = bool(aot_cache.stats()["bundles"])
+        for name, run in self.steps.items():
+            batches = self._batches if name == "draft" else self._verified
+
+            def covers(size: int, name: str = name) -> tuple[str, Mapping[str, int]]:
+                return name, {"batch": size}
+
+            done = aot_cache.capture(
+                self.sizes, batches.__getitem__, run, covers=covers if loaded else None, mixed="drop", progress=progress
+            )
+            self._graphs |= {(name, size): (graph, done.outputs[size]) for size, graph in done.graphs.items()}
+            reports[name] = done.report
+        return reports
+
+    # --- requests -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def start(self, slot: int, prompt: Sequence[int], temperature: float = 0.0, seed: int = 0) -> int:
+        """Take in a prompt and give its first token.
+
+        Args:
+            slot: 0 … `max_batch` - 1, not taken.
+            temperature: 0 is greedy.
+            seed: of the request's samples, which do not depend on what else runs, or on speculation.
+
+        Raises:
+            ValueError: the slot is taken, or the prompt is empty or leaves no room for a token.
+        """
+        if slot in self._running or not 0 <= slot < self.max_batch:
+            raise ValueError(f"slot {slot} is taken, or not one of {self.max_batch}")
+        if not 0 < len(prompt) < self.max_model_len:
+            raise ValueError(f"a prompt of 1 to {self.max_model_len - 1} tokens, not of {len(prompt)}")
+        place = self.model.device
+        args = torch.tensor([list(prompt)], device=place), torch.tensor([slot], device=place)
+        first, hidden = self.model.prompt(
+            *args, torch.tensor([temperature], device=place), torch.tensor([seed], device=place)
+        )
+        if self._hidden is not None:
+            self._hidden[slot, :1] = hidden[0]
+        token = int(first)
+        self._running[slot] = _Request([token] + [0] * self.speculative, len(prompt), 0, temperature, seed)
+        return token
+
+    @torch.no_grad()
+    def step(self, slots: Sequence[int], drafts: Mapping[int, Sequence[int]] | None = None) -> list[list[int]]:
+        """New tokens of each of these slots: 1 to 1 + `speculative`.
+
+        The graph that runs is the smallest for the highest slot; slots that are not asked for are padding.
+
+        Args:
+            drafts: slot → drafts in place of the MTP layer's: from another proposer, or an oracle.
+
+        Raises:
+            ValueError: a slot holds no request, or a request has no room left.
+        """
+        self._check(slots)
+        size = next(size for size in self.sizes if size > max(slots))
+        batch, verified = self._batches[size], self._verified[size]
+        self._write(batch, slots)
+        if self.speculative:
+            verified.tokens.copy_(self._run("draft", size, batch))
+            for slot, tokens in (drafts or {}).items():
+                verified.tokens[slot, 1:] = torch.tensor(list(tokens), device=self.model.device)
+            said, count, hidden = self._run("verify", size, verified)
+            self._hidden[:size].copy_(hidden)  # type: ignore[index]
+        else:
+            verified.tokens.copy_(batch.tokens)
+            said, count, _ = self._run("decode", size, verified)
+        rows = torch.cat([said, count[:, None]], dim=1).tolist()  # the only time that the host waits
+        return [self._moved_on(slot, rows[slot]) for slot in slots]
+
+    def stop(self, slot: int) -> None:
+        """Free a slot."""
+        self._running.pop(slot, None)
+
+    def _check(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            if slot not in self._running:
+                raise ValueError(f"slot {slot} holds no request")
+            if self._running[slot].length + 1 > self.max_model_len:
+                raise ValueError(f"the request in slot {slot} has all of its {self.max_model_len} tokens")
+
+    def _write(self, batch: Batch, slots: Sequence[int]) -> None:
+        """Put the requests of `slots` into a batch; all other rows are neutral."""
+        size, width = batch.tokens.shape
+        rows = {slot: self._running[slot] for slot in slots}
+        empty = _Request([0] * width, 1, 0, 0.0, 0)
+        told = [rows.get(slot, empty) for slot in range(size)]
+        batch.tokens.copy_(torch.tensor([one.said for one in told]))
+        batch.lengths.copy_(torch.tensor([one.length for one in told]))
+        batch.count.copy_(torch.tensor([one.count for one in told]))
+        batch.temperature.copy_(torch.tensor([one.temperature for one in told]))
+        batch.seed.copy_(torch.tensor([one.seed for one in told]))
+        if batch.hidden is not None and self._hidden is not None:
+            batch.hidden.copy_(self._hidden[:size])
+
+    def _run(self, name: str, size: int, batch: Batch) -> Any:
+        graph, out = self._graphs.get((name, size), (None, None))
+        if graph is None:
+            return self.steps[name](batch)
+        graph.replay()
+        return out
+
+    def _moved_on(self, slot: int, row: Sequence[int]) -> list[int]:
+        request = self._running[slot]
+        *request.said, request.count = row
+        request.length += 1 + request.count
+        return request.said[: request.count + 1]
+
+
+def make_engine(settings: Settings, device: str, folder: str = "", layers: int | None = None, rank: int = 0) -> Engine:
+    """An engine with weights from `folder`, or random ones.
+
+    Args:
+        folder: of a checkpoint in safetensors; empty for random weights.
+        layers: this many decoder layers instead of all, for trials.
+        rank: which part of the weights, with `settings.tp` > 1.
+
+    Raises:
+        DeclarationError: as `weights.read` says.
+    """
+    made = net.make(settings, device, layers)
+    if folder:
+        weights.read(made, settings, folder, rank)
+    return Engine(Model(made, settings, device))

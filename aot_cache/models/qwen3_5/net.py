@@ -1,0 +1,143 @@
+"""The modules: transformers' Qwen3.5 and its MTP draft, made without memory first, then given a device and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_layers import MtpModel
+from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
+
+from aot_cache.models.qwen3_5.settings import Settings
+
+ATTENTION = "aot_cache_static"
+_SHARED_BY_RANKS = ("num_attention_heads", "num_key_value_heads", "linear_num_key_heads", "linear_num_value_heads")
+_NOT_FIELDS = ("model_type", "mtp_num_hidden_layers")
+
+
+def attend(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: over a prompt without `mask`, else over a static cache.
+
+    Over the cache the heads of a group are rows of one product, so that keys and values are read once and never repeated.
+
+    Args:
+        q: [batch, heads, tokens, width]; k, v: [batch, key-value heads, places, width].
+        mask: which places a token sees, [batch, 1, 1, tokens, places]; None is causal.
+
+    Returns:
+        [batch, tokens, heads, width], and no weights.
+    """
+    if mask is None:
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2), None
+    batch, heads, tokens, width = q.shape
+    shared = k.shape[1]
+    rows = q.reshape(batch, shared, heads // shared * tokens, width)
+    scores = (rows @ k.transpose(-1, -2)).float().mul(scaling).unflatten(2, (heads // shared, tokens))
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(q.dtype).flatten(2, 3)
+    return (weights @ v).reshape(batch, heads, tokens, width).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, attend)
+
+
+@dataclass
+class Net:
+    """The parts that steps run.
+
+    Args:
+        layers: decoder layers of the target.
+        mtp: the draft: norms, a projection and a decoder layer; None without speculation.
+        split: whether several ranks share each layer, so that its two halves end in a sum over them.
+    """
+
+    embed: nn.Module
+    rotary: nn.Module
+    layers: list[Any]
+    norm: nn.Module
+    head: nn.Module
+    mtp: Any
+    split: bool
+
+    def modules(self) -> list[nn.Module]:
+        """Each of them."""
+        draft = [] if self.mtp is None else [self.mtp]
+        return [self.embed, self.rotary, *self.layers, self.norm, self.head, *draft]
+
+
+def config_of(settings: Settings, layers: int | None = None, tp: int | None = None) -> Qwen3_5TextConfig:
+    """transformers' configuration of one rank's part.
+
+    Args:
+        layers: this many decoder layers instead of all; a multiple of 4, so that the last is of full attention.
+        tp: ranks that share it, if not as `settings` say.
+    """
+    parts = settings.tp if tp is None else tp
+    fields = {name: value for name, value in settings.text.items() if name not in _NOT_FIELDS}
+    for name in (*_SHARED_BY_RANKS, "intermediate_size"):
+        fields[name] = fields[name] // parts
+    if layers is not None:
+        fields |= {"num_hidden_layers": layers, "layer_types": None}
+    config = Qwen3_5TextConfig(**fields)
+    config.max_position_embeddings = max(config.max_position_embeddings, settings.cache_len)
+    config.num_mtp_layers, config.mtp_layer_types = 1, ["full_attention"]
+    config._attn_implementation = ATTENTION
+    return config
+
+
+def make(settings: Settings, device: str, layers: int | None = None) -> Net:
+    """The model with random weights on `device`.
+
+    On the virtual device of a build nothing has memory.
+    """
+    with torch.device("meta"):
+        main: Any = Qwen3_5ForCausalLM(config_of(settings, layers))
+        draft: Any = MtpModel(main, 1) if settings.drafts else None
+    net = of(main, draft, settings)
+    dtype = getattr(torch, settings.dtype)
+    for module in net.modules():
+        _materialize(module, device, dtype)
+    if settings.text["tie_word_embeddings"]:
+        net.head.weight = net.embed.weight
+    return net
+
+
+def of(main: Any, draft: Any, settings: Settings) -> Net:
+    """The parts of transformers' two models."""
+    base = main.model
+    mtp = None if draft is None else draft.layers[0].eval()
+    main.eval()
+    return Net(base.embed_tokens, base.rotary_emb, list(base.layers), base.norm, main.lm_head, mtp, settings.tp > 1)
+
+
+def _materialize(module: nn.Module, device: str, dtype: torch.dtype) -> None:
+    for part in module.modules():
+        for name, weight in list(part.named_parameters(recurse=False)):
+            values = _initial(part, name, weight.shape, device).to(dtype)
+            setattr(part, name, nn.Parameter(values, requires_grad=False))
+        for name in [name for name, _ in part.named_buffers(recurse=False)]:
+            setattr(part, name, nn.Buffer(_frequencies(part, device), persistent=False))
+
+
+def _initial(part: nn.Module, name: str, shape: torch.Size, device: str) -> Tensor:
+    """Weights with which a random model does something: each layer adds as much as its input was, and states decay."""
+    if name == "A_log":
+        return torch.empty(shape, device=device).uniform_(0.01, 16).log()
+    if name == "dt_bias":
+        return torch.ones(shape, device=device)
+    if len(shape) == 1:  # norms: transformers keeps the gated ones around one and all others around zero
+        return 0.02 * torch.randn(shape, device=device) + ("Gated" in type(part).__name__)
+    scale = 0.02 if isinstance(part, nn.Embedding) else float(shape[1:].numel()) ** -0.5
+    return scale * torch.randn(shape, device=device)
+
+
+def _frequencies(rotary: Any, device: str) -> Tensor:
+    found: Tensor = rotary.compute_default_rope_parameters(rotary.config)[0]
+    return found.to(device)

@@ -1,0 +1,149 @@
+"""The gated delta rule and its convolution as operators that Dynamo does not look into, as vLLM has them too.
+
+On a GPU they are fla-core's kernels; on a CPU transformers' own functions. transformers itself takes the recurrent kernel
+only for a single token, and keeps both behind `torch.compiler.disable`, where a full graph ends.
+
+What a verification of 1 + n tokens runs: the recurrent kernel over all of them from the slot's state, which it only reads
+(`read`). Which of the drafts hold is known after the last layer; then the same kernel runs again over the same keys and
+values with the refused ones neutral (decay 1, weight 0) and writes the state (`advance`). So rolling back needs no copy of a
+state for each draft (vLLM keeps 1 + n of them, the chunked kernel has none in between), and costs one read and one write.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
+
+_torch_recurrent = inspect.unwrap(modeling.torch_recurrent_gated_delta_rule)
+_torch_chunk = inspect.unwrap(modeling.torch_chunk_gated_delta_rule)
+
+
+def _recurrent(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, final: bool
+) -> tuple[Tensor, Tensor]:
+    if q.device.type == "cpu":
+        run = _torch_recurrent
+    else:
+        from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule as run
+    out, new = run(q, k, v, g=g, beta=beta, initial_state=state, output_final_state=final, use_qk_l2norm_in_kernel=True)
+    return out, new
+
+
+@torch.library.custom_op("aot_qwen3_5::read", mutates_args=())
+def read(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
+    """Outputs of some tokens of each request, from its state.
+
+    Args:
+        q, k: [batch, tokens, key heads, 128]; v: [batch, tokens, value heads, 128].
+        g: log of the decay, float32, and beta: [batch, tokens, value heads].
+        state: [batch, value heads, 128, 128], float32.
+
+    Returns:
+        As v.
+    """
+    return _recurrent(q, k, v, g, beta, state, final=False)[0]
+
+
+@read.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("aot_qwen3_5::decode", mutates_args=())
+def decode(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """As `read`, and the state after the last token."""
+    return _recurrent(q, k, v, g, beta, state, final=True)
+
+
+@decode.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(state)
+
+
+@torch.library.custom_op("aot_qwen3_5::advance", mutates_args=())
+def advance(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
+    """The state after the tokens; one with g = 0 and beta = 0 leaves it as it is."""
+    return _recurrent(k, k, v, g, beta, state, final=True)[1]
+
+
+@advance.register_fake
+def _(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
+    return torch.empty_like(state)
+
+
+@torch.library.custom_op("aot_qwen3_5::prompt", mutates_args=())
+def prompt(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs and last state (float32) of a whole prompt, in chunks of 64 tokens."""
+    if q.device.type == "cpu":
+        run = _torch_chunk
+    else:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as run
+    out, state = run(q, k, v, g=g, beta=beta, output_final_state=True, use_qk_l2norm_in_kernel=True)
+    return out, state.float()
+
+
+@prompt.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    batch, _, heads, width = v.shape
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    return out, v.new_empty(batch, heads, k.shape[-1], width, dtype=torch.float32)
+
+
+@torch.library.custom_op("aot_qwen3_5::prompt_conv", mutates_args=())
+def prompt_conv(x: Tensor, weight: Tensor) -> Tensor:
+    """The causal convolution of a prompt, and silu.
+
+    Args:
+        x: [batch, tokens, channels]; weight: [channels, 4].
+    """
+    if x.device.type == "cpu":
+        width, tokens = weight.shape[-1], x.shape[1]
+        padded = torch.nn.functional.conv1d(
+            x.transpose(1, 2), weight.unsqueeze(1), padding=width - 1, groups=x.shape[-1]
+        )
+        return torch.nn.functional.silu(padded[..., :tokens]).transpose(1, 2).contiguous()
+    from fla.modules.causal_conv1d import causal_conv1d
+
+    return causal_conv1d(x=x, weight=weight, activation="silu")[0]
+
+
+@prompt_conv.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("aot_qwen3_5::update_conv", mutates_args=("state",))
+def update_conv(x: Tensor, state: Tensor, weight: Tensor) -> Tensor:
+    """The causal convolution of one token of each request, and silu; `state` moves on by it.
+
+    Args:
+        x: [batch, 1, channels]; state: the last 4 inputs, [batch, channels, 4]; weight: [channels, 4].
+    """
+    if x.device.type == "cpu":
+        state.copy_(torch.cat([state[..., 1:], x.transpose(1, 2)], dim=-1))
+        return torch.nn.functional.silu((state * weight).sum(-1))[:, None]
+    from fla.modules.causal_conv1d import causal_conv1d_update
+
+    return causal_conv1d_update(x, state, weight=weight, activation="silu")[0]
+
+
+@update_conv.register_fake
+def _(x: Tensor, state: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("aot_qwen3_5::all_reduce", mutates_args=())
+def all_reduce(x: Tensor) -> Tensor:
+    """The sum over the ranks that share the model."""
+    out = x.clone()
+    dist.all_reduce(out)
+    return out
+
+
+@all_reduce.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)

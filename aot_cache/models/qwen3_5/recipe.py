@@ -1,0 +1,104 @@
+"""The recipe `qwen3.5`: everything that serving runs, over every length of a prompt and every size of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from aot_cache.models.qwen3_5 import net
+from aot_cache.models.qwen3_5.model import Batch, Model
+from aot_cache.models.qwen3_5.settings import Settings, settings
+from aot_cache.recipe import Call, Case, Recipe, declare, device
+from aot_cache.shapes import Range
+
+PERIOD = 4
+"""Decoder layers that a build runs: three of the delta rule and one of full attention stand for all, which share graphs."""
+
+
+def recipe(
+    *,
+    size: str = "0.8b",
+    config: str = "",
+    spec: str = "none",
+    num_speculative_tokens: int = 0,
+    max_batch: int = 256,
+    max_model_len: int = 4096,
+    tp: int = 1,
+    dtype: str = "bfloat16",
+) -> Recipe:
+    """Qwen3.5 by transformers, its gated delta rule by fla-core, its MTP layer as the draft.
+
+    Args:
+        size: of the released models.
+        config: a model's config.json instead.
+        spec: `mtp` or `none`.
+        num_speculative_tokens: drafts a step, with `mtp`; 0 for the default.
+        max_batch: requests that run at a time.
+        max_model_len: tokens of a request, prompt and output.
+        tp: ranks that share each layer.
+        dtype: of weights and activations.
+
+    Raises:
+        AotCacheError: as `settings` says.
+    """
+    found = settings(
+        size=size,
+        config=config,
+        spec=spec,
+        num_speculative_tokens=num_speculative_tokens,
+        max_batch=max_batch,
+        max_model_len=max_model_len,
+        tp=tp,
+        dtype=dtype,
+    )
+    return of(found)
+
+
+def of(found: Settings) -> Recipe:
+    """The recipe for these settings."""
+
+    @cache
+    def model() -> Model:
+        return Model(net.make(found, device(), PERIOD), found, device())
+
+    cases = [_prompt(found, model), _step(found, model, "decode", 1)]
+    if found.drafts:
+        cases += [_step(found, model, "verify", found.width), _step(found, model, "draft", found.width)]
+    what = f"{found.drafts} drafts by MTP" if found.drafts else "no speculation"
+    return Recipe("qwen3.5", cases, f"Qwen3.5 ({found.name}, {found.dtype}, {found.tp} ranks), {what}")
+
+
+def _prompt(found: Settings, model: Callable[[], Model]) -> Case:
+    @declare(
+        name="prefill",
+        tokens=Range(1, found.max_model_len - 1),
+        mode="no_grad",
+        hint={"tokens": min(1024, found.max_model_len - 1)},
+    )
+    def prefill(tokens: int) -> Call:
+        """A prompt of any length, one request at a time, and the draft's cache with it."""
+        here = device()
+        prompt = torch.zeros(1, tokens, dtype=torch.int64, device=here)
+        slot = torch.zeros(1, dtype=torch.int64, device=here)
+        temperature = torch.zeros(1, dtype=torch.float32, device=here)
+        return Call(model().prompt, prompt, slot, temperature, slot.clone())
+
+    return prefill
+
+
+def _step(found: Settings, model: Callable[[], Model], name: str, width: int) -> Case:
+    about = {
+        "decode": "One token of each request, without speculation.",
+        "verify": "The pending token of each request and its drafts; what holds is kept, the state follows.",
+        "draft": "The MTP layer's drafts, one after the other.",
+    }
+
+    @declare(name=name, batch=Range(1, found.max_batch), mode="no_grad")
+    def step(batch: int) -> Call:
+        made: Batch = model().batch(batch, width)
+        return Call(getattr(model(), name), made)
+
+    step.make.__doc__ = about[name]
+    return step

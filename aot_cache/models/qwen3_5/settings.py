@@ -1,0 +1,204 @@
+"""What can be chosen: the size of the model, and how it is served. Imports no torch.
+
+Numbers of the sizes: shared by NVIDIA's Model-Optimizer recipes (0.8B, 4B, 9B), THUDM's slime scripts (27B) and the
+released 35B-A3B; what is not known for sure is taken only from a model's own config.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from aot_cache.errors import DeclarationError, UnknownName
+
+Json = Any
+DENSE, MOE = "qwen3_5_text", "qwen3_5_moe_text"
+SPECS = ("none", "mtp")
+DTYPES = ("bfloat16", "float16", "float32")
+_ALIGNED = 64
+DRAFTS = 2
+"""Tokens drafted a step unless said otherwise: what vLLM's recipe for this family takes."""
+
+_COMMON: Mapping[str, Json] = {
+    "vocab_size": 248320,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "mtp_num_hidden_layers": 1,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10_000_000,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [11, 11, 10],
+    },
+}
+
+
+def _dense(hidden: int, layers: int, heads: int, kv: int, value_heads: int, mlp: int, tied: bool) -> Mapping[str, Json]:
+    return {
+        **_COMMON,
+        "model_type": DENSE,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "linear_num_value_heads": value_heads,
+        "intermediate_size": mlp,
+        "tie_word_embeddings": tied,
+    }
+
+
+_TINY: Mapping[str, Json] = {
+    **_dense(64, 4, 4, 2, 4, 128, True),
+    "vocab_size": 512,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "rope_parameters": {**_COMMON["rope_parameters"], "mrope_section": [2, 1, 1]},
+}
+
+SIZES: Mapping[str, Mapping[str, Json]] = MappingProxyType(
+    {
+        "tiny": _TINY,  # no released model: for tests, and for a look on a machine without a GPU
+        "0.8b": _dense(1024, 24, 8, 2, 16, 3584, True),
+        "4b": _dense(2560, 32, 16, 4, 32, 9216, True),
+        "9b": _dense(4096, 32, 16, 4, 32, 12288, False),
+        "27b": _dense(5120, 64, 24, 4, 48, 17408, False),
+    }
+)
+
+_NEEDED = tuple(sorted({*_COMMON, *_dense(1, 1, 1, 1, 1, 1, True)} - {"model_type", "mtp_num_hidden_layers"}))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A model and how it is served; what the recipe declares and what the engine allocates follow from this alone.
+
+    Args:
+        text: fields of transformers' text config.
+        drafts: tokens that the MTP layer drafts a step; 0 is no speculation.
+        max_batch: requests that run at a time.
+        max_model_len: tokens of a request, prompt and output.
+        tp: ranks that share the heads and the MLPs.
+        dtype: of weights and activations; the gated delta rule's state is always float32.
+    """
+
+    text: Mapping[str, Json]
+    drafts: int = 0
+    max_batch: int = 256
+    max_model_len: int = 4096
+    tp: int = 1
+    dtype: str = "bfloat16"
+    name: str = field(default="", compare=False)
+
+    @property
+    def width(self) -> int:
+        """Tokens of a request that a verification runs: the pending one and the drafts."""
+        return 1 + self.drafts
+
+    @property
+    def cache_len(self) -> int:
+        """Places of a slot in the key-value cache: a last verification may write beyond the last token; and aligned, because
+        matrix products of other lengths are slower."""
+        return -(-(self.max_model_len + self.width) // _ALIGNED) * _ALIGNED
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of the causal convolution on one rank."""
+        heads = 2 * self.text["linear_num_key_heads"] * self.text["linear_key_head_dim"]
+        return int(heads + self.text["linear_num_value_heads"] * self.text["linear_value_head_dim"]) // self.tp
+
+
+def settings(
+    *,
+    size: str = "0.8b",
+    config: str = "",
+    spec: str = "none",
+    num_speculative_tokens: int = 0,
+    max_batch: int = 256,
+    max_model_len: int = 4096,
+    tp: int = 1,
+    dtype: str = "bfloat16",
+) -> Settings:
+    """Settings from options as they are given on a command line.
+
+    Args:
+        size: one of `SIZES`; not looked at when `config` is given.
+        config: a model's config.json.
+        spec: `mtp` drafts with the model's MTP layer, `none` does not speculate.
+        num_speculative_tokens: drafts a step; 0 with `mtp` means `DRAFTS`.
+
+    Raises:
+        UnknownName: there is no such size.
+        DeclarationError: an option has no such value, or does not go with another one or with the model.
+    """
+    if not config and size not in SIZES:
+        known = ", ".join(f"qwen3.5-{one}" for one in SIZES)
+        raise UnknownName(f"a size {size!r} of qwen3.5", f"known: {known}", "or give --model PATH/config.json")
+    text = read_config(Path(config)) if config else SIZES[size]
+    _one_of("--spec", spec, SPECS)
+    _one_of("--dtype", dtype, DTYPES)
+    _at_least("--max-batch", max_batch, 1)
+    _at_least("--num-speculative-tokens", num_speculative_tokens, 0)
+    drafts = num_speculative_tokens or DRAFTS
+    if spec == "none":
+        if num_speculative_tokens:
+            raise DeclarationError("--spec mtp with --num-speculative-tokens", "--spec none")
+        drafts = 0
+    elif text.get("mtp_num_hidden_layers", 0) != 1:
+        found = f"{text.get('mtp_num_hidden_layers', 'no')} mtp_num_hidden_layers in its config"
+        raise DeclarationError("a model with one MTP layer for --spec mtp", found, "build it with --spec none")
+    _at_least("--max-model-len", max_model_len, 2 + drafts)
+    _check_split(text, tp)
+    return Settings(text, drafts, max_batch, max_model_len, tp, dtype, config or f"qwen3.5-{size}")
+
+
+def read_config(path: Path) -> Mapping[str, Json]:
+    """The text model's fields of a config.json.
+
+    Raises:
+        DeclarationError: it cannot be read, is of another model, or lacks fields.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DeclarationError(f"a config.json at {path}", str(error)) from error
+    if not isinstance(found, dict):
+        raise DeclarationError(f"a JSON object in {path}", f"a {type(found).__name__}")
+    text = found.get("text_config", found)
+    if not str(text.get("model_type", "")).startswith(DENSE.removesuffix("_text")):
+        raise DeclarationError(f"a Qwen3.5 in {path}", f"model_type {text.get('model_type')!r}")
+    if "num_experts" in text:
+        raise DeclarationError(f"a dense Qwen3.5 in {path}", "a mixture of experts", "it is not offered yet")
+    text = {**text, "model_type": DENSE}
+    if "rope_parameters" not in text and "rope_scaling" in text:
+        text["rope_parameters"] = text["rope_scaling"]
+    missing = [name for name in _NEEDED if name not in text and name not in found]
+    if missing:
+        raise DeclarationError(f"all sizes of the model in {path}", f"no {', '.join(missing)}", "complete the file")
+    return {**{name: found[name] for name in _NEEDED if name in found}, **text}
+
+
+def _check_split(text: Mapping[str, Json], tp: int) -> None:
+    _at_least("--tp", tp, 1)
+    names = ("num_attention_heads", "num_key_value_heads", "linear_num_key_heads", "linear_num_value_heads")
+    for name in (*names, "intermediate_size"):
+        if text[name] % tp:
+            raise DeclarationError(f"--tp that divides {name} = {text[name]}", f"--tp {tp}")
+
+
+def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise DeclarationError(f"{option} to be one of {', '.join(known)}", repr(value))
+
+
+def _at_least(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise DeclarationError(f"{option} of {least} or more", str(value))

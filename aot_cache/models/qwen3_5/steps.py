@@ -1,0 +1,274 @@
+"""The compiled functions: each is one graph for all layers of its kind, because what differs between layers is an argument.
+
+Shapes: `b` requests, which are the first `b` slots; `t` tokens of each (1 decodes, 1 + drafts verify); a prompt is one request
+of `p` tokens in any slot. Caches are whole buffers, written in place: keys and values [slots, key-value heads, places, width],
+the convolution's last inputs [slots, channels, 4], the delta rule's state [slots, value heads, width, width], float32.
+Everything that differs between requests is data (`starts`, `count`), so a captured graph stays right.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from aot_cache.models.qwen3_5 import ops
+
+Module = Any
+Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+# --- what the two kinds of layers are made of ----------------------------------------------------------------------------
+
+
+def _summed(x: Tensor, split: bool) -> Tensor:
+    """The sum over the ranks that share a layer."""
+    return torch.ops.aot_qwen3_5.all_reduce(x) if split else x
+
+
+def _mlp(layer: Module, x: Tensor, split: bool) -> Tensor:
+    return x + _summed(layer.mlp(layer.post_attention_layernorm(x)), split)
+
+
+def _projected(mixer: Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(mixed q, k, v, the gate z, log of the decay g, beta) of the delta rule."""
+    g = -mixer.A_log.float().exp() * functional.softplus(mixer.in_proj_a(x).float() + mixer.dt_bias)
+    return mixer.in_proj_qkv(x), mixer.in_proj_z(x), g, mixer.in_proj_b(x).sigmoid()
+
+
+def _heads(mixer: Module, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = mixed.split([mixer.key_dim, mixer.key_dim, mixer.value_dim], dim=-1)
+    q, k = (part.unflatten(-1, (-1, mixer.head_k_dim)).contiguous() for part in (q, k))
+    return q, k, v.unflatten(-1, (-1, mixer.head_v_dim)).contiguous()
+
+
+def _mixed_out(layer: Module, x: Tensor, core: Tensor, z: Tensor, split: bool) -> Tensor:
+    """The rest of a layer, behind the delta rule."""
+    mixer = layer.linear_attn
+    gated = mixer.norm(core.reshape(-1, mixer.head_v_dim), z.reshape(-1, mixer.head_v_dim))
+    x = x + _summed(mixer.out_proj(gated.reshape(*x.shape[:2], mixer.value_dim)), split)
+    return _mlp(layer, x, split)
+
+
+class _Slots:
+    """A layer's static cache of the first slots, as transformers' attention writes to it and reads it."""
+
+    def __init__(self, keys: Tensor, values: Tensor, places: Tensor) -> None:
+        self.keys, self.values, self.places = keys, values, places
+
+    def update(self, k: Tensor, v: Tensor, _: int) -> tuple[Tensor, Tensor]:
+        batch = k.shape[0]
+        slots = torch.arange(batch, device=k.device)[:, None]
+        self.keys[slots, :, self.places] = k.transpose(1, 2)
+        self.values[slots, :, self.places] = v.transpose(1, 2)
+        return self.keys[:batch], self.values[:batch]
+
+
+class _OneSlot:
+    """The same for a prompt, which sees itself alone: written to its slot, not read."""
+
+    def __init__(self, keys: Tensor, values: Tensor, slot: Tensor) -> None:
+        self.keys, self.values, self.slot = keys, values, slot
+
+    def update(self, k: Tensor, v: Tensor, _: int) -> tuple[Tensor, Tensor]:
+        places = torch.arange(k.shape[2], device=k.device)[None]
+        self.keys[self.slot[:, None], :, places] = k.transpose(1, 2)
+        self.values[self.slot[:, None], :, places] = v.transpose(1, 2)
+        return k, v
+
+
+def _attention(layer: Module, x: Tensor, turn: tuple[Tensor, Tensor], mask: Any, cache: Any, split: bool) -> Tensor:
+    out, _ = layer.self_attn(layer.input_layernorm(x), turn, mask, cache)
+    return _mlp(layer, x + _summed(out, split), split)
+
+
+def _cached_attention(
+    layer: Module, x: Tensor, turn: tuple[Tensor, Tensor], places: Tensor, keys: Tensor, values: Tensor, split: bool
+) -> Tensor:
+    seen = torch.arange(keys.shape[2], device=x.device) <= places[..., None]
+    return _attention(layer, x, turn, seen[:, None, None], _Slots(keys, values, places), split)
+
+
+def _positions(starts: Tensor, tokens: Tensor) -> Tensor:
+    return starts[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+
+
+# --- the target ----------------------------------------------------------------------------------------------------------
+
+
+@torch.compile(fullgraph=True)
+def begin(embed: Module, rotary: Module, tokens: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings, and cosines and sines of the positions, of tokens [b, t] of which the first stand at `starts` [b]."""
+    x = embed(tokens)
+    cos, sin = rotary(x, _positions(starts, tokens))
+    return x, cos, sin
+
+
+@torch.compile(fullgraph=True)
+def prompt_delta(layer: Module, x: Tensor, slot: Tensor, conv: Tensor, state: Tensor, split: bool) -> Tensor:
+    """A layer of the gated delta rule over a prompt; `conv` and `state` of the slot are written."""
+    mixer = layer.linear_attn
+    mixed, z, g, beta = _projected(mixer, layer.input_layernorm(x))
+    conv[slot] = functional.pad(mixed.transpose(1, 2), (conv.shape[-1], 0))[..., -conv.shape[-1] :]
+    q, k, v = _heads(mixer, torch.ops.aot_qwen3_5.prompt_conv(mixed, mixer.conv1d.weight.squeeze(1)))
+    core, last = torch.ops.aot_qwen3_5.prompt(q, k, v, g, beta)
+    state[slot] = last
+    return _mixed_out(layer, x, core, z, split)
+
+
+@torch.compile(fullgraph=True)
+def prompt_attention(
+    layer: Module, x: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, keys: Tensor, values: Tensor, split: bool
+) -> Tensor:
+    """A layer of full attention over a prompt; keys and values of the slot are written."""
+    return _attention(layer, x, (cos, sin), None, _OneSlot(keys, values, slot), split)
+
+
+@torch.compile(fullgraph=True)
+def decode_delta(layer: Module, x: Tensor, conv: Tensor, state: Tensor, split: bool) -> Tensor:
+    """A layer of the gated delta rule over one token of each request; the state moves on."""
+    mixer, batch = layer.linear_attn, x.shape[0]
+    mixed, z, g, beta = _projected(mixer, layer.input_layernorm(x))
+    mixed = torch.ops.aot_qwen3_5.update_conv(mixed, conv[:batch], mixer.conv1d.weight.squeeze(1))
+    core, last = torch.ops.aot_qwen3_5.decode(*_heads(mixer, mixed), g, beta, state[:batch])
+    state[:batch] = last
+    return _mixed_out(layer, x, core, z, split)
+
+
+@torch.compile(fullgraph=True)
+def verify_delta(layer: Module, x: Tensor, conv: Tensor, state: Tensor, split: bool) -> tuple[Tensor, Kept]:
+    """The same over 1 + drafts tokens; the state is only read, and what `commit` needs is handed out."""
+    mixer, (batch, tokens) = layer.linear_attn, x.shape[:2]
+    mixed, z, g, beta = _projected(mixer, layer.input_layernorm(x))
+    inputs = torch.cat([conv[:batch, :, 1:], mixed.transpose(1, 2)], dim=-1).float()
+    weight = mixer.conv1d.weight.squeeze(1).float()
+    summed = sum(inputs[..., at : at + tokens] * weight[:, at, None] for at in range(weight.shape[-1]))
+    q, k, v = _heads(mixer, functional.silu(summed).to(x.dtype).transpose(1, 2))
+    core = torch.ops.aot_qwen3_5.read(q, k, v, g, beta, state[:batch])
+    return _mixed_out(layer, x, core, z, split), (mixed, k, v, g, beta)
+
+
+@torch.compile(fullgraph=True)
+def cached_attention(
+    layer: Module, x: Tensor, cos: Tensor, sin: Tensor, starts: Tensor, keys: Tensor, values: Tensor, split: bool
+) -> Tensor:
+    """A layer of full attention over the tokens of each request and all before them.
+
+    What is written for a refused draft is written over by the next step, and seen by none before.
+    """
+    places = _positions(starts, x[..., 0])
+    return _cached_attention(layer, x, (cos, sin), places, keys, values, split)
+
+
+@torch.compile(fullgraph=True)
+def commit(
+    conv: Tensor, state: Tensor, mixed: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, count: Tensor
+) -> None:
+    """Move a layer's state on by the pending token and the `count` [b] drafts that hold; the others never were."""
+    batch, tokens = mixed.shape[:2]
+    holds = (torch.arange(tokens, device=count.device) <= count[:, None])[..., None]
+    state[:batch] = torch.ops.aot_qwen3_5.advance(k, v, g * holds, beta * holds, state[:batch])
+    inputs = torch.cat([conv[:batch], mixed.transpose(1, 2)], dim=-1)
+    last = count[:, None] + 1 + torch.arange(conv.shape[-1], device=count.device)
+    conv[:batch] = inputs.gather(2, last[:, None].expand(-1, conv.shape[1], -1))
+
+
+@torch.compile(fullgraph=True)
+def accept(
+    norm: Module, head: Module, x: Tensor, tokens: Tensor, starts: Tensor, temperature: Tensor, seed: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The target's own tokens, how many drafts agree with them, and the hidden states.
+
+    A draft holds if the target, which samples at every position, would have said the same: so with speculation or without,
+    a request with a given seed gets the same tokens.
+
+    Args:
+        tokens: [b, t], the pending token and its drafts, of which the first stand at `starts` [b].
+        temperature: [b], float32; 0 is greedy. seed: [b].
+
+    Returns:
+        ([b, t], [b], [b, t, hidden]).
+    """
+    hidden = norm(x)
+    said = _sampled(head(hidden), _positions(starts, tokens), temperature, seed)
+    count = (said[:, :-1] == tokens[:, 1:]).long().cumprod(1).sum(1)
+    return said, count, hidden
+
+
+@torch.compile(fullgraph=True)
+def finish_prompt(norm: Module, head: Module, x: Tensor, temperature: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """The first token [1, 1] of a prompt's answer, and all hidden states."""
+    hidden = norm(x)
+    at = torch.full((1, 1), x.shape[1] - 1, device=x.device)
+    return _sampled(head(hidden[:, -1:]), at, temperature, seed), hidden
+
+
+def _sampled(logits: Tensor, positions: Tensor, temperature: Tensor, seed: Tensor) -> Tensor:
+    """Gumbel's trick: the largest of logits plus noise is a sample. The noise is a hash of seed, position and token."""
+    mixed = seed[:, None] * 0x9E3779B1 + positions * 0x85EBCA77
+    # Not multiplied: Inductor takes that for the arithmetic of an index, in 32 bits.
+    mixed = mixed[..., None] ^ torch.arange(logits.shape[-1], device=logits.device)
+    for factor in (0xBF58476D1CE4E5B, 0x94D049BB133111E):
+        mixed = mixed * factor
+        mixed = mixed ^ ((mixed >> 29) & 0x7FFFFFFFF)
+    uniform = (((mixed >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24
+    noise = -(-uniform.log()).log()
+    return (logits.float() + temperature[:, None, None] * noise).argmax(-1)
+
+
+# --- the draft -----------------------------------------------------------------------------------------------------------
+
+
+def _drafting(mtp: Module, embed: Module, tokens: Tensor, hidden: Tensor) -> Tensor:
+    return mtp.eh_proj(torch.cat([mtp.enorm(embed(tokens)), mtp.hnorm(hidden)], dim=-1))
+
+
+@torch.compile(fullgraph=True)
+def prompt_draft(
+    mtp: Module,
+    embed: Module,
+    rotary: Module,
+    tokens: Tensor,
+    hidden: Tensor,
+    slot: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    split: bool,
+) -> None:
+    """Fill the draft's cache for a prompt: tokens [1, p] one to the right of the hidden states that they go with."""
+    x = _drafting(mtp, embed, tokens, hidden)
+    turn = rotary(x, 1 + torch.arange(tokens.shape[1], device=tokens.device)[None])
+    _attention(mtp.mtp_block, x, turn, None, _OneSlot(keys, values, slot), split)
+
+
+@torch.compile(fullgraph=True)
+def draft(
+    mtp: Module,
+    embed: Module,
+    rotary: Module,
+    head: Module,
+    tokens: Tensor,
+    hidden: Tensor,
+    starts: Tensor,
+    count: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    split: bool,
+) -> tuple[Tensor, Tensor]:
+    """One draft of each request.
+
+    Args:
+        tokens: [b, t], each with the hidden state [b, t, hidden] of the token before it; the pair of number `count` [b]
+            is the last that holds.
+        starts: [b], places in the draft's cache; a token stands one position further.
+
+    Returns:
+        The token [b, 1], and the hidden state [b, 1, hidden] from which the next draft is made.
+    """
+    x = _drafting(mtp, embed, tokens, hidden)
+    places = _positions(starts, tokens)
+    x = _cached_attention(mtp.mtp_block, x, rotary(x, places + 1), places, keys, values, split)
+    last = mtp.post_norm(x.gather(1, count[:, None, None].expand(-1, 1, x.shape[-1])))
+    return head(last).argmax(-1), last

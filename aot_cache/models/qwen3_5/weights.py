@@ -1,0 +1,98 @@
+"""Weights of a released checkpoint, and one rank's part of them.
+
+Names: `model.language_model.layers.…` or `model.layers.…` for the target as transformers saves it, `mtp.…` for the draft as
+it is released (`fc`, `pre_fc_norm_embedding`, `pre_fc_norm_hidden`, `norm`; vLLM's `qwen3_5_mtp.py` reads the same).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from aot_cache.errors import DeclarationError
+from aot_cache.models.qwen3_5.net import Net
+from aot_cache.models.qwen3_5.settings import Settings
+
+_DRAFT = {
+    "fc": "eh_proj",
+    "pre_fc_norm_embedding": "enorm",
+    "pre_fc_norm_hidden": "hnorm",
+    "norm": "post_norm",
+    "layers.0": "mtp_block",
+}
+_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "in_proj_z", "in_proj_b", "in_proj_a")
+_COLUMNS = ("o_proj", "down_proj", "out_proj")
+_BY_HEAD = ("A_log", "dt_bias")
+_MIXED = ("in_proj_qkv", "conv1d")
+
+
+def read(net: Net, settings: Settings, folder: str, rank: int = 0) -> None:
+    """Fill `net` with the weights in `folder`.
+
+    Raises:
+        DeclarationError: there are no safetensors files, or a weight is missing or of another shape.
+    """
+    with torch.no_grad():
+        found = dict(_found(Path(folder)))
+        for name, target in wanted(net):
+            if name not in found:
+                raise DeclarationError(f"a weight {name} in {folder}", "none of that name", "give this model's folder")
+            value = part(name, found[name](), settings, rank)
+            if value.shape != target.shape:
+                raise DeclarationError(f"{name} of shape {list(target.shape)}", f"{list(value.shape)} in {folder}")
+            target.copy_(value)
+
+
+def wanted(net: Net) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a model under their names in a checkpoint."""
+    named: dict[str, nn.Module] = {f"model.layers.{n}.": layer for n, layer in enumerate(net.layers)}
+    named |= {"model.embed_tokens.": net.embed, "model.norm.": net.norm}
+    if net.head.weight is not net.embed.weight:
+        named["lm_head."] = net.head
+    for theirs, ours in _DRAFT.items() if net.mtp is not None else ():
+        named[f"mtp.{theirs}."] = getattr(net.mtp, ours)
+    for prefix, module in named.items():
+        for name, weight in module.named_parameters():
+            yield prefix + name, weight
+
+
+def part(name: str, value: Tensor, settings: Settings, rank: int) -> Tensor:
+    """One rank's part of a weight: whole heads and columns of the MLP; norms, embeddings, head and the draft's projection
+    are on every rank."""
+    owner = name.split(".")[-2]
+    if settings.tp == 1:
+        return value
+    if owner in _ROWS or name.endswith(_BY_HEAD):
+        return value.chunk(settings.tp, 0)[rank]
+    if owner in _COLUMNS:
+        return value.chunk(settings.tp, 1)[rank]
+    if owner in _MIXED:
+        text = settings.text
+        keys = text["linear_num_key_heads"] * text["linear_key_head_dim"]
+        values = text["linear_num_value_heads"] * text["linear_value_head_dim"]
+        return torch.cat([one.chunk(settings.tp, 0)[rank] for one in value.split([keys, keys, values], 0)])
+    return value
+
+
+def _found(folder: Path) -> Iterator[tuple[str, Any]]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise DeclarationError(f"*.safetensors in {folder}", "no such file", "give a checkpoint's folder")
+    for file in files:
+        opened: Any = safe_open(file, framework="pt")
+        for name in opened.keys():
+            yield name.replace("model.language_model.", "model."), _reader(opened, name)
+
+
+def _reader(opened: Any, name: str) -> Any:
+    return lambda: opened.get_tensor(name)
+
+
+def names(net: Net) -> Mapping[str, Tensor]:
+    """As `wanted`, to be saved: what `read` reads."""
+    return {name: weight.contiguous() for name, weight in wanted(net)}
