@@ -21,7 +21,7 @@ PACKAGE = ROOT / "aot_cache"
 # Arrows point down: a module imports what stands on an earlier line, and its own room; for types alone, anything.
 LAYERS = (
     ("errors",),
-    ("store", "shapes", "key", "target"),
+    ("store", "shapes", "key", "target", "options"),
     ("plan", "recipe", "manifest", "follows"),
     ("upstream", "signature", "missed", "miss_file"),
     ("native", "report_graphs", "report_misses", "call_leaves"),
