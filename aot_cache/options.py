@@ -78,6 +78,24 @@ def _plain(value: str) -> str:
         raise DeclarationError("an option's value as percent-escaped UTF-8", repr(value)) from error
 
 
+def file_name(name: str, spec: str) -> str:
+    """A recipe's name and the options of its spec as part of a file's name: `qwen3.5-max_batch=64-spec=mtp`.
+
+    Two specs have two names: what would be too long, or has characters that no file's name should, ends with a digest.
+    """
+    _, given = parse(spec)
+    if CONFIG in given:
+        given[CONFIG] = given[CONFIG].removeprefix(_SHA256)[:12]
+    words = "-".join(f"{option}={_safe(value)}" for option, value in sorted(given.items()))
+    if len(words) > 120 or any(_safe(value) != value for value in given.values()):
+        words = f"{words[:100]}-{hashlib.sha256(text('', given).encode()).hexdigest()[:12]}"
+    return f"{_safe(name)}-{words}" if words else _safe(name)
+
+
+def _safe(value: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in value)
+
+
 # --- a file among the options -----------------------------------------------------------------------------------------
 
 

@@ -67,6 +67,7 @@ class Case:
         autocast: a dtype name (`"bfloat16"`) when serving runs under `torch.autocast`, else None.
         hint: the value of a dimension that compiled graphs are to be best at; default its largest.
         missed: points that are visited beside the declared ones, because a serving process had them.
+        doc: one line for people: the first of the function's docstring.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Case:
     autocast: str | None = None
     hint: Mapping[str, int] = field(default_factory=dict)
     missed: Sequence[Point] = ()
+    doc: str = ""
 
     def points(self) -> Enumeration:
         """Every point that a build visits: what is declared, and at the end what was missed and is not among that."""
@@ -154,7 +156,8 @@ def declare(
                 "name the same ones in @declare(...) and in the function",
             )
         _check_hint(label, hint or {}, dims)
-        return Case(label, make, dict(dims), mode, autocast, dict(hint or {}))
+        doc = (inspect.getdoc(make) or "").partition("\n")[0]
+        return Case(label, make, dict(dims), mode, autocast, dict(hint or {}), doc=doc)
 
     return decorate
 

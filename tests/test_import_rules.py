@@ -24,10 +24,12 @@ LAYERS = (
     ("store", "shapes", "key", "target", "options"),
     ("plan", "recipe", "manifest", "follows"),
     ("upstream", "signature", "missed", "miss_file"),
-    ("native", "report_graphs", "report_misses", "call_leaves"),
+    ("native", "model_types", "report_graphs", "report_misses", "call_leaves"),
     ("build", "runtime", "report"),
-    ("tune_graphs",),
+    ("tune_graphs", "report_build"),
     ("tune", "render"),
+    ("render_build",),
+    ("cli_build",),
     ("", "auto", "cli", "models", "engines"),  # "" is aot_cache/__init__.py
 )
 

@@ -245,3 +245,27 @@ def test_a_file_is_told_by_its_content(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_file_that_is_not_there(value: str) -> None:
     with pytest.raises(DeclarationError, match="a config file at"):
         options.published(f"m?config={value}")
+
+
+# --- in a file's name -------------------------------------------------------------------------------------------------
+
+
+def test_a_file_s_name_says_the_options() -> None:
+    assert options.file_name("qwen3.5", "q?spec=mtp&max_batch=64") == "qwen3.5-max_batch=64-spec=mtp"
+    assert options.file_name("a/b c", "q") == "a-b-c"
+    assert options.file_name("q", f"q?config=sha256:{'ab' * 32}") == "q-config=abababababab"
+
+
+@given(
+    st.lists(st.dictionaries(st.sampled_from(["a", "b", "tp"]), st.text("ab=-/tp", max_size=4)), min_size=2, max_size=5)
+)
+def test_other_options_have_another_name(specs: list[dict[str, str]]) -> None:
+    different = {options.text("q", given) for given in specs}
+    names = {options.file_name("q", spec) for spec in different}
+    assert len(names) == len(different)
+    assert all("/" not in name and len(name) < 150 for name in names)
+
+
+def test_a_long_name_is_cut_and_stays_its_own() -> None:
+    one, two = (options.file_name("q", f"q?x={'y' * 300}{n}") for n in range(2))
+    assert one != two and len(one) < 130
