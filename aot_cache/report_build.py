@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +39,13 @@ def together(parts: Iterable[Reached]) -> Reached:
     for part in parts:
         for case, found in part.items():
             boxes.setdefault(case, {}).update((json.dumps(box), box) for box in found)
-    return {
-        case: shapes.describe(shapes.expand(found.values()), next(iter(found.values())))
-        for case, found in boxes.items()
-    }
+    return {case: _union(list(found.values())) for case, found in boxes.items()}
+
+
+def _union(boxes: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Boxes that may overlap, as disjoint ones. Each is expanded alone: all at once may be more than `expand` takes."""
+    points = {tuple(point.items()) for box in boxes for point in shapes.expand([box])}
+    return shapes.describe(map(dict, points), boxes[0])
 
 
 def built(result: Built) -> Facts:

@@ -425,6 +425,10 @@ def test_what_reaches_a_kernel_is_put_together() -> None:
     other = {"a": [{"n": "3..8", "m": "2"}, {"n": "9", "m": "2,4"}]}
     assert report_build.together([one, other]) == {"a": [{"n": "1..8", "m": "2"}, {"n": "9", "m": "2,4"}], "b": [{}]}
     assert report_build.together([one, one]) == one and report_build.together([]) == {}
+    many = [
+        {"a": [{"n": f"{n}..{n + 20_000}", "m": "1"}]} for n in range(60)
+    ]  # more than a million, were they disjoint
+    assert report_build.together(many) == {"a": [{"n": "0..20059", "m": "1"}]}
 
 
 def test_targets_are_plain() -> None:
