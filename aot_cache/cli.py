@@ -6,34 +6,26 @@ Exit codes: 0 all is well · 1 the plans of `diff` differ · 2 not understood ·
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from aot_cache import miss_file, recipe, render, report, report_misses, shapes
-from aot_cache import native as native_gpu
+from aot_cache import miss_file, native, recipe, render, report, report_misses
 from aot_cache import target as targets_table
-from aot_cache.build import pipeline
-from aot_cache.build.pipeline import Built, Request
-from aot_cache.errors import AotCacheError, BundleCorrupt, CompileFailed, DeclarationError, TargetError
+from aot_cache.cli_build import AsJson, build
+from aot_cache.errors import AotCacheError, BundleCorrupt, DeclarationError
 from aot_cache.key import Part
 from aot_cache.plan import Plan
 from aot_cache.signature import parameter_names
 from aot_cache.store import Bundle, read_bundle
-from aot_cache.target import Target
-
-DEFAULT_TARGET = "h200"
-HOW_TO_CHOOSE = "choose with --target, `aot-cache targets` lists them"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle file.")]
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file, or a bundle.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,174 +58,7 @@ def _top(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-# --- build ------------------------------------------------------------------------------------------------------------
-
-
-@app.command()
-def build(
-    model: Annotated[str | None, typer.Option(metavar="NAME|MODULE:OBJECT", help="The recipe to build.")] = None,
-    plan: Annotated[Path | None, typer.Option(metavar="FILE", help="A plan to build instead of a recipe.")] = None,
-    target: Annotated[
-        list[str] | None, typer.Option(metavar="T", help="A GPU kind, or `native`. May be repeated.")
-    ] = None,
-    ranges: Annotated[
-        list[str] | None, typer.Option("--range", metavar="DIM=1..64", help="In place of a declared range. Repeatable.")
-    ] = None,
-    misses: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="What servers missed: built as well. Repeatable.")
-    ] = None,
-    store: Annotated[Path, typer.Option(metavar="DIR", help="Where everything is kept.")] = Path("artifacts"),
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The bundle, with one target.")] = None,
-    line_info: Annotated[bool, typer.Option("--line-info", help="Keep line numbers, for profilers.")] = False,
-    python: Annotated[
-        list[str] | None, typer.Option(metavar="EXE", help="A further interpreter to build launchers for. Repeatable.")
-    ] = None,
-    ranks: Annotated[
-        int, typer.Option(min=1, help="Of a job: what holds a rank's number is built for each of so many.")
-    ] = 1,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default all cores.")] = None,
-    show_plan: Annotated[bool, typer.Option("--show-plan", help="Print what would be built; compile nothing.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Build the bundles of a model, for one GPU kind or several."""
-    given = _check_inputs(model, plan, ranges or [])
-    if misses and plan is not None:
-        raise DeclarationError("--misses with --model", "--plan", "misses are added to what a recipe declares")
-    miss_file.read(misses or [])  # a mistake in it is found before the seconds that starting the worker takes
-    targets, facts = _targets(target or [], given)
-    if out is not None and len(targets) > 1:
-        raise DeclarationError(
-            "one target with --out", f"{len(targets)} targets", "leave --out away, or build each alone"
-        )
-    requests = [
-        Request(
-            t,
-            store,
-            model,
-            plan,
-            _ranges(ranges or []),
-            out,
-            line_info,
-            tuple(python or ()),
-            workers,
-            tuple(misses or ()),
-            ranks,
-        )
-        for t in targets
-    ]
-    if not as_json:
-        render.chosen(facts)
-        sys.stdout.flush()
-    if show_plan:
-        _show_plans(requests, facts, as_json)
-    else:
-        _build_all(requests, facts, as_json)
-
-
-def _check_inputs(model: str | None, plan: Path | None, ranges: Sequence[str]) -> Plan | None:
-    """Find mistakes before the seconds that starting the worker takes; returns the plan, if one is given."""
-    if (model is None) == (plan is None):
-        found = "neither" if model is None else "both"
-        raise DeclarationError("either --model or --plan", found, "name a recipe (`aot-cache models`) or a plan file")
-    if plan is None:
-        recipe.resolve(str(model))
-        return None
-    if ranges:
-        raise DeclarationError("no --range with --plan", ", ".join(ranges), "a plan's points are already enumerated")
-    return Plan.read(plan)
-
-
-def _ranges(texts: Sequence[str]) -> dict[str, str]:
-    out: dict[str, str] = {}
-    for text in texts:
-        dim, equals, values = text.partition("=")
-        if not (dim.strip() and equals):
-            raise DeclarationError("a range as dimension=values", repr(text), "write --range tokens=1..64")
-        if dim.strip() in out:
-            raise DeclarationError(f"one range for dimension {dim.strip()!r}", "two", "list values as 1,2,8 in one")
-        try:
-            out[dim.strip()] = shapes.parse_dimension(values).text
-        except DeclarationError as error:
-            raise DeclarationError(f"{error.wanted} in --range {text}", error.found, error.do) from error
-    return out
-
-
-def _targets(names: Sequence[str], plan: Plan | None) -> tuple[list[Target], dict[str, Any]]:
-    """The targets asked for, else this machine's GPU, else the plan's, else the default; and the facts about that."""
-    why, differences = "as asked", []
-    if not names:
-        names, why = _default_target(plan)
-    found: dict[str, Target] = {}
-    for name in names:
-        if name == "native":
-            target, different = native_gpu.native()
-            differences += report.differences(target.id, different)
-        else:
-            target = targets_table.get(name)
-        found[target.id] = target
-    return list(found.values()), {"targets": list(found), "why": why, "differences": differences}
-
-
-def _default_target(plan: Plan | None) -> tuple[list[str], str]:
-    if plan is not None and plan.target in targets_table.TARGETS:
-        return [plan.target], f"the plan's; {HOW_TO_CHOOSE}"
-    if gpu_here():
-        try:
-            native_gpu.native()
-        except TargetError as error:
-            return [DEFAULT_TARGET], f"the default, because {error.found}; {HOW_TO_CHOOSE}"
-        return ["native"], f"this machine's GPU; {HOW_TO_CHOOSE}"
-    return [DEFAULT_TARGET], f"the default without a GPU here; {HOW_TO_CHOOSE}"
-
-
-def gpu_here(devices: Path = Path("/dev"), environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether a GPU may be here: from the devices alone, because asking torch takes seconds where there is none."""
-
-    def hidden(*names: str) -> bool:
-        return any(environment.get(name, "0").strip() in ("", "-1") for name in names)
-
-    if any(devices.glob("nvidia[0-9]*")):
-        return not hidden("CUDA_VISIBLE_DEVICES")
-    return (devices / "kfd").exists() and not hidden(
-        "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"
-    )
-
-
-def _show_plans(requests: Sequence[Request], facts: dict[str, Any], as_json: bool) -> None:
-    plans = []
-    with render.Progress() as progress:
-        for request in requests:
-            progress.target = request.target.id
-            found = pipeline.plan_only(request, progress)
-            plans.append(report.plan(found, request.plan or Path(found.recipe), names=parameter_names))
-    if as_json:
-        render.document({**facts, "plans": plans})
-        return
-    for one in plans:
-        render.line()
-        render.plan_or_bundle(one)
-
-
-def _build_all(requests: Sequence[Request], facts: dict[str, Any], as_json: bool) -> None:
-    done: list[Built] = []
-    try:
-        with render.Progress() as progress:
-            for request in requests:
-                progress.target = request.target.id
-                done.append(pipeline.build(request, progress))
-    finally:  # what was built for the targets before one that cannot be built is there, and is said
-        rows = [report.built(one) for one in done]
-        if as_json and (rows or not sys.exc_info()[0]):
-            render.document({**facts, "bundles": rows})
-        elif rows:
-            render.builds(rows)
-    failed = [f"{one.target}: {failure['kernel']}" for one in done for failure in one.failed]
-    if failed:
-        units = sum(one.units + one.pruned + one.graphs for one in done) + len(failed)
-        names = ", ".join(dict.fromkeys(failed))
-        raise CompileFailed(
-            f"all of {units} kernels and graphs to compile", f"{len(failed)} failed ({names})", "the rest is kept"
-        )
+app.command()(build)
 
 
 # --- looking ----------------------------------------------------------------------------------------------------------
@@ -301,7 +126,7 @@ def verify(
 def _host_parts(bundle: Bundle) -> list[Part]:
     from aot_cache.runtime.compatible import parts
 
-    return parts(bundle.manifest, look_at_gpu=gpu_here())
+    return parts(bundle.manifest, look_at_gpu=native.gpu_here())
 
 
 @app.command()

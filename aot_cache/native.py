@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from aot_cache.errors import TargetError
 from aot_cache.target import TARGETS, Difference, Target
+
+
+def gpu_here(devices: Path = Path("/dev"), environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a GPU may be here: from the devices alone, because asking torch takes seconds where there is none."""
+
+    def hidden(*names: str) -> bool:
+        return any(environment.get(name, "0").strip() in ("", "-1") for name in names)
+
+    if any(devices.glob("nvidia[0-9]*")):
+        return not hidden("CUDA_VISIBLE_DEVICES")
+    return (devices / "kfd").exists() and not hidden(
+        "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"
+    )
 
 
 def native() -> tuple[Target, list[Difference]]:

@@ -98,6 +98,8 @@ class CasePlan:
     autocast: str | None = None
     missed: list[dict[str, int]] = field(default_factory=list)
     """Points that were visited beside those of `dims`, because a serving process had them."""
+    doc: str = ""
+    """One line for people about the case."""
 
     @classmethod
     def of(cls, case: Case, points: Enumeration) -> CasePlan:
@@ -111,6 +113,7 @@ class CasePlan:
             case.mode,
             case.autocast,
             points.points[len(points.points) - points.added :],
+            case.doc,
         )
 
 

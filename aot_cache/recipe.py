@@ -16,7 +16,8 @@ from difflib import get_close_matches
 from importlib import metadata
 from typing import Any
 
-from aot_cache.errors import DeclarationError, UnknownName
+from aot_cache import options
+from aot_cache.errors import AotCacheError, DeclarationError, UnknownName
 from aot_cache.shapes import Dimension, Enumeration, Point, describe, enumerate_points
 
 ENTRY_POINTS = "aot_cache.recipes"
@@ -66,6 +67,7 @@ class Case:
         autocast: a dtype name (`"bfloat16"`) when serving runs under `torch.autocast`, else None.
         hint: the value of a dimension that compiled graphs are to be best at; default its largest.
         missed: points that are visited beside the declared ones, because a serving process had them.
+        doc: one line for people: the first of the function's docstring.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Case:
     autocast: str | None = None
     hint: Mapping[str, int] = field(default_factory=dict)
     missed: Sequence[Point] = ()
+    doc: str = ""
 
     def points(self) -> Enumeration:
         """Every point that a build visits: what is declared, and at the end what was missed and is not among that."""
@@ -153,7 +156,8 @@ def declare(
                 "name the same ones in @declare(...) and in the function",
             )
         _check_hint(label, hint or {}, dims)
-        return Case(label, make, dict(dims), mode, autocast, dict(hint or {}))
+        doc = (inspect.getdoc(make) or "").partition("\n")[0]
+        return Case(label, make, dict(dims), mode, autocast, dict(hint or {}), doc=doc)
 
     return decorate
 
@@ -243,46 +247,72 @@ def names() -> dict[str, str]:
 
 
 def resolve(spec: str) -> str:
-    """The `module:object` of a recipe given by its name or as `module:object`. Imports nothing.
+    """The `module:object` of a recipe given by its name or as `module:object`, its options left off. Imports nothing.
 
     Raises:
         UnknownName: when there is no such recipe.
+        DeclarationError: when its options are no `?name=value&name=value`.
     """
-    if ":" in spec:
-        return spec
+    name, _ = options.parse(spec)
+    if ":" in name:
+        return name
     known = names()
-    if spec in known:
-        return known[spec]
-    near = get_close_matches(spec, known, n=1)
+    if name in known:
+        return known[name]
+    near = get_close_matches(name, known, n=1)
     raise UnknownName(
-        f"a model called {spec!r}",
+        f"a model called {name!r}",
         f"known: {', '.join(sorted(known)) or 'none'}",
         f"did you mean {near[0]!r}?" if near else "name one of these, or module:object",
     )
 
 
 def load(spec: str) -> Recipe:
-    """Import the recipe called `spec`.
+    """Import the recipe called `spec`: a name or `module:object`, with options as in `qwen3.5?spec=mtp&max_batch=64`.
+
+    What is named is a `Recipe`, a `Case`, or a function that makes one of its keyword options, whose annotations (str, int,
+    float, bool, `Literal`) say how their text is read; or a `functools.partial` of one, whose options are fixed.
+
+    Returns:
+        The recipe. Its `spec` names the options that are not the function's defaults, sorted.
 
     Raises:
-        UnknownName: when the module or the object is not there.
-        DeclarationError: when importing it raises, or the object is no recipe.
+        UnknownName: when the module, the object or an option is not there.
+        DeclarationError: when importing it raises, the object is no recipe, or an option's value is none.
     """
     path = resolve(spec)
+    name, given = options.parse(options.with_file(spec))
     module_name, _, attribute = path.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        wanted = f"the module {module_name!r} of recipe {spec!r}"
+        wanted = f"the module {module_name!r} of recipe {name!r}"
         raise UnknownName(wanted, f"no module named {error.name!r}", "install it, or set PYTHONPATH") from error
     except Exception as error:
         raise DeclarationError(
-            f"recipe {spec!r} to import", f"{type(error).__name__}: {error}", "fix the recipe's module"
+            f"recipe {name!r} to import", f"{type(error).__name__}: {error}", "fix the recipe's module"
         ) from error
     for part in attribute.split("."):
         found = getattr(found, part, None)
+    found, kept = _made(found, name, given)
     if isinstance(found, Case):
         found = Recipe(found.name, [found])
     if not isinstance(found, Recipe):
-        raise UnknownName(f"a Recipe at {path}", f"a {type(found).__name__}", "name a Recipe or a declared case")
-    return _replace(found, spec=spec)
+        raise UnknownName(
+            f"a Recipe at {path}", f"a {type(found).__name__}", "name a Recipe, a declared case, or what makes one"
+        )
+    return _replace(found, spec=options.text(name, kept))
+
+
+def _made(found: Any, name: str, given: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
+    """(the object, or what it makes of the options; the options that are not its defaults)."""
+    if not options.makes_recipes(found):
+        for option in given if isinstance(found, (Recipe, Case)) else ():
+            raise options.unknown(option, name, {})
+        return found, {}
+    try:
+        return options.make(found, name, given)
+    except AotCacheError:
+        raise
+    except Exception as error:
+        raise DeclarationError(f"recipe {name!r} to be made", f"{type(error).__name__}: {error}") from error

@@ -90,60 +90,6 @@ class Progress:
         self._bars.update(self._tasks[label], completed=done, total=total)
 
 
-# --- building ---------------------------------------------------------------------------------------------------------
-
-
-def chosen(facts: Facts) -> None:
-    """Which targets, why, and how to choose; then where a native one is not what the table says."""
-    line(f"target: {', '.join(facts['targets'])} ({facts['why']})")
-    for d in facts["differences"]:
-        line(f"native: {d['field']} is {d['device']} on this {d['target']}, and {d['table']} in the table")
-
-
-def builds(rows: Sequence[Facts]) -> None:
-    """The summary at the end of a build."""
-    numbers = ("units", "graphs", "compiled now", "does not fit", "failed", "size", "seconds")
-    cells = [
-        (
-            b["target"],
-            b["units"],
-            b["graphs"],
-            b["compiled"],
-            b["pruned"],
-            len(b["failed"]),
-            size(b["size"]),
-            b["coverage"],
-            f"{b['seconds']:.2f}",
-        )
-        for b in rows
-    ]
-    table(("target", *numbers[:-1], "coverage", "seconds"), cells, numbers)
-    for b in rows:
-        line()
-        if b["nothing_to_do"]:
-            line(f"{b['target']}: nothing to do, nothing has changed since this was built")
-        for failure in b["failed"]:
-            line(f"{b['target']}: failed: {failure['kernel']}: {failure['error']}")
-        for name, why in b["per_rank"].items():
-            line(f"{b['target']}: built for each rank: {name}: {why}")
-        _became(b)
-        line(f"bundle: {b['path']}")
-        line(f"digest: {b['digest']}")
-        line(f"Dockerfile: {b['dockerfile']}")
-
-
-def _became(built: Facts) -> None:
-    """What became of the misses that a build was given."""
-    given = built["misses"]
-    if given.get("given"):
-        line(f"{built['target']}: misses: {given['covered']} of {given['given']} covered")
-    if given.get("cut_off"):
-        line(f"{built['target']}: misses: lines cut off, by a process that was killed: {given['cut_off']}")
-    for miss in given.get("uncovered", ()):
-        what = f"{miss['kind']} {miss['name']} ({', '.join(filter(None, (times(miss['count']), miss['asked'])))})"
-        line(f"{built['target']}: not covered: {what}: {miss['why']}")
-
-
 # --- plans and bundles ------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +169,8 @@ def _summary(facts: Facts) -> Iterable[tuple[str, object]]:
         dims = " ".join(f"{dim}={values}" for dim, values in case["dims"].items())
         seen = f"{case['points']} points" if case["points"] == case["total"] else f"{case['points']} of {case['total']}"
         more = "".join(f", and {point}" for point in case["missed"])
-        yield "case", f"{case['name']}: {dims}{more} ({seen}, {case['mode']})"
+        doc = f": {case['doc']}" if case["doc"] else ""
+        yield "case", f"{case['name']}: {dims}{more} ({seen}, {case['mode']}){doc}"
     if facts["untuned"]:
         yield "untuned", f"{facts['untuned']} choices are not tuned: the first config that fits is used"
     if "specializations" in facts:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aot_cache import report_graphs
 from aot_cache.errors import AotCacheError, BundleCorrupt, DeclarationError, DigestMismatch, Incompatible, NotReady
@@ -18,12 +18,10 @@ from aot_cache.key import Part
 from aot_cache.manifest import whole
 from aot_cache.plan import SCHEMA, Plan, Tuning, Unit
 from aot_cache.plan import diff as plan_diff
+from aot_cache.shapes import point_text
 from aot_cache.signature import Names, closure_digest, no_names, signature, value_text
 from aot_cache.store import Bundle
-from aot_cache.target import Difference, Target
-
-if TYPE_CHECKING:
-    from aot_cache.build.pipeline import Built
+from aot_cache.target import Target
 
 Json = Any
 Facts = dict[str, Json]
@@ -155,7 +153,8 @@ def _common(found: Plan) -> Facts:
                 "points": c.points,
                 "total": c.total,
                 "mode": c.mode,
-                "missed": [", ".join(f"{dim}={v}" for dim, v in point.items()) for point in c.missed],
+                "missed": [point_text(point) for point in c.missed],
+                "doc": c.doc,
             }
             for c in found.cases
         ],
@@ -371,35 +370,9 @@ def _status(part: Part) -> str:
     return "differs" if part.needed else "costs"
 
 
-# --- builds and targets -----------------------------------------------------------------------------------------------
-
-
-def built(result: Built) -> Facts:
-    """What one build did."""
-    path = str(result.path.absolute())
-    return {
-        **result.to_json(),
-        "path": path,
-        "coverage": coverage("", result.points, result.sampled),
-        "dockerfile": f"ENV AOT_CACHE={_quoted(path)} AOT_CACHE_DIGEST={result.digest}",
-    }
-
-
-def _quoted(path: str) -> str:
-    """A path as the value of a Dockerfile's ENV."""
-    plain = path.replace("\\", "\\\\").replace("$", "\\$").replace('"', '\\"')
-    return path if plain == path and " " not in path else f'"{plain}"'
+# --- targets ----------------------------------------------------------------------------------------------------------
 
 
 def targets(rows: Iterable[Target]) -> list[Facts]:
     """The table of targets, with the sources of its numbers."""
     return [row.properties() for row in rows]
-
-
-def differences(target: str, found: Iterable[Difference]) -> list[Facts]:
-    """Where this machine's GPU is not what the table says of `target`."""
-    return [{"target": target, "field": d.field, "table": _plain(d.table), "device": _plain(d.device)} for d in found]
-
-
-def _plain(value: object) -> Json:
-    return list(value) if isinstance(value, tuple) else value

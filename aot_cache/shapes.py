@@ -259,6 +259,11 @@ def describe(points: Iterable[Point], dims: Iterable[str]) -> list[dict[str, str
     return [dict(zip(names, texts)) for texts in _boxes(sorted(rows), len(names))]
 
 
+def point_text(point: Mapping[str, int]) -> str:
+    """`batch=2, tokens=1`: a point for people."""
+    return ", ".join(f"{dim}={value}" for dim, value in point.items())
+
+
 def least(box: Mapping[str, str]) -> Point:
     """The first point of a box that `describe` wrote; costs nothing however large the box is.
 

@@ -28,7 +28,7 @@ from aot_cache.store import read_bundle, write_bundle
 from aot_cache.target import Difference
 
 ROOT = Path(__file__).parents[1]
-RECIPES = """
+RECIPES = '''
 import torch
 import triton
 import triton.language as tl
@@ -52,6 +52,9 @@ def run_broken(x):
 
 @declare(n=Range(15, 17))
 def twice(n):
+    """Twice as much.
+
+    And more."""
     return Call(run, torch.empty(n, device="cuda"))
 
 @declare(n=Range(16, 16))
@@ -59,7 +62,7 @@ def fails(n):
     return Call(run_broken, torch.empty(n, device="cuda"))
 
 good, bad = Recipe("good", [twice]), Recipe("bad", [fails])
-"""
+'''
 
 
 class Said(NamedTuple):
@@ -80,7 +83,7 @@ Run = Callable[..., Said]
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """`aot-cache ARGUMENTS` in an empty folder of a machine without a GPU; also what children print is caught."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "gpu_here", lambda: False)
+    monkeypatch.setattr(native_gpu, "gpu_here", lambda: False)
 
     def call(*arguments: object) -> Said:
         capfd.readouterr()
@@ -160,7 +163,15 @@ def test_a_build_ends_with_what_a_dockerfile_needs(sample: Sample) -> None:
     digest = read_bundle(sample.bundle).digest
     lines = said.stdout.splitlines()
     assert lines[0].startswith("target: h200 (the default without a GPU here; choose with --target")
-    assert lines[-1] == f"Dockerfile: ENV AOT_CACHE={sample.bundle} AOT_CACHE_DIGEST={digest}"
+    there = "/opt/aot-cache/good-h200.safetensors"
+    assert lines[-3:] == [
+        f"Dockerfile: COPY artifacts/bundles/good-h200.safetensors {there}",
+        f"Dockerfile: ENV AOT_CACHE={there} AOT_CACHE_DIGEST={digest}",
+        "server: import aot_cache.auto  # before the model",
+    ]
+    (row,) = [line.split() for line in lines if line.startswith("h200 ")]
+    size = f"{sample.bundle.stat().st_size / 1000:.1f}"
+    assert row[:-1] == ["h200", "2", "0", "2", "0", "0", size, "kB", "3", "of", "3", "proved", "3", "points"]
     assert f"digest: {digest}" in lines
     assert "proved 3 points" in said.stdout and "compiled now" in said.stdout
 
@@ -179,6 +190,7 @@ def test_a_build_again_has_nothing_to_do(real: Run, tmp_path: Path) -> None:
 def test_a_kernel_that_fails_is_named_and_the_rest_kept(real: Run, run: Run) -> None:
     said = real("build", "--model", "tiny:bad", "--target", "h200")
     assert_one_line(said, "1 failed", "tiny:broken", code=4)
+    assert "0 of 1" in said.out and "not proved: 1 failed" in said.out
     assert "h200: failed: tiny:broken: CompilationError" in said.out and "no_such_name" in said.out
     found = run("verify", "artifacts/bundles/bad-h200.safetensors", "--json")
     assert found.code == 32
@@ -190,6 +202,11 @@ def test_the_plan_can_be_seen_without_compiling(real: Run, tmp_path: Path) -> No
     (plan,) = real("build", "--model", "tiny:good", "--show-plan", "--json").document["plans"]
     assert (plan["units"], plan["points"], plan["coverage"]) == (2, 3, "proved 3 points")
     assert plan["kernels"][0]["kernel"] == "tiny:scale"
+    assert plan["kernels"][0]["reached"] == {"twice": [{"n": "15..17"}]}
+    assert plan["cases"][0]["doc"] == "Twice as much."
+    said = real("build", "--model", "tiny:good", "--show-plan").out
+    assert "case:      twice: n=15..17 (3 points, inference): Twice as much.\n" in said
+    assert said.endswith("\ntiny:scale: 2 specializations\n  reached by twice: n 15..17\n")
     assert not (tmp_path / "artifacts").exists()
 
 
@@ -363,7 +380,7 @@ def test_native_says_where_the_device_differs(run: Run, stub: Pipeline) -> None:
 
 @pytest.mark.usefixtures("native")
 def test_a_gpu_that_is_here_is_the_default(run: Run, stub: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "gpu_here", lambda: True)
+    monkeypatch.setattr(native_gpu, "gpu_here", lambda: True)
     assert run("build", "--model", "tiny:good").out.startswith("target: h200 (this machine's GPU; choose with --target")
     assert stub.asked[0].target is NATIVE
 
@@ -372,7 +389,7 @@ def test_a_gpu_that_cannot_be_used_is_said(run: Run, stub: Pipeline, monkeypatch
     def unusable() -> None:
         raise TargetError("the GPU of this machine", "torch 2.13 finds none", "")
 
-    monkeypatch.setattr(cli, "gpu_here", lambda: True)
+    monkeypatch.setattr(native_gpu, "gpu_here", lambda: True)
     monkeypatch.setattr(native_gpu, "native", unusable)
     said = run("build", "--model", "tiny:good")
     assert said.out.startswith("target: h200 (the default, because torch 2.13 finds none;")
@@ -398,7 +415,7 @@ def test_a_gpu_is_seen_without_torch(
 ) -> None:
     for name in devices:
         (tmp_path / name).touch()
-    assert cli.gpu_here(tmp_path, environment) is here
+    assert native_gpu.gpu_here(tmp_path, environment) is here
 
 
 # --- looking ----------------------------------------------------------------------------------------------------------

@@ -21,13 +21,15 @@ PACKAGE = ROOT / "aot_cache"
 # Arrows point down: a module imports what stands on an earlier line, and its own room; for types alone, anything.
 LAYERS = (
     ("errors",),
-    ("store", "shapes", "key", "target"),
+    ("store", "shapes", "key", "target", "options"),
     ("plan", "recipe", "manifest", "follows"),
     ("upstream", "signature", "missed", "miss_file"),
-    ("native", "report_graphs", "report_misses", "call_leaves"),
+    ("native", "model_types", "report_graphs", "report_misses", "call_leaves"),
     ("build", "runtime", "report"),
-    ("tune_graphs",),
+    ("tune_graphs", "report_build"),
     ("tune", "render"),
+    ("render_build",),
+    ("cli_build",),
     ("", "auto", "cli", "models", "engines"),  # "" is aot_cache/__init__.py
 )
 

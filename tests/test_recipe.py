@@ -54,6 +54,20 @@ def test_a_case_may_have_another_name_and_mode() -> None:
     assert (case.name, case.mode, case.autocast) == ("other", "no_grad", "bfloat16")
 
 
+def test_a_case_s_doc_is_the_first_line_of_its_function_s() -> None:
+    @declare()
+    def case() -> Call:
+        """
+        Prompts of several requests.
+
+        And more.
+        """
+        return Call(add, 1)
+
+    assert case.doc == "Prompts of several requests." and adding.doc == ""
+    assert Recipe("sample", [case]).widened({"case": [{}]}).cases[0].doc == case.doc
+
+
 def test_a_case_may_have_no_dimension() -> None:
     @declare()
     def case() -> Call:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from aot_cache import render, report
+from aot_cache import render, report, report_build
 from aot_cache.build.pipeline import Built
 from aot_cache.errors import BundleCorrupt, DeclarationError
 from aot_cache.key import Part
@@ -392,14 +392,43 @@ def a_built(path: Path, **more: Any) -> Built:
 
 
 def test_a_build_says_what_goes_into_the_dockerfile() -> None:
-    facts = as_json(report.built(a_built(Path("/a/b.safetensors"))))
-    assert facts["dockerfile"] == f"ENV AOT_CACHE=/a/b.safetensors AOT_CACHE_DIGEST={'d' * 64}"
+    facts = as_json(report_build.built(a_built(Path("/a/b.safetensors"))))
+    there = "/opt/aot-cache/b.safetensors"
+    assert facts["dockerfile"] == [
+        f"COPY /a/b.safetensors {there}",
+        f"ENV AOT_CACHE={there} AOT_CACHE_DIGEST={'d' * 64}",
+    ]
+    assert facts["server"] == "import aot_cache.auto  # before the model"
     assert facts["coverage"] == "proved 4 points"
-    assert Path(report.built(a_built(Path("b")))["path"]).is_absolute()
+
+
+def test_a_bundle_within_the_folder_is_copied_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Docker's COPY takes paths within its context."""
+    monkeypatch.chdir(tmp_path)
+    facts = report_build.built(a_built(Path("c/b")))
+    assert (facts["path"], facts["dockerfile"][0]) == (str(tmp_path / "c/b"), "COPY c/b /opt/aot-cache/b")
 
 
 def test_a_path_that_a_dockerfile_would_take_apart_is_quoted() -> None:
-    assert 'ENV AOT_CACHE="/a b/\\$c" ' in report.built(a_built(Path("/a b/$c")))["dockerfile"]
+    copy, env = report_build.built(a_built(Path("/a b/$c d")))["dockerfile"]
+    assert json.loads(copy.removeprefix("COPY ")) == ["/a b/\\$c d", "/opt/aot-cache/\\$c d"]
+    assert env.startswith('ENV AOT_CACHE="/opt/aot-cache/\\$c d" ')
+
+
+def test_a_build_that_failed_has_proved_nothing() -> None:
+    facts = report_build.built(a_built(Path("b"), failed=[{"kernel": "k"}], covered=1, declared=4))
+    assert (facts["coverage"], facts["covered"], facts["declared"]) == ("not proved: 1 failed", 1, 4)
+
+
+def test_what_reaches_a_kernel_is_put_together() -> None:
+    one = {"a": [{"n": "1..4", "m": "2"}], "b": [{}]}
+    other = {"a": [{"n": "3..8", "m": "2"}, {"n": "9", "m": "2,4"}]}
+    assert report_build.together([one, other]) == {"a": [{"n": "1..8", "m": "2"}, {"n": "9", "m": "2,4"}], "b": [{}]}
+    assert report_build.together([one, one]) == one and report_build.together([]) == {}
+    many = [
+        {"a": [{"n": f"{n}..{n + 20_000}", "m": "1"}]} for n in range(60)
+    ]  # more than a million, were they disjoint
+    assert report_build.together(many) == {"a": [{"n": "0..20059", "m": "1"}]}
 
 
 def test_targets_are_plain() -> None:
@@ -407,7 +436,7 @@ def test_targets_are_plain() -> None:
     assert [row["id"] for row in rows] == list(TARGETS)
     assert all(row["source"] for row in rows)
     found = [Difference("capability", (9, 0), (9, 1))]
-    assert as_json(report.differences("h200", found)) == [
+    assert as_json(report_build.differences("h200", found)) == [
         {"target": "h200", "field": "capability", "table": [9, 0], "device": [9, 1]}
     ]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from aot_cache import shapes
 from aot_cache.key import UNITS, objects_of
 from aot_cache.plan import Plan, Tuning
 from aot_cache.store import Store
@@ -82,6 +83,20 @@ def assemble(
         "complete": not failed,
     }
     return manifest, objects
+
+
+def covered(plan: Plan, failed: Iterable[Mapping[str, str]]) -> int:
+    """How many of the visited points reach nothing that failed; 0 where a failure belongs to no point that is known."""
+    reached = {unit.id: unit.reached for unit in plan.units} | {call.id: call.reached for call in plan.calls}
+    lost: set[tuple[str, str]] = set()
+    for failure in failed:
+        if failure["kernel"].startswith("case "):  # a point of it, which is all that such a failure names
+            lost.add((failure["kernel"].removeprefix("case "), failure["unit"]))
+        elif failure["unit"] not in reached:
+            return 0
+        for case, boxes in reached.get(failure["unit"], {}).items():
+            lost.update((case, shapes.point_text(point)) for point in shapes.expand(boxes))
+    return sum(case.points for case in plan.cases) - len(lost)
 
 
 def _first_that_fits(

@@ -233,7 +233,7 @@ class Runs:
 
     def _unfit(self, point: tuple[int, int]) -> dict[str, str]:
         case = self.cases[point[0]]
-        where = ", ".join(f"{k}={v}" for k, v in self.points[point[0]][point[1]].items())
+        where = shapes.point_text(self.points[point[0]][point[1]])
         why = f"at {where} it calls a compiled function as it does nowhere when it is looked at"
         return {"kernel": f"case {case.name}", "unit": where, "error": why}
 

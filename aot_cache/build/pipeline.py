@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aot_cache import key, miss_file, recipe
+from aot_cache import key, miss_file, options, recipe
 from aot_cache.build import stamp, workers
-from aot_cache.build.bundles import assemble
+from aot_cache.build.bundles import assemble, covered
 from aot_cache.errors import AotCacheError
 from aot_cache.manifest import split
 from aot_cache.miss_file import GRAPH, Misses
@@ -30,12 +30,12 @@ class Request:
     """What to build.
 
     Args:
-        model: a recipe's name or `module:object`; None when `plan` is given.
+        model: a recipe's name or `module:object`, with its options (see `recipe.load`); None when `plan` is given.
         plan: a plan file (recorded, or edited) to build instead.
         target: the GPU kind.
         store: the store's folder.
         ranges: dimension → text, in place of the declared one.
-        out: the bundle's path; default `STORE/bundles/MODEL-TARGET.safetensors`.
+        out: the bundle's path; default `STORE/bundles/MODEL-OPTIONS-TARGET.safetensors` (see `options.file_name`).
         line_info: keep line numbers for profilers (binaries then hold paths).
         pythons: further interpreters to build C modules for.
         workers: processes; default all cores.
@@ -58,7 +58,10 @@ class Request:
 
 @dataclass
 class Built:
-    """What a build did and where its bundle is; `misses` says what became of those that were given."""
+    """What a build did and where its bundle is; `misses` says what became of those that were given.
+
+    Of `declared` points `points` were run on the virtual device, and at `covered` of these all that is reached was built.
+    """
 
     target: str
     path: Path
@@ -76,6 +79,8 @@ class Built:
     misses: dict[str, Json] = field(default_factory=dict)
     per_rank: dict[str, str] = field(default_factory=dict)
     """Function whose graphs are built for each rank → why."""
+    declared: int = 0
+    covered: int = 0
 
     def to_json(self) -> dict[str, Json]:
         return {**self.__dict__, "path": str(self.path)}
@@ -120,12 +125,11 @@ def plan_only(request: Request, progress: Progress = lambda *_: None) -> Plan:
         return workers.run(request, Path(scratch), miss_file.read(request.misses), progress, show_plan=True)[1]
 
 
-def bundle_path(request: Request, name: str) -> Path:
-    """Where the bundle goes."""
+def bundle_path(request: Request, name: str, spec: str = "") -> Path:
+    """Where the bundle of the recipe called `name` goes; the options in `spec` are part of the file's name."""
     if request.out is not None:
         return request.out
-    safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
-    return request.store / "bundles" / f"{safe}-{request.target.id}.safetensors"
+    return request.store / "bundles" / f"{options.file_name(name, spec)}-{request.target.id}.safetensors"
 
 
 def _question(request: Request, misses: Misses) -> str:
@@ -133,7 +137,7 @@ def _question(request: Request, misses: Misses) -> str:
     plan = key.digest(request.plan.read_text()) if request.plan is not None and request.plan.is_file() else ""
     return key.digest(
         {
-            "model": request.model,
+            "model": options.published(request.model) if request.model is not None else None,
             "plan": plan,
             "target": request.target.properties(),
             "ranges": dict(request.ranges),
@@ -183,8 +187,9 @@ def _became(misses: Misses, answer: Mapping[str, Json], target: Target) -> dict[
 
 
 def _finish(request: Request, store: Store, plan: Plan, answer: Mapping[str, Json]) -> Built:
-    manifest, objects = assemble(request.target, request.model or "", plan, store, answer)
-    path = bundle_path(request, plan.recipe)
+    spec = options.published(answer.get("spec", ""))  # without the options that are the recipe's defaults
+    manifest, objects = assemble(request.target, spec, plan, store, answer)
+    path = bundle_path(request, plan.recipe, spec)
     lean, details = split(manifest)
     objects[lean["details"]] = details
     with store.writer():
@@ -203,4 +208,6 @@ def _finish(request: Request, store: Store, plan: Plan, answer: Mapping[str, Jso
         sampled=plan.sampled,
         points=sum(case.points for case in plan.cases),
         seconds=0.0,
+        declared=sum(case.total for case in plan.cases),
+        covered=covered(plan, manifest["failed"]),
     )

@@ -103,7 +103,8 @@ def _kernels(job: dict[str, Json], target: Any, send: Any, progress: Any) -> Non
     plan = missed.plan
     plan.write(Path(job["plan_out"]))
     inputs = stamp.inputs(trace.late_modules)
-    send("traced", units=len(plan.units), calling=compiled, refused=refused, inputs=inputs)
+    spec = recipe.spec if recipe is not None else ""
+    send("traced", spec=spec, units=len(plan.units), calling=compiled, refused=refused, inputs=inputs)
     if job["show_plan"]:
         return
     pythons = [triton_launcher.this_python(), *map(triton_launcher.other_python, job["pythons"])]
@@ -157,7 +158,7 @@ def _graphs(job: dict[str, Json], target: Any, send: Any, progress: Any) -> None
     plan.calls = runs.calls()
     plan.write(Path(job["plan_out"]))
     inputs = stamp.inputs()
-    send("surveyed", inputs=inputs)
+    send("surveyed", spec=recipe.spec, inputs=inputs)
     if job["show_plan"]:
         return
     made = runs.compile_all(Store(job["store"]), inputs, progress, job["workers"])

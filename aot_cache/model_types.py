@@ -1,0 +1,60 @@
+"""From a transformers `config.json` to the recipe for it: by the file's `model_type`. Imports no recipe.
+
+A package that ships recipes says which of them are for which models in the entry-point group `aot_cache.model_types`:
+`qwen3_5 = package.module:function`. The function is called with the file's path as its option `config`.
+"""
+
+from __future__ import annotations
+
+import json
+from difflib import get_close_matches
+from importlib import metadata
+from pathlib import Path
+
+from aot_cache import options, recipe
+from aot_cache.errors import DeclarationError, UnknownName
+
+ENTRY_POINTS = "aot_cache.model_types"
+
+
+def names() -> dict[str, str]:
+    """Model types that recipes are installed for: `model_type` → `module:object`."""
+    return {entry.name: entry.value for entry in metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def is_config(text: str) -> bool:
+    """Whether `text`, where a model is asked for, is a config file: by its ending, or as a file of no recipe's name."""
+    name, mark, _ = text.partition("?")
+    if text.endswith(".json") and not mark:
+        return True
+    return ":" not in name and name not in recipe.names() and Path(text).is_file()
+
+
+def spec_for(path: str) -> str:
+    """The spec of the recipe for the config file at `path`: `qwen3.5?config=PATH`, or with `module:object` for a name.
+
+    Raises:
+        DeclarationError: there is no such file, or it is no config of a model.
+        UnknownName: no installed recipe is for its `model_type`.
+    """
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise DeclarationError(f"a model's config file at {path}", error.strerror or str(error)) from error
+    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
+        raise DeclarationError(f"a model's config file at {path}", f"not JSON ({error})") from error
+    wanted = found.get("model_type") if isinstance(found, dict) else None
+    if not isinstance(wanted, str):
+        raise DeclarationError(
+            f'a "model_type" in {path}', "none" if wanted is None else repr(wanted), "give transformers' config.json"
+        )
+    known = names()
+    if wanted not in known:
+        near = get_close_matches(wanted, known, n=1)
+        raise UnknownName(
+            f"a recipe for model_type {wanted!r} of {path}",
+            f"there are some for {', '.join(sorted(known)) or 'none'}",
+            f"did you mean {near[0]!r}?" if near else "name a recipe: `aot-cache models` lists them",
+        )
+    called = {value: name for name, value in sorted(recipe.names().items(), reverse=True)}
+    return options.text(called.get(known[wanted], known[wanted]), {options.CONFIG: path})

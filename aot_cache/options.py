@@ -1,0 +1,246 @@
+"""A recipe's options, and the text that carries them: `qwen3.5?max_batch=64&spec=mtp`. Imports nothing but the errors.
+
+What `module:object` names may be a function that makes a `Recipe` from keyword options. Everything that names a recipe (the
+command line, workers, stamps, bundles) does so with one such text, so that options reach all of them the same way.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import math
+import os
+import typing
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote, unquote_to_bytes
+
+from aot_cache.errors import DeclarationError, UnknownName
+
+CONFIG = "config"
+"""The option of every recipe that has one which names a file: its content counts, and not where it lies."""
+CONFIG_VARIABLE = "AOT_CACHE_CONFIG"
+_SHA256 = "sha256:"
+_SWITCH = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False, "on": True, "off": False}
+
+
+# --- the text ---------------------------------------------------------------------------------------------------------
+
+
+def parse(spec: str) -> tuple[str, dict[str, str]]:
+    """(name, options as text) of a spec.
+
+    Raises:
+        DeclarationError: what stands after the `?` is no `name=value&name=value`, or names one twice.
+    """
+    name, mark, rest = spec.partition("?")
+    options: dict[str, str] = {}
+    for part in rest.split("&") if mark else ():
+        option, equals, value = part.partition("=")
+        if not (option and equals):
+            raise DeclarationError(f"options of {name!r} as name=value&name=value", repr(part), f"write {name}?tp=2")
+        if _plain(option) in options:
+            raise DeclarationError(f"option {_plain(option)!r} of {name!r} once", "twice in one text")
+        options[_plain(option)] = _plain(value)
+    return name, options
+
+
+def text(name: str, options: Mapping[str, str]) -> str:
+    """The spec of a name and options: sorted by name, percent-escaped, so that equal ones have equal text."""
+    escaped = [f"{_escaped(option)}={_escaped(value)}" for option, value in sorted(options.items())]
+    return f"{name}?{'&'.join(escaped)}" if escaped else name
+
+
+def added(spec: str, more: Mapping[str, str]) -> str:
+    """The spec with `more` options.
+
+    Raises:
+        DeclarationError: one of them is in `spec` already, or `spec` is none.
+    """
+    name, options = parse(spec)
+    for option in more:
+        if option in options:
+            raise DeclarationError(f"option {option!r} of {name!r} once", f"{options[option]!r} and {more[option]!r}")
+    return text(name, {**options, **more})
+
+
+def _escaped(value: str) -> str:
+    return quote(value, safe="/:,@", errors="surrogatepass")  # names of files may be no UTF-8
+
+
+def _plain(value: str) -> str:
+    try:
+        return unquote_to_bytes(value).decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        raise DeclarationError("an option's value as percent-escaped UTF-8", repr(value)) from error
+
+
+def file_name(name: str, spec: str) -> str:
+    """A recipe's name and the options of its spec as part of a file's name: `qwen3.5-max_batch=64-spec=mtp`.
+
+    Two specs have two names: what would be too long, or has characters that no file's name should, ends with a digest.
+    """
+    _, given = parse(spec)
+    if CONFIG in given:
+        given[CONFIG] = given[CONFIG].removeprefix(_SHA256)[:12]
+    words = "-".join(f"{option}={_safe(value)}" for option, value in sorted(given.items()))
+    if len(words) > 120 or any(_safe(value) != value for value in given.values()):
+        words = f"{words[:100]}-{hashlib.sha256(text('', given).encode()).hexdigest()[:12]}"
+    return f"{_safe(name)}-{words}" if words else _safe(name)
+
+
+def _safe(value: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in value)
+
+
+# --- a file among the options -----------------------------------------------------------------------------------------
+
+
+def published(spec: str) -> str:
+    """The spec with the file that `config` names told by its sha256: what may stand in a stamp and in a bundle.
+
+    Raises:
+        DeclarationError: there is no such file.
+    """
+    name, options = parse(spec)
+    if CONFIG in options and not options[CONFIG].startswith(_SHA256):
+        options[CONFIG] = _SHA256 + _file_digest(options[CONFIG])
+    return text(name, options)
+
+
+def with_file(spec: str) -> str:
+    """The spec with a path where `published` put a digest: that of the file which AOT_CACHE_CONFIG names.
+
+    Raises:
+        DeclarationError: the variable is not set, or its file is another one.
+    """
+    name, options = parse(spec)
+    wanted = options.get(CONFIG, "")
+    if not wanted.startswith(_SHA256):
+        return spec
+    path = os.environ.get(CONFIG_VARIABLE, "")
+    found = _SHA256 + _file_digest(path) if path else "it is not set"
+    if found != wanted:
+        raise DeclarationError(
+            f"the config file of {name!r} with {wanted} in {CONFIG_VARIABLE}",
+            found,
+            "a bundle holds the file's digest alone: set the variable to the file that it was built from",
+        )
+    options[CONFIG] = path
+    return text(name, options)
+
+
+def _file_digest(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        raise DeclarationError(f"a config file at {path}", getattr(error, "strerror", None) or str(error)) from error
+
+
+# --- the function -----------------------------------------------------------------------------------------------------
+
+
+def makes_recipes(found: object) -> bool:
+    """Whether this is a function (or a `functools.partial` of one), which is asked for the recipe."""
+    return inspect.isfunction(_function(found))
+
+
+def make(found: Callable[..., Any], name: str, given: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
+    """(what the function makes of the options, those of them that are not its defaults, as text).
+
+    Raises:
+        UnknownName: for an option that the function does not have.
+        DeclarationError: a value is none of its type, an option is fixed or missing, or the function is no such one.
+    """
+    fixed = found.keywords if isinstance(found, functools.partial) else {}
+    open_ones = {option: own for option, own in _parameters(found, name).items() if option not in fixed}
+    types = _types(found, name)
+    values: dict[str, Any] = {}
+    for option, value in given.items():
+        if option in fixed:
+            raise DeclarationError(f"no option {option!r} of {name!r}", f"it is fixed to {fixed[option]!r}")
+        if option not in open_ones:
+            raise unknown(option, name, open_ones)
+        values[option] = _read(option, name, types[option], value)
+    for option, own in open_ones.items():
+        if own.default is own.empty and option not in values:
+            raise DeclarationError(f"option {option!r} of {name!r}", "it is not given, and has no default")
+    kept = {option: _written(v) for option, v in values.items() if not _same(v, open_ones[option].default)}
+    return found(**values), kept
+
+
+def unknown(option: str, name: str, known: Mapping[str, object]) -> UnknownName:
+    """The error for an option that recipe `name` does not have."""
+    near = get_close_matches(option, known, n=1)
+    has = f"it has {', '.join(sorted(known))}" if known else "it takes no options"
+    return UnknownName(f"an option called {option!r} of {name!r}", has, f"did you mean {near[0]!r}?" if near else "")
+
+
+def _function(found: object) -> object:
+    inner = found.func if isinstance(found, functools.partial) else found
+    return inspect.unwrap(inner) if callable(inner) else inner
+
+
+def _parameters(found: Callable[..., Any], name: str) -> dict[str, inspect.Parameter]:
+    parameters = dict(inspect.signature(found).parameters)
+    for own in parameters.values():
+        if own.kind not in (own.KEYWORD_ONLY, own.POSITIONAL_OR_KEYWORD):
+            raise DeclarationError(f"the options of {name!r} to be keywords", f"its function takes {own}")
+    return parameters
+
+
+def _types(found: Callable[..., Any], name: str) -> dict[str, Any]:
+    """Option → its type: one of str, int, float, bool, or the tuple of a Literal's values."""
+    try:
+        hints = typing.get_type_hints(_function(found))
+    except Exception as error:
+        raise DeclarationError(
+            f"the annotations of {name!r} to be readable", f"{type(error).__name__}: {error}"
+        ) from error
+    out: dict[str, Any] = {}
+    for option in inspect.signature(found).parameters:
+        hint = hints.get(option)
+        literal = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        if hint not in (str, int, float, bool) and not literal:
+            said = "it has none" if hint is None else getattr(hint, "__name__", str(hint))
+            raise DeclarationError(
+                f"an annotation of option {option!r} of {name!r} that is str, int, float, bool or a Literal",
+                said,
+                "name a Recipe, a declared case, or a function that makes one",
+            )
+        out[option] = literal or hint
+    return out
+
+
+def _read(option: str, name: str, kind: Any, value: str) -> Any:
+    if isinstance(kind, tuple):
+        choices = {_written(choice): choice for choice in kind}
+    else:
+        choices = _SWITCH if kind is bool else {}
+    if choices:
+        if value in choices:
+            return choices[value]
+        near = get_close_matches(value, choices, n=1)
+        wanted = f"option {option!r} of {name!r} to be one of {', '.join(choices)}"
+        raise DeclarationError(wanted, repr(value), f"did you mean {near[0]!r}?" if near else "")
+    if kind is str:
+        return value
+    try:
+        read = kind(value)
+    except ValueError:
+        read = math.nan
+    if read != read or read in (math.inf, -math.inf):  # no isfinite: it cannot take every whole number
+        words = "a whole number" if kind is int else "a number"
+        raise DeclarationError(f"option {option!r} of {name!r} to be {words}", repr(value))
+    return read
+
+
+def _written(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _same(one: object, other: object) -> bool:
+    return type(one) is type(other) and one == other

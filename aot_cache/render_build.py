@@ -1,0 +1,84 @@
+"""What `build` prints: which targets, what would be built and why, and what was built. Formats only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from aot_cache.render import line, plan_or_bundle, size, table, times
+
+Facts = Mapping[str, Any]
+
+
+def chosen(facts: Facts) -> None:
+    """Which targets, why, and how to choose; then where a native one is not what the table says."""
+    line(f"target: {', '.join(facts['targets'])} ({facts['why']})")
+    for d in facts["differences"]:
+        line(f"native: {d['field']} is {d['device']} on this {d['target']}, and {d['table']} in the table")
+
+
+def builds(rows: Sequence[Facts]) -> None:
+    """The summary at the end of a build."""
+    numbers = ("kernels", "graphs", "compiled now", "does not fit", "failed", "size", "points", "seconds")
+    cells = [
+        (
+            b["target"],
+            b["units"],
+            b["graphs"],
+            b["compiled"],
+            b["pruned"],
+            len(b["failed"]),
+            size(b["size"]),
+            f"{b['covered']} of {b['declared']}" if b["declared"] else "-",
+            b["coverage"],
+            f"{b['seconds']:.2f}",
+        )
+        for b in rows
+    ]
+    table(("target", *numbers[:-1], "coverage", "seconds"), cells, numbers)
+    for b in rows:
+        line()
+        if b["nothing_to_do"]:
+            line(f"{b['target']}: nothing to do, nothing has changed since this was built")
+        for failure in b["failed"]:
+            line(f"{b['target']}: failed: {failure['kernel']}: {failure['error']}")
+        for name, why in b["per_rank"].items():
+            line(f"{b['target']}: built for each rank: {name}: {why}")
+        _became(b)
+        line(f"bundle: {b['path']}")
+        line(f"digest: {b['digest']}")
+        for instruction in b["dockerfile"]:
+            line(f"Dockerfile: {instruction}")
+        line(f"server: {b['server']}")
+
+
+def _became(built: Facts) -> None:
+    """What became of the misses that a build was given."""
+    given = built["misses"]
+    if given.get("given"):
+        line(f"{built['target']}: misses: {given['covered']} of {given['given']} covered")
+    if given.get("cut_off"):
+        line(f"{built['target']}: misses: lines cut off, by a process that was killed: {given['cut_off']}")
+    for miss in given.get("uncovered", ()):
+        what = f"{miss['kind']} {miss['name']} ({', '.join(filter(None, (times(miss['count']), miss['asked'])))})"
+        line(f"{built['target']}: not covered: {what}: {miss['why']}")
+
+
+def plan(facts: Facts) -> None:
+    """`build --show-plan`: the plan, and for each kernel and compiled function which points of which cases reach it."""
+    plan_or_bundle(facts)
+    for kernel in facts["kernels"]:
+        many = kernel["specializations"]
+        _why(f"{kernel['kernel']}: {many} specialization{'s' if many > 1 else ''}", kernel)
+    for call in facts["calls"]:
+        name = f"{call['function']}:{call['line']}"
+        _why(
+            f"{name}, {call['mode']}, changes {call['changes']}: a graph, or one for each way that its code takes", call
+        )
+
+
+def _why(what: str, facts: Facts) -> None:
+    line()
+    line(what)
+    for points in facts["reached_by"]:
+        line(f"  reached by {points}")

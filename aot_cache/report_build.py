@@ -1,0 +1,88 @@
+"""Facts about what `build` would make and has made, as plain JSON-able dicts. Knows neither torch nor Triton."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aot_cache import report, shapes
+from aot_cache.plan import Plan, Reached
+from aot_cache.signature import Names, no_names
+from aot_cache.target import Difference
+
+if TYPE_CHECKING:
+    from aot_cache.build.pipeline import Built
+
+Json = Any
+Facts = dict[str, Json]
+
+IMAGE = "/opt/aot-cache"
+"""Where the lines for a Dockerfile put bundles."""
+
+
+def plan(found: Plan, path: Path, names: Names = no_names) -> Facts:
+    """What would be built, and why: `report.plan`, and for each kernel and call the points of all cases that reach it."""
+    facts = report.plan(found, path, names=names)
+    for row in facts["kernels"]:
+        row["reached"] = together(unit.reached for unit in found.units if unit.kernel == row["kernel"])
+    for row in [*facts["kernels"], *facts["calls"]]:
+        row["reached_by"] = report.reached_text(row["reached"]) or ["no declared point"]
+    return facts
+
+
+def together(parts: Iterable[Reached]) -> Reached:
+    """The points that any of `parts` has, in as few boxes as one of them."""
+    boxes: dict[str, dict[str, dict[str, str]]] = {}
+    for part in parts:
+        for case, found in part.items():
+            boxes.setdefault(case, {}).update((json.dumps(box), box) for box in found)
+    return {case: _union(list(found.values())) for case, found in boxes.items()}
+
+
+def _union(boxes: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Boxes that may overlap, as disjoint ones. Each is expanded alone: all at once may be more than `expand` takes."""
+    points = {tuple(point.items()) for box in boxes for point in shapes.expand([box])}
+    return shapes.describe(map(dict, points), boxes[0])
+
+
+def built(result: Built) -> Facts:
+    """What one build did, and what to write where it is used."""
+    path = result.path.absolute()
+    there = f"{IMAGE}/{path.name}"
+    # Docker copies from its context, which a build's folder mostly is; from a stage of the image, it wants the whole path.
+    here = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    proof = report.coverage("", result.points, result.sampled)
+    return {
+        **result.to_json(),
+        "path": str(path),
+        "coverage": f"not proved: {len(result.failed)} failed" if result.failed else proof,
+        "dockerfile": [
+            f"COPY {_copied(str(here), there)}",
+            f"ENV AOT_CACHE={_quoted(there)} AOT_CACHE_DIGEST={result.digest}",
+        ],
+        "server": "import aot_cache.auto  # before the model",
+    }
+
+
+def _copied(source: str, there: str) -> str:
+    """The arguments of a Dockerfile's COPY; as JSON where a space would take a path apart."""
+    both = [path.replace("$", "\\$") for path in (source, there)]
+    return json.dumps(both, ensure_ascii=False) if re.search(r"\s", source + there) else " ".join(both)
+
+
+def _quoted(path: str) -> str:
+    """A path as the value of a Dockerfile's ENV."""
+    plain = path.replace("\\", "\\\\").replace("$", "\\$").replace('"', '\\"')
+    return path if plain == path and " " not in path else f'"{plain}"'
+
+
+def differences(target: str, found: Iterable[Difference]) -> list[Facts]:
+    """Where this machine's GPU is not what the table says of `target`."""
+    return [{"target": target, "field": d.field, "table": _plain(d.table), "device": _plain(d.device)} for d in found]
+
+
+def _plain(value: object) -> Json:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,102 @@
+"""aot_cache.model_types: from a model's config file to its recipe, and what is wrong with a file in one line."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from aot_cache import model_types, options
+from aot_cache.errors import AotCacheError, DeclarationError, UnknownName
+
+
+class EntryPoint(NamedTuple):
+    name: str
+    value: str
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder, and two recipes for three types of models."""
+    monkeypatch.chdir(tmp_path)
+    groups = {
+        "aot_cache.recipes": [
+            EntryPoint("small", "pack:small"),
+            EntryPoint("a", "pack:recipe"),
+            EntryPoint("b", "pack:recipe"),
+        ],
+        "aot_cache.model_types": [
+            EntryPoint("big_3", "pack:recipe"),
+            EntryPoint("big_3_text", "pack:recipe"),
+            EntryPoint("other", "pack:other"),
+        ],
+    }
+    monkeypatch.setattr(metadata, "entry_points", lambda group: groups[group])
+
+
+@pytest.mark.parametrize(
+    ("text", "is_config"),
+    [
+        ("config.json", True),  # there or not: nothing else ends so
+        ("nowhere/config.json", True),
+        ("a:b/config.json", True),
+        ("there", True),
+        ("there?tp=2", False),
+        ("small", False),  # a recipe's name goes before a file's
+        ("module:there", False),
+        ("missing", False),
+        ("small?config=x.json", False),
+        ("nowhere?config=x.json", False),
+        (".", False),
+        ("", False),
+    ],
+)
+def test_what_is_a_config_file(text: str, is_config: bool) -> None:
+    for name in ("there", "small", "module:there"):
+        Path(name).touch()
+    assert model_types.is_config(text) is is_config
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [("big_3", "a"), ("big_3_text", "a"), ("other", "pack:other")],  # by its name, the first of two, else by its object
+)
+def test_a_recipe_is_found_by_the_model_s_type(model_type: str, name: str) -> None:
+    Path("a b.json").write_text(f'{{"model_type": "{model_type}", "layers": 3}}')
+    assert options.parse(model_types.spec_for("a b.json")) == (name, {"config": "a b.json"})
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "words"),
+    [
+        (None, DeclarationError, "a model's config file at f.json; No such file"),
+        ("{", DeclarationError, "f.json; not JSON (Expecting"),
+        ("\x00", DeclarationError, "not JSON"),
+        ("[" * 100_000, DeclarationError, "not JSON"),
+        ("[1]", DeclarationError, 'a "model_type" in f.json; none; give transformers'),
+        ("{}", DeclarationError, 'a "model_type" in f.json; none'),
+        ('{"model_type": 3}', DeclarationError, 'a "model_type" in f.json; 3'),
+        (
+            '{"model_type": "bert"}',
+            UnknownName,
+            "for model_type 'bert' of f.json; there are some for big_3, big_3_text, other",
+        ),
+        ('{"model_type": "big3"}', UnknownName, "did you mean 'big_3'?"),
+    ],
+)
+def test_a_file_that_is_no_good(content: str | None, error: type[AotCacheError], words: str) -> None:
+    if content is not None:
+        Path("f.json").write_text(content)
+    with pytest.raises(error) as caught:
+        model_types.spec_for("f.json")
+    assert words in str(caught.value)
+
+
+def test_a_folder_and_bytes_that_are_no_text() -> None:
+    Path("d.json").mkdir()
+    Path("b.json").write_bytes(b'{"model_type": "\xff"}')
+    for name in ("d.json", "b.json"):
+        with pytest.raises(DeclarationError, match=name):
+            model_types.spec_for(name)
