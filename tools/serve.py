@@ -1,0 +1,144 @@
+#!/usr/bin/env python3
+"""Serve Qwen3.5 with captured graphs and speculative decoding, over OpenAI's completions: the example to copy from.
+
+    AOT_CACHE=BUNDLE python tools/serve.py --model qwen3.5-0.8b --weights FOLDER --tokenizer FOLDER
+    curl localhost:8000/v1/completions -d '{"prompt": "The capital of France is", "max_tokens": 8}'
+
+aot-cache has three lines in it: `import aot_cache.auto` below, `aot_cache.ready()` in the engine before its first capture, and
+`aot_cache.seal()` once it is made. The rest is any server: `scheduler.py` batches, `serving_http.py` answers.
+Stops at SIGTERM: what runs may finish for --drain seconds.
+"""
+
+from __future__ import annotations
+
+# isort: off
+import start_report  # starts the clock
+import aot_cache.auto  # before the model: loads the bundle that AOT_CACHE names
+
+# isort: on
+import argparse
+import asyncio
+import json
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from scheduler import Engine, Scheduler
+from serving_http import make_app
+
+GRACE = 5.0
+"""Seconds, after those that --drain gives, for the last answers to be sent."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="qwen3.5-0.8b", help="its size; also its name for clients")
+    add("--weights", type=Path, metavar="FOLDER", help="safetensors; without them the weights are random")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="with tokenizer.json; without it prompts are token ids")
+    add("--layers", type=int, metavar="N", help="only so many of the model's layers, for trials")
+    add("--dtype", default="bfloat16")
+    add("--device", default="cuda")
+    add("--max-batch", type=int, default=16, metavar="N", help="requests at once")
+    add("--max-model-len", type=int, default=4096, metavar="N", help="tokens of a prompt and its answer")
+    add("--max-waiting", type=int, default=256, metavar="N", help="more requests than these in the queue get a 429")
+    add("--spec", default="mtp", help="how drafts are made")
+    add("--num-speculative-tokens", type=int, default=2, metavar="N", help="drafts a step")
+    add("--no-speculation", action="store_true")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8000, help="0: any that is free; it is printed")
+    add("--drain", type=float, default=30.0, metavar="SECONDS", help="for running requests, at SIGTERM")
+    add("--record", type=Path, metavar="FILE", help="write what this start took")
+    add("--compare", type=Path, metavar="FILE", help="print beside it what an earlier one took")
+    return parser
+
+
+def start_engine(options: argparse.Namespace, clock: start_report.Clock) -> Engine:
+    from aot_cache.models.qwen3_5.engine import make_engine
+
+    clock.mark("imported")
+    # ADJUST HERE when make_engine changes. It calls aot_cache.ready() before its first capture, and
+    # mark("weights") and mark("captured") when it is so far.
+    engine: Engine = make_engine(
+        model=options.model,
+        spec=None if options.no_speculation else options.spec,
+        num_speculative_tokens=0 if options.no_speculation else options.num_speculative_tokens,
+        max_batch=options.max_batch,
+        max_model_len=options.max_model_len,
+        dtype=options.dtype,
+        device=options.device,
+        layers=options.layers,
+        weights=options.weights,
+        mark=clock.mark,
+    )
+    aot_cache.seal()  # from here on everything that compiles, tunes or loads is a miss
+    clock.mark("ready")
+    return engine
+
+
+def report(options: argparse.Namespace, clock: start_report.Clock, earlier: Any) -> None:
+    now = start_report.record(clock, aot_cache.stats())
+    if options.record:
+        options.record.write_text(json.dumps(now, indent=1) + "\n")
+    print(start_report.table(now, earlier), flush=True)
+
+
+def end_of_text(*folders: Path | None) -> frozenset[int]:
+    """The tokens that end an answer, from the first of a model's usual files that names them."""
+    for path in (folder / name for folder in folders if folder for name in ("generation_config.json", "config.json")):
+        found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        if found is not None:
+            return frozenset(found if isinstance(found, list) else [found])
+    return frozenset()
+
+
+class Server(uvicorn.Server):
+    """uvicorn stops taking connections at SIGTERM and waits for the answers; this tells the scheduler to end them."""
+
+    def __init__(self, config: uvicorn.Config, scheduler: Scheduler, drain: float) -> None:
+        super().__init__(config)
+        self._scheduler = scheduler
+        self._drain = drain
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._scheduler.drain(self._drain)
+        await super().shutdown(sockets)
+        await asyncio.to_thread(self._scheduler.join, GRACE)
+
+
+def main() -> int:
+    options = make_parser().parse_args()
+    earlier = start_report.read(options.compare) if options.compare else None
+    tokenizer = None
+    if options.tokenizer:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(options.tokenizer / "tokenizer.json"))
+    clock = start_report.Clock()
+
+    def make_engine() -> Engine:
+        """In the scheduler's thread, while `/health` already answers: 503, starting."""
+        try:
+            engine = start_engine(options, clock)
+            report(options, clock, earlier)
+        except BaseException:
+            server.should_exit = True  # there is nothing to stay for
+            raise
+        return engine
+
+    scheduler = Scheduler(make_engine, options.max_waiting)
+    app = make_app(scheduler, options.model, tokenizer, end_of_text(options.weights, options.tokenizer))
+    wait = round(options.drain + GRACE)
+    config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=wait)
+    server = Server(config, scheduler, options.drain)
+    with socket.create_server((options.host, options.port)) as listening:
+        print(f"http://{options.host}:{listening.getsockname()[1]}", flush=True)
+        scheduler.start()
+        server.run(sockets=[listening])
+    return 1 if scheduler.error else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
