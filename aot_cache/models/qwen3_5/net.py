@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +39,8 @@ def attend(
     batch, heads, tokens, width = q.shape
     shared = k.shape[1]
     rows = q.reshape(batch, shared, heads // shared * tokens, width)
-    scores = (rows @ k.transpose(-1, -2)).float().mul(scaling).unflatten(2, (heads // shared, tokens))
+    scores = (rows @ k.transpose(-1, -2)).float().mul(scaling)
+    scores = scores.view(batch, shared, heads // shared, tokens, k.shape[2])
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(q.dtype).flatten(2, 3)
     return (weights @ v).reshape(batch, heads, tokens, width).transpose(1, 2), None
 
@@ -85,10 +85,10 @@ def config_of(settings: Settings, layers: int | None = None, tp: int | None = No
         fields[name] = fields[name] // parts
     if layers is not None:
         fields |= {"num_hidden_layers": layers, "layer_types": None}
+    fields["attn_implementation"] = ATTENTION
     config = Qwen3_5TextConfig(**fields)
     config.max_position_embeddings = max(config.max_position_embeddings, settings.cache_len)
     config.num_mtp_layers, config.mtp_layer_types = 1, ["full_attention"]
-    config._attn_implementation = ATTENTION
     return config
 
 

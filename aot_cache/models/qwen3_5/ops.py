@@ -12,23 +12,32 @@ state for each draft (vLLM keeps 1 + n of them, the chunked kernel has none in b
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
-_torch_recurrent = inspect.unwrap(modeling.torch_recurrent_gated_delta_rule)
-_torch_chunk = inspect.unwrap(modeling.torch_chunk_gated_delta_rule)
+_ON_CPU: dict[str, Any] = {
+    "fused_recurrent_gated_delta_rule": inspect.unwrap(modeling.torch_recurrent_gated_delta_rule),
+    "chunk_gated_delta_rule": inspect.unwrap(modeling.torch_chunk_gated_delta_rule),
+}
+
+
+def _rule(name: str, device: torch.device) -> Any:
+    """fla's function of that name, or transformers' of the same arguments."""
+    if device.type == "cpu":
+        return _ON_CPU[name]
+    from fla.ops import gated_delta_rule
+
+    return getattr(gated_delta_rule, name)
 
 
 def _recurrent(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, final: bool
 ) -> tuple[Tensor, Tensor]:
-    if q.device.type == "cpu":
-        run = _torch_recurrent
-    else:
-        from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule as run
+    run = _rule("fused_recurrent_gated_delta_rule", q.device)
     out, new = run(q, k, v, g=g, beta=beta, initial_state=state, output_final_state=final, use_qk_l2norm_in_kernel=True)
     return out, new
 
@@ -78,10 +87,7 @@ def _(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
 @torch.library.custom_op("aot_qwen3_5::prompt", mutates_args=())
 def prompt(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs and last state (float32) of a whole prompt, in chunks of 64 tokens."""
-    if q.device.type == "cpu":
-        run = _torch_chunk
-    else:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as run
+    run = _rule("chunk_gated_delta_rule", q.device)
     out, state = run(q, k, v, g=g, beta=beta, output_final_state=True, use_qk_l2norm_in_kernel=True)
     return out, state.float()
 
@@ -108,7 +114,8 @@ def prompt_conv(x: Tensor, weight: Tensor) -> Tensor:
         return torch.nn.functional.silu(padded[..., :tokens]).transpose(1, 2).contiguous()
     from fla.modules.causal_conv1d import causal_conv1d
 
-    return causal_conv1d(x=x, weight=weight, activation="silu")[0]
+    out: Tensor = causal_conv1d(x=x, weight=weight, activation="silu")[0]
+    return out
 
 
 @prompt_conv.register_fake
@@ -128,7 +135,8 @@ def update_conv(x: Tensor, state: Tensor, weight: Tensor) -> Tensor:
         return torch.nn.functional.silu((state * weight).sum(-1))[:, None]
     from fla.modules.causal_conv1d import causal_conv1d_update
 
-    return causal_conv1d_update(x, state, weight=weight, activation="silu")[0]
+    out: Tensor = causal_conv1d_update(x, state, weight=weight, activation="silu")[0]
+    return out
 
 
 @update_conv.register_fake

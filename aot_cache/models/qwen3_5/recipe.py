@@ -95,10 +95,9 @@ def _step(found: Settings, model: Callable[[], Model], name: str, width: int) ->
         "draft": "The MTP layer's drafts, one after the other.",
     }
 
-    @declare(name=name, batch=Range(1, found.max_batch), mode="no_grad")
     def step(batch: int) -> Call:
         made: Batch = model().batch(batch, width)
         return Call(getattr(model(), name), made)
 
-    step.make.__doc__ = about[name]
-    return step
+    step.__doc__ = about[name]
+    return declare(name=name, batch=Range(1, found.max_batch), mode="no_grad")(step)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from aot_cache.models.qwen3_5 import ops
+from aot_cache.models.qwen3_5 import ops  # noqa: F401  # registers torch.ops.aot_qwen3_5
 
 Module = Any
 Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -39,9 +39,10 @@ def _projected(mixer: Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def _heads(mixer: Module, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = mixed.split([mixer.key_dim, mixer.key_dim, mixer.value_dim], dim=-1)
-    q, k = (part.unflatten(-1, (-1, mixer.head_k_dim)).contiguous() for part in (q, k))
-    return q, k, v.unflatten(-1, (-1, mixer.head_v_dim)).contiguous()
+    rows, width = mixed.shape[:2], mixer.head_k_dim
+    q, k, v = torch.split(mixed, [mixer.key_dim, mixer.key_dim, mixer.value_dim], dim=-1)
+    q, k = (one.reshape(*rows, mixer.num_k_heads, width).contiguous() for one in (q, k))
+    return q, k, v.reshape(*rows, mixer.num_v_heads, mixer.head_v_dim).contiguous()
 
 
 def _mixed_out(layer: Module, x: Tensor, core: Tensor, z: Tensor, split: bool) -> Tensor:
@@ -222,7 +223,8 @@ def _sampled(logits: Tensor, positions: Tensor, temperature: Tensor, seed: Tenso
 
 
 def _drafting(mtp: Module, embed: Module, tokens: Tensor, hidden: Tensor) -> Tensor:
-    return mtp.eh_proj(torch.cat([mtp.enorm(embed(tokens)), mtp.hnorm(hidden)], dim=-1))
+    found: Tensor = mtp.eh_proj(torch.cat([mtp.enorm(embed(tokens)), mtp.hnorm(hidden)], dim=-1))
+    return found
 
 
 @torch.compile(fullgraph=True)

@@ -75,7 +75,7 @@ def part(name: str, value: Tensor, settings: Settings, rank: int) -> Tensor:
         text = settings.text
         keys = text["linear_num_key_heads"] * text["linear_key_head_dim"]
         values = text["linear_num_value_heads"] * text["linear_value_head_dim"]
-        return torch.cat([one.chunk(settings.tp, 0)[rank] for one in value.split([keys, keys, values], 0)])
+        return torch.cat([one.chunk(settings.tp, 0)[rank] for one in torch.split(value, [keys, keys, values])])
     return value
 
 
@@ -85,7 +85,7 @@ def _found(folder: Path) -> Iterator[tuple[str, Any]]:
         raise DeclarationError(f"*.safetensors in {folder}", "no such file", "give a checkpoint's folder")
     for file in files:
         opened: Any = safe_open(file, framework="pt")
-        for name in opened.keys():
+        for name in [*opened.keys()]:
             yield name.replace("model.language_model.", "model."), _reader(opened, name)
 
 
