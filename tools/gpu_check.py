@@ -2,6 +2,8 @@
 """Check on a real GPU what aot-cache claims, and print one JSON record. Grows with each capability.
 
     python tools/gpu_check.py --bundle BUNDLE [--points 64] [--out RECORD.json] [--only capture,without,parity,tune]
+    python tools/gpu_check.py --ranks 2 …            what `gpu_ranks.py` does
+    python tools/gpu_check.py --model qwen3.5 …      what `gpu_qwen.py` does
 
 Every part runs in a fresh process with empty caches. `without` is the same as `capture` without the bundle: it shows what
 happens today, and that the check can fail. Exit code 0 when every claim holds.
@@ -477,6 +479,10 @@ def finish(record: Json, out: str | None) -> int:
 
 
 def main() -> int:
+    if "--model" in sys.argv:
+        import gpu_qwen
+
+        return gpu_qwen.main(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle")
     parser.add_argument("--no-bundle", action="store_true")

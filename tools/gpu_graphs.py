@@ -210,7 +210,7 @@ def part_plain(options: argparse.Namespace) -> Json:
 
 
 def build(options: argparse.Namespace, store: Path, *more: str) -> Json:
-    """Build the bundle on two cores in a process that sees no GPU and cannot open its driver library."""
+    """Build the bundle on some cores, in a process that sees no GPU and cannot open its driver library."""
     inner = [sys.executable, "-m", "aot_cache.cli", "build", "--model", options.recipe, "--target", options.target]
     inner += ["--store", str(store), "--json", *more]
     libraries = sorted({os.path.realpath(p) for d in _library_folders() for p in glob.glob(f"{d}/libcuda.so*")})
@@ -221,7 +221,7 @@ def build(options: argparse.Namespace, store: Path, *more: str) -> Json:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": _path(), "PROBE": probe}
     began = time.perf_counter()
     done = subprocess.run(
-        ["taskset", "-c", "0,1", *command],
+        ["taskset", "-c", options.cores, *command],
         env=environment,
         capture_output=True,
         text=True,
@@ -233,7 +233,7 @@ def build(options: argparse.Namespace, store: Path, *more: str) -> Json:
         return {"error": done.stderr.strip().splitlines()[-10:] + done.stdout.strip().splitlines()[-5:]}
     built = json.loads(done.stdout)["bundles"][0]
     kept = {k: built[k] for k in ("units", "graphs", "compiled", "size", "points", "digest", "failed")}
-    return {**kept, "path": built["path"], "seconds": round(seconds, 1), "driver": done.stderr.split()[:1], "cores": 2}
+    return {**kept, "path": built["path"], "seconds": round(seconds, 1), "driver": done.stderr.split()[:1], "cores": options.cores}
 
 
 def _library_folders() -> list[str]:
@@ -327,6 +327,7 @@ def main() -> int:
     parser.add_argument("--recipe", default="layers:recipe")
     parser.add_argument("--bundle")
     parser.add_argument("--target", default="h200")
+    parser.add_argument("--cores", default="0,1", help="that the build may use")
     parser.add_argument("--every", type=int, default=1, help="of the declared points, capture each n-th")
     parser.add_argument("--keep", help="where to leave the bundle that was built")
     parser.add_argument("--part")

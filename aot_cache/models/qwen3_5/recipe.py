@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -101,3 +101,10 @@ def _step(found: Settings, model: Callable[[], Model], name: str, width: int) ->
 
     step.__doc__ = about[name]
     return declare(name=name, batch=Range(1, found.max_batch), mode="no_grad")(step)
+
+
+tiny = partial(recipe, size="tiny")
+b0_8 = partial(recipe, size="0.8b")
+b4 = partial(recipe, size="4b")
+b9 = partial(recipe, size="9b")
+b27 = partial(recipe, size="27b")

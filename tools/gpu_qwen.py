@@ -1,0 +1,416 @@
+#!/usr/bin/env python3
+"""Check on a real GPU that Qwen3.5 with MTP only hits from load on, and measure its start; print one JSON record.
+
+    python tools/gpu_check.py --model qwen3.5 --spec mtp [--out RECORD.json] [--only build,serve,…] [--layers N]
+
+`build` makes the bundle with the GPU and its driver library hidden. Each other part is a fresh process:
+`serve` loads it, captures every size of target and draft and serves 200 requests, once with the model's own drafts and once
+with an oracle's; `eager` serves the same requests without compiling anything, and asks transformers about every token;
+`cold`, `mega` and `eager` are what a start takes without us: no cache, torch's mega-cache with a warm Triton folder, and
+nothing to compile at all. `tune` tunes the bundle, `tuned` measures its steps. Exit code 0 when every claim holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from gpu_check import finish
+from gpu_graphs import HARMFUL, Independent, _path, build
+
+Json = Any
+PARTS = ("build", "serve", "eager", "cold", "mega", "tune", "tuned")
+REQUESTS, LONGEST, MOST_NEW = 200, 512, 24
+TIE = 0.05
+"""Logits closer than this may change places in bfloat16: what two ways to sum the same products differ by."""
+STEADY = (1, 16, 256)
+REPLAYS = 30
+
+
+# --- what the parts share --------------------------------------------------------------------------------------------------
+
+
+def requests() -> list[tuple[list[int], int]]:
+    """(prompt, tokens wanted) of each request, the same in every part."""
+    chosen = random.Random(0)
+    lengths = [1, 2, 63, 64, 65, LONGEST] + [chosen.randint(1, LONGEST) for _ in range(REQUESTS - 6)]
+    return [([chosen.randrange(1000, 200_000) for _ in range(n)], chosen.randint(4, MOST_NEW)) for n in lengths]
+
+
+def make_engine(options: argparse.Namespace) -> Any:
+    import torch
+
+    from aot_cache.models.qwen3_5.engine import make_engine
+    from aot_cache.models.qwen3_5.settings import settings
+
+    torch.manual_seed(0)
+    found = settings(size=options.size, spec="mtp", max_batch=options.max_batch, max_model_len=options.max_model_len)
+    return make_engine(found, "cuda", layers=options.layers or None)
+
+
+def serve_all(engine: Any, oracle: list[list[int]] | None = None) -> tuple[list[list[int]], dict[str, int]]:
+    """Tokens of every request, served together as slots come free; and how often each number of drafts held.
+
+    With an oracle the drafts are what it says comes next, from one right draft to all, and one wrong behind it.
+    """
+    todo = list(enumerate(requests()))[::-1]
+    wanted = [count for _, count in requests()]
+    out: list[list[int]] = [[] for _ in wanted]
+    running: dict[int, int] = {}
+    held: dict[str, int] = {}
+    steps = 0
+    while todo or running:
+        while todo and len(running) < min(64, engine.max_batch):
+            number, (prompt, _) = todo.pop()
+            slot = next(n for n in range(engine.max_batch) if n not in running)
+            out[number].append(engine.start(slot, prompt))
+            running[slot] = number
+        drafts = {s: guesses(oracle[r], len(out[r]), engine, steps) for s, r in running.items()} if oracle else None
+        slots = sorted(running)
+        for slot, new in zip(slots, engine.step(slots, drafts)):
+            held[str(len(new) - 1)] = held.get(str(len(new) - 1), 0) + 1
+            out[running[slot]] += new
+            if len(out[running[slot]]) >= wanted[running[slot]]:
+                engine.stop(slot)
+                del running[slot]
+        steps += 1
+    return [tokens[:count] for tokens, count in zip(out, wanted)], held
+
+
+def guesses(right: list[int], at: int, engine: Any, step: int) -> list[int]:
+    """The next drafts: so many right ones as the step says, and wrong ones behind."""
+    coming = (right[at:] + [0] * engine.speculative)[: engine.speculative]
+    hold = step % (engine.speculative + 1)
+    return [token if n < hold else (token + 1) % engine.vocab for n, token in enumerate(coming)]
+
+
+def steady(engine: Any) -> dict[str, float]:
+    """Milliseconds of a step (draft and verification) as replays, by size."""
+    import torch
+
+    out = {}
+    for size in (size for size in STEADY if size in engine.sizes):
+        graphs = [engine._graphs[name, size][0] for name in engine.steps]
+        spans = []
+        for _ in range(7):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(REPLAYS):
+                for graph in graphs:
+                    graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            spans.append(start.elapsed_time(end) / REPLAYS)
+        out[str(size)] = round(statistics.median(spans), 4)
+    return out
+
+
+def started(options: argparse.Namespace, before: Any = None) -> tuple[Any, Json]:
+    """The engine with all graphs captured, and seconds from `weights ready` on."""
+    import torch
+
+    engine = make_engine(options)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    if before is not None:
+        before()
+    prepared = time.perf_counter()
+    with torch.no_grad():
+        reports = engine.capture()
+    torch.cuda.synchronize()
+    done = time.perf_counter()
+    lost = [one for report in reports.values() for one in report if one["action"] != "captured"]
+    took = {"start_seconds": round(done - began, 3), "ready_seconds": round(prepared - began, 3)}
+    return engine, {**took, "captured": sum(map(len, reports.values())) - len(lost), "lost": lost}
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------------
+
+
+def part_serve(options: argparse.Namespace) -> Json:
+    began = time.perf_counter()
+    import torch
+
+    import aot_cache
+
+    aot_cache.load(options.bundle, strict=True)
+    import aot_cache.models.qwen3_5.engine  # noqa: F401
+
+    independent = Independent()
+    torch.zeros(1, device="cuda")
+    independent.watch_driver()
+    imported = time.perf_counter() - began
+
+    def ready() -> None:
+        independent.counts.clear()
+        aot_cache.ready(strict=True)
+        loading.update(independent.counts)
+        independent.counts.clear()
+        aot_cache.seal()
+
+    loading: Json = {}
+    engine, answer = started(options, ready)
+    own, held = serve_all(engine)
+    oracle, held_oracle = serve_all(engine, own)
+    stats = aot_cache.stats()
+    return {
+        **answer,
+        "import_seconds": round(imported, 2),
+        "while_loading": loading,
+        "tokens": {"own drafts": own, "oracle": oracle},
+        "held": {"own drafts": held, "oracle": held_oracle},
+        "independent_after_ready": dict(independent.counts),
+        "ledger_after_ready": {k: v for k, v in stats["after_seal"].items() if v},
+        "misses": stats["misses"][:20],
+        "steady": steady(engine),
+        "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
+    }
+
+
+def part_tuned(options: argparse.Namespace) -> Json:
+    import aot_cache
+
+    aot_cache.load(options.bundle, strict=True)
+    engine, answer = started(options, lambda: aot_cache.ready(strict=True) and None)
+    return {**answer, "steady": steady(engine)}
+
+
+def part_cold(options: argparse.Namespace) -> Json:
+    import torch
+
+    independent = Independent()
+    engine, answer = started(options)
+    Path(options.mega).write_bytes(torch.compiler.save_cache_artifacts()[0])
+    return {**answer, "events": dict(independent.counts), "steady": steady(engine)}
+
+
+def part_mega(options: argparse.Namespace) -> Json:
+    import torch
+
+    independent = Independent()
+    saved = Path(options.mega).read_bytes()
+    engine, answer = started(options, lambda: torch.compiler.load_cache_artifacts(saved) and None)
+    return {**answer, "events": dict(independent.counts), "steady": steady(engine)}
+
+
+def part_eager(options: argparse.Namespace) -> Json:
+    import torch
+
+    torch.compiler.set_stance("force_eager")
+    engine, answer = started(options)
+    engine._graphs.clear()
+    tokens, _ = serve_all(engine)
+    with torch.no_grad():
+        says = list(map(lambda pair: asked(engine, *pair), zip((p for p, _ in requests()), tokens)))
+        generated = by_generate(engine, tokens)
+    return {**answer, "tokens": tokens, "transformers": says, "generate": generated}
+
+
+def theirs(engine: Any) -> Any:
+    """transformers' own model with the same weights, its attention and its way through the layers."""
+    import torch
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
+
+    from aot_cache.models.qwen3_5.net import config_of
+
+    net = engine.model.net
+    config = config_of(engine.settings, len(net.layers))
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model: Any = Qwen3_5ForCausalLM(config).eval()
+    model.model.layers, model.model.norm = torch.nn.ModuleList(net.layers), net.norm
+    model.model.embed_tokens, model.lm_head, model.model.rotary_emb = net.embed, net.head, net.rotary
+    for layer in net.layers:
+        if layer.block_type == "full_attention":
+            layer.self_attn.config = config
+    return model
+
+
+def asked(engine: Any, prompt: list[int], tokens: list[int]) -> Json:
+    """What transformers would say at each position, and by how much: [[token, margin over the second best], …]."""
+    import torch
+
+    engine.theirs = getattr(engine, "theirs", None) or theirs(engine)
+    ids = torch.tensor([prompt + tokens[:-1]], device="cuda")
+    logits = engine.theirs(ids, logits_to_keep=len(tokens)).logits[0].float()
+    best = logits.topk(2)
+    margins = (best.values[:, 0] - best.values[:, 1]).tolist()
+    return list(zip(best.indices[:, 0].tolist(), [round(m, 4) for m in margins]))
+
+
+def by_generate(engine: Any, tokens: list[list[int]]) -> Json:
+    """The same by `generate`, for a few requests."""
+    import torch
+
+    out = {}
+    for number in range(0, len(tokens), len(tokens) // 8):
+        prompt = requests()[number][0]
+        made = engine.theirs.generate(
+            torch.tensor([prompt], device="cuda"),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device="cuda"),
+            max_new_tokens=len(tokens[number]),
+            do_sample=False,
+        )
+        out[str(number)] = made[0, len(prompt) :].tolist()
+    return out
+
+
+# --- the parent ------------------------------------------------------------------------------------------------------------
+
+
+def run_part(name: str, options: argparse.Namespace, folder: Path, bundle: str) -> Json:
+    """One part in a fresh process; what is cached is empty, but for the warm folder where a part is about that."""
+    with tempfile.TemporaryDirectory() as empty:
+        triton = folder / "triton" if name in ("cold", "mega", "eager") else Path(empty, "triton")
+        answer = Path(empty, "answer.json")
+        environment = {
+            **os.environ,
+            "PYTHONPATH": _path(),
+            "TRITON_CACHE_DIR": str(triton),
+            "TORCHINDUCTOR_CACHE_DIR": f"{empty}/inductor",
+            "TRITON_CACHE_AUTOTUNING": "1",
+            "ANSWER": str(answer),
+        }
+        if name in ("serve", "tuned"):
+            environment["CC"] = environment["CXX"] = "/bin/false"
+        command = [sys.executable, "-W", "ignore", __file__, "--part", name, "--bundle", bundle]
+        command += ["--mega", str(folder / "mega"), "--size", options.size, "--layers", str(options.layers)]
+        command += ["--max-batch", str(options.max_batch), "--max-model-len", str(options.max_model_len)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=560)
+        if done.returncode or not answer.exists():
+            return {"error": [line for line in done.stderr.splitlines() if line.strip() and "^^^" not in line][-40:]}
+        found: Json = json.loads(answer.read_text())
+        return found
+
+
+def tune(bundle: str, out: str) -> Json:
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "aot_cache.cli", "tune", bundle, "--out", out, "--json"]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": _path()}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        return {"error": done.stderr.splitlines()[-10:]}
+    facts = {k: v for k, v in json.loads(done.stdout).items() if isinstance(v, (int, float, str))}
+    return {**facts, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def compared(eager: Json, tokens: list[list[int]]) -> Json:
+    """How many requests are equal to the eager ones, differ first at a tie, or differ elsewhere (which none may)."""
+    out = {"equal": 0, "differ first at a tie": 0, "differ": []}
+    for number, (mine, wanted) in enumerate(zip(tokens, eager["tokens"])):
+        at = next((n for n, (a, b) in enumerate(zip(mine, wanted)) if a != b), None)
+        if at is None:
+            out["equal"] += 1
+        elif eager["transformers"][number][at][1] < TIE:
+            out["differ first at a tie"] += 1
+        else:
+            out["differ"].append([number, at, eager["transformers"][number][at][1]])
+    return out
+
+
+def claims(record: Json, options: argparse.Namespace) -> Json:
+    made: Json = {}
+    parts = [name for name in PARTS if name in record]
+    made["every part ran"] = not [name for name in parts if "error" in record[name]]
+    if not made["every part ran"]:
+        return made
+    if "serve" in record:
+        serve = record["serve"]
+        made["every size of target and draft is captured"] = serve["captured"] > 0 and not serve["lost"]
+        made["ledger: zero events from ready on"] = not HARMFUL & set(serve["ledger_after_ready"])
+        made["independent hooks: zero events from ready on"] = not serve["independent_after_ready"]
+        made["every number of drafts held"] = set(serve["held"]["oracle"]) == {"0", "1", "2"}
+    if {"serve", "eager"} <= set(parts):
+        eager = record["eager"]
+        for name in serve["tokens"]:
+            record["serve"][f"{name} against eager"] = found = compared(eager, serve["tokens"][name])
+            made[f"tokens equal eager's up to a tie, {name}"] = not found["differ"]
+        said = [[token for token, _ in row] for row in eager["transformers"]]
+        record["eager"]["against transformers"] = found = compared(eager, said)
+        made["tokens equal transformers' up to a tie"] = not found["differ"]
+        mine = [eager["generate"].get(str(n), row) for n, row in enumerate(eager["tokens"])]
+        made["tokens equal those of generate up to a tie"] = not compared(eager, mine)["differ"]
+        if {"cold", "mega"} <= set(parts):
+            floor = eager["start_seconds"]
+            beyond = serve["start_seconds"] - floor
+            record["beyond eager, of cold"] = round(beyond / (record["cold"]["start_seconds"] - floor), 4)
+            record["beyond eager, of mega"] = round(beyond / (record["mega"]["start_seconds"] - floor), 4)
+            made["start beyond eager at most 0.10 of cold"] = record["beyond eager, of cold"] <= 0.10
+            made["start beyond eager at most 0.30 of mega-cache"] = record["beyond eager, of mega"] <= 0.30
+    if {"tuned", "cold"} <= set(parts):
+        for name in ("tuned", *(["serve"] if "serve" in record else [])):
+            theirs = record["cold"]["steady"]
+            record[f"{name} step over cold"] = {s: round(t / theirs[s], 4) for s, t in record[name]["steady"].items()}
+        made["tuned steps at most 1.02 of ordinary compile"] = max(record["tuned step over cold"].values()) <= 1.02
+    return made
+
+
+def check(options: argparse.Namespace) -> Json:
+    import torch
+    import triton
+
+    folder = Path(options.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    record: Json = {
+        "what": "Qwen3.5 with MTP: serving only hits",
+        "model": {"size": options.size, "layers": options.layers or "all", "max_batch": options.max_batch},
+        "machine": torch.cuda.get_device_name(0),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0]},
+    }
+    kept = folder / "record.json"
+    if kept.exists():  # parts of an earlier call, on the same machine
+        record |= {k: v for k, v in json.loads(kept.read_text()).items() if k in PARTS}
+    bundle, tuned = str(folder / "bundle.safetensors"), str(folder / "tuned.safetensors")
+    for name in options.only.split(","):
+        if name == "build":
+            options.recipe = f"aot_cache.models.qwen3_5.recipe:recipe?size={options.size}&spec=mtp"
+            options.recipe += f"&max_batch={options.max_batch}&max_model_len={options.max_model_len}"
+            record[name] = build(options, folder / "store", "--out", bundle)
+        elif name == "tune":
+            record[name] = tune(bundle, tuned)
+        else:
+            record[name] = run_part(name, options, folder, tuned if name == "tuned" else bundle)
+        kept.write_text(json.dumps(record))
+        print(f"{name}: {'failed' if 'error' in record[name] else 'done'}", file=sys.stderr, flush=True)
+    record["claims"] = claims(record, options)
+    for name, key in (("serve", "tokens"), ("eager", "tokens"), ("eager", "transformers"), ("eager", "generate")):
+        if name in record:
+            record[name].pop(key, None)  # compared above; too long for a record
+    return record
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="qwen3.5")
+    parser.add_argument("--spec", default="mtp", choices=["mtp"])
+    parser.add_argument("--size", default="0.8b")
+    parser.add_argument("--layers", type=int, default=0, help="so many decoder layers instead of all")
+    parser.add_argument("--max-batch", type=int, default=256)
+    parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--folder", default="artifacts/qwen", help="bundles, caches and parts of a record are kept there")
+    parser.add_argument("--target", default="h200")
+    parser.add_argument("--cores", default="0,1", help="that the build may use")
+    parser.add_argument("--bundle", help=argparse.SUPPRESS)
+    parser.add_argument("--mega", help=argparse.SUPPRESS)
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--out")
+    options = parser.parse_args(arguments)
+    if options.part:
+        Path(os.environ["ANSWER"]).write_text(json.dumps(globals()[f"part_{options.part}"](options)))
+        return 0
+    return finish(check(options), options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
