@@ -15,7 +15,6 @@ from typing import IO, Any
 import httpx
 import pytest
 import serve
-import start_report
 from fake_engine import SECONDS, expected, wait_until
 
 HERE = Path(__file__).parent
@@ -116,11 +115,16 @@ def test_a_start_is_shown_beside_an_earlier_one(serving: Callable[..., Process],
     assert sorted(lines[4:]) == [["compile", "0", "57"], ["misses", "0", "12"]]
 
 
-def test_a_file_that_is_no_record_of_a_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ['{"seconds": {}}', "3", "{"])
+def test_a_file_that_is_no_record_of_a_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
     file = tmp_path / "start.json"
-    file.write_text('{"seconds": {}}')
-    with pytest.raises(ValueError, match="--record"):
-        start_report.read(file)
+    file.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--compare", str(file)])
+    with pytest.raises(SystemExit, match="2"):
+        serve.main()
+    assert f"{file} is no record of a start" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +166,13 @@ def test_a_stream_and_a_whole_answer(serving: Callable[..., Process]) -> None:
     assert token_ids(found) == wanted and found[-1]["choices"][0]["finish_reason"] == finish
     whole = process.client.post("/v1/completions", json={"prompt": [1], "seed": 0, "max_tokens": 30})
     assert whole.json()["choices"][0]["token_ids"] == wanted
+
+
+def test_ctrl_c_is_no_traceback(serving: Callable[..., Process]) -> None:
+    process = serving().ready()
+    process.popen.send_signal(signal.SIGINT)
+    status, _, err = process.end()
+    assert (status, err) == (0, "")
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -1,7 +1,7 @@
 """Continuous batching: one thread owns the engine, and requests come and go between its steps.
 
 The thread makes the engine, too: torch keeps the current device, the grad mode and (since 2.13) the configuration of Dynamo and
-Inductor for each thread, so an engine that was captured in one thread and stepped in another would compile again.
+Inductor for each thread, so an engine that is made in one thread and stepped in another runs with other settings.
 """
 
 from __future__ import annotations

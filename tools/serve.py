@@ -18,6 +18,7 @@ import aot_cache.auto  # before the model: loads the bundle that AOT_CACHE names
 # isort: on
 import argparse
 import asyncio
+import contextlib
 import json
 import socket
 import sys
@@ -109,8 +110,13 @@ class Server(uvicorn.Server):
 
 
 def main() -> int:
-    options = make_parser().parse_args()
-    earlier = start_report.read(options.compare) if options.compare else None
+    parser = make_parser()
+    options = parser.parse_args()
+    try:
+        earlier = start_report.read(options.compare) if options.compare else None
+        stop = end_of_text(options.weights, options.tokenizer)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     tokenizer = None
     if options.tokenizer:
         from tokenizers import Tokenizer
@@ -129,14 +135,15 @@ def main() -> int:
         return engine
 
     scheduler = Scheduler(make_engine, options.max_waiting)
-    app = make_app(scheduler, options.model, tokenizer, end_of_text(options.weights, options.tokenizer))
+    app = make_app(scheduler, options.model, tokenizer, stop)
     wait = round(options.drain + GRACE)
     config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=wait)
     server = Server(config, scheduler, options.drain)
     with socket.create_server((options.host, options.port)) as listening:
         print(f"http://{options.host}:{listening.getsockname()[1]}", flush=True)
         scheduler.start()
-        server.run(sockets=[listening])
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again when all is cleared up
+            server.run(sockets=[listening])
     return 1 if scheduler.error else 0
 
 

@@ -84,7 +84,7 @@ class Endpoints:
         answer = Answer(self.scheduler, asked)
         if asked.stream:
             return Events(answer, self._chunks(answer))
-        watch = asyncio.create_task(answer.cancel_when_gone(request))
+        watch = asyncio.create_task(answer.end_when_gone(request))
         try:
             return await self._whole(answer)
         finally:
@@ -229,13 +229,11 @@ class Answer:
         for request in self.requests:
             self._scheduler.cancel(request)
 
-    async def cancel_when_gone(self, request: HttpRequest) -> None:
-        """Wait until the client has gone. Starlette does this for streams only."""
+    async def end_when_gone(self, request: HttpRequest) -> None:
+        """End `outputs` when the client has gone. Starlette does so for streams only."""
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        self.cancel()
-        for index in range(len(self.requests)):
-            self._outputs.put_nowait((index, Output([], "error", "the client has gone")))
+        self._outputs.put_nowait((0, Output([], "error", "the client has gone")))
 
 
 class Events(StreamingResponse):

@@ -38,9 +38,13 @@ def record(clock: Clock, stats: Json) -> Json:
 def read(path: Path) -> Json:
     """
     Raises:
-        ValueError: the file is no record of a start.
+        OSError: there is no such file.
+        ValueError: it is no record of a start.
     """
-    found = json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
     if not isinstance(found, dict) or not {"name", "seconds", "events"} <= found.keys():
         raise ValueError(f"{path} is no record of a start: write one with --record")
     return found
