@@ -96,6 +96,12 @@ def _positions(starts: Tensor, tokens: Tensor) -> Tensor:
     return starts[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
 
 
+def _turned(rotary: Module, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions [b, t], which are the same on all three axes of an image for text."""
+    cos, sin = rotary(x, positions[None].expand(3, -1, -1))
+    return cos, sin
+
+
 # --- the target ----------------------------------------------------------------------------------------------------------
 
 
@@ -103,7 +109,7 @@ def _positions(starts: Tensor, tokens: Tensor) -> Tensor:
 def begin(embed: Module, rotary: Module, tokens: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Embeddings, and cosines and sines of the positions, of tokens [b, t] of which the first stand at `starts` [b]."""
     x = embed(tokens)
-    cos, sin = rotary(x, _positions(starts, tokens))
+    cos, sin = _turned(rotary, x, _positions(starts, tokens))
     return x, cos, sin
 
 
@@ -241,7 +247,7 @@ def prompt_draft(
 ) -> None:
     """Fill the draft's cache for a prompt: tokens [1, p] one to the right of the hidden states that they go with."""
     x = _drafting(mtp, embed, tokens, hidden)
-    turn = rotary(x, 1 + torch.arange(tokens.shape[1], device=tokens.device)[None])
+    turn = _turned(rotary, x, 1 + torch.arange(tokens.shape[1], device=tokens.device)[None])
     _attention(mtp.mtp_block, x, turn, None, _OneSlot(keys, values, slot), split)
 
 
@@ -271,6 +277,6 @@ def draft(
     """
     x = _drafting(mtp, embed, tokens, hidden)
     places = _positions(starts, tokens)
-    x = _cached_attention(mtp.mtp_block, x, rotary(x, places + 1), places, keys, values, split)
+    x = _cached_attention(mtp.mtp_block, x, _turned(rotary, x, places + 1), places, keys, values, split)
     last = mtp.post_norm(x.gather(1, count[:, None, None].expand(-1, 1, x.shape[-1])))
     return head(last).argmax(-1), last
