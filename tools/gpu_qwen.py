@@ -398,7 +398,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-batch", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--only", default=",".join(PARTS))
-    parser.add_argument("--folder", default="artifacts/qwen", help="bundles, caches and parts of a record are kept there")
+    parser.add_argument(
+        "--folder", default="artifacts/qwen", help="bundles, caches and parts of a record are kept there"
+    )
     parser.add_argument("--target", default="h200")
     parser.add_argument("--cores", default="0,1", help="that the build may use")
     parser.add_argument("--bundle", help=argparse.SUPPRESS)

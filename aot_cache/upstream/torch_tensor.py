@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aot_cache.errors import DataDependent, TraceError
+from aot_cache.errors import DataDependent, TraceError, one_line
 
 DEVICE = torch.device("cuda", 0)
 KNOWN_LIMIT = 1 << 16
@@ -220,7 +220,7 @@ def _compute(
         if known is not None:  # what comes out depends on values, and they are known (boolean masks, nonzero, equal)
             out = _swap_one(known, lambda tensor: tensor.to("meta"))
         else:
-            raise _no_shape(func, tensors) from error
+            raise _no_shape(func, tensors, error) from error
     out_device = torch.device(device) if device is not None else _device_of(tensors)
     if out_device.type == "cuda":
         out_device = DEVICE
@@ -244,13 +244,16 @@ def _to(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return dispatch(_TO_COPY, (tensor,), options)
 
 
-def _no_shape(func: Any, tensors: list[VirtualTensor]) -> TraceError:
+def _no_shape(func: Any, tensors: list[VirtualTensor], error: Exception) -> TraceError:
     if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
         return DataDependent(
             f"values for {func} of {tensors}",
             "its result depends on values that are not declared",
             "make the tensor from values in the recipe (torch.tensor([...], device='cuda'))",
         )
+    if not isinstance(error, NotImplementedError):  # the call itself is wrong, on any device
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
+        return TraceError(f"{func} to accept tensors of shape {shapes}", one_line(error), "correct the recipe's call")
     return TraceError(
         f"a shape rule for {func}", "torch's meta device has none", "register one (torch.library.register_fake)"
     )

@@ -25,21 +25,26 @@ _ON_CPU: dict[str, Any] = {
 }
 
 
-def _rule(name: str, device: torch.device) -> Any:
+def _rule(name: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
     """fla's function of that name, or transformers' of the same arguments."""
-    if device.type == "cpu":
-        return _ON_CPU[name]
-    from fla.ops import gated_delta_rule
+    if q.device.type == "cpu":
+        # transformers 5.17 wants a key head for each value head; later releases take both.
+        groups = v.shape[2] // k.shape[2]
+        q, k = q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2)
+        run = _ON_CPU[name]
+    else:
+        from fla.ops import gated_delta_rule
 
-    return getattr(gated_delta_rule, name)
+        run = getattr(gated_delta_rule, name)
+    out, state = run(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True, **more)
+    return out, state
 
 
 def _recurrent(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, final: bool
 ) -> tuple[Tensor, Tensor]:
-    run = _rule("fused_recurrent_gated_delta_rule", q.device)
-    out, new = run(q, k, v, g=g, beta=beta, initial_state=state, output_final_state=final, use_qk_l2norm_in_kernel=True)
-    return out, new
+    more = {"initial_state": state, "output_final_state": final}
+    return _rule("fused_recurrent_gated_delta_rule", q, k, v, g, beta, **more)
 
 
 @torch.library.custom_op("aot_qwen3_5::read", mutates_args=())
@@ -87,8 +92,7 @@ def _(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
 @torch.library.custom_op("aot_qwen3_5::prompt", mutates_args=())
 def prompt(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs and last state (float32) of a whole prompt, in chunks of 64 tokens."""
-    run = _rule("chunk_gated_delta_rule", q.device)
-    out, state = run(q, k, v, g=g, beta=beta, output_final_state=True, use_qk_l2norm_in_kernel=True)
+    out, state = _rule("chunk_gated_delta_rule", q, k, v, g, beta, output_final_state=True)
     return out, state.float()
 
 
