@@ -99,7 +99,7 @@ def steady(engine: Any) -> dict[str, float]:
 
     out = {}
     for size in (size for size in STEADY if size in engine.sizes):
-        graphs = [engine._graphs[name, size][0] for name in engine.steps]
+        graphs = [engine.graphs[name, size][0] for name in engine.steps]
         spans = []
         for _ in range(7):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -143,7 +143,7 @@ def part_serve(options: argparse.Namespace) -> Json:
     import aot_cache
 
     aot_cache.load(options.bundle, strict=True)
-    import aot_cache.models.qwen3_5.engine  # noqa: F401
+    import aot_cache.models.qwen3_5.engine
 
     independent = Independent()
     torch.zeros(1, device="cuda")
@@ -207,10 +207,10 @@ def part_eager(options: argparse.Namespace) -> Json:
 
     torch.compiler.set_stance("force_eager")
     engine, answer = started(options)
-    engine._graphs.clear()
+    engine.graphs.clear()
     tokens, _ = serve_all(engine)
     with torch.no_grad():
-        says = list(map(lambda pair: asked(engine, *pair), zip((p for p, _ in requests()), tokens)))
+        says = [asked(engine, prompt, said) for (prompt, _), said in zip(requests(), tokens)]
         generated = by_generate(engine, tokens)
     return {**answer, "tokens": tokens, "transformers": says, "generate": generated}
 

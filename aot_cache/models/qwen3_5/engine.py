@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-import aot_cache
 from aot_cache.models.qwen3_5 import net, weights
 from aot_cache.models.qwen3_5.model import Batch, Model
 from aot_cache.models.qwen3_5.settings import Settings
+from aot_cache.runtime import captures, loader
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Engine:
             size: replace(batch, tokens=torch.zeros_like(batch.tokens)) for size, batch in self._batches.items()
         }
         self._hidden = model.batch(most, self.settings.width).hidden
-        self._graphs: dict[tuple[str, int], tuple[Any, Any]] = {}
+        self.graphs: dict[tuple[str, int], tuple[Any, Any]] = {}
 
     # --- start-up -------------------------------------------------------------------------------------------------------
 
@@ -71,17 +71,17 @@ class Engine:
             Part of the step → what was captured, dropped and why (`aot_cache.Captured.report`).
         """
         reports = {}
-        loaded = bool(aot_cache.stats()["bundles"])
+        loaded = bool(loader.loaded())
         for name, run in self.steps.items():
             batches = self._batches if name == "draft" else self._verified
 
             def covers(size: int, name: str = name) -> tuple[str, Mapping[str, int]]:
                 return name, {"batch": size}
 
-            done = aot_cache.capture(
+            done = captures.capture(
                 self.sizes, batches.__getitem__, run, covers=covers if loaded else None, mixed="drop", progress=progress
             )
-            self._graphs |= {(name, size): (graph, done.outputs[size]) for size, graph in done.graphs.items()}
+            self.graphs |= {(name, size): (graph, done.outputs[size]) for size, graph in done.graphs.items()}
             reports[name] = done.report
         return reports
 
@@ -104,10 +104,14 @@ class Engine:
         if not 0 < len(prompt) < self.max_model_len:
             raise ValueError(f"a prompt of 1 to {self.max_model_len - 1} tokens, not of {len(prompt)}")
         place = self.model.device
-        args = torch.tensor([list(prompt)], device=place), torch.tensor([slot], device=place)
-        first, hidden = self.model.prompt(
-            *args, torch.tensor([temperature], device=place), torch.tensor([seed], device=place)
-        )
+        tokens = torch.tensor([list(prompt)], device=place)
+        request = torch.tensor([slot], device=place)
+        sampling = torch.tensor([temperature], device=place), torch.tensor([seed], device=place)
+        chunk = self.settings.prefill_chunk
+        for start in range(0, len(prompt), chunk):
+            part, rest = tokens[:, start : start + chunk].clone(), tokens[:, start + chunk :]
+            following = rest[:, :1].clone() if rest.shape[1] else None
+            first, hidden = self.model.prompt(part, torch.tensor([start], device=place), request, *sampling, following)
         if self._hidden is not None:
             self._hidden[slot, :1] = hidden[0]
         token = int(first)
@@ -168,7 +172,7 @@ class Engine:
             batch.hidden.copy_(self._hidden[:size])
 
     def _run(self, name: str, size: int, batch: Batch) -> Any:
-        graph, out = self._graphs.get((name, size), (None, None))
+        graph, out = self.graphs.get((name, size), (None, None))
         if graph is None:
             return self.steps[name](batch)
         graph.replay()

@@ -81,26 +81,31 @@ class Model:
         temperature = torch.zeros(size, dtype=torch.float32, device=self.device)
         return Batch(ints[0], ints[1], ints[2], hidden, temperature, ints[3])
 
-    def prompt(self, tokens: Tensor, slot: Tensor, temperature: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in a prompt.
+    def prompt(
+        self, tokens: Tensor, starts: Tensor, slot: Tensor, temperature: Tensor, seed: Tensor, following: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Take in a part of a prompt.
 
         Args:
-            tokens: [1, p]; slot: [1], whose caches are written; temperature, seed: [1].
+            tokens: [1, p], of which the first stands at `starts` [1]; the parts before were taken in.
+            slot: [1], whose caches are written; temperature, seed: [1].
+            following: [1, 1], the prompt's next token; None where this part is the last.
 
         Returns:
-            The first token [1, 1], and the hidden state [1, 1, hidden] of the prompt's last token.
+            The first token [1, 1] of the answer, if this part is the last, and the hidden state [1, 1, hidden] before it.
         """
-        net, start = self.net, torch.zeros_like(slot)
-        x, cos, sin = steps.begin(net.embed, net.rotary, tokens, start)
+        net = self.net
+        x, cos, sin = steps.begin(net.embed, net.rotary, tokens, starts)
         for layer, (one, other) in zip(net.layers, self.caches, strict=True):
             if layer.block_type == "linear_attention":
-                x = steps.prompt_delta(layer, x, slot, one, other, net.split)
+                x = steps.prompt_delta(layer, x, starts, slot, one, other, net.split)
             else:
-                x = steps.prompt_attention(layer, x, cos, sin, slot, one, other, net.split)
-        first, hidden = steps.finish_prompt(net.norm, net.head, x, temperature, seed)
+                x = steps.prompt_attention(layer, x, cos, sin, starts, slot, one, other, net.split)
+        first, hidden = steps.finish_prompt(net.norm, net.head, x, starts, temperature, seed)
         if self.draft_cache is not None:
-            shifted = torch.cat([tokens[:, 1:], first], dim=1)
-            steps.prompt_draft(net.mtp, net.embed, net.rotary, shifted, hidden, slot, *self.draft_cache, net.split)
+            shifted = torch.cat([tokens[:, 1:], first if following is None else following], dim=1)
+            parts = (net.mtp, net.embed, net.rotary)
+            steps.prompt_draft(*parts, shifted, hidden, starts, slot, *self.draft_cache, net.split)
         return first, hidden[:, -1:]
 
     def verify(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

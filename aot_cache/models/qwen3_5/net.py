@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,22 +21,19 @@ _NOT_FIELDS = ("model_type", "mtp_num_hidden_layers")
 
 
 def attend(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: over a prompt without `mask`, else over a static cache.
+    """Attention over a static cache, as transformers calls it.
 
-    Over the cache the heads of a group are rows of one product, so that keys and values are read once and never repeated.
+    The heads of a group are rows of one product, so that keys and values are read once and never repeated.
 
     Args:
         q: [batch, heads, tokens, width]; k, v: [batch, key-value heads, places, width].
-        mask: which places a token sees, [batch, 1, 1, tokens, places]; None is causal.
+        mask: which places a token sees, [batch, 1, 1, tokens, places].
 
     Returns:
         [batch, tokens, heads, width], and no weights.
     """
-    if mask is None:
-        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2), None
     batch, heads, tokens, width = q.shape
     shared = k.shape[1]
     rows = q.reshape(batch, shared, heads // shared * tokens, width)
@@ -72,19 +70,20 @@ class Net:
         return [self.embed, self.rotary, *self.layers, self.norm, self.head, *draft]
 
 
-def config_of(settings: Settings, layers: int | None = None, tp: int | None = None) -> Qwen3_5TextConfig:
+def config_of(settings: Settings, layers: int | Sequence[str] | None = None) -> Qwen3_5TextConfig:
     """transformers' configuration of one rank's part.
 
     Args:
-        layers: this many decoder layers instead of all; a multiple of 4, so that the last is of full attention.
-        tp: ranks that share it, if not as `settings` say.
+        layers: this many decoder layers instead of all, a multiple of 4; or their kinds, of which the last is
+            `full_attention`, as the draft takes after it.
     """
-    parts = settings.tp if tp is None else tp
     fields = {name: value for name, value in settings.text.items() if name not in _NOT_FIELDS}
     for name in (*_SHARED_BY_RANKS, "intermediate_size"):
-        fields[name] = fields[name] // parts
-    if layers is not None:
+        fields[name] = fields[name] // settings.tp
+    if isinstance(layers, int):
         fields |= {"num_hidden_layers": layers, "layer_types": None}
+    elif layers is not None:
+        fields |= {"num_hidden_layers": len(layers), "layer_types": list(layers)}
     fields["attn_implementation"] = ATTENTION
     config = Qwen3_5TextConfig(**fields)
     config.max_position_embeddings = max(config.max_position_embeddings, settings.cache_len)
@@ -92,7 +91,7 @@ def config_of(settings: Settings, layers: int | None = None, tp: int | None = No
     return config
 
 
-def make(settings: Settings, device: str, layers: int | None = None) -> Net:
+def make(settings: Settings, device: str, layers: int | Sequence[str] | None = None) -> Net:
     """The model with random weights on `device`.
 
     On the virtual device of a build nothing has memory.

@@ -90,17 +90,16 @@ def _(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("aot_qwen3_5::prompt", mutates_args=())
-def prompt(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs and last state (float32) of a whole prompt, in chunks of 64 tokens."""
-    out, state = _rule("chunk_gated_delta_rule", q, k, v, g, beta, output_final_state=True)
+def prompt(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs of a part of a prompt, and the state after it, computed in chunks of 64 tokens; else as `read`."""
+    more = {"initial_state": state, "output_final_state": True}
+    out, state = _rule("chunk_gated_delta_rule", q, k, v, g, beta, **more)
     return out, state.float()
 
 
 @prompt.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    batch, _, heads, width = v.shape
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    return out, v.new_empty(batch, heads, k.shape[-1], width, dtype=torch.float32)
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(state)
 
 
 @torch.library.custom_op("aot_qwen3_5::prompt_conv", mutates_args=())

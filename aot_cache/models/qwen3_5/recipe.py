@@ -9,12 +9,12 @@ import torch
 
 from aot_cache.models.qwen3_5 import net
 from aot_cache.models.qwen3_5.model import Batch, Model
-from aot_cache.models.qwen3_5.settings import Settings, settings
+from aot_cache.models.qwen3_5.settings import CHUNK, Settings, settings
 from aot_cache.recipe import Call, Case, Recipe, declare, device
 from aot_cache.shapes import Range
 
-PERIOD = 4
-"""Decoder layers that a build runs: three of the delta rule and one of full attention stand for all, which share graphs."""
+LAYERS = ("linear_attention", "full_attention")
+"""Decoder layers that a build runs: one of each kind stands for all of it, which share its graphs."""
 
 
 def recipe(
@@ -25,6 +25,7 @@ def recipe(
     num_speculative_tokens: int = 0,
     max_batch: int = 256,
     max_model_len: int = 4096,
+    prefill_chunk: int = CHUNK,
     tp: int = 1,
     dtype: str = "bfloat16",
 ) -> Recipe:
@@ -37,6 +38,7 @@ def recipe(
         num_speculative_tokens: drafts a step, with `mtp`; 0 for the default.
         max_batch: requests that run at a time.
         max_model_len: tokens of a request, prompt and output.
+        prefill_chunk: tokens of a prompt taken in at once.
         tp: ranks that share each layer.
         dtype: of weights and activations.
 
@@ -50,6 +52,7 @@ def recipe(
         num_speculative_tokens=num_speculative_tokens,
         max_batch=max_batch,
         max_model_len=max_model_len,
+        prefill_chunk=prefill_chunk,
         tp=tp,
         dtype=dtype,
     )
@@ -61,7 +64,7 @@ def of(found: Settings) -> Recipe:
 
     @cache
     def model() -> Model:
-        return Model(net.make(found, device(), PERIOD), found, device())
+        return Model(net.make(found, device(), LAYERS), found, device())
 
     cases = [_prompt(found, model), _step(found, model, "decode", 1)]
     if found.drafts:
@@ -71,19 +74,14 @@ def of(found: Settings) -> Recipe:
 
 
 def _prompt(found: Settings, model: Callable[[], Model]) -> Case:
-    @declare(
-        name="prefill",
-        tokens=Range(1, found.max_model_len - 1),
-        mode="no_grad",
-        hint={"tokens": min(1024, found.max_model_len - 1)},
-    )
+    @declare(name="prefill", tokens=Range(1, found.prefill_chunk), mode="no_grad")
     def prefill(tokens: int) -> Call:
-        """A prompt of any length, one request at a time, and the draft's cache with it."""
+        """A part of a prompt, of any length up to a chunk, and the draft's cache with it."""
         here = device()
         prompt = torch.zeros(1, tokens, dtype=torch.int64, device=here)
-        slot = torch.zeros(1, dtype=torch.int64, device=here)
+        ints = [torch.zeros(1, dtype=torch.int64, device=here) for _ in range(3)]
         temperature = torch.zeros(1, dtype=torch.float32, device=here)
-        return Call(model().prompt, prompt, slot, temperature, slot.clone())
+        return Call(model().prompt, prompt, ints[0], ints[1], temperature, ints[2], None)
 
     return prefill
 

@@ -19,6 +19,9 @@ Json = Any
 DENSE, MOE = "qwen3_5_text", "qwen3_5_moe_text"
 SPECS = ("none", "mtp")
 DTYPES = ("bfloat16", "float16", "float32")
+CHUNK = 512
+"""Tokens of a prompt taken in at once: each number of them up to this is declared, and longer prompts take several."""
+
 _ALIGNED = 64
 DRAFTS = 2
 """Tokens drafted a step unless said otherwise: what vLLM's recipe for this family takes."""
@@ -86,6 +89,7 @@ class Settings:
         drafts: tokens that the MTP layer drafts a step; 0 is no speculation.
         max_batch: requests that run at a time.
         max_model_len: tokens of a request, prompt and output.
+        prefill_chunk: tokens of a prompt that are taken in at once.
         tp: ranks that share the heads and the MLPs.
         dtype: of weights and activations; the gated delta rule's state is always float32.
     """
@@ -94,6 +98,7 @@ class Settings:
     drafts: int = 0
     max_batch: int = 256
     max_model_len: int = 4096
+    prefill_chunk: int = CHUNK
     tp: int = 1
     dtype: str = "bfloat16"
     name: str = field(default="", compare=False)
@@ -124,6 +129,7 @@ def settings(
     num_speculative_tokens: int = 0,
     max_batch: int = 256,
     max_model_len: int = 4096,
+    prefill_chunk: int = CHUNK,
     tp: int = 1,
     dtype: str = "bfloat16",
 ) -> Settings:
@@ -134,6 +140,7 @@ def settings(
         config: a model's config.json.
         spec: `mtp` drafts with the model's MTP layer, `none` does not speculate.
         num_speculative_tokens: drafts a step; 0 with `mtp` means `DRAFTS`.
+        max_batch, max_model_len, prefill_chunk, tp, dtype: see `Settings`.
 
     Raises:
         UnknownName: there is no such size.
@@ -157,7 +164,9 @@ def settings(
         raise DeclarationError("a model with one MTP layer for --spec mtp", found, "build it with --spec none")
     _at_least("--max-model-len", max_model_len, 2 + drafts)
     _check_split(text, tp)
-    return Settings(text, drafts, max_batch, max_model_len, tp, dtype, config or f"qwen3.5-{size}")
+    _at_least("prefill_chunk", prefill_chunk, 1)
+    chunk = min(prefill_chunk, max_model_len - 1)
+    return Settings(text, drafts, max_batch, max_model_len, chunk, tp, dtype, config or f"qwen3.5-{size}")
 
 
 def read_config(path: Path) -> Mapping[str, Json]:

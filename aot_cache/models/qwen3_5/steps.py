@@ -1,7 +1,7 @@
 """The compiled functions: each is one graph for all layers of its kind, because what differs between layers is an argument.
 
-Shapes: `b` requests, which are the first `b` slots; `t` tokens of each (1 decodes, 1 + drafts verify); a prompt is one request
-of `p` tokens in any slot. Caches are whole buffers, written in place: keys and values [slots, key-value heads, places, width],
+Shapes: `b` requests, which are the first `b` slots; `t` tokens of each (1 decodes, 1 + drafts verify); of a prompt `p` tokens
+at a time are taken in, of one request in any slot. Caches are whole buffers, written in place: keys and values [slots, key-value heads, places, width],
 the convolution's last inputs [slots, channels, 4], the delta rule's state [slots, value heads, width, width], float32.
 Everything that differs between requests is data (`starts`, `count`), so a captured graph stays right.
 """
@@ -68,28 +68,24 @@ class _Slots:
 
 
 class _OneSlot:
-    """The same for a prompt, which sees itself alone: written to its slot, not read."""
+    """The same for a part of a prompt, in any slot."""
 
-    def __init__(self, keys: Tensor, values: Tensor, slot: Tensor) -> None:
-        self.keys, self.values, self.slot = keys, values, slot
+    def __init__(self, keys: Tensor, values: Tensor, places: Tensor, slot: Tensor) -> None:
+        self.keys, self.values, self.places, self.slot = keys, values, places, slot
 
     def update(self, k: Tensor, v: Tensor, _: int) -> tuple[Tensor, Tensor]:
-        places = torch.arange(k.shape[2], device=k.device)[None]
-        self.keys[self.slot[:, None], :, places] = k.transpose(1, 2)
-        self.values[self.slot[:, None], :, places] = v.transpose(1, 2)
-        return k, v
+        self.keys[self.slot[:, None], :, self.places] = k.transpose(1, 2)
+        self.values[self.slot[:, None], :, self.places] = v.transpose(1, 2)
+        return self.keys[self.slot], self.values[self.slot]
 
 
-def _attention(layer: Module, x: Tensor, turn: tuple[Tensor, Tensor], mask: Any, cache: Any, split: bool) -> Tensor:
-    out, _ = layer.self_attn(layer.input_layernorm(x), turn, mask, cache)
-    return _mlp(layer, x + _summed(out, split), split)
-
-
-def _cached_attention(
-    layer: Module, x: Tensor, turn: tuple[Tensor, Tensor], places: Tensor, keys: Tensor, values: Tensor, split: bool
+def _attention(
+    layer: Module, x: Tensor, turn: tuple[Tensor, Tensor], places: Tensor, cache: Any, split: bool
 ) -> Tensor:
-    seen = torch.arange(keys.shape[2], device=x.device) <= places[..., None]
-    return _attention(layer, x, turn, seen[:, None, None], _Slots(keys, values, places), split)
+    """A layer of full attention: each token sees its place and all before it."""
+    seen = torch.arange(cache.keys.shape[2], device=x.device) <= places[..., None]
+    out, _ = layer.self_attn(layer.input_layernorm(x), turn, seen[:, None, None], cache)
+    return _mlp(layer, x + _summed(out, split), split)
 
 
 def _positions(starts: Tensor, tokens: Tensor) -> Tensor:
@@ -114,23 +110,41 @@ def begin(embed: Module, rotary: Module, tokens: Tensor, starts: Tensor) -> tupl
 
 
 @torch.compile(fullgraph=True)
-def prompt_delta(layer: Module, x: Tensor, slot: Tensor, conv: Tensor, state: Tensor, split: bool) -> Tensor:
-    """A layer of the gated delta rule over a prompt; `conv` and `state` of the slot are written."""
-    mixer = layer.linear_attn
+def prompt_delta(
+    layer: Module, x: Tensor, starts: Tensor, slot: Tensor, conv: Tensor, state: Tensor, split: bool
+) -> Tensor:
+    """A layer of the gated delta rule over a part of a prompt; `conv` and `state` of the slot move on.
+
+    Where the part begins the prompt (`starts` [1] is 0), what the slot held is of another request and does not count.
+    """
+    mixer, goes_on = layer.linear_attn, (starts > 0)[:, None, None]
     mixed, z, g, beta = _projected(mixer, layer.input_layernorm(x))
-    conv[slot] = functional.pad(mixed.transpose(1, 2), (conv.shape[-1], 0))[..., -conv.shape[-1] :]
-    q, k, v = _heads(mixer, torch.ops.aot_qwen3_5.prompt_conv(mixed, mixer.conv1d.weight.squeeze(1)))
-    core, last = torch.ops.aot_qwen3_5.prompt(q, k, v, g, beta)
+    before = conv[slot] * goes_on
+    inputs = torch.cat([before, mixed.transpose(1, 2)], dim=-1)
+    conv[slot] = inputs[..., -before.shape[-1] :]
+    seen = inputs[..., 1:].transpose(1, 2).contiguous()
+    summed = torch.ops.aot_qwen3_5.prompt_conv(seen, mixer.conv1d.weight.squeeze(1))[:, before.shape[-1] - 1 :]
+    q, k, v = _heads(mixer, summed)
+    core, last = torch.ops.aot_qwen3_5.prompt(q, k, v, g, beta, state[slot] * goes_on[..., None])
     state[slot] = last
     return _mixed_out(layer, x, core, z, split)
 
 
 @torch.compile(fullgraph=True)
 def prompt_attention(
-    layer: Module, x: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, keys: Tensor, values: Tensor, split: bool
+    layer: Module,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    starts: Tensor,
+    slot: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    split: bool,
 ) -> Tensor:
-    """A layer of full attention over a prompt; keys and values of the slot are written."""
-    return _attention(layer, x, (cos, sin), None, _OneSlot(keys, values, slot), split)
+    """A layer of full attention over a part of a prompt and all before it."""
+    places = _positions(starts, x[..., 0])
+    return _attention(layer, x, (cos, sin), places, _OneSlot(keys, values, places, slot), split)
 
 
 @torch.compile(fullgraph=True)
@@ -166,7 +180,7 @@ def cached_attention(
     What is written for a refused draft is written over by the next step, and seen by none before.
     """
     places = _positions(starts, x[..., 0])
-    return _cached_attention(layer, x, (cos, sin), places, keys, values, split)
+    return _attention(layer, x, (cos, sin), places, _Slots(keys, values, places), split)
 
 
 @torch.compile(fullgraph=True)
@@ -205,11 +219,13 @@ def accept(
 
 
 @torch.compile(fullgraph=True)
-def finish_prompt(norm: Module, head: Module, x: Tensor, temperature: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """The first token [1, 1] of a prompt's answer, and all hidden states."""
+def finish_prompt(
+    norm: Module, head: Module, x: Tensor, starts: Tensor, temperature: Tensor, seed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the last token of a part of a prompt is followed by, [1, 1], and all hidden states."""
     hidden = norm(x)
-    at = torch.full((1, 1), x.shape[1] - 1, device=x.device)
-    return _sampled(head(hidden[:, -1:]), at, temperature, seed), hidden
+    last = _positions(starts, x[..., 0])[:, -1:]
+    return _sampled(head(hidden[:, -1:]), last, temperature, seed), hidden
 
 
 def _sampled(logits: Tensor, positions: Tensor, temperature: Tensor, seed: Tensor) -> Tensor:
@@ -240,15 +256,16 @@ def prompt_draft(
     rotary: Module,
     tokens: Tensor,
     hidden: Tensor,
+    starts: Tensor,
     slot: Tensor,
     keys: Tensor,
     values: Tensor,
     split: bool,
 ) -> None:
-    """Fill the draft's cache for a prompt: tokens [1, p] one to the right of the hidden states that they go with."""
+    """Fill the draft's cache for a part of a prompt: tokens [1, p] one to the right of the hidden states they go with."""
     x = _drafting(mtp, embed, tokens, hidden)
-    turn = _turned(rotary, x, 1 + torch.arange(tokens.shape[1], device=tokens.device)[None])
-    _attention(mtp.mtp_block, x, turn, None, _OneSlot(keys, values, slot), split)
+    places = _positions(starts, tokens)
+    _attention(mtp.mtp_block, x, _turned(rotary, x, places + 1), places, _OneSlot(keys, values, places, slot), split)
 
 
 @torch.compile(fullgraph=True)
@@ -277,6 +294,6 @@ def draft(
     """
     x = _drafting(mtp, embed, tokens, hidden)
     places = _positions(starts, tokens)
-    x = _cached_attention(mtp.mtp_block, x, _turned(rotary, x, places + 1), places, keys, values, split)
+    x = _attention(mtp.mtp_block, x, _turned(rotary, x, places + 1), places, _Slots(keys, values, places), split)
     last = mtp.post_norm(x.gather(1, count[:, None, None].expand(-1, 1, x.shape[-1])))
     return head(last).argmax(-1), last
