@@ -14,7 +14,18 @@ from typing import Annotated, Any
 
 import typer
 
-from aot_cache import miss_file, recipe, render, report, report_misses, shapes
+from aot_cache import (
+    miss_file,
+    page,
+    recipe,
+    render,
+    render_bundle,
+    report,
+    report_builds,
+    report_ledger,
+    report_misses,
+    shapes,
+)
 from aot_cache import native as native_gpu
 from aot_cache import target as targets_table
 from aot_cache.build import pipeline
@@ -23,7 +34,7 @@ from aot_cache.errors import AotCacheError, BundleCorrupt, CompileFailed, Declar
 from aot_cache.key import Part
 from aot_cache.plan import Plan
 from aot_cache.signature import parameter_names
-from aot_cache.store import Bundle, read_bundle
+from aot_cache.store import Bundle, read_bundle, write_atomic
 from aot_cache.target import Target
 
 DEFAULT_TARGET = "h200"
@@ -167,7 +178,7 @@ def _targets(names: Sequence[str], plan: Plan | None) -> tuple[list[Target], dic
     for name in names:
         if name == "native":
             target, different = native_gpu.native()
-            differences += report.differences(target.id, different)
+            differences += report_builds.differences(target.id, different)
         else:
             target = targets_table.get(name)
         found[target.id] = target
@@ -211,7 +222,7 @@ def _show_plans(requests: Sequence[Request], facts: dict[str, Any], as_json: boo
         return
     for one in plans:
         render.line()
-        render.plan_or_bundle(one)
+        render_bundle.plan_or_bundle(one)
 
 
 def _build_all(requests: Sequence[Request], facts: dict[str, Any], as_json: bool) -> None:
@@ -222,7 +233,7 @@ def _build_all(requests: Sequence[Request], facts: dict[str, Any], as_json: bool
                 progress.target = request.target.id
                 done.append(pipeline.build(request, progress))
     finally:  # what was built for the targets before one that cannot be built is there, and is said
-        rows = [report.built(one) for one in done]
+        rows = [report_builds.built(one) for one in done]
         if as_json and (rows or not sys.exc_info()[0]):
             render.document({**facts, "bundles": rows})
         elif rows:
@@ -259,21 +270,40 @@ def inspect(
     misses: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="What servers missed, instead. Repeatable.")
     ] = None,
+    ledger: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="The JSON of aot_cache.stats(), or a misses file: shown in the grid. Repeatable."
+        ),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one page with all of it instead.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What is in a bundle or a plan, or what servers missed."""
-    if (path is None) == (not misses) or (misses and (kernel or points)):
-        found = "both" if path is not None else "neither" if not misses else "--kernel or --points"
+    """What is in a bundle or a plan, and which sizes it serves; or what servers missed."""
+    if (path is None) == (not misses) or (misses and (kernel or points or ledger or html)):
+        found = "both" if path is not None else "neither" if not misses else "--kernel, --points, --ledger or --html"
         raise DeclarationError("a plan or a bundle, or --misses FILE alone", found, "name one of them")
     if path is None:
         facts = report_misses.misses(miss_file.read(misses or []), misses or [])
         render.document(facts) if as_json else render.misses(facts)
         return
-    if _is_plan(path):
-        facts = report.plan(Plan.read(path), path, kernel, points, parameter_names)
-    else:
-        facts = report.bundle(read_bundle(path), kernel, points, parameter_names)
-    render.document(facts) if as_json else render.plan_or_bundle(facts)
+    facts = _inside(path, kernel, points or html is not None, ledger or [])
+    if html is not None:
+        write_atomic(html, page.page(facts).encode())
+        if not as_json:
+            render.line(f"page: {html.absolute()}")
+            return
+    render.document(facts) if as_json else render_bundle.plan_or_bundle(facts)
+
+
+def _inside(path: Path, kernel: str | None, points: bool, ledger: Sequence[Path]) -> dict[str, Any]:
+    if not _is_plan(path):
+        bundle = read_bundle(path)
+        found = report_ledger.read(ledger, bundle.digest) if ledger else None
+        return report.bundle(bundle, kernel, points, parameter_names, found)
+    if ledger:
+        raise DeclarationError("a bundle with --ledger", f"{path} is a plan", "name the bundle that was served")
+    return report.plan(Plan.read(path), path, kernel, points, parameter_names)
 
 
 @app.command()
@@ -327,7 +357,7 @@ def _side(path: Path) -> report.Side:
 @app.command()
 def targets(as_json: AsJson = False) -> None:
     """The GPU kinds that can be built for, and where their numbers come from."""
-    rows = report.targets(targets_table.TARGETS.values())
+    rows = report_builds.targets(targets_table.TARGETS.values())
     render.document({"targets": rows}) if as_json else render.targets(rows)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from aot_cache.follows import readable
 from aot_cache.key import objects_of
+from aot_cache.manifest import graph_label
 from aot_cache.plan import CallPlan
 
 Json = Any
@@ -41,6 +42,7 @@ def graphs(manifest: Mapping[str, Json], sizes: Mapping[str, int]) -> list[Facts
     """
     return [
         {
+            "label": graph_label(number),
             "function": f"{graph['module']}:{graph['function']}",
             "line": graph["line"],
             "mode": graph["mode"],
@@ -63,7 +65,7 @@ def graphs(manifest: Mapping[str, Json], sizes: Mapping[str, int]) -> list[Facts
             "per_rank": graph["per_rank"],
             "reached": graph["reached"],
         }
-        for graph in manifest["graphs"]
+        for number, graph in enumerate(manifest["graphs"])
     ]
 
 

@@ -24,10 +24,12 @@ LAYERS = (
     ("store", "shapes", "key", "target"),
     ("plan", "recipe", "manifest", "follows"),
     ("upstream", "signature", "missed", "miss_file"),
-    ("native", "report_graphs", "report_misses", "call_leaves"),
+    ("native", "coverage_grid", "report_graphs", "report_misses", "report_sizes", "call_leaves"),
+    ("report_ledger", "render_grid", "page_style"),
     ("build", "runtime", "report"),
-    ("tune_graphs",),
+    ("tune_graphs", "report_builds"),
     ("tune", "render"),
+    ("render_bundle", "page"),
     ("", "auto", "cli", "models", "engines"),  # "" is aot_cache/__init__.py
 )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from aot_cache import render, report
+from aot_cache import render, render_bundle, report, report_builds, report_sizes
 from aot_cache.build.pipeline import Built
 from aot_cache.errors import BundleCorrupt, DeclarationError
 from aot_cache.key import Part
@@ -206,6 +206,42 @@ def test_the_row_of_a_kernel(tmp_path: Path) -> None:
     ]
 
 
+def test_the_bytes_add_up_to_the_file_s(tmp_path: Path) -> None:
+    found = a_bundle(tmp_path)
+    rows = {row["kind"]: row for row in report.bundle(found)["sizes"]}
+    assert list(rows) == ["kernels", "details for people", "manifest"]
+    assert rows["kernels"] == {"kind": "kernels", "objects": 2, "bytes": len(ONE) + len(TWO)}, "each object once"
+    assert sum(row["bytes"] for row in rows.values()) == found.path.stat().st_size
+
+
+def test_bytes_by_what_they_are_for() -> None:
+    """Of objects that two kinds use, the first has the bytes."""
+    graph = {"graphs": {"x": "c"}, "libraries": {}, "guard_state": "g", "bytecode": "c", "settings": "s", "resumes": {}}
+    stored = {"u": 1, "c": 10, "g": 100, "s": 1000, "n": 10_000, "d": 100_000, "?": 1_000_000}
+    whole = {"objects": stored, "units": [{"object": "u"}], "graphs": [graph], "native": [{"object": "n"}]}
+    rows = {row["kind"]: (row["objects"], row["bytes"]) for row in report_sizes.sizes(whole, "d", 9_000_000)}
+    assert rows == {
+        "kernels": (1, 1),
+        "compiled graphs": (1, 10),
+        "guards and bytecode": (2, 1100),
+        "C launchers": (1, 10_000),
+        "details for people": (1, 100_000),
+        "other": (1, 1_000_000),
+        "manifest": (0, 9_000_000 - 1_111_111),
+    }
+
+
+def test_the_coverage_of_a_bundle_and_of_its_plan(tmp_path: Path) -> None:
+    (grid,) = report.bundle(a_bundle(tmp_path))["grids"]
+    assert grid == report.plan(a_plan(), Path("p"))["grids"][0]
+    assert [(row["case"], row["name"], row["cells"]) for row in grid["rows"]] == [
+        ("decode", KERNEL, [["k1"]]),
+        ("decode", OTHER, [["k2", "k3"]]),
+    ]
+    labels = [one["label"] for one in report.bundle(a_bundle(tmp_path), points=True)["specializations"]]
+    assert labels == ["k1", "k2", "k3"]
+
+
 def test_a_choice_that_was_measured_counts_as_tuned(tmp_path: Path) -> None:
     plan = a_plan()
     plan.tunings[0].choice = {"num_warps": 2}
@@ -258,6 +294,8 @@ def test_a_bundle_without_units(tmp_path: Path) -> None:
     ("whole", "header"),
     [
         ({"cases": [{"name": "x"}]}, {}),
+        ({"cases": [CasePlan("decode", {"batch": "many", "tokens": "1"}, 4, 4, []).__dict__]}, {}),
+        ({"cases": [CasePlan("decode", {"other": "1..4"}, 4, 4, []).__dict__]}, {}),
         ({"failed": [1]}, {}),
         ({"failed": None}, {}),
         ({}, {"units": 3}),
@@ -392,22 +430,22 @@ def a_built(path: Path, **more: Any) -> Built:
 
 
 def test_a_build_says_what_goes_into_the_dockerfile() -> None:
-    facts = as_json(report.built(a_built(Path("/a/b.safetensors"))))
+    facts = as_json(report_builds.built(a_built(Path("/a/b.safetensors"))))
     assert facts["dockerfile"] == f"ENV AOT_CACHE=/a/b.safetensors AOT_CACHE_DIGEST={'d' * 64}"
     assert facts["coverage"] == "proved 4 points"
-    assert Path(report.built(a_built(Path("b")))["path"]).is_absolute()
+    assert Path(report_builds.built(a_built(Path("b")))["path"]).is_absolute()
 
 
 def test_a_path_that_a_dockerfile_would_take_apart_is_quoted() -> None:
-    assert 'ENV AOT_CACHE="/a b/\\$c" ' in report.built(a_built(Path("/a b/$c")))["dockerfile"]
+    assert 'ENV AOT_CACHE="/a b/\\$c" ' in report_builds.built(a_built(Path("/a b/$c")))["dockerfile"]
 
 
 def test_targets_are_plain() -> None:
-    rows = as_json(report.targets(TARGETS.values()))
+    rows = as_json(report_builds.targets(TARGETS.values()))
     assert [row["id"] for row in rows] == list(TARGETS)
     assert all(row["source"] for row in rows)
     found = [Difference("capability", (9, 0), (9, 1))]
-    assert as_json(report.differences("h200", found)) == [
+    assert as_json(report_builds.differences("h200", found)) == [
         {"target": "h200", "field": "capability", "table": [9, 0], "device": [9, 1]}
     ]
 
@@ -425,8 +463,8 @@ def test_sizes(count: int | None, text: str) -> None:
 
 def test_hostile_text_reaches_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = a_manifest() | {"recipe": "\x1b[31m[bold]red\x07\nsecond line"}
-    manifest["cases"][0]["dims"]["batch"] = "\x9b2J"
-    render.plan_or_bundle(report.bundle(a_bundle(tmp_path, manifest), points=True))
+    manifest["cases"][0]["mode"] = "\x9b2J"
+    render_bundle.plan_or_bundle(report.bundle(a_bundle(tmp_path, manifest), points=True))
     out = capsys.readouterr().out
     assert all(c.isprintable() or c == "\n" for c in out)
     assert "?[31m[bold]red? second line" in out
@@ -441,7 +479,7 @@ def test_a_table_that_is_piped_folds_no_name(capsys: pytest.CaptureFixture[str])
 def test_tuned_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     tunings = [Tuning(OTHER, 0, [n], [{"num_warps": 1}, {"num_warps": 2}]) for n in range(2)]
     tunings[0].choice = {"num_warps": 1}
-    render.plan_or_bundle(report.plan(a_plan(tunings=tunings), Path("p")))
+    render_bundle.plan_or_bundle(report.plan(a_plan(tunings=tunings), Path("p")))
     out = capsys.readouterr().out
     assert "1 of 2" in out and "no choice" in out
     assert "1 choices are not tuned: the first config that fits is used" in out
