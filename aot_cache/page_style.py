@@ -59,7 +59,7 @@ td.wrap { overflow-wrap: anywhere; }
 .dot { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 8px; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 0 20px; align-items: start; }
 pre { margin: 0; padding: 12px 14px; overflow-x: auto; overflow-wrap: normal; line-height: 1.6; }
-#unit { position: fixed; right: 16px; top: 16px; max-height: calc(100vh - 32px);
+#unit { position: fixed; right: 16px; bottom: 16px; max-height: calc(100vh - 32px);
   width: min(430px, calc(100vw - 32px)); background: var(--card);
   border: 1px solid var(--line); border-radius: 10px; box-shadow: 0 12px 40px #0003; padding: 14px 16px; overflow-y: auto; }
 #unit[hidden] { display: none; }
@@ -92,7 +92,7 @@ function describe(label) {
   for (const [name, values] of unit.lists) {
     if (!values.length) continue;
     const more = make("details"), items = make("ul");
-    more.append(make("summary", values.length + " " + name), items);
+    more.append(make("summary", name + ": " + values.length), items);
     for (const value of values) items.append(make("li", value));
     list.append(more);
   }
