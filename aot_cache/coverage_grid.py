@@ -8,7 +8,7 @@ are as few as they can be. Pure functions; they know neither torch nor Triton.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -239,3 +239,19 @@ def _column(dim: str, values: Sequence[int], sampled: bool) -> Facts:
     text = shapes.describe([{dim: value} for value in values], [dim])[0][dim]
     short = text if len(text) <= LONG else f"{len(values)} of {values[0]}..{values[-1]}"
     return {"values": text, "short": short, "count": len(values), "sampled": sampled}
+
+
+def signs(found: Sequence[Facts]) -> Iterator[str]:
+    """What the signs in these grids mean, a line for each that occurs; the counts are of `report_ledger.annotate`."""
+    rows = [row for grid in found for row in grid["rows"]]
+    shown = {text for row in rows for text in row["shown"]}
+    if any("×" in text for text in shown):
+        yield "a ×3: three specializations or graphs, of which an autotuner or another dimension takes one; b: others"
+    if ABSENT in shown:
+        yield f"{ABSENT}: not declared"
+    if NOTHING in shown:
+        yield f"{NOTHING}: declared, and not reached there"
+    if any(any(row["missed"]) for row in rows):
+        yield "✗12: calls that were missed there"
+    if any(any(row.get("found", ())) for row in rows):
+        yield "g1 3×: three first calls were given this graph; later calls hit in Dynamo's cache and are not counted"

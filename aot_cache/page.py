@@ -14,6 +14,7 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
+from aot_cache.coverage_grid import signs
 from aot_cache.page_style import SCRIPT, STYLE
 from aot_cache.render import clean, size
 from aot_cache.report import reached_text
@@ -111,6 +112,7 @@ def _coverage(facts: Facts) -> Iterator[str]:
         yield '<p class="soft">Recorded: what ran is here, and it is not known of which ranges.</p>'
     for grid in facts["grids"]:
         yield from _grid(grid)
+    yield "".join(f'<p class="soft">{_e(text)}</p>' for text in signs(facts["grids"]))
     rows = [
         (
             _td(case["name"]),
@@ -145,7 +147,7 @@ def _grid(grid: Facts) -> Iterator[str]:
         for number, row in enumerate(rows):
             first = f'<th scope="row" class="case" rowspan="{len(rows)}">{_e(case)}</th>' if not number else ""
             yield f'<tr>{first}<th scope="row">{_name(row["name"])}</th>{"".join(_cells(row))}'
-            yield f"<td>{_e(_state(row))}</td></tr>" if state else "</tr>"
+            yield f'<td class="state">{_e(_state(row))}</td></tr>' if state else "</tr>"
         yield "</tbody>"
     yield "</table></div>"
 

@@ -41,6 +41,7 @@ td.wrap { overflow-wrap: anywhere; }
 .grid thead th.range { font-family: var(--mono); color: var(--ink); border-left: 1px solid var(--line); text-align: center; }
 .grid thead th.dim { text-align: center; border-left: 1px solid var(--line); color: var(--accent); font-weight: 600; }
 .grid td { padding: 2px 3px; border-left: 1px solid var(--line); text-align: center; }
+.grid td.state { text-align: left; padding: 2px 12px; white-space: nowrap; }
 .grid .module { color: var(--soft); }
 .cell { appearance: none; border: 0; border-radius: 4px; width: 100%; min-width: 44px; min-height: 24px; padding: 2px 8px;
   font: 12px/18px var(--mono); color: var(--ink); cursor: pointer; white-space: nowrap;

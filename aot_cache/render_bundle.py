@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from aot_cache import render_grid
-from aot_cache.coverage_grid import ABSENT, NOTHING
+from aot_cache.coverage_grid import signs
 from aot_cache.render import line, size, table
 from aot_cache.report import SHORT, reached_text
 
@@ -67,25 +67,10 @@ def _grids(facts: Facts) -> None:
         for text in render_grid.lines(grid, width):
             line(text)
         line()
-    for text in _signs(facts):
+    for text in signs(facts["grids"]):
         line(text)
     if facts["grids"]:
         line()
-
-
-def _signs(facts: Facts) -> Iterator[str]:
-    rows = [row for grid in facts["grids"] for row in grid["rows"]]
-    shown = {text for row in rows for text in row["shown"]}
-    if any("×" in text for text in shown):
-        yield "a ×3: three specializations or graphs, of which an autotuner or another dimension takes one; b: others"
-    if ABSENT in shown:
-        yield f"{ABSENT}: not declared"
-    if NOTHING in shown:
-        yield f"{NOTHING}: declared, and not reached there"
-    if any(any(row["missed"]) for row in rows):
-        yield "✗12: calls that were missed there"
-    if any(any(row.get("found", ())) for row in rows):
-        yield "g1 3×: three first calls were given this graph; later calls hit in Dynamo's cache and are not counted"
 
 
 def _graphs(facts: Facts) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from aot_cache import render_grid, shapes
-from aot_cache.coverage_grid import GRAPH, KERNEL, MOST_JOINED, Missed, Served, grids
+from aot_cache.coverage_grid import GRAPH, KERNEL, MOST_JOINED, Missed, Served, grids, signs
 from aot_cache.errors import DeclarationError
 from aot_cache.plan import CasePlan
 
@@ -140,6 +140,16 @@ def test_misses_get_columns_of_their_own() -> None:
 def test_a_set_that_no_build_writes(text: str) -> None:
     with pytest.raises(DeclarationError):
         grids([a_case(n="1..4")], [graph("g1", n=text)])
+
+
+def test_the_signs_that_occur_are_told() -> None:
+    (grid,) = grids([a_case(n="1..4")], [graph("g1", n="1..4")])
+    assert list(signs([grid])) == []
+    many = [kernel(f"k{n}", n="2..4") for n in range(3)]
+    (grid,) = grids([a_case(n="1..4")], many, [Missed(KERNEL, "m:scale", "decode", {"n": 9}, 2)])
+    assert [text.split()[0] for text in signs([grid])] == ["a", "·:", "–:", "✗12:"]
+    grid["rows"][0]["found"] = [0, 3, 0]
+    assert list(signs([grid]))[-1].startswith("g1 3×: ")
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
