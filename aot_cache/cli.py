@@ -22,7 +22,7 @@ from aot_cache import (
     render_bundle,
     report,
     report_builds,
-    report_ledger,
+    report_files,
     report_misses,
     shapes,
 )
@@ -250,16 +250,6 @@ def _build_all(requests: Sequence[Request], facts: dict[str, Any], as_json: bool
 # --- looking ----------------------------------------------------------------------------------------------------------
 
 
-def _is_plan(path: Path) -> bool:
-    """By content: a bundle begins with a length of 8 bytes, whose last are zero, and JSON has no such byte."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(8)
-    except OSError:
-        return False  # read_bundle says what is wrong
-    return b"\0" not in head and head.lstrip()[:1] == b"{"
-
-
 @app.command()
 def inspect(
     path: Annotated[Path | None, typer.Argument(metavar="PLAN", help="A plan file, or a bundle.")] = None,
@@ -287,23 +277,13 @@ def inspect(
         facts = report_misses.misses(miss_file.read(misses or []), misses or [])
         render.document(facts) if as_json else render.misses(facts)
         return
-    facts = _inside(path, kernel, points or html is not None, ledger or [])
+    facts = report_files.facts(path, kernel, points or html is not None, ledger or [])
     if html is not None:
         write_atomic(html, page.page(facts).encode())
         if not as_json:
             render.line(f"page: {html.absolute()}")
             return
     render.document(facts) if as_json else render_bundle.plan_or_bundle(facts)
-
-
-def _inside(path: Path, kernel: str | None, points: bool, ledger: Sequence[Path]) -> dict[str, Any]:
-    if not _is_plan(path):
-        bundle = read_bundle(path)
-        found = report_ledger.read(ledger, bundle.digest) if ledger else None
-        return report.bundle(bundle, kernel, points, parameter_names, found)
-    if ledger:
-        raise DeclarationError("a bundle with --ledger", f"{path} is a plan", "name the bundle that was served")
-    return report.plan(Plan.read(path), path, kernel, points, parameter_names)
 
 
 @app.command()
@@ -345,13 +325,9 @@ def explain(path: BundlePath, as_json: AsJson = False) -> None:
 @app.command()
 def diff(left: PlanPath, right: PlanPath, as_json: AsJson = False) -> None:
     """What each of two plans (or bundles) launches and the other does not; exit 1 when there is anything."""
-    facts = report.diff(_side(left), _side(right), parameter_names)
+    facts = report.diff(report_files.side(left), report_files.side(right), parameter_names)
     render.document(facts) if as_json else render.difference(facts)
     raise typer.Exit(0 if facts["same"] else 1)
-
-
-def _side(path: Path) -> report.Side:
-    return report.Side(path, Plan.read(path)) if _is_plan(path) else report.side(read_bundle(path))
 
 
 @app.command()

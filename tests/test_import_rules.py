@@ -27,7 +27,7 @@ LAYERS = (
     ("native", "coverage_grid", "report_graphs", "report_misses", "report_sizes", "call_leaves"),
     ("report_ledger", "render_grid", "page_style"),
     ("build", "runtime", "report"),
-    ("tune_graphs", "report_builds"),
+    ("tune_graphs", "report_builds", "report_files"),
     ("tune", "render"),
     ("render_bundle", "page"),
     ("", "auto", "cli", "models", "engines"),  # "" is aot_cache/__init__.py
