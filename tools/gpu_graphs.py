@@ -233,7 +233,13 @@ def build(options: argparse.Namespace, store: Path, *more: str) -> Json:
         return {"error": done.stderr.strip().splitlines()[-10:] + done.stdout.strip().splitlines()[-5:]}
     built = json.loads(done.stdout)["bundles"][0]
     kept = {k: built[k] for k in ("units", "graphs", "compiled", "size", "points", "digest", "failed")}
-    return {**kept, "path": built["path"], "seconds": round(seconds, 1), "driver": done.stderr.split()[:1], "cores": options.cores}
+    return {
+        **kept,
+        "path": built["path"],
+        "seconds": round(seconds, 1),
+        "driver": done.stderr.split()[:1],
+        "cores": options.cores,
+    }
 
 
 def _library_folders() -> list[str]:
