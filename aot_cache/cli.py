@@ -13,14 +13,24 @@ from typing import Annotated, Any
 
 import typer
 
-from aot_cache import miss_file, native, recipe, render, report, report_misses
+from aot_cache import (
+    miss_file,
+    native,
+    page,
+    recipe,
+    render,
+    render_bundle,
+    report,
+    report_build,
+    report_files,
+    report_misses,
+)
 from aot_cache import target as targets_table
 from aot_cache.cli_build import AsJson, build
 from aot_cache.errors import AotCacheError, BundleCorrupt, DeclarationError
 from aot_cache.key import Part
-from aot_cache.plan import Plan
 from aot_cache.signature import parameter_names
-from aot_cache.store import Bundle, read_bundle
+from aot_cache.store import Bundle, read_bundle, write_atomic
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -64,16 +74,6 @@ app.command()(build)
 # --- looking ----------------------------------------------------------------------------------------------------------
 
 
-def _is_plan(path: Path) -> bool:
-    """By content: a bundle begins with a length of 8 bytes, whose last are zero, and JSON has no such byte."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(8)
-    except OSError:
-        return False  # read_bundle says what is wrong
-    return b"\0" not in head and head.lstrip()[:1] == b"{"
-
-
 @app.command()
 def inspect(
     path: Annotated[Path | None, typer.Argument(metavar="PLAN", help="A plan file, or a bundle.")] = None,
@@ -84,21 +84,30 @@ def inspect(
     misses: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="What servers missed, instead. Repeatable.")
     ] = None,
+    ledger: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="The JSON of aot_cache.stats(), or a misses file: shown in the grid. Repeatable."
+        ),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one page with all of it instead.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What is in a bundle or a plan, or what servers missed."""
-    if (path is None) == (not misses) or (misses and (kernel or points)):
-        found = "both" if path is not None else "neither" if not misses else "--kernel or --points"
+    """What is in a bundle or a plan, and which sizes it serves; or what servers missed."""
+    if (path is None) == (not misses) or (misses and (kernel or points or ledger or html)):
+        found = "both" if path is not None else "neither" if not misses else "--kernel, --points, --ledger or --html"
         raise DeclarationError("a plan or a bundle, or --misses FILE alone", found, "name one of them")
     if path is None:
         facts = report_misses.misses(miss_file.read(misses or []), misses or [])
         render.document(facts) if as_json else render.misses(facts)
         return
-    if _is_plan(path):
-        facts = report.plan(Plan.read(path), path, kernel, points, parameter_names)
-    else:
-        facts = report.bundle(read_bundle(path), kernel, points, parameter_names)
-    render.document(facts) if as_json else render.plan_or_bundle(facts)
+    facts = report_files.facts(path, kernel, points or html is not None, ledger or [])
+    if html is not None:
+        write_atomic(html, page.page(facts).encode())
+        if not as_json:
+            render.line(f"page: {html.absolute()}")
+            return
+    render.document(facts) if as_json else render_bundle.plan_or_bundle(facts)
 
 
 @app.command()
@@ -140,19 +149,15 @@ def explain(path: BundlePath, as_json: AsJson = False) -> None:
 @app.command()
 def diff(left: PlanPath, right: PlanPath, as_json: AsJson = False) -> None:
     """What each of two plans (or bundles) launches and the other does not; exit 1 when there is anything."""
-    facts = report.diff(_side(left), _side(right), parameter_names)
+    facts = report.diff(report_files.side(left), report_files.side(right), parameter_names)
     render.document(facts) if as_json else render.difference(facts)
     raise typer.Exit(0 if facts["same"] else 1)
-
-
-def _side(path: Path) -> report.Side:
-    return report.Side(path, Plan.read(path)) if _is_plan(path) else report.side(read_bundle(path))
 
 
 @app.command()
 def targets(as_json: AsJson = False) -> None:
     """The GPU kinds that can be built for, and where their numbers come from."""
-    rows = report.targets(targets_table.TARGETS.values())
+    rows = report_build.targets(targets_table.TARGETS.values())
     render.document({"targets": rows}) if as_json else render.targets(rows)
 
 

@@ -24,6 +24,21 @@ _GRAPH_DETAILS = ("guards", "dynamic", "line", "reached", "kernels", "candidates
 _DETAILS = ("cases", "pruned", "failed", "calls")
 
 
+def graph_label(number: int) -> str:
+    """What people, and the ledger, call a bundle's graph: `g1` is the first in its manifest."""
+    return f"g{number + 1}"
+
+
+def call_label(number: int) -> str:
+    """What people call a plan's compiled call, which has no graph yet: `c1` is the first in it."""
+    return f"c{number + 1}"
+
+
+def unit_label(number: int) -> str:
+    """What people call a bundle's specialization: `k1` is the first in its manifest."""
+    return f"k{number + 1}"
+
+
 class _Table:
     """Values by number, each once."""
 

@@ -162,8 +162,8 @@ def _line(text: bytes, where: str) -> dict[str, Json] | None:
         raise DeclarationError(
             f"misses of schema {SCHEMA}", f"schema {data[MARK]!r} in {where}", "use the same version"
         )
-    why = _shape(data, {"kind": str}) or ("" if data["kind"] in KINDS else f"kind {data['kind']!r}")
-    why = why or _shape(data, {**_COMMON, **({} if _of_inductor(data) else _OWN[data["kind"]])}) or _inside(data)
+    why = shape(data, {"kind": str}) or ("" if data["kind"] in KINDS else f"kind {data['kind']!r}")
+    why = why or shape(data, {**_COMMON, **({} if _of_inductor(data) else _OWN[data["kind"]])}) or _inside(data)
     if why:
         raise _wrong(where, why)
     return data
@@ -178,7 +178,7 @@ def _wrong(where: str, found: str) -> DeclarationError:
     return DeclarationError(f"a misses file, and a miss in {where}", found, "give the file that the server wrote")
 
 
-def _shape(data: Json, wanted: Mapping[str, type]) -> str:
+def shape(data: Json, wanted: Mapping[str, type]) -> str:
     """What of `wanted` is missing or of another type; empty when nothing is."""
     if not isinstance(data, dict):
         return f"{type(data).__name__} where {', '.join(wanted)} belong"
@@ -203,18 +203,18 @@ def _inside(data: Mapping[str, Json]) -> str:
         return "" if sizes and points else f"{'points' if sizes else 'sizes'} hold what is no size"
     if data["kind"] == KERNEL:
         texts = all(isinstance(text, str) for text in data["nearest"])
-        return _shape(data["unit"], _UNIT) or ("" if texts else "nearest holds what is no text")
+        return shape(data["unit"], _UNIT) or ("" if texts else "nearest holds what is no text")
     if data["kind"] == TUNING and not _of_inductor(data):
         return _inside_tuning(data["tuning"], data["units"])
     return ""
 
 
 def _inside_tuning(tuning: Json, units: Iterable[Json]) -> str:
-    why = _shape(tuning, _TUNING)
+    why = shape(tuning, _TUNING)
     if why or not all(isinstance(candidate, dict) for candidate in tuning["candidates"]):
         return why or "a candidate is no mapping"
     for unit in units:
-        why = _shape(unit, {**_UNIT, "via": list})
+        why = shape(unit, {**_UNIT, "via": list})
         if why:
             return why
         if not all(_is_candidate(pair, len(tuning["candidates"])) for pair in unit["via"]):

@@ -19,7 +19,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from aot_cache.report import SHORT, reached_text
+from aot_cache.report import SHORT
 
 Json = Any
 Facts = Mapping[str, Json]
@@ -90,113 +90,7 @@ class Progress:
         self._bars.update(self._tasks[label], completed=done, total=total)
 
 
-# --- plans and bundles ------------------------------------------------------------------------------------------------
-
-
-def plan_or_bundle(facts: Facts) -> None:
-    """`inspect`, and `build --show-plan`."""
-    for name, value in _summary(facts):
-        line(f"{name + ':':<10} {value}")
-    line()
-    right = ("specializations", "configs", "size")
-    rows = [(k["kernel"], k["specializations"], k["configs"], size(k["bytes"]), _tuned(k)) for k in facts["kernels"]]
-    if rows or not facts["calls"]:
-        table(("kernel", *right, "tuned"), rows, right)
-    _graphs(facts)
-    for one in facts.get("specializations", ()):
-        _specialization(one)
-
-
-def _graphs(facts: Facts) -> None:
-    """Graphs of a bundle, or the calls that a plan asks graphs for."""
-    if facts.get("graphs"):
-        line()
-        right = ("kernels", "guards", "size")
-        rows = [
-            (
-                f"{g['function']}:{g['line']}",
-                g["mode"],
-                g["options"],
-                g["changes"],
-                len(g["kernels"]),
-                len(g["guards"]) + len(g["identities"]),
-                size(g["bytes"]),
-                f"{len(g['open'])} open" if g["open"] else "tuned" if g["chosen"] else "no choice",
-            )
-            for g in facts["graphs"]
-        ]
-        table(("graph", "mode", "options", "changes", *right, "tuned"), rows, right)
-    elif facts["calls"] and "graphs" not in facts:
-        line()
-        calls = [(f"{c['function']}:{c['line']}", c["mode"], c["options"], c["changes"]) for c in facts["calls"]]
-        table(("compiled call", "mode", "options", "changes"), calls)
-    if "specializations" in facts:
-        for graph in facts.get("graphs", ()):
-            _graph(graph)
-
-
-def _graph(graph: Facts) -> None:
-    """One graph with everything that is asked of a call."""
-    line()
-    line(f"{graph['function']}:{graph['line']}, {graph['mode']}, changes {graph['changes']}")
-    for points in reached_text(graph["reached"]):
-        line(f"  reached by {points}")
-    for name in graph["kernels"]:
-        line(f"  kernel {name}")
-    for guard in [*graph["identities"], *graph["guards"]]:
-        line(f"  guard {guard}")
-
-
-def _summary(facts: Facts) -> Iterable[tuple[str, object]]:
-    yield "recipe", f"{facts['recipe']} ({facts['origin']})"
-    yield "target", f"{facts['target']}, {facts['device']}" if "device" in facts else facts["target"]
-    yield "triton", facts["triton"]
-    if facts["kind"] == "bundle":
-        yield "digest", facts["digest"]
-        yield "size", f"{size(facts['bytes'])} ({facts['bytes']} bytes)"
-        yield "complete", "yes" if facts["complete"] else f"no, {len(facts['failed'])} failed"
-        for failure in facts["failed"]:
-            yield "failed", f"{failure['kernel']}: {failure['error']}"
-    yield "units", facts["units"]
-    if facts["calls"]:
-        yield "graphs", len(facts["graphs"]) if "graphs" in facts else f"for {len(facts['calls'])} kinds of calls"
-    if facts.get("graph_key"):
-        yield "graphs for", ", ".join(f"{name} {value}" for name, value in facts["graph_key"].items() if value)
-    if "pruned" in facts:
-        yield "pruned", f"{facts['pruned']} that do not fit the target"
-    yield "coverage", facts["coverage"]
-    for case in facts["cases"]:
-        dims = " ".join(f"{dim}={values}" for dim, values in case["dims"].items())
-        seen = f"{case['points']} points" if case["points"] == case["total"] else f"{case['points']} of {case['total']}"
-        more = "".join(f", and {point}" for point in case["missed"])
-        doc = f": {case['doc']}" if case["doc"] else ""
-        yield "case", f"{case['name']}: {dims}{more} ({seen}, {case['mode']}){doc}"
-    if facts["untuned"]:
-        yield "untuned", f"{facts['untuned']} choices are not tuned: the first config that fits is used"
-    if "specializations" in facts:
-        for name, value in facts.get("key", {}).items():
-            yield "key", f"{name} = {value if isinstance(value, str) else json.dumps(value)}"
-
-
-def _tuned(kernel: Facts) -> str:
-    if not kernel["choices"]:
-        return "no choice"
-    if kernel["tuned"] in (0, kernel["choices"]):
-        return "tuned" if kernel["tuned"] else "untuned"
-    return f"{kernel['tuned']} of {kernel['choices']}"
-
-
-def _specialization(one: Facts) -> None:
-    line()
-    line(one["kernel"])
-    line(f"  {one['signature']}")
-    if "key" in one:
-        line(f"  {size(one['bytes'])}, {one['shared']} bytes of shared memory, key {one['key']}")
-    else:
-        line(f"  id {one['id']}")
-    line(f"  source {one['parts']['source'][:SHORT]}")
-    for text in one["reached_by"]:
-        line(f"  reached by {text}")
+# --- misses and differences --------------------------------------------------------------------------------------------
 
 
 def misses(facts: Facts) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from aot_cache.render import line, plan_or_bundle, size, table, times
+from aot_cache.render import line, size, table, times
+from aot_cache.render_bundle import overview
 
 Facts = Mapping[str, Any]
 
@@ -19,7 +20,7 @@ def chosen(facts: Facts) -> None:
 
 def builds(rows: Sequence[Facts]) -> None:
     """The summary at the end of a build."""
-    numbers = ("kernels", "graphs", "compiled now", "does not fit", "failed", "size", "points", "seconds")
+    numbers = ("specializations", "graphs", "compiled now", "does not fit", "failed", "size", "points", "seconds")
     cells = [
         (
             b["target"],
@@ -65,20 +66,26 @@ def _became(built: Facts) -> None:
 
 
 def plan(facts: Facts) -> None:
-    """`build --show-plan`: the plan, and for each kernel and compiled function which points of which cases reach it."""
-    plan_or_bundle(facts)
-    for kernel in facts["kernels"]:
-        many = kernel["specializations"]
-        _why(f"{kernel['kernel']}: {many} specialization{'s' if many > 1 else ''}", kernel)
+    """`build --show-plan`: what is where at one glance, then what exactly reaches each compiled call and each kernel."""
+    overview(facts)
+    if facts["calls"]:
+        line("Each compiled call gets a graph, or one for each way that its code takes:")
+        line()
     for call in facts["calls"]:
-        name = f"{call['function']}:{call['line']}"
-        _why(
-            f"{name}, {call['mode']}, changes {call['changes']}: a graph, or one for each way that its code takes", call
-        )
+        words = filter(None, (f"{call['function']}:{call['line']}", call["mode"], call["options"]))
+        _reached(f"{call['label']}  {', '.join(words)}, changes {call['changes']}", call)
+    for kernel in facts["kernels"]:
+        counts = f"{_many(kernel['specializations'], 'specialization')}, {_many(kernel['configs'], 'config')}"
+        tuned = f"{kernel['tuned']} of {_many(kernel['choices'], 'choice')} tuned" if kernel["choices"] else "no choice"
+        _reached(f"{kernel['kernel']}: {counts}, {tuned}", kernel)
 
 
-def _why(what: str, facts: Facts) -> None:
-    line()
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _reached(what: str, facts: Facts) -> None:
     line(what)
     for points in facts["reached_by"]:
         line(f"  reached by {points}")
+    line()

@@ -1,4 +1,4 @@
-"""Facts about plans, bundles, builds and targets as plain JSON-able dicts: what `--json` prints and tables are made of.
+"""Facts about plans and bundles as plain JSON-able dicts: what `--json` prints and tables are made of.
 
 Pure functions; they know neither torch nor Triton.
 """
@@ -12,16 +12,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from aot_cache import report_graphs
+from aot_cache import coverage_grid, report_graphs, report_ledger, report_sizes
+from aot_cache.coverage_grid import CALL, GRAPH, KERNEL, Served
 from aot_cache.errors import AotCacheError, BundleCorrupt, DeclarationError, DigestMismatch, Incompatible, NotReady
 from aot_cache.key import Part
-from aot_cache.manifest import whole
+from aot_cache.manifest import unit_label, whole
 from aot_cache.plan import SCHEMA, Plan, Tuning, Unit
 from aot_cache.plan import diff as plan_diff
 from aot_cache.shapes import point_text
 from aot_cache.signature import Names, closure_digest, no_names, signature, value_text
 from aot_cache.store import Bundle
-from aot_cache.target import Target
 
 Json = Any
 Facts = dict[str, Json]
@@ -35,12 +35,19 @@ SHORT = 16
 # --- plans and bundles ------------------------------------------------------------------------------------------------
 
 
-def bundle(found: Bundle, kernel: str | None = None, points: bool = False, names: Names = no_names) -> Facts:
+def bundle(
+    found: Bundle,
+    kernel: str | None = None,
+    points: bool = False,
+    names: Names = no_names,
+    ledger: report_ledger.Ledger | None = None,
+) -> Facts:
     """What a bundle holds; with `kernel` or `points` also its specializations.
 
     Args:
         kernel: list the specializations of the kernels with this in their name.
         points: list those of every kernel.
+        ledger: what serving processes counted.
 
     Raises:
         BundleCorrupt: the manifest has another form than this version writes.
@@ -65,6 +72,7 @@ def bundle(found: Bundle, kernel: str | None = None, points: bool = False, names
             "bytes": found.size,
             "spec": m["spec"],
             "device": m["target"]["name"],
+            "properties": dict(m["target"]),
             "complete": bool(m["complete"]),
             "failed": [{k: str(f[k]) for k in ("kernel", "unit", "error")} for f in m["failed"]],
             "pruned": len(m["pruned"]),
@@ -74,6 +82,12 @@ def bundle(found: Bundle, kernel: str | None = None, points: bool = False, names
         }
         facts["graphs"] = report_graphs.graphs(m, m["objects"])
         facts["graph_key"] = {k: v for k, v in m["graph_key"].items() if k != "target"}
+        facts["sizes"] = report_sizes.sizes(m, found.manifest["details"], found.size)
+        facts["grids"] = _grids(inside, GRAPH, facts["graphs"], ledger.missed() if ledger is not None else ())
+        if ledger is not None:
+            parts = {name for graph in m["graphs"] for name in graph["graphs"]}
+            facts["ledger"] = report_ledger.facts(ledger, found.digest, len(parts))
+            report_ledger.annotate(facts["grids"], facts["ledger"])
         if kernel is not None or points:
             facts["specializations"] = _specializations(inside, _chosen(inside, kernel), compiled, names)
     return facts
@@ -88,6 +102,7 @@ def plan(found: Plan, path: Path, kernel: str | None = None, points: bool = Fals
     with _form(DeclarationError, f"a plan of this version at {path}"):
         facts = {"kind": "plan", "path": str(path), **_common(found)}
         facts["kernels"] = _kernels(found, _chosen(found, kernel), [])
+        facts["grids"] = _grids(found, CALL, facts["calls"])
         if kernel is not None or points:
             facts["specializations"] = _specializations(found, _chosen(found, kernel), [], names)
     return facts
@@ -162,9 +177,22 @@ def _common(found: Plan) -> Facts:
         "sampled": found.sampled,
         "coverage": coverage(found.origin, points, found.sampled),
         "units": len(found.units),
+        "kernel_count": len({unit.kernel for unit in found.units}),
         "calls": report_graphs.calls(found.calls),
         "untuned": sum(_is_choice(t) and t.choice is None for t in found.tunings),
     }
+
+
+def _grids(
+    found: Plan, kind: str, functions: Sequence[Facts], missed: Iterable[coverage_grid.Missed] = ()
+) -> list[Facts]:
+    """The coverage by kernels and `functions`: graphs, or the calls that a plan, which has none yet, asks graphs for."""
+    served = [Served(row["label"], kind, row["function"], row["reached"]) for row in functions]
+    served += [Served(unit_label(n), KERNEL, unit.kernel, unit.reached) for n, unit in enumerate(found.units)]
+    try:
+        return coverage_grid.grids(found.cases, served, missed)
+    except DeclarationError as error:  # nobody declared it here: the file has another form than this version writes
+        raise ValueError(str(error)) from error
 
 
 def _is_choice(tuning: Tuning) -> bool:
@@ -218,6 +246,7 @@ def _specializations(found: Plan, kernels: Collection[str], compiled: Sequence[F
             parts["overrides"] = unit.overrides
         rows.append(
             {
+                "label": unit_label(number),
                 "kernel": unit.kernel,
                 "signature": signature(unit, called[unit.kernel]),
                 **(compiled[number] if compiled else {"id": unit.id}),
@@ -368,11 +397,3 @@ def _status(part: Part) -> str:
     if part.same:
         return "ok"
     return "differs" if part.needed else "costs"
-
-
-# --- targets ----------------------------------------------------------------------------------------------------------
-
-
-def targets(rows: Iterable[Target]) -> list[Facts]:
-    """The table of targets, with the sources of its numbers."""
-    return [row.properties() for row in rows]

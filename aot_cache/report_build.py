@@ -1,4 +1,4 @@
-"""Facts about what `build` would make and has made, as plain JSON-able dicts. Knows neither torch nor Triton."""
+"""Facts about targets, and what `build` would make and has made, as plain JSON-able dicts. Knows neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from aot_cache import report, shapes
 from aot_cache.plan import Plan, Reached
 from aot_cache.signature import Names, no_names
-from aot_cache.target import Difference
+from aot_cache.target import Difference, Target
 
 if TYPE_CHECKING:
     from aot_cache.build.pipeline import Built
@@ -21,6 +21,8 @@ Facts = dict[str, Json]
 
 IMAGE = "/opt/aot-cache"
 """Where the lines for a Dockerfile put bundles."""
+SERVER = "import aot_cache.auto  # before the model"
+"""What a serving process begins with."""
 
 
 def plan(found: Plan, path: Path, names: Names = no_names) -> Facts:
@@ -50,21 +52,23 @@ def _union(boxes: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
 
 def built(result: Built) -> Facts:
     """What one build did, and what to write where it is used."""
-    path = result.path.absolute()
-    there = f"{IMAGE}/{path.name}"
-    # Docker copies from its context, which a build's folder mostly is; from a stage of the image, it wants the whole path.
-    here = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     proof = report.coverage("", result.points, result.sampled)
     return {
         **result.to_json(),
-        "path": str(path),
+        "path": str(result.path.absolute()),
         "coverage": f"not proved: {len(result.failed)} failed" if result.failed else proof,
-        "dockerfile": [
-            f"COPY {_copied(str(here), there)}",
-            f"ENV AOT_CACHE={_quoted(there)} AOT_CACHE_DIGEST={result.digest}",
-        ],
-        "server": "import aot_cache.auto  # before the model",
+        "dockerfile": dockerfile(result.path, result.digest),
+        "server": SERVER,
     }
+
+
+def dockerfile(bundle: Path, digest: str) -> list[str]:
+    """The lines that put a bundle into an image, and say that no other may be loaded."""
+    path = bundle.absolute()
+    there = f"{IMAGE}/{path.name}"
+    # Docker copies from its context, which a build's folder mostly is; from a stage of the image, it wants the whole path.
+    here = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return [f"COPY {_copied(str(here), there)}", f"ENV AOT_CACHE={_quoted(there)} AOT_CACHE_DIGEST={digest}"]
 
 
 def _copied(source: str, there: str) -> str:
@@ -77,6 +81,11 @@ def _quoted(path: str) -> str:
     """A path as the value of a Dockerfile's ENV."""
     plain = path.replace("\\", "\\\\").replace("$", "\\$").replace('"', '\\"')
     return path if plain == path and " " not in path else f'"{plain}"'
+
+
+def targets(rows: Iterable[Target]) -> list[Facts]:
+    """The table of targets, with the sources of its numbers."""
+    return [row.properties() for row in rows]
 
 
 def differences(target: str, found: Iterable[Difference]) -> list[Facts]:

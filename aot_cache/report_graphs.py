@@ -7,6 +7,7 @@ from typing import Any
 
 from aot_cache.follows import readable
 from aot_cache.key import objects_of
+from aot_cache.manifest import call_label, graph_label
 from aot_cache.plan import CallPlan
 
 Json = Any
@@ -17,6 +18,7 @@ def calls(found: Iterable[CallPlan]) -> list[Facts]:
     """One row a kind of call that a plan asks graphs for."""
     return [
         {
+            "label": call_label(number),
             "function": call.function,
             "line": call.line,
             "mode": call.mode,
@@ -26,7 +28,7 @@ def calls(found: Iterable[CallPlan]) -> list[Facts]:
             "reached": call.reached,
             "id": call.id,
         }
-        for call in found
+        for number, call in enumerate(found)
     ]
 
 
@@ -41,6 +43,7 @@ def graphs(manifest: Mapping[str, Json], sizes: Mapping[str, int]) -> list[Facts
     """
     return [
         {
+            "label": graph_label(number),
             "function": f"{graph['module']}:{graph['function']}",
             "line": graph["line"],
             "mode": graph["mode"],
@@ -63,7 +66,7 @@ def graphs(manifest: Mapping[str, Json], sizes: Mapping[str, int]) -> list[Facts
             "per_rank": graph["per_rank"],
             "reached": graph["reached"],
         }
-        for graph in manifest["graphs"]
+        for number, graph in enumerate(manifest["graphs"])
     ]
 
 

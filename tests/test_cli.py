@@ -170,6 +170,7 @@ def test_a_build_ends_with_what_a_dockerfile_needs(sample: Sample) -> None:
         "server: import aot_cache.auto  # before the model",
     ]
     (row,) = [line.split() for line in lines if line.startswith("h200 ")]
+    assert any(line.split()[:2] == ["target", "specializations"] for line in lines), "as inspect calls them"
     size = f"{sample.bundle.stat().st_size / 1000:.1f}"
     assert row[:-1] == ["h200", "2", "0", "2", "0", "0", size, "kB", "3", "of", "3", "proved", "3", "points"]
     assert f"digest: {digest}" in lines
@@ -206,7 +207,12 @@ def test_the_plan_can_be_seen_without_compiling(real: Run, tmp_path: Path) -> No
     assert plan["cases"][0]["doc"] == "Twice as much."
     said = real("build", "--model", "tiny:good", "--show-plan").out
     assert "case:      twice: n=15..17 (3 points, inference): Twice as much.\n" in said
-    assert said.endswith("\ntiny:scale: 2 specializations\n  reached by twice: n 15..17\n")
+    assert [line.split() for line in said.splitlines() if line.startswith("twice ")] in (
+        [["twice", "tiny:scale", "k1", "│", "k2"]],
+        [["twice", "tiny:scale", "k2", "│", "k1"]],
+    )
+    reached = "tiny:scale: 2 specializations, 1 config, no choice\n  reached by twice: n 15..17\n"
+    assert said.endswith(f"\n\n{reached}\n") and said.count("tiny:scale") == 2, "in the grid, and in full"
     assert not (tmp_path / "artifacts").exists()
 
 
@@ -438,6 +444,59 @@ def test_inspecting_a_kernel(run: Run, sample: Sample, monkeypatch: pytest.Monke
     facts = run("inspect", sample.bundle, "--kernel", "scal", "--json").document
     assert {s["signature"].split()[2] for s in facts["specializations"]} == {"n:i32", "n:i32:16"}
     assert_one_line(run("inspect", sample.bundle, "--kernel", "nope"), "'nope'", "tiny:scale")
+
+
+def test_inspecting_shows_which_sizes_are_served(run: Run, sample: Sample) -> None:
+    lines = run("inspect", sample.bundle).out.splitlines()
+    (row,) = [line for line in lines if line.startswith("twice ")]
+    assert row.split() == ["twice", "tiny:scale", *row.split()[2:]]
+    assert sorted(row.split()[2:]) == ["k1", "k2", "│"]
+    head = next(line for line in lines if line.startswith("case ") and "function or kernel" in line)
+    assert head.split()[-3:] == ["15,17", "│", "16"] and any(line.startswith("kernels ") for line in lines)
+
+
+def ledger(bundle: Path, **more: Any) -> str:
+    """What `aot_cache.stats()` gives in a process that loaded a bundle."""
+    counts = {"compile": 1, "gcc": 0}
+    report = {"digest": read_bundle(bundle).digest, "units": 2, "primed": 2, "stale": {}, "pending": []}
+    missed = {"kind": "kernel", "name": "tiny:scale", "in_capture": True, "why": "n is another"}
+    stats = {"sealed": True, "total": counts, "in_capture": counts, "after_seal": counts}
+    return json.dumps({**stats, "bundles": [report], "graphs": [], "misses": [missed], **more})
+
+
+def test_a_ledger_in_the_grid(run: Run, sample: Sample) -> None:
+    Path("stats.json").write_text(ledger(sample.bundle))
+    said = run("inspect", sample.bundle, "--ledger", "stats.json")
+    assert (said.code, said.err) == (0, "")
+    (row,) = [line for line in said.out.splitlines() if line.startswith("twice ")]
+    assert row.endswith("  loaded, missed 1") and "loaded:    2 of 2 specializations" in said.out
+    facts = run("inspect", sample.bundle, "--ledger", "stats.json", "--json").document
+    assert facts["ledger"]["events"] == [{"kind": "compile", "total": 1, "in_capture": 1, "after_seal": 1}]
+    Path("none.json").write_text(ledger(sample.bundle, bundles=[]))
+    assert_one_line(run("inspect", sample.bundle, "--ledger", "none.json"), "none.json", "with none")
+    assert_one_line(run("inspect", sample.bundle, "--ledger", "nowhere"), "nowhere")
+    assert_one_line(run("inspect", sample.plan, "--ledger", "stats.json"), "is a plan")
+
+
+def test_a_page(run: Run, sample: Sample) -> None:
+    Path("page.html").write_text("an older one")
+    said = run("inspect", sample.bundle, "--html", "page.html")
+    assert (said.code, said.err, said.out) == (0, "", f"page: {Path('page.html').absolute()}\n")
+    text = Path("page.html").read_text()
+    assert read_bundle(sample.bundle).digest in text and 'data-units="k1"' in text and text.endswith("</html>\n")
+    assert run("inspect", sample.plan, "--html", "new/plan.html").code == 0 and Path("new/plan.html").is_file()
+    facts = run("inspect", sample.bundle, "--html", "page.html", "--json").document
+    assert facts == run("inspect", sample.bundle, "--points", "--json").document
+
+
+def test_a_page_that_cannot_be_written(run: Run, sample: Sample) -> None:
+    Path("file").touch()
+    assert_one_line(run("inspect", sample.bundle, "--html", "file/page.html"), "file/page.html")
+    Path("folder").mkdir()
+    assert_one_line(run("inspect", sample.bundle, "--html", "folder"), "folder")
+    assert sorted(path.name for path in Path().iterdir()) == ["file", "folder"], "nothing is left behind"
+    Path("m").write_text(json.dumps(MISS))
+    assert_one_line(run("inspect", "--misses", "m", "--html", "page.html"), "--html")
 
 
 def test_inspecting_a_plan(run: Run, sample: Sample) -> None:

@@ -324,7 +324,9 @@ def test_graphs_wait_for_dynamo(bundle: Path, tmp_path: Path) -> None:
     assert served.error is None and served.warnings == [] and served.imported == [] and served.stats["graphs"] == []
     served = serve(DYNAMO, **with_graphs(bundle, tmp_path))
     assert served.error is None and served.warnings == [] and served.before == []
-    assert served.stats["graphs"] == [{"graphs": 1, "primed": 0, "stale": {}}]
+    (graphs,) = served.stats["graphs"]
+    assert len(graphs.pop("digest")) == 64
+    assert graphs == {"graphs": 1, "primed": 0, "found": {}, "stale": {}}
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from aot_cache import render, report, report_build, shapes
+from aot_cache import render, render_build, render_bundle, report, report_build, report_sizes, shapes
 from aot_cache.build.pipeline import Built
 from aot_cache.errors import BundleCorrupt, DeclarationError
 from aot_cache.key import Part
 from aot_cache.manifest import split
-from aot_cache.plan import CasePlan, Plan, Tuning, Unit
+from aot_cache.plan import CallPlan, CasePlan, Plan, Tuning, Unit
 from aot_cache.signature import closure_digest, parameter_names, signature, value_text
 from aot_cache.store import Bundle, read_bundle, write_bundle
 from aot_cache.target import TARGETS, Difference
@@ -207,6 +207,42 @@ def test_the_row_of_a_kernel(tmp_path: Path) -> None:
     ]
 
 
+def test_the_bytes_add_up_to_the_file_s(tmp_path: Path) -> None:
+    found = a_bundle(tmp_path)
+    rows = {row["kind"]: row for row in report.bundle(found)["sizes"]}
+    assert list(rows) == ["kernels", "details for people", "manifest"]
+    assert rows["kernels"] == {"kind": "kernels", "objects": 2, "bytes": len(ONE) + len(TWO)}, "each object once"
+    assert sum(row["bytes"] for row in rows.values()) == found.path.stat().st_size
+
+
+def test_bytes_by_what_they_are_for() -> None:
+    """Of objects that two kinds use, the first has the bytes."""
+    graph = {"graphs": {"x": "c"}, "libraries": {}, "guard_state": "g", "bytecode": "c", "settings": "s", "resumes": {}}
+    stored = {"u": 1, "c": 10, "g": 100, "s": 1000, "n": 10_000, "d": 100_000, "?": 1_000_000}
+    whole = {"objects": stored, "units": [{"object": "u"}], "graphs": [graph], "native": [{"object": "n"}]}
+    rows = {row["kind"]: (row["objects"], row["bytes"]) for row in report_sizes.sizes(whole, "d", 9_000_000)}
+    assert rows == {
+        "kernels": (1, 1),
+        "compiled graphs": (1, 10),
+        "guards and bytecode": (2, 1100),
+        "C launchers": (1, 10_000),
+        "details for people": (1, 100_000),
+        "other": (1, 1_000_000),
+        "manifest": (0, 9_000_000 - 1_111_111),
+    }
+
+
+def test_the_coverage_of_a_bundle_and_of_its_plan(tmp_path: Path) -> None:
+    (grid,) = report.bundle(a_bundle(tmp_path))["grids"]
+    assert grid == report.plan(a_plan(), Path("p"))["grids"][0]
+    assert [(row["case"], row["name"], row["cells"]) for row in grid["rows"]] == [
+        ("decode", KERNEL, [["k1"]]),
+        ("decode", OTHER, [["k2", "k3"]]),
+    ]
+    labels = [one["label"] for one in report.bundle(a_bundle(tmp_path), points=True)["specializations"]]
+    assert labels == ["k1", "k2", "k3"]
+
+
 def test_a_choice_that_was_measured_counts_as_tuned(tmp_path: Path) -> None:
     plan = a_plan()
     plan.tunings[0].choice = {"num_warps": 2}
@@ -259,6 +295,8 @@ def test_a_bundle_without_units(tmp_path: Path) -> None:
     ("whole", "header"),
     [
         ({"cases": [{"name": "x"}]}, {}),
+        ({"cases": [CasePlan("decode", {"batch": "many", "tokens": "1"}, 4, 4, []).__dict__]}, {}),
+        ({"cases": [CasePlan("decode", {"other": "1..4"}, 4, 4, []).__dict__]}, {}),
         ({"failed": [1]}, {}),
         ({"failed": None}, {}),
         ({}, {"units": 3}),
@@ -436,7 +474,7 @@ def test_boxes_that_overlap_may_hold_more_points_than_a_plan_may(monkeypatch: py
 
 
 def test_targets_are_plain() -> None:
-    rows = as_json(report.targets(TARGETS.values()))
+    rows = as_json(report_build.targets(TARGETS.values()))
     assert [row["id"] for row in rows] == list(TARGETS)
     assert all(row["source"] for row in rows)
     found = [Difference("capability", (9, 0), (9, 1))]
@@ -458,8 +496,8 @@ def test_sizes(count: int | None, text: str) -> None:
 
 def test_hostile_text_reaches_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = a_manifest() | {"recipe": "\x1b[31m[bold]red\x07\nsecond line"}
-    manifest["cases"][0]["dims"]["batch"] = "\x9b2J"
-    render.plan_or_bundle(report.bundle(a_bundle(tmp_path, manifest), points=True))
+    manifest["cases"][0]["mode"] = manifest["cases"][0]["doc"] = "\x9b2J"
+    render_bundle.plan_or_bundle(report.bundle(a_bundle(tmp_path, manifest), points=True))
     out = capsys.readouterr().out
     assert all(c.isprintable() or c == "\n" for c in out)
     assert "?[31m[bold]red? second line" in out
@@ -474,7 +512,33 @@ def test_a_table_that_is_piped_folds_no_name(capsys: pytest.CaptureFixture[str])
 def test_tuned_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     tunings = [Tuning(OTHER, 0, [n], [{"num_warps": 1}, {"num_warps": 2}]) for n in range(2)]
     tunings[0].choice = {"num_warps": 1}
-    render.plan_or_bundle(report.plan(a_plan(tunings=tunings), Path("p")))
+    render_bundle.plan_or_bundle(report.plan(a_plan(tunings=tunings), Path("p")))
     out = capsys.readouterr().out
     assert "1 of 2" in out and "no choice" in out
     assert "1 choices are not tuned: the first config that fits is used" in out
+
+
+def test_a_plan_that_is_shown_says_each_thing_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is served at which sizes comes first, then all that reaches each call and each kernel."""
+    boxes = ({"batch": "1", "tokens": "1"}, {"batch": "2..4", "tokens": "1"})
+    calls = [
+        CallPlan("m:f", 7, f"{n}", "inference", {"options": {"epilogue_fusion": True}}, {}, reached={"decode": [box]})
+        for n, box in enumerate(boxes)
+    ]
+    tunings = [Tuning(OTHER, 0, [n], [{"num_warps": 1}, {"num_warps": 2}]) for n in range(2)]
+    tunings[0].choice = {"num_warps": 1}
+    cases = [replace(a_plan().cases[0], doc="One token each.")]
+    render_build.plan(report_build.plan(a_plan(cases=cases, calls=calls, tunings=tunings), Path("p")))
+    lines = capsys.readouterr().out.splitlines()
+    assert "case:      decode: batch=1..4 tokens=1 (4 points, inference): One token each." in lines
+    (row,) = [line.split() for line in lines if "m:f " in line]
+    assert row == ["decode", "m:f", "c1", "│", "c2"]
+    assert lines[lines.index("c1  m:f:7, inference, epilogue_fusion=True, changes nothing") + 1 :][:4] == [
+        "  reached by decode: batch 1, tokens 1",
+        "",
+        "c2  m:f:7, inference, epilogue_fusion=True, changes nothing",
+        "  reached by decode: batch 2..4, tokens 1",
+    ]
+    assert f"{KERNEL}: 1 specialization, 1 config, no choice" in lines
+    assert f"{OTHER}: 2 specializations, 2 configs, 1 of 2 choices tuned" in lines
+    assert sum(KERNEL in line for line in lines) == 2 == sum("m:f:7" in line for line in lines)

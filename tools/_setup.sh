@@ -1,4 +1,4 @@
-# Sourced by the scripts beside it. Gives $root (the repository), $venv and the function set_up.
+# Sourced by the scripts beside it. Gives $root (the repository), $venv and the functions set_up and set_up_browser.
 # shellcheck shell=bash
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -45,4 +45,22 @@ set_up() {
             _install && printf '%s\n' "$stamp" >"$venv/stamp"
         fi
     ) 9>"$root/.venv-test.lock"
+}
+
+# A browser for the test of `inspect --html`, where it can be had without asking. That test is skipped without one.
+set_up_browser() {
+    local name
+    for name in chromium chromium-browser google-chrome; do
+        if command -v "$name" >/dev/null; then
+            echo "$name is there"
+            return
+        fi
+    done
+    if [ "$(id -u)" -ne 0 ] || ! [ -e /etc/debian_version ] || ! command -v apt-get >/dev/null; then
+        echo "no chromium, and only root on Debian can install it here: its test will be skipped"
+        return
+    fi
+    echo "installing chromium"
+    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium; } \
+        >/dev/null 2>&1 || echo "apt-get could not install chromium: its test will be skipped"
 }

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aot_cache.key import Part
+from aot_cache.manifest import graph_label
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
 from aot_cache.upstream import (
@@ -38,13 +39,18 @@ class Loaded:
     """Counts of one bundle's graphs.
 
     Args:
+        digest: of the bundle.
         graphs: how many it has.
         primed: compiled graphs that are loaded.
+        found: graph (see `manifest.graph_label`) → how often Dynamo had no code for a call and was given this graph. Later
+            calls hit in Dynamo's own cache, where nothing of ours is, and are not counted.
         stale: graph → why its source here is not what was built.
     """
 
+    digest: str
     graphs: int
     primed: int = 0
+    found: dict[str, int] = field(default_factory=dict)
     stale: dict[str, str] = field(default_factory=dict)
 
 
@@ -54,7 +60,7 @@ class GraphSet:
     def __init__(self, bundle: Bundle, ledger: Ledger) -> None:
         self.bundle, self._ledger = bundle, ledger
         self._graphs: list[Mapping[str, Json]] = list(bundle.manifest["graphs"])
-        self.loaded = Loaded(len(self._graphs))
+        self.loaded = Loaded(bundle.digest, len(self._graphs))
         self._by_code: dict[str, list[int]] = {}
         for number, graph in enumerate(self._graphs):
             self._by_code.setdefault(graph["code"], []).append(number)
@@ -90,6 +96,8 @@ class GraphSet:
                 manager, _ = self._check(number, frame)
                 if manager is not None:
                     code = self._install(number, frame)
+                    label = graph_label(number)
+                    self.loaded.found[label] = self.loaded.found.get(label, 0) + 1
                     self._ledger.note("graph", str(self._graphs[number]["function"]), torch_capture.capturing())
                     return Found(code, manager, next(self._numbers))
         return None

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Built, Serve
 from projects import CLOSE, found, hit, missed
+
+from aot_cache import report_files
+from aot_cache.manifest import graph_label
+from aot_cache.store import read_bundle
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -112,6 +118,27 @@ def test_the_next_call_hits(what: str, kinds: dict[str, Any]) -> None:
 def test_values_are_sizes_of_their_own(kinds: dict[str, Any]) -> None:
     assert missed(kinds["no value"])
     assert "expected 8, actual 12" in kinds["no value"]["why"] and "expected 16, actual 12" in kinds["no value"]["why"]
+
+
+def test_the_ledger_says_which_graphs_were_found(kinds: dict[str, Any], built: Built) -> None:
+    """By first calls: of later ones nothing of ours knows."""
+    (loaded,) = kinds["stats"]["graphs"]
+    assert loaded["digest"] == read_bundle(built.bundle).digest
+    assert sum(loaded["found"].values()) == kinds["stats"]["total"]["graph"] > 0
+    functions = {graph_label(n): graph["function"] for n, graph in enumerate(built.graphs())}
+    names = {functions[label] for label in loaded["found"]}
+    assert {"decorated", "nested", "Norm.forward"} <= names <= set(functions.values())
+
+
+def test_inspect_shows_what_a_server_counted(kinds: dict[str, Any], built: Built, tmp_path: Path) -> None:
+    path = tmp_path / "stats.json"
+    path.write_text(json.dumps(kinds["stats"]))
+    facts = report_files.facts(built.bundle, None, False, [path])
+    rows = {row["name"]: row for grid in facts["grids"] for row in grid["rows"]}
+    assert facts["ledger"]["found"] == kinds["stats"]["graphs"][0]["found"]
+    assert all(max(rows[f"sample_model:{name}"]["found"]) > 0 for name in ("decorated", "nested", "Norm.forward"))
+    assert {row["state"] for row in rows.values()} == {"loaded"}
+    assert rows["sample_model:tiled"]["calls"] == 1 and rows["sample_model:decorated"]["calls"] == 0
 
 
 def test_everything_declared_is_loaded_and_no_compiler_runs(kinds: dict[str, Any], built: Built) -> None:

@@ -1,0 +1,43 @@
+"""Facts about a file that is a plan or a bundle, whichever it is. Knows neither torch nor Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aot_cache import report, report_ledger
+from aot_cache.errors import DeclarationError
+from aot_cache.plan import Plan
+from aot_cache.signature import parameter_names
+from aot_cache.store import read_bundle
+
+
+def facts(path: Path, kernel: str | None, points: bool, ledger: Sequence[Path]) -> dict[str, Any]:
+    """What `inspect` says: `report.plan` or `report.bundle`, whose arguments these are.
+
+    Raises:
+        DeclarationError: `ledger` is given with a plan, or a file of it is none of this bundle.
+    """
+    if not _is_plan(path):
+        bundle = read_bundle(path)
+        found = report_ledger.read(ledger, bundle.digest) if ledger else None
+        return report.bundle(bundle, kernel, points, parameter_names, found)
+    if ledger:
+        raise DeclarationError("a bundle with --ledger", f"{path} is a plan", "name the bundle that was served")
+    return report.plan(Plan.read(path), path, kernel, points, parameter_names)
+
+
+def side(path: Path) -> report.Side:
+    """One side of `diff`."""
+    return report.Side(path, Plan.read(path)) if _is_plan(path) else report.side(read_bundle(path))
+
+
+def _is_plan(path: Path) -> bool:
+    """By content: a bundle begins with a length of 8 bytes, whose last are zero, and JSON has no such byte."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+    except OSError:
+        return False  # read_bundle says what is wrong
+    return b"\0" not in head and head.lstrip()[:1] == b"{"
