@@ -224,7 +224,7 @@ def theirs(engine: Any) -> Any:
 
     net = engine.model.net
     config = config_of(engine.settings, len(net.layers))
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = "sdpa"  # noqa: SLF001  # what `from_pretrained(attn_implementation=…)` sets
     with torch.device("meta"):
         model: Any = Qwen3_5ForCausalLM(config).eval()
     model.model.layers, model.model.norm = torch.nn.ModuleList(net.layers), net.norm
