@@ -50,7 +50,7 @@ class Engine:
         self._verified = {
             size: replace(batch, tokens=torch.zeros_like(batch.tokens)) for size, batch in self._batches.items()
         }
-        self._hidden = model.batch(most, self.settings.width).hidden
+        self.hidden = model.batch(most, self.settings.width).hidden
         self.graphs: dict[tuple[str, int], tuple[Any, Any]] = {}
 
     # --- start-up -------------------------------------------------------------------------------------------------------
@@ -112,8 +112,8 @@ class Engine:
             part, rest = tokens[:, start : start + chunk].clone(), tokens[:, start + chunk :]
             following = rest[:, :1].clone() if rest.shape[1] else None
             first, hidden = self.model.prompt(part, torch.tensor([start], device=place), request, *sampling, following)
-        if self._hidden is not None:
-            self._hidden[slot, :1] = hidden[0]
+        if self.hidden is not None:
+            self.hidden[slot, :1] = hidden[0]
         token = int(first)
         self._running[slot] = _Request([token] + [0] * self.speculative, len(prompt), 0, temperature, seed)
         return token
@@ -139,7 +139,7 @@ class Engine:
             for slot, tokens in (drafts or {}).items():
                 verified.tokens[slot, 1:] = torch.tensor(list(tokens), device=self.model.device)
             said, count, hidden = self._run("verify", size, verified)
-            self._hidden[:size].copy_(hidden)  # type: ignore[index]
+            self.hidden[:size].copy_(hidden)  # type: ignore[index]
         else:
             verified.tokens.copy_(batch.tokens)
             said, count, _ = self._run("decode", size, verified)
@@ -168,8 +168,8 @@ class Engine:
         batch.count.copy_(torch.tensor([one.count for one in told]))
         batch.temperature.copy_(torch.tensor([one.temperature for one in told]))
         batch.seed.copy_(torch.tensor([one.seed for one in told]))
-        if batch.hidden is not None and self._hidden is not None:
-            batch.hidden.copy_(self._hidden[:size])
+        if batch.hidden is not None and self.hidden is not None:
+            batch.hidden.copy_(self.hidden[:size])
 
     def _run(self, name: str, size: int, batch: Batch) -> Any:
         graph, out = self.graphs.get((name, size), (None, None))
