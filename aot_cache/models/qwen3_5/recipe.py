@@ -70,7 +70,7 @@ def of(found: Settings) -> Recipe:
     if found.drafts:
         cases += [_step(found, model, "verify", found.width), _step(found, model, "draft", found.width)]
     what = f"{found.drafts} drafts by MTP" if found.drafts else "no speculation"
-    return Recipe("qwen3.5", cases, f"Qwen3.5 ({found.name}, {found.dtype}, {found.tp} ranks), {what}")
+    return Recipe("qwen3.5", cases, f"Qwen3.5 ({found.name}, {found.dtype}, {found.tp} ranks), {what}", settings=found)
 
 
 def _prompt(found: Settings, model: Callable[[], Model]) -> Case:
