@@ -112,7 +112,9 @@ class Engine:
         sampling = torch.tensor([temperature], device=place), torch.tensor([seed], device=place)
         chunk = self.settings.prefill_chunk
         for start in range(0, len(prompt), chunk):
-            part, rest = tokens[:, start : start + chunk].clone(), tokens[:, start + chunk :]
+            # A clone keeps the strides of the whole prompt unless told otherwise: another call than the declared one.
+            part = tokens[:, start : start + chunk].clone(memory_format=torch.contiguous_format)
+            rest = tokens[:, start + chunk :]
             following = rest[:, :1].clone() if rest.shape[1] else None
             first, hidden = self.model.prompt(part, torch.tensor([start], device=place), request, *sampling, following)
         if self._hidden is not None:
