@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from aot_cache import miss_file, model_types, options, recipe, render, render_build, report_build, shapes
+from aot_cache import miss_file, model_types, recipe, render, render_build, report_build, shapes
 from aot_cache import native as native_gpu
 from aot_cache import target as targets_table
 from aot_cache.build import pipeline
@@ -30,7 +30,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in
 Texts = list[str] | None
 Model = Annotated[
     str | None,
-    typer.Option(metavar="NAME|MODULE:OBJECT|CONFIG.JSON", help="The recipe to build, or the model's own config file."),
+    typer.Option(
+        metavar="NAME|MODULE:OBJECT|CONFIG.JSON", help="The recipe to build, or the model's own config file or folder."
+    ),
 ]
 Spec = Annotated[
     str | None, typer.Option(metavar="METHOD", help="Speculative decoding, such as `mtp`; `none` for none.")
@@ -137,7 +139,7 @@ def _named(model: str | None, given: Mapping[str, str]) -> str | None:
         if given:
             raise DeclarationError("a recipe's options with --model", ", ".join(given), "a plan was made with its own")
         return None
-    return options.added(model_types.spec_for(model) if model_types.is_config(model) else model, given)
+    return model_types.spec_of(model, given)
 
 
 def _check_inputs(model: str | None, plan: Path | None, ranges: Sequence[str], misses: Sequence[Path]) -> Plan | None:

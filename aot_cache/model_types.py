@@ -7,6 +7,7 @@ A package that ships recipes says which of them are for which models in the entr
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +16,8 @@ from aot_cache import options, recipe
 from aot_cache.errors import DeclarationError, UnknownName
 
 ENTRY_POINTS = "aot_cache.model_types"
+FILE = "config.json"
+"""How a model's folder calls it."""
 
 
 def names() -> dict[str, str]:
@@ -23,20 +26,37 @@ def names() -> dict[str, str]:
 
 
 def is_config(text: str) -> bool:
-    """Whether `text`, where a model is asked for, is a config file: by its ending, or as a file of no recipe's name."""
+    """Whether `text`, where a model is asked for, is a config file: by its ending, or as no recipe's name but that of a file,
+    or of a folder with one in it."""
     name, mark, _ = text.partition("?")
     if text.endswith(".json") and not mark:
         return True
-    return ":" not in name and name not in recipe.names() and Path(text).is_file()
+    if ":" in name or name in recipe.names():
+        return False
+    return Path(text).is_file() or (bool(text) and (Path(text) / FILE).is_file())
+
+
+def spec_of(model: str, given: Mapping[str, str]) -> str:
+    """The spec of what stands behind `--model`: a recipe, or a model by its config file or folder; with these options.
+
+    Raises:
+        AotCacheError: as `spec_for` and `options.added` say.
+    """
+    return options.added(spec_for(model) if is_config(model) else model, given)
 
 
 def spec_for(path: str) -> str:
     """The spec of the recipe for the config file at `path`: `qwen3.5?config=PATH`, or with `module:object` for a name.
 
+    Args:
+        path: of the file, or of the folder where it is called `config.json`.
+
     Raises:
         DeclarationError: there is no such file, or it is no config of a model.
         UnknownName: no installed recipe is for its `model_type`.
     """
+    if Path(path).is_dir():
+        path = str(Path(path) / FILE)
     try:
         found = json.loads(Path(path).read_bytes())
     except OSError as error:

@@ -179,12 +179,15 @@ class Recipe:
         name: what `aot-cache build --model` calls it.
         cases: at least one; names are unique.
         doc: one line for people.
+        spec: its name and options as text, which `load` sets.
+        settings: what its function made of the options, for the engine that serves with the same ones; None if it has none.
     """
 
     name: str
     cases: Sequence[Case]
     doc: str = ""
     spec: str = field(default="", compare=False)
+    settings: Any = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         names = [case.name for case in self.cases]

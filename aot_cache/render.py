@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -64,10 +65,14 @@ def size(count: int | None) -> str:
 
 
 class Progress:
-    """Bars on stderr for `build(progress=...)`; silent where stderr is no terminal."""
+    """Bars on stderr for `build(progress=...)`; where that is no terminal, as in an image build, a line now and then."""
+
+    SECONDS = 10.0
+    """Between two lines: what takes less is silent."""
 
     def __init__(self) -> None:
         self.target = ""
+        self._began = self._said = time.monotonic()
         self._tasks: dict[str, TaskID] = {}
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bars = Bars(*columns, console=Console(file=sys.stderr), disable=not sys.stderr.isatty(), transient=True)
@@ -85,9 +90,19 @@ class Progress:
         if not total:
             return
         label = f"{self.target}: {stage}" if self.target else stage
+        if self._bars.disable:
+            self._line(f"{label} {done}/{total}")
+            return
         if label not in self._tasks:
             self._tasks[label] = self._bars.add_task(label, total=total)
         self._bars.update(self._tasks[label], completed=done, total=total)
+
+    def _line(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._said >= self.SECONDS:
+            self._said = now
+            sys.stderr.write(f"{clean(text)}, {now - self._began:.0f} s\n")
+            sys.stderr.flush()
 
 
 # --- misses and differences --------------------------------------------------------------------------------------------

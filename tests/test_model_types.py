@@ -49,12 +49,14 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("missing", False),
         ("small?config=x.json", False),
         ("nowhere?config=x.json", False),
-        (".", False),
+        (".", False),  # no config.json in it
+        ("folder", True),
         ("", False),
     ],
 )
 def test_what_is_a_config_file(text: str, is_config: bool) -> None:
-    for name in ("there", "small", "module:there"):
+    Path("folder").mkdir()
+    for name in ("there", "small", "module:there", "folder/config.json"):
         Path(name).touch()
     assert model_types.is_config(text) is is_config
 
@@ -66,6 +68,16 @@ def test_what_is_a_config_file(text: str, is_config: bool) -> None:
 def test_a_recipe_is_found_by_the_model_s_type(model_type: str, name: str) -> None:
     Path("a b.json").write_text(f'{{"model_type": "{model_type}", "layers": 3}}')
     assert options.parse(model_types.spec_for("a b.json")) == (name, {"config": "a b.json"})
+
+
+def test_a_model_s_folder_is_its_config_file() -> None:
+    Path("m").mkdir()
+    Path("m/config.json").write_text('{"model_type": "other"}')
+    assert options.parse(model_types.spec_of("m", {"tp": "2"})) == (
+        "pack:other",
+        {"config": "m/config.json", "tp": "2"},
+    )
+    assert model_types.spec_of("small", {"tp": "2"}) == "small?tp=2"
 
 
 @pytest.mark.parametrize(

@@ -542,3 +542,17 @@ def test_a_plan_that_is_shown_says_each_thing_once(capsys: pytest.CaptureFixture
     assert f"{KERNEL}: 1 specialization, 1 config, no choice" in lines
     assert f"{OTHER}: 2 specializations, 2 configs, 1 of 2 choices tuned" in lines
     assert sum(KERNEL in line for line in lines) == 2 == sum("m:f:7" in line for line in lines)
+
+
+def test_a_build_without_a_terminal_says_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seconds, lines in ((0.0, ["h200: compile 1/2, ", "h200: compile 2/2, "]), (1e9, [])):
+        monkeypatch.setattr(render.Progress, "SECONDS", seconds)
+        with render.Progress() as progress:
+            progress.target = "h200"
+            for done in (1, 2):
+                progress("compile", done, 2)
+            progress("graphs", 0, 0)  # there are none
+        found = capsys.readouterr().err.splitlines()
+        assert [line.rpartition(",")[0] + ", " for line in found] == lines

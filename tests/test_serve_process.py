@@ -20,6 +20,7 @@ from fake_engine import SECONDS, expected, wait_until
 HERE = Path(__file__).parent
 PATHS = os.pathsep.join(map(str, [HERE.parent, HERE.parent / "tools", HERE]))
 LONG = 10**6
+STAGES = ["imported", "weights", "bundle", "captured", "ready"]
 Json = Any
 
 
@@ -99,11 +100,11 @@ def test_a_start_is_shown_beside_an_earlier_one(serving: Callable[..., Process],
     file = tmp_path / "start.json"
     first = serving("--record", str(file), "--no-speculation", "--layers", "2").ready()
     options = json.loads(first.stdout.readline())
-    assert (options["spec"], options["num_speculative_tokens"], options["layers"]) == (None, 0, 2)
+    assert options == {"drafts": 2, "speculate": False, "layers": 2}
     first.popen.send_signal(signal.SIGTERM)
     assert first.end()[1].splitlines()[0].split() == ["no", "bundle"]
     record = json.loads(file.read_text())
-    assert list(record["seconds"]) == ["imported", "weights", "ready"]
+    assert list(record["seconds"]) == STAGES
     assert list(record["seconds"].values()) == sorted(record["seconds"].values())
     assert record["events"] == {"misses": 0}
     file.write_text(json.dumps({**record, "name": "the other", "events": {"compile": 57, "misses": 12}}))
@@ -111,8 +112,8 @@ def test_a_start_is_shown_beside_an_earlier_one(serving: Callable[..., Process],
     second.popen.send_signal(signal.SIGTERM)
     lines = [line.split() for line in second.end()[1].splitlines()[1:]]
     assert lines[0] == ["no", "bundle", "the", "other"]
-    assert [line[0] for line in lines[1:4]] == ["imported", "weights", "ready"]
-    assert sorted(lines[4:]) == [["compile", "0", "57"], ["misses", "0", "12"]]
+    assert [line[0] for line in lines[1:6]] == STAGES
+    assert sorted(lines[6:]) == [["compile", "0", "57"], ["misses", "0", "12"]]
 
 
 @pytest.mark.parametrize("content", ['{"seconds": {}}', "3", "{"])
@@ -156,6 +157,36 @@ def test_a_start_that_fails_ends_the_process_and_says_why(serving: Callable[...,
     assert status == 1
     assert err.count("RuntimeError: no such weights") == 1
     assert "misses" not in out
+
+
+def test_what_was_not_captured_is_said(serving: Callable[..., Process]) -> None:
+    dropped = {"shape": 8, "action": "dropped", "why": "not all of it is installed"}
+    process = serving(captures=[dropped]).ready()
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.end()[2] == "decode, batch 8: dropped, not all of it is installed\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "qwen3.5-3b"], "a model called 'qwen3.5-3b'"),
+        (["--model", "nowhere/config.json"], "a model's config file at nowhere/config.json"),
+    ],
+)
+def test_a_model_that_there_is_not_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["serve.py", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        serve.main()
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_only_what_is_given_is_no_default_of_the_recipe() -> None:
+    parse = serve.make_parser().parse_args
+    assert serve.spec_of(parse([])) == "qwen3.5"
+    given = parse(["--model", "qwen3.5-4b", "--spec", "mtp", "--max-batch", "8", "--prefill-chunk", "64"])
+    assert serve.spec_of(given) == "qwen3.5-4b?max_batch=8&prefill_chunk=64&spec=mtp"
 
 
 def test_a_stream_and_a_whole_answer(serving: Callable[..., Process]) -> None:

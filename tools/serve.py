@@ -1,12 +1,16 @@
 #!/usr/bin/env python3
 """Serve Qwen3.5 with captured graphs and speculative decoding, over OpenAI's completions: the example to copy from.
 
-    AOT_CACHE=BUNDLE python tools/serve.py --model qwen3.5-0.8b --weights FOLDER --tokenizer FOLDER
+    aot-cache build --model qwen3.5 --spec mtp --target h200
+    AOT_CACHE=BUNDLE python tools/serve.py --model qwen3.5 --spec mtp --weights FOLDER --tokenizer FOLDER
     curl localhost:8000/v1/completions -d '{"prompt": "The capital of France is", "max_tokens": 8}'
 
-aot-cache has three lines in it: `import aot_cache.auto` below, `aot_cache.ready()` in the engine before its first capture, and
-`aot_cache.seal()` once it is made. The rest is any server: `scheduler.py` batches, `serving_http.py` answers.
-Stops at SIGTERM: what runs may finish for --drain seconds.
+Options of the model are those of `aot-cache build`, with the same defaults: give the same ones to both.
+
+aot-cache has three lines in it: `import aot_cache.auto` below, and in `start_engine` `aot_cache.ready()` before the first
+capture and `aot_cache.seal()` after the last. The rest is any server: `scheduler.py` batches, `serving_http.py` answers.
+Stops at SIGTERM: what runs may finish for --drain seconds. One GPU: a model that is split over ranks has to be given its
+requests on all of them, which is not in this example.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import sys
 from pathlib import Path
@@ -29,6 +34,9 @@ import uvicorn
 from scheduler import Engine, Scheduler
 from serving_http import make_app
 
+from aot_cache import model_types, recipe
+from aot_cache.errors import AotCacheError
+
 GRACE = 5.0
 """Seconds, after those that --drain gives, for the last answers to be sent."""
 
@@ -36,18 +44,19 @@ GRACE = 5.0
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="qwen3.5-0.8b", help="its size; also its name for clients")
+    add("--model", default="qwen3.5", help="as `aot-cache build` takes it; also its name for clients")
+    add("--spec", metavar="METHOD", help="`mtp`: drafts by the model's own layer; `none`")
+    add("--num-speculative-tokens", type=int, metavar="N", help="drafts a step")
+    add("--max-batch", type=int, metavar="N", help="requests at once")
+    add("--max-model-len", type=int, metavar="N", help="tokens of a prompt and its answer")
+    add("--prefill-chunk", type=int, metavar="N", help="tokens of a prompt that are taken in at once")
+    add("--dtype", metavar="NAME", help="of weights and activations")
+    add("--no-speculation", action="store_true", help="decode token by token, with the bundle for --spec mtp")
     add("--weights", type=Path, metavar="FOLDER", help="safetensors; without them the weights are random")
     add("--tokenizer", type=Path, metavar="FOLDER", help="with tokenizer.json; without it prompts are token ids")
-    add("--layers", type=int, metavar="N", help="only so many of the model's layers, for trials")
-    add("--dtype", default="bfloat16")
+    add("--layers", type=int, metavar="N", help="only so many of the model's layers, a multiple of 4, for trials")
     add("--device", default="cuda")
-    add("--max-batch", type=int, default=16, metavar="N", help="requests at once")
-    add("--max-model-len", type=int, default=4096, metavar="N", help="tokens of a prompt and its answer")
     add("--max-waiting", type=int, default=256, metavar="N", help="more requests than these in the queue get a 429")
-    add("--spec", default="mtp", help="how drafts are made")
-    add("--num-speculative-tokens", type=int, default=2, metavar="N", help="drafts a step")
-    add("--no-speculation", action="store_true")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000, help="0: any that is free; it is printed")
     add("--drain", type=float, default=30.0, metavar="SECONDS", help="for running requests, at SIGTERM")
@@ -56,24 +65,40 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+RECIPE = ("spec", "num_speculative_tokens", "max_batch", "max_model_len", "prefill_chunk", "dtype")
+"""Options that are the recipe's, which has the defaults."""
+
+
+def spec_of(options: argparse.Namespace) -> str:
+    """The model and what was given of the recipe's options, in the words of `aot-cache build`.
+
+    Raises:
+        AotCacheError: there is no such model.
+    """
+    given = {name: str(getattr(options, name)) for name in RECIPE if getattr(options, name) is not None}
+    spec = model_types.spec_of(options.model, given)
+    recipe.resolve(spec)
+    return spec
+
+
 def start_engine(options: argparse.Namespace, clock: start_report.Clock) -> Engine:
+    from aot_cache.models.qwen3_5 import fits
     from aot_cache.models.qwen3_5.engine import make_engine
 
     clock.mark("imported")
-    # ADJUST HERE when make_engine changes. It calls aot_cache.ready() before its first capture, and
-    # mark("weights") and mark("captured") when it is so far.
-    engine: Engine = make_engine(
-        model=options.model,
-        spec=None if options.no_speculation else options.spec,
-        num_speculative_tokens=0 if options.no_speculation else options.num_speculative_tokens,
-        max_batch=options.max_batch,
-        max_model_len=options.max_model_len,
-        dtype=options.dtype,
-        device=options.device,
-        layers=options.layers,
-        weights=options.weights,
-        mark=clock.mark,
-    )
+    spec = spec_of(options)
+    settings = recipe.load(spec).settings
+    folder, speculate = str(options.weights or ""), not options.no_speculation
+    engine = make_engine(settings, options.device, folder, options.layers, speculate=speculate)
+    clock.mark("weights")
+    aot_cache.ready()  # everything of the bundle is installed and on the device
+    fits.check(spec, strict=os.environ.get("AOT_CACHE_STRICT") == "1")
+    clock.mark("bundle")
+    for part, sizes in engine.capture().items():
+        for one in sizes:
+            if one["action"] != "captured":  # such steps run without a graph
+                print(f"{part}, batch {one['shape']}: {one['action']}, {one['why']}", file=sys.stderr, flush=True)
+    clock.mark("captured")
     aot_cache.seal()  # from here on everything that compiles, tunes or loads is a miss
     clock.mark("ready")
     return engine
@@ -115,7 +140,8 @@ def main() -> int:
     try:
         earlier = start_report.read(options.compare) if options.compare else None
         stop = end_of_text(options.weights, options.tokenizer)
-    except (OSError, ValueError) as error:
+        spec_of(options)  # a model that there is not is found before the seconds that the imports take
+    except (OSError, ValueError, AotCacheError) as error:
         parser.error(str(error))
     tokenizer = None
     if options.tokenizer:

@@ -36,21 +36,23 @@ class Engine:
     Args:
         model: what runs.
         sizes: batch sizes that steps are padded to, each a captured graph on a GPU; by default 1, 2, 4 … `max_batch`.
+        speculate: False decodes token by token although the settings have drafts, whose caches are kept: so that one bundle
+            serves both ways.
     """
 
-    def __init__(self, model: Model, sizes: Sequence[int] | None = None) -> None:
+    def __init__(self, model: Model, sizes: Sequence[int] | None = None, speculate: bool = True) -> None:
         self.model, self.settings = model, model.settings
         self.max_batch, self.max_model_len = self.settings.max_batch, self.settings.max_model_len
-        self.speculative, self.vocab = self.settings.drafts, int(self.settings.text["vocab_size"])
-        most = self.max_batch
+        self.speculative, self.vocab = self.settings.drafts * speculate, int(self.settings.text["vocab_size"])
+        width, most = 1 + self.speculative, self.max_batch
         self.sizes = sorted(sizes or {*(1 << n for n in range(most.bit_length()) if 1 << n < most), most})
         self._running: dict[int, _Request] = {}
-        self._batches = {size: model.batch(size, self.settings.width) for size in self.sizes}
+        self._batches = {size: model.batch(size, width) for size in self.sizes}
         # What is drafted goes into tensors of its own; everything else of the step is the same.
         self._verified = {
             size: replace(batch, tokens=torch.zeros_like(batch.tokens)) for size, batch in self._batches.items()
         }
-        self.hidden = model.batch(most, self.settings.width).hidden
+        self.hidden = model.batch(most, width).hidden if self.speculative else None
         self.graphs: dict[tuple[str, int], tuple[Any, Any]] = {}
 
     # --- start-up -------------------------------------------------------------------------------------------------------
@@ -62,6 +64,7 @@ class Engine:
             return {"draft": self.model.draft, "verify": self.model.verify}
         return {"decode": self.model.decode}
 
+    @torch.no_grad()
     def capture(self, progress: Callable[[str, int, int], None] | None = None) -> dict[str, list[dict[str, Any]]]:
         """Capture each part of a step for each size; without a GPU, run each once.
 
@@ -109,7 +112,9 @@ class Engine:
         sampling = torch.tensor([temperature], device=place), torch.tensor([seed], device=place)
         chunk = self.settings.prefill_chunk
         for start in range(0, len(prompt), chunk):
-            part, rest = tokens[:, start : start + chunk].clone(), tokens[:, start + chunk :]
+            # A clone keeps the strides of the whole prompt unless told otherwise: another call than the declared one.
+            part = tokens[:, start : start + chunk].clone(memory_format=torch.contiguous_format)
+            rest = tokens[:, start + chunk :]
             following = rest[:, :1].clone() if rest.shape[1] else None
             first, hidden = self.model.prompt(part, torch.tensor([start], device=place), request, *sampling, following)
         if self.hidden is not None:
@@ -185,13 +190,21 @@ class Engine:
         return request.said[: request.count + 1]
 
 
-def make_engine(settings: Settings, device: str, folder: str = "", layers: int | None = None, rank: int = 0) -> Engine:
+def make_engine(
+    settings: Settings,
+    device: str,
+    folder: str = "",
+    layers: int | None = None,
+    rank: int = 0,
+    speculate: bool = True,
+) -> Engine:
     """An engine with weights from `folder`, or random ones.
 
     Args:
         folder: of a checkpoint in safetensors; empty for random weights.
         layers: this many decoder layers instead of all, for trials.
         rank: which part of the weights, with `settings.tp` > 1.
+        speculate: see `Engine`.
 
     Raises:
         DeclarationError: as `weights.read` says.
@@ -199,4 +212,4 @@ def make_engine(settings: Settings, device: str, folder: str = "", layers: int |
     made = net.make(settings, device, layers)
     if folder:
         weights.read(made, settings, folder, rank)
-    return Engine(Model(made, settings, device))
+    return Engine(Model(made, settings, device), speculate=speculate)

@@ -9,7 +9,7 @@ import torch
 
 from aot_cache.models.qwen3_5 import net
 from aot_cache.models.qwen3_5.model import Batch, Model
-from aot_cache.models.qwen3_5.settings import CHUNK, Settings, settings
+from aot_cache.models.qwen3_5.settings import CHUNK, SIZES, Settings, settings
 from aot_cache.recipe import Call, Case, Recipe, declare, device
 from aot_cache.shapes import Range
 
@@ -70,7 +70,9 @@ def of(found: Settings) -> Recipe:
     if found.drafts:
         cases += [_step(found, model, "verify", found.width), _step(found, model, "draft", found.width)]
     what = f"{found.drafts} drafts by MTP" if found.drafts else "no speculation"
-    return Recipe("qwen3.5", cases, f"Qwen3.5 ({found.name}, {found.dtype}, {found.tp} ranks), {what}")
+    other = {f"qwen3.5-{size}" for size in SIZES} - {"qwen3.5-0.8b"}
+    name = found.name if found.name in other else "qwen3.5"  # part of the bundle's name, where a fixed option is not
+    return Recipe(name, cases, f"Qwen3.5 ({found.name}, {found.dtype}, {found.tp} ranks), {what}", settings=found)
 
 
 def _prompt(found: Settings, model: Callable[[], Model]) -> Case:

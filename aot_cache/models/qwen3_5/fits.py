@@ -1,0 +1,86 @@
+"""Whether a bundle was built for what a server is about to run. Asked before the first capture: where the caches have another
+size, or drafts another number, every call would miss, and each miss would say so by a shape only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+from aot_cache import options, recipe
+from aot_cache.errors import AotCacheError, Incompatible
+from aot_cache.models.qwen3_5.settings import Settings
+from aot_cache.runtime import loader
+from aot_cache.store import Bundle
+
+
+def check(spec: str, strict: bool = False) -> str:
+    """Compare the options of the loaded bundles with the server's; call it between `aot_cache.ready()` and the first capture.
+
+    Args:
+        spec: the server's recipe with its options, as `model_types.spec_of` makes it.
+        strict: raise instead of warning.
+
+    Returns:
+        What was said; empty where a bundle fits, none is loaded, or none was built from a recipe.
+
+    Raises:
+        Incompatible: with `strict`, where no bundle fits: its options, the server's, what to do.
+        AotCacheError: `spec` is no recipe's.
+    """
+    mine = recipe.load(spec)
+    told = [_told(mine, spec, one.bundle) for one in loader.loaded() if one.bundle.manifest["spec"]]
+    if not told or None in told:
+        return ""
+    error = next(one for one in told if one is not None)
+    if strict:
+        raise error
+    warnings.warn(f"aot-cache: {error}", loader.AotCacheWarning, stacklevel=2)
+    return str(error)
+
+
+def differences(mine: Settings, built: Settings) -> dict[str, tuple[str, str]]:
+    """Option → (the server's, the bundle's), for those that keep a server with `mine` from hitting what was built."""
+    pairs: dict[str, tuple[object, object]] = {
+        "--num-speculative-tokens": (mine.drafts, built.drafts),
+        "--max-batch": (mine.max_batch, built.max_batch),
+        "--tp": (mine.tp, built.tp),
+        "--dtype": (mine.dtype, built.dtype),
+    }
+    out = {option: pair for option, pair in pairs.items() if pair[0] != pair[1]}
+    if mine.text != built.text:
+        out["--model"] = mine.name, built.name
+    if mine.cache_len != built.cache_len and mine.drafts == built.drafts:  # else it follows from the drafts
+        out["--max-model-len"] = mine.max_model_len, built.max_model_len
+    if mine.prefill_chunk > built.prefill_chunk:  # shorter ones are among what was built
+        out["--prefill-chunk"] = mine.prefill_chunk, built.prefill_chunk
+    return {option: (str(here), str(there)) for option, (here, there) in out.items()}
+
+
+def _told(mine: recipe.Recipe, spec: str, bundle: Bundle) -> Incompatible | None:
+    """What is wrong with a bundle; None where it fits."""
+    built = str(bundle.manifest["spec"])
+    do = f"start with the bundle's options, or build: aot-cache build --model '{spec}'"
+    wanted = f"a bundle for {options.published(spec)}"
+    try:
+        theirs = recipe.load(_with_file(built, spec)).settings
+    except AotCacheError as error:
+        return Incompatible(wanted, f"{bundle.path} is for {built} ({error.wanted}: {error.found})", do)
+    if not isinstance(theirs, Settings):
+        return Incompatible(wanted, f"{bundle.path} is for {built}", do)
+    found = differences(mine.settings, theirs)
+    if not found:
+        return None
+    if theirs.drafts and not mine.settings.drafts:
+        do = f"start with its --spec mtp, and --no-speculation; {do}"
+    said = ", ".join(f"{option} is {here} here and {there} there" for option, (here, there) in found.items())
+    return Incompatible(wanted, f"{bundle.path} is for {built}: {said}", do)
+
+
+def _with_file(built: str, spec: str) -> str:
+    """The bundle's spec with the server's own config file, where it is the one that the bundle was built from."""
+    name, given = options.parse(built)
+    own: Mapping[str, str] = options.parse(spec)[1]
+    if options.CONFIG in own and options.parse(options.published(spec))[1][options.CONFIG] == given.get(options.CONFIG):
+        given[options.CONFIG] = own[options.CONFIG]
+    return options.text(name, given)
