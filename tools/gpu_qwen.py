@@ -146,6 +146,7 @@ def started(options: argparse.Namespace, before: Any = None) -> tuple[Any, Json]
 def part_serve(options: argparse.Namespace) -> Json:
     began = time.perf_counter()
     import torch
+    from safetensors.torch import save_file
 
     import aot_cache
 
@@ -169,7 +170,7 @@ def part_serve(options: argparse.Namespace) -> Json:
     own, held, hidden = serve_all(engine)
     oracle, held_oracle, _ = serve_all(engine, own)
     stats = aot_cache.stats()
-    torch.save({n: torch.cat(rows)[: len(own[n])].cpu() for n, rows in hidden.items()}, options.mega + ".hidden")
+    save_file({str(n): torch.cat(rows)[: len(own[n])].contiguous() for n, rows in hidden.items()}, options.hidden)
     return {
         **answer,
         "import_seconds": round(imported, 2),
@@ -225,11 +226,12 @@ def part_judge(options: argparse.Namespace) -> Json:
     choice. `hidden`: relative norm of the difference from float32's hidden states, ours and bfloat16's, of each request.
     """
     import torch
+    from safetensors.torch import load_file
 
     torch.compiler.set_stance("force_eager")
     engine = make_engine(options)
-    served = json.loads(Path(options.mega + ".tokens").read_text())
-    kept = torch.load(options.mega + ".hidden", weights_only=True)
+    served = json.loads(Path(options.tokens).read_text())
+    kept = load_file(options.hidden)
     gaps: Json = {"ours": [], "bfloat16": []}
     hidden: Json = {"ours": [], "bfloat16": []}
     with torch.no_grad():
@@ -241,8 +243,8 @@ def part_judge(options: argparse.Namespace) -> Json:
             best = logits[1].max(-1).values
             for name, said in (("ours", torch.tensor(tokens, device="cuda")), ("bfloat16", logits[0].argmax(-1))):
                 gaps[name] += (best - logits[1].gather(1, said[:, None])[:, 0]).tolist()
-            if number in kept:
-                hidden["ours"].append(relative(kept[number].cuda(), mine[1]))
+            if str(number) in kept:
+                hidden["ours"].append(relative(kept[str(number)].cuda(), mine[1]))
                 hidden["bfloat16"].append(relative(mine[0], mine[1]))
         generated = by_generate(half, served)
     told = {name: {"different": sum(g > 0 for g in found), "largest": max(found)} for name, found in gaps.items()}
@@ -307,7 +309,8 @@ def run_part(name: str, options: argparse.Namespace, folder: Path, bundle: str) 
         if name in ("serve", "tuned"):
             environment["CC"] = environment["CXX"] = "/bin/false"
         command = [sys.executable, "-W", "ignore", __file__, "--part", name, "--bundle", bundle]
-        command += ["--mega", str(folder / "mega"), "--size", options.size, "--layers", str(options.layers)]
+        command += ["--mega", str(folder / "mega"), "--hidden", str(folder / "hidden.safetensors")]
+        command += ["--tokens", str(folder / "tokens.json"), "--size", options.size, "--layers", str(options.layers)]
         command += ["--max-batch", str(options.max_batch), "--max-model-len", str(options.max_model_len)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=560)
         if done.returncode or not answer.exists():
@@ -393,7 +396,7 @@ def check(options: argparse.Namespace) -> Json:
             record[name] = run_part(name, options, folder, tuned if name == "tuned" else bundle)
         if name == "serve" and "tokens" in record[name]:
             tokens = record[name].pop("tokens")
-            (folder / "mega.tokens").write_text(json.dumps(tokens["own drafts"]))
+            (folder / "tokens.json").write_text(json.dumps(tokens["own drafts"]))
             record[name]["same with an oracle"] = sum(map(list.__eq__, tokens["own drafts"], tokens["oracle"]))
         kept.write_text(json.dumps(record))
         print(f"{name}: {'failed' if 'error' in record[name] else 'done'}", file=sys.stderr, flush=True)
@@ -416,7 +419,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", default="h200")
     parser.add_argument("--cores", default="0,1", help="that the build may use")
     parser.add_argument("--bundle", help=argparse.SUPPRESS)
-    parser.add_argument("--mega", help=argparse.SUPPRESS)
+    for between in ("--mega", "--hidden", "--tokens"):
+        parser.add_argument(between, help=argparse.SUPPRESS)
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--out")
     options = parser.parse_args(arguments)

@@ -236,7 +236,9 @@ def _sampled(logits: Tensor, positions: Tensor, temperature: Tensor, seed: Tenso
     for factor in (0xBF58476D1CE4E5B, 0x94D049BB133111E):
         mixed = mixed * factor
         mixed = mixed ^ ((mixed >> 29) & 0x7FFFFFFFF)
-    uniform = (((mixed >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24
+    # 23 bits and a half are exact in float32. One bit more rounds up to 1, which is infinite noise: that token would win
+    # whatever its logit is, and where the temperature is 0, too.
+    uniform = (((mixed >> 41) & 0x7FFFFF).float() + 0.5) * 2.0**-23
     noise = -(-uniform.log()).log()
     return (logits.float() + temperature[:, None, None] * noise).argmax(-1)
 
