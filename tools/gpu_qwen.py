@@ -3,11 +3,12 @@
 
     python tools/gpu_check.py --model qwen3.5 --spec mtp [--out RECORD.json] [--only build,serve,…] [--layers N]
 
-`build` makes the bundle with the GPU and its driver library hidden. Each other part is a fresh process:
-`serve` loads it, captures every size of target and draft and serves 200 requests, once with the model's own drafts and once
-with an oracle's; `judge` asks transformers, in float32 and in bfloat16, about every token of it, and holds the hidden states
-against float32's. `eager` serves without compiling anything. `cold`, `mega` and `eager` are what a start takes without us: no cache, torch's mega-cache with a warm Triton folder, and
-nothing to compile at all. `tune` tunes the bundle, `tuned` measures its steps. Exit code 0 when every claim holds.
+`build` makes the bundle with the GPU and its driver library hidden. Each other part is a fresh process. `serve` loads it,
+captures every size of target and draft and serves 200 requests, once with the model's own drafts and once with an oracle's;
+`judge` asks transformers, in float32 and in bfloat16, about every token, and holds the hidden states against float32's.
+`cold`, `mega` and `eager` are what a start takes without us: no cache; torch's mega-cache, a warm Triton folder and
+TRITON_CACHE_AUTOTUNING=1; and nothing compiled at all. `tune` tunes the bundle, `tuned` measures its steps. Exit code 0 when
+every claim holds.
 """
 
 from __future__ import annotations
