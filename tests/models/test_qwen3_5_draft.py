@@ -19,10 +19,15 @@ from aot_cache.models.qwen3_5.engine import Engine
 def original() -> Any:
     """transformers' draft with the same weights."""
     made = MtpModel(qwen.original(), 1).eval()
-    named = {name: value for name, value in qwen.weighted().mtp.named_parameters()}
-    lost = made.layers[0].load_state_dict(named)
-    assert not lost.missing_keys and not lost.unexpected_keys
+    made.layers[0].load_state_dict(dict(qwen.weighted().mtp.named_parameters()))  # all of them, by the same names
+    # transformers 5.17 turns by positions on all three axes of an image only; later releases take one for text, too.
+    made.rotary_emb.register_forward_pre_hook(_on_three_axes, with_kwargs=True)
     return made
+
+
+def _on_three_axes(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    positions = kwargs["position_ids"]
+    return args, {**kwargs, "position_ids": positions.expand(3, *positions.shape) if positions.ndim == 2 else positions}
 
 
 def drafts_of_transformers(tokens: list[int], count: int) -> list[int]:

@@ -9,20 +9,17 @@ import pytest
 import qwen
 import torch
 
-from aot_cache import recipe as recipes
 from aot_cache.errors import AotCacheError, DeclarationError, UnknownName
 from aot_cache.models.qwen3_5 import recipe as shipped
 from aot_cache.models.qwen3_5.engine import Engine
 from aot_cache.models.qwen3_5.model import Batch
 from aot_cache.recipe import Case, Recipe
-from aot_cache.shapes import Range
 
 
 def ranges(found: Recipe) -> dict[str, dict[str, tuple[int, int]]]:
     """Case → dimension → first and last value."""
     return {
-        case.name: {name: (one.start, one.stop) for name, one in case.dims.items() if isinstance(one, Range)}
-        for case in found.cases
+        case.name: {name: (one.values[0], one.values[-1]) for name, one in case.dims.items()} for case in found.cases
     }
 
 
@@ -72,7 +69,9 @@ def test_cases_say_what_they_are(spec: str) -> None:
 
 @pytest.mark.parametrize("size", ["tiny", "0.8b", "4b", "9b", "27b"])
 def test_names_that_are_installed(size: str) -> None:
-    made: Callable[..., Recipe] = getattr(shipped, {"tiny": "tiny"}.get(size, "b" + size.removesuffix("b").replace(".", "_")))
+    made: Callable[..., Recipe] = getattr(
+        shipped, {"tiny": "tiny"}.get(size, "b" + size.removesuffix("b").replace(".", "_"))
+    )
     assert f"qwen3.5-{size}," in made().doc
     with pytest.raises(AotCacheError):
         made(tp=3)
@@ -88,7 +87,7 @@ def test_errors_are_those_of_settings() -> None:
 def called(case: Case, size: int, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What a case calls, made on the CPU."""
     monkeypatch.setattr(shipped, "device", lambda: "cpu")
-    return case.make(size)
+    return case.call(dict.fromkeys(case.dims, size))
 
 
 @pytest.mark.parametrize("name", ["prefill", "decode", "verify", "draft"])

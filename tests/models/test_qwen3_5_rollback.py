@@ -141,9 +141,9 @@ def test_neighbours_do_not_matter(right: int) -> None:
 
 
 def test_without_a_draft_there_is_none_to_make() -> None:
-    model = qwen.model()
+    model, drafting = qwen.model(), qwen.model(1)
+    no_hidden = replace(drafting.batch(1, 2), hidden=None)
     with pytest.raises(ValueError, match="without a draft"):
         model.draft(model.batch(1, 1))
     with pytest.raises(ValueError, match="without a draft"):
-        drafting = qwen.model(1)
-        drafting.draft(replace(drafting.batch(1, 2), hidden=None))
+        drafting.draft(no_hidden)

@@ -78,7 +78,7 @@ def test_a_folder_that_transformers_saved(prefix: str, tmp_path: Path) -> None:
 
     (file,) = tmp_path.glob("*.safetensors")
     with safe_open(file, framework="pt") as opened:
-        assert f"{prefix}layers.0.linear_attn.A_log" in opened.keys()
+        assert f"{prefix}layers.0.linear_attn.A_log" in [*opened.keys()]
     assert qwen.serve(make_engine(qwen.tiny(), "cpu", str(tmp_path)), ASKED) == expected()
 
 
@@ -116,7 +116,9 @@ def test_a_missing_weight(tmp_path: Path) -> None:
 
 
 def test_a_weight_of_another_shape(tmp_path: Path) -> None:
-    assert refused(saved(tmp_path, **{"model.norm.weight": torch.ones(63)})).startswith("model.norm.weight of shape [64]; [63]")
+    assert refused(saved(tmp_path, **{"model.norm.weight": torch.ones(63)})).startswith(
+        "model.norm.weight of shape [64]; [63]"
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors"])

@@ -13,7 +13,6 @@ from aot_cache.models.qwen3_5.model import Batch, Model
 from aot_cache.models.qwen3_5.settings import Settings
 from aot_cache.runtime import captures, loader
 
-
 _HOTTEST = 1e30
 """Here all tokens are alike; what float32 cannot hold times the noise would be infinite for many, and the first would win."""
 
@@ -173,10 +172,14 @@ class Engine:
                 raise ValueError(f"the request in slot {slot} has all of its {self.max_model_len} tokens")
         left = sorted(slot for slot in self._running if slot < max(slots) and slot not in slots)
         if left:
-            raise ValueError(f"the requests in slots {left} have to step, too: below slot {max(slots)} all slots are written")
+            raise ValueError(
+                f"the requests in slots {left} have to step, too: below slot {max(slots)} all slots are written"
+            )
         for slot, tokens in drafts.items():
             if slot not in slots or len(tokens) != self.speculative:
-                raise ValueError(f"{self.speculative} drafts for each of slots {list(slots)}, not {len(tokens)} for {slot}")
+                raise ValueError(
+                    f"{self.speculative} drafts for each of slots {list(slots)}, not {len(tokens)} for {slot}"
+                )
 
     def _write(self, batch: Batch, slots: Sequence[int]) -> None:
         """Put the requests of `slots` into a batch; all other rows are neutral."""
