@@ -26,8 +26,9 @@ def original() -> Any:
 
 
 def _on_three_axes(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    positions = kwargs["position_ids"]
-    return args, {**kwargs, "position_ids": positions.expand(3, *positions.shape) if positions.ndim == 2 else positions}
+    if "position_ids" in kwargs and kwargs["position_ids"].ndim == 2:  # so the draft calls it; the target has all three
+        kwargs = {**kwargs, "position_ids": kwargs["position_ids"].expand(3, -1, -1)}
+    return args, kwargs
 
 
 def drafts_of_transformers(tokens: list[int], count: int) -> list[int]:

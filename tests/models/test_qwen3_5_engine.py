@@ -52,9 +52,13 @@ def test_a_running_request_is_no_padding() -> None:
     made = qwen.engine(2)
     right = {slot: qwen.expected(qwen.prompt(length), 12) for slot, length in ((0, 4), (2, 6))}
     said = {2: [made.start(2, qwen.prompt(6))], 0: [made.start(0, qwen.prompt(4))]}
-    with pytest.raises(ValueError, match=r"slots \[0\] have to step, too"):
+    with pytest.raises(ValueError, match=r"slots \[0\] have to step, too: 4 slots"):
         made.step([2])
-    for slots in ([0], [0], [0, 2], [2, 0], [0]):  # what is above is in no size that runs, or is not asked for
+    made.start(3, [1])
+    with pytest.raises(ValueError, match=r"slots \[3\] have to step, too: 4 slots"):
+        made.step([0, 2])
+    made.stop(3)
+    for slots in ([0], [0], [0, 2], [2, 0], [0]):  # what is above the size that runs is not written
         for slot, new in zip(slots, made.step(slots), strict=True):
             said[slot] += new
     assert {slot: tokens == right[slot][: len(tokens)] for slot, tokens in said.items()} == {0: True, 2: True}

@@ -2,7 +2,8 @@
 
 Shapes: `b` requests, which are the first `b` slots; `t` tokens of each (1 decodes, 1 + drafts verify); of a prompt `p` tokens
 at a time are taken in, of one request in any slot. Caches are whole buffers, written in place: keys and values
-[slots, key-value heads, places, width], the convolution's last inputs [slots, channels, 4], the delta rule's state [slots, value heads, width, width], float32.
+[slots, key-value heads, places, width], the convolution's last inputs [slots, channels, 4], the delta rule's state
+[slots, value heads, width, width], float32.
 Everything that differs between requests is data (`starts`, `count`), so a captured graph stays right.
 """
 
