@@ -85,14 +85,12 @@ def serve(
 ) -> dict[int, list[int]]:
     """Serve slot → (prompt, tokens wanted) side by side; slot → tokens. A slot is free as soon as its request has all."""
     out = {slot: [made.start(slot, tokens, **sampling)] for slot, (tokens, _) in requests.items()}
-    running = sorted(out)
-    while running:
+    while running := [slot for slot in sorted(out) if len(out[slot]) < requests[slot][1]]:
         drafts = {slot: propose(slot, len(out[slot])) for slot in running} if propose else None
         for slot, new in zip(running, made.step(running, drafts), strict=True):
             out[slot] += new
             if len(out[slot]) >= requests[slot][1]:
                 made.stop(slot)
-        running = [slot for slot in running if len(out[slot]) < requests[slot][1]]
     return {slot: tokens[: requests[slot][1]] for slot, tokens in out.items()}
 
 

@@ -19,7 +19,9 @@ def requests(wanted: int = NEW) -> dict[int, tuple[tuple[int, ...], int]]:
     }
 
 
-def said(way: str, asked: dict[int, tuple[tuple[int, ...], int]], drafts: int = 2, **options: int) -> dict[int, list[int]]:
+def said(
+    way: str, asked: dict[int, tuple[tuple[int, ...], int]], drafts: int = 2, **options: int
+) -> dict[int, list[int]]:
     made = qwen.engine(0 if way == "decode" else drafts, max_batch=10, **options)
     if way != "an oracle's drafts":
         return qwen.serve(made, asked)

@@ -136,8 +136,8 @@ class Engine:
     def step(self, slots: Sequence[int], drafts: Mapping[int, Sequence[int]] | None = None) -> list[list[int]]:
         """New tokens of each of these slots: 1 to 1 + `speculative`.
 
-        The graph that runs is the smallest for the highest slot; free slots below it are padding, and their caches are
-        written, so that every request below it has to step, too.
+        The graph that runs is the smallest for the highest slot. Its other slots are padding, and their caches are written,
+        so that every request in them has to step, too.
 
         Args:
             slots: each once.
@@ -148,7 +148,7 @@ class Engine:
                 drafts than `speculative` for a slot.
         """
         self._check(slots, drafts or {})
-        size = next(size for size in self.sizes if size > max(slots))
+        size = self._size(slots)
         batch, verified = self._batches[size], self._verified[size]
         self._write(batch, slots)
         if self.speculative:
@@ -167,6 +167,9 @@ class Engine:
         """Free a slot."""
         self._running.pop(slot, None)
 
+    def _size(self, slots: Sequence[int]) -> int:
+        return next(size for size in self.sizes if size > max(slots))
+
     def _check(self, slots: Sequence[int], drafts: Mapping[int, Sequence[int]]) -> None:
         if not slots or len({*slots}) < len(slots):
             raise ValueError(f"one slot or more, each once, not {list(slots)}")
@@ -175,11 +178,15 @@ class Engine:
                 raise ValueError(f"slot {slot} holds no request")
             if self._running[slot].length + 1 >= self.max_model_len:
                 raise ValueError(f"the request in slot {slot} has all of its {self.max_model_len} tokens")
-        left = sorted(slot for slot in self._running if slot < max(slots) and slot not in slots)
+        left = sorted(slot for slot in self._running if slot < self._size(slots) and slot not in slots)
         if left:
+<<<<<<< HEAD
             raise ValueError(
                 f"the requests in slots {left} have to step, too: below slot {max(slots)} all slots are written"
             )
+=======
+            raise ValueError(f"the requests in slots {left} have to step, too: {self._size(slots)} slots are written")
+>>>>>>> modeltests
         for slot, tokens in drafts.items():
             if slot not in slots or len(tokens) != self.speculative:
                 raise ValueError(

@@ -173,7 +173,7 @@ def read_config(path: Path) -> Mapping[str, Json]:
     """The text model's fields of a config.json.
 
     Raises:
-        DeclarationError: it cannot be read, is of another model, or lacks fields.
+        DeclarationError: it cannot be read, is of another model, or lacks fields or has a wrong one.
     """
     try:
         found = json.loads(path.read_text())
@@ -182,6 +182,8 @@ def read_config(path: Path) -> Mapping[str, Json]:
     if not isinstance(found, dict):
         raise DeclarationError(f"a JSON object in {path}", f"a {type(found).__name__}")
     text = found.get("text_config", found)
+    if not isinstance(text, dict):
+        raise DeclarationError(f"text_config in {path} to be an object", repr(text))
     if not str(text.get("model_type", "")).startswith(DENSE.removesuffix("_text")):
         raise DeclarationError(f"a Qwen3.5 in {path}", f"model_type {text.get('model_type')!r}")
     if "num_experts" in text:
@@ -192,7 +194,18 @@ def read_config(path: Path) -> Mapping[str, Json]:
     missing = [name for name in _NEEDED if name not in text and name not in found]
     if missing:
         raise DeclarationError(f"all sizes of the model in {path}", f"no {', '.join(missing)}", "complete the file")
-    return {**{name: found[name] for name in _NEEDED if name in found}, **text}
+    text = {**{name: found[name] for name in _NEEDED if name in found}, **text}
+    for name in _NEEDED:
+        _check_field(name, text[name], path)
+    return text
+
+
+def _check_field(name: str, value: Json, path: Path) -> None:
+    kind = type(SIZES["tiny"][name])
+    fits = isinstance(value, Mapping) if kind is dict else type(value) is kind
+    if not fits or (kind is int and value < 1):
+        what = {int: "a number of 1 or more", bool: "true or false", dict: "an object"}[kind]
+        raise DeclarationError(f"{name} in {path} to be {what}", repr(value))
 
 
 def _check_split(text: Mapping[str, Json], tp: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from aot_cache.errors import DeclarationError
@@ -35,7 +35,7 @@ def read(net: Net, settings: Settings, folder: str, rank: int = 0) -> None:
     """Fill `net` with the weights in `folder`.
 
     Raises:
-        DeclarationError: there are no safetensors files, or a weight is missing or of another shape.
+        DeclarationError: there are no safetensors files, one is broken, or a weight is missing or of another shape.
     """
     with torch.no_grad():
         found = dict(_found(Path(folder)))
@@ -84,7 +84,10 @@ def _found(folder: Path) -> Iterator[tuple[str, Any]]:
     if not files:
         raise DeclarationError(f"*.safetensors in {folder}", "no such file", "give a checkpoint's folder")
     for file in files:
-        opened: Any = safe_open(file, framework="pt")
+        try:
+            opened: Any = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise DeclarationError(f"a safetensors file {file}", str(error), "download it again") from error
         for name in [*opened.keys()]:
             yield name.replace("model.language_model.", "model."), _reader(opened, name)
 
