@@ -75,6 +75,8 @@ def choosing(choices: Mapping[str, int] | None) -> Iterator[list[Kernel]]:
     def load_autotuners(cls: Any, static_autotuners: Any) -> Any:
         for entry in static_autotuners or ():
             tuner = entry.kernel
+            # Upstream compiles one more config where it is loaded, if a reduction's kernel fills the GPU badly.
+            tuner.inductor_meta = {**tuner.inductor_meta, "dynamic_scale_rblock": False}
             if len(tuner.compile_results) > 1:
                 kernels.append(Kernel(entry.cache_key, _configs(tuner), tuner))
                 # Upstream would read and write what was fastest in a file beside the source, in the builder's folder.

@@ -180,13 +180,7 @@ class Engine:
                 raise ValueError(f"the request in slot {slot} has all of its {self.max_model_len} tokens")
         left = sorted(slot for slot in self._running if slot < self._size(slots) and slot not in slots)
         if left:
-<<<<<<< HEAD
-            raise ValueError(
-                f"the requests in slots {left} have to step, too: below slot {max(slots)} all slots are written"
-            )
-=======
             raise ValueError(f"the requests in slots {left} have to step, too: {self._size(slots)} slots are written")
->>>>>>> modeltests
         for slot, tokens in drafts.items():
             if slot not in slots or len(tokens) != self.speculative:
                 raise ValueError(

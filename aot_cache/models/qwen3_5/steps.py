@@ -1,17 +1,9 @@
 """The compiled functions: each is one graph for all layers of its kind, because what differs between layers is an argument.
 
-<<<<<<< HEAD
 Shapes: `b` requests, which are the first `b` slots; `t` tokens of each (1 decodes, 1 + drafts verify); of a prompt, parts of
 `p` tokens, of one request in any slot. Caches are whole buffers, written in place: keys and values [slots, key-value heads,
 places, width], the convolution's last inputs [slots, channels, 4], the delta rule's state [slots, value heads, width, width]
 in float32. Everything that differs between requests is data (`starts`, `count`), so a captured graph stays right.
-=======
-Shapes: `b` requests, which are the first `b` slots; `t` tokens of each (1 decodes, 1 + drafts verify); of a prompt `p` tokens
-at a time are taken in, of one request in any slot. Caches are whole buffers, written in place: keys and values
-[slots, key-value heads, places, width], the convolution's last inputs [slots, channels, 4], the delta rule's state
-[slots, value heads, width, width], float32.
-Everything that differs between requests is data (`starts`, `count`), so a captured graph stays right.
->>>>>>> modeltests
 """
 
 from __future__ import annotations
