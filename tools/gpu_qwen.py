@@ -3,11 +3,12 @@
 
     python tools/gpu_check.py --model qwen3.5 --spec mtp [--out RECORD.json] [--only build,serve,…] [--layers N]
 
-`build` makes the bundle with the GPU and its driver library hidden. Each other part is a fresh process:
-`serve` loads it, captures every size of target and draft and serves 200 requests, once with the model's own drafts and once
-with an oracle's; `eager` serves the same requests without compiling anything, and asks transformers about every token;
-`cold`, `mega` and `eager` are what a start takes without us: no cache, torch's mega-cache with a warm Triton folder, and
-nothing to compile at all. `tune` tunes the bundle, `tuned` measures its steps. Exit code 0 when every claim holds.
+`build` makes the bundle with the GPU and its driver library hidden. Each other part is a fresh process. `serve` loads it,
+captures every size of target and draft and serves 200 requests, once with the model's own drafts and once with an oracle's;
+`judge` asks transformers, in float32 and in bfloat16, about every token, and holds the hidden states against float32's.
+`cold`, `mega` and `eager` are what a start takes without us: no cache; torch's mega-cache, a warm Triton folder and
+TRITON_CACHE_AUTOTUNING=1; and nothing compiled at all. `tune` tunes the bundle, `tuned` measures its steps. Exit code 0 when
+every claim holds.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from gpu_check import finish
-from gpu_graphs import HARMFUL, Independent, _path, build
+from gpu_graphs import HARMFUL, Independent, _path, build, relative
 
 Json = Any
-PARTS = ("build", "serve", "eager", "cold", "mega", "tune", "tuned")
+PARTS = ("build", "serve", "judge", "eager", "cold", "mega", "tune", "tuned")
 REQUESTS, LONGEST, MOST_NEW = 200, 512, 24
-TIE = 0.05
-"""Logits closer than this may change places in bfloat16: what two ways to sum the same products differ by."""
+JUDGED = 10
+"""Of each so many requests, one's hidden states are kept and judged."""
 STEADY = (1, 16, 256)
 REPLAYS = 30
 
@@ -57,8 +59,9 @@ def make_engine(options: argparse.Namespace) -> Any:
     return make_engine(found, "cuda", layers=options.layers or None)
 
 
-def serve_all(engine: Any, oracle: list[list[int]] | None = None) -> tuple[list[list[int]], dict[str, int]]:
-    """Tokens of every request, served together as slots come free; and how often each number of drafts held.
+def serve_all(engine: Any, oracle: list[list[int]] | None = None) -> tuple[list[list[int]], dict[str, int], Json]:
+    """Tokens of every request, served together as slots come free; how often each number of drafts held; and of some
+    requests the hidden state before each token.
 
     With an oracle the drafts are what it says comes next, from one right draft to all, and one wrong behind it.
     """
@@ -67,6 +70,7 @@ def serve_all(engine: Any, oracle: list[list[int]] | None = None) -> tuple[list[
     out: list[list[int]] = [[] for _ in wanted]
     running: dict[int, int] = {}
     held: dict[str, int] = {}
+    hidden: Json = {number: [] for number in range(0, len(wanted), JUDGED)}
     steps = 0
     while todo or running:
         while todo and len(running) < min(64, engine.max_batch):
@@ -74,16 +78,20 @@ def serve_all(engine: Any, oracle: list[list[int]] | None = None) -> tuple[list[
             slot = next(n for n in range(engine.max_batch) if n not in running)
             out[number].append(engine.start(slot, prompt))
             running[slot] = number
+            if number in hidden:
+                hidden[number].append(engine.hidden[slot, :1].clone())
         drafts = {s: guesses(oracle[r], len(out[r]), engine, steps) for s, r in running.items()} if oracle else None
         slots = sorted(running)
         for slot, new in zip(slots, engine.step(slots, drafts)):
             held[str(len(new) - 1)] = held.get(str(len(new) - 1), 0) + 1
             out[running[slot]] += new
+            if running[slot] in hidden:
+                hidden[running[slot]].append(engine.hidden[slot, : len(new)].clone())
             if len(out[running[slot]]) >= wanted[running[slot]]:
                 engine.stop(slot)
                 del running[slot]
         steps += 1
-    return [tokens[:count] for tokens, count in zip(out, wanted)], held
+    return [tokens[:count] for tokens, count in zip(out, wanted)], held, hidden
 
 
 def guesses(right: list[int], at: int, engine: Any, step: int) -> list[int]:
@@ -139,6 +147,7 @@ def started(options: argparse.Namespace, before: Any = None) -> tuple[Any, Json]
 def part_serve(options: argparse.Namespace) -> Json:
     began = time.perf_counter()
     import torch
+    from safetensors.torch import save_file
 
     import aot_cache
 
@@ -159,9 +168,10 @@ def part_serve(options: argparse.Namespace) -> Json:
 
     loading: Json = {}
     engine, answer = started(options, ready)
-    own, held = serve_all(engine)
-    oracle, held_oracle = serve_all(engine, own)
+    own, held, hidden = serve_all(engine)
+    oracle, held_oracle, _ = serve_all(engine, own)
     stats = aot_cache.stats()
+    save_file({str(n): torch.cat(rows)[: len(own[n])].contiguous() for n, rows in hidden.items()}, options.hidden)
     return {
         **answer,
         "import_seconds": round(imported, 2),
@@ -170,6 +180,7 @@ def part_serve(options: argparse.Namespace) -> Json:
         "held": {"own drafts": held, "oracle": held_oracle},
         "independent_after_ready": dict(independent.counts),
         "ledger_after_ready": {k: v for k, v in stats["after_seal"].items() if v},
+        "events_after_ready": dict(Counter(f"{e['kind']} {e['name']}" for e in stats["events"] if e["sealed"])),
         "misses": stats["misses"][:20],
         "steady": steady(engine),
         "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
@@ -206,17 +217,46 @@ def part_eager(options: argparse.Namespace) -> Json:
     import torch
 
     torch.compiler.set_stance("force_eager")
-    engine, answer = started(options)
-    engine.graphs.clear()
-    tokens, _ = serve_all(engine)
+    return started(options)[1]
+
+
+def part_judge(options: argparse.Namespace) -> Json:
+    """What transformers' own model makes of the served tokens, in float32 and in bfloat16, with the same weights.
+
+    `gaps`: by how much float32's best logit at each position is above that of the token, for ours and for bfloat16's own
+    choice. `hidden`: relative norm of the difference from float32's hidden states, ours and bfloat16's, of each request.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    torch.compiler.set_stance("force_eager")
+    engine = make_engine(options)
+    served = json.loads(Path(options.tokens).read_text())
+    kept = load_file(options.hidden)
+    gaps: Json = {"ours": [], "bfloat16": []}
+    hidden: Json = {"ours": [], "bfloat16": []}
     with torch.no_grad():
-        says = [asked(engine, prompt, said) for (prompt, _), said in zip(requests(), tokens)]
-        generated = by_generate(engine, tokens)
-    return {**answer, "tokens": tokens, "transformers": says, "generate": generated}
+        half, full = theirs(engine, torch.bfloat16), theirs(engine, torch.float32)
+        for number, ((prompt, _), tokens) in enumerate(zip(requests(), served)):
+            ids = torch.tensor([prompt + tokens[:-1]], device="cuda")
+            mine = [model.model(ids).last_hidden_state[0, -len(tokens) :] for model in (half, full)]
+            logits = [model.lm_head(x).float() for model, x in zip((half, full), mine)]
+            best = logits[1].max(-1).values
+            for name, said in (("ours", torch.tensor(tokens, device="cuda")), ("bfloat16", logits[0].argmax(-1))):
+                gaps[name] += (best - logits[1].gather(1, said[:, None])[:, 0]).tolist()
+            if str(number) in kept:
+                hidden["ours"].append(relative(kept[str(number)].cuda(), mine[1]))
+                hidden["bfloat16"].append(relative(mine[0], mine[1]))
+        generated = by_generate(half, served)
+    told = {name: {"different": sum(g > 0 for g in found), "largest": max(found)} for name, found in gaps.items()}
+    norms = {name: statistics.median(found) for name, found in hidden.items()}
+    return {"tokens": len(gaps["ours"]), "gaps": told, "hidden": norms, "generate": generated}
 
 
-def theirs(engine: Any) -> Any:
+def theirs(engine: Any, dtype: Any) -> Any:
     """transformers' own model with the same weights, its attention and its way through the layers."""
+    import copy
+
     import torch
     from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
 
@@ -224,43 +264,30 @@ def theirs(engine: Any) -> Any:
 
     net = engine.model.net
     config = config_of(engine.settings, len(net.layers))
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = "sdpa"  # noqa: SLF001  # what `from_pretrained(attn_implementation=…)` sets
     with torch.device("meta"):
         model: Any = Qwen3_5ForCausalLM(config).eval()
-    model.model.layers, model.model.norm = torch.nn.ModuleList(net.layers), net.norm
-    model.model.embed_tokens, model.lm_head, model.model.rotary_emb = net.embed, net.head, net.rotary
-    for layer in net.layers:
+    model.model.layers = torch.nn.ModuleList(copy.deepcopy(layer).to(dtype) for layer in net.layers)
+    model.model.norm, model.lm_head = (copy.deepcopy(part).to(dtype) for part in (net.norm, net.head))
+    model.model.embed_tokens, model.model.rotary_emb = copy.deepcopy(net.embed).to(dtype), net.rotary
+    for layer in model.model.layers:
         if layer.block_type == "full_attention":
             layer.self_attn.config = config
     return model
 
 
-def asked(engine: Any, prompt: list[int], tokens: list[int]) -> Json:
-    """What transformers would say at each position, and by how much: [[token, margin over the second best], …]."""
+def by_generate(model: Any, served: list[list[int]]) -> Json:
+    """Of a few requests: how many tokens agree with `generate` before the first that does not, of how many."""
     import torch
 
-    engine.theirs = getattr(engine, "theirs", None) or theirs(engine)
-    ids = torch.tensor([prompt + tokens[:-1]], device="cuda")
-    logits = engine.theirs(ids, logits_to_keep=len(tokens)).logits[0].float()
-    best = logits.topk(2)
-    margins = (best.values[:, 0] - best.values[:, 1]).tolist()
-    return list(zip(best.indices[:, 0].tolist(), [round(m, 4) for m in margins]))
-
-
-def by_generate(engine: Any, tokens: list[list[int]]) -> Json:
-    """The same by `generate`, for a few requests."""
-    import torch
-
-    out = {}
-    for number in range(0, len(tokens), len(tokens) // 8):
-        prompt = requests()[number][0]
-        made = engine.theirs.generate(
-            torch.tensor([prompt], device="cuda"),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device="cuda"),
-            max_new_tokens=len(tokens[number]),
-            do_sample=False,
+    out = []
+    for number in range(0, len(served), len(served) // 8):
+        prompt = torch.tensor([requests()[number][0]], device="cuda")
+        made = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=len(served[number]), do_sample=False
         )
-        out[str(number)] = made[0, len(prompt) :].tolist()
+        pairs = enumerate(zip(made[0, prompt.shape[1] :].tolist(), served[number]))
+        out.append([next((n for n, (a, b) in pairs if a != b), len(served[number])), len(served[number])])
     return out
 
 
@@ -270,7 +297,7 @@ def by_generate(engine: Any, tokens: list[list[int]]) -> Json:
 def run_part(name: str, options: argparse.Namespace, folder: Path, bundle: str) -> Json:
     """One part in a fresh process; what is cached is empty, but for the warm folder where a part is about that."""
     with tempfile.TemporaryDirectory() as empty:
-        triton = folder / "triton" if name in ("cold", "mega", "eager") else Path(empty, "triton")
+        triton = folder / "triton" if name in ("cold", "mega", "eager", "judge") else Path(empty, "triton")
         answer = Path(empty, "answer.json")
         environment = {
             **os.environ,
@@ -283,7 +310,8 @@ def run_part(name: str, options: argparse.Namespace, folder: Path, bundle: str) 
         if name in ("serve", "tuned"):
             environment["CC"] = environment["CXX"] = "/bin/false"
         command = [sys.executable, "-W", "ignore", __file__, "--part", name, "--bundle", bundle]
-        command += ["--mega", str(folder / "mega"), "--size", options.size, "--layers", str(options.layers)]
+        command += ["--mega", str(folder / "mega"), "--hidden", str(folder / "hidden.safetensors")]
+        command += ["--tokens", str(folder / "tokens.json"), "--size", options.size, "--layers", str(options.layers)]
         command += ["--max-batch", str(options.max_batch), "--max-model-len", str(options.max_model_len)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=560)
         if done.returncode or not answer.exists():
@@ -304,21 +332,7 @@ def tune(bundle: str, out: str) -> Json:
     return {**facts, "seconds": round(time.perf_counter() - began, 1)}
 
 
-def compared(eager: Json, tokens: list[list[int]]) -> Json:
-    """How many requests are equal to the eager ones, differ first at a tie, or differ elsewhere (which none may)."""
-    out = {"equal": 0, "differ first at a tie": 0, "differ": []}
-    for number, (mine, wanted) in enumerate(zip(tokens, eager["tokens"])):
-        at = next((n for n, (a, b) in enumerate(zip(mine, wanted)) if a != b), None)
-        if at is None:
-            out["equal"] += 1
-        elif eager["transformers"][number][at][1] < TIE:
-            out["differ first at a tie"] += 1
-        else:
-            out["differ"].append([number, at, eager["transformers"][number][at][1]])
-    return out
-
-
-def claims(record: Json, options: argparse.Namespace) -> Json:
+def claims(record: Json) -> Json:
     made: Json = {}
     parts = [name for name in PARTS if name in record]
     made["every part ran"] = not [name for name in parts if "error" in record[name]]
@@ -330,27 +344,28 @@ def claims(record: Json, options: argparse.Namespace) -> Json:
         made["ledger: zero events from ready on"] = not HARMFUL & set(serve["ledger_after_ready"])
         made["independent hooks: zero events from ready on"] = not serve["independent_after_ready"]
         made["every number of drafts held"] = set(serve["held"]["oracle"]) == {"0", "1", "2"}
-    if {"serve", "eager"} <= set(parts):
-        eager = record["eager"]
-        for name in serve["tokens"]:
-            record["serve"][f"{name} against eager"] = found = compared(eager, serve["tokens"][name])
-            made[f"tokens equal eager's up to a tie, {name}"] = not found["differ"]
-        said = [[token for token, _ in row] for row in eager["transformers"]]
-        record["eager"]["against transformers"] = found = compared(eager, said)
-        made["tokens equal transformers' up to a tie"] = not found["differ"]
-        mine = [eager["generate"].get(str(n), row) for n, row in enumerate(eager["tokens"])]
-        made["tokens equal those of generate up to a tie"] = not compared(eager, mine)["differ"]
-        if {"cold", "mega"} <= set(parts):
-            floor = eager["start_seconds"]
-            beyond = serve["start_seconds"] - floor
-            record["beyond eager, of cold"] = round(beyond / (record["cold"]["start_seconds"] - floor), 4)
-            record["beyond eager, of mega"] = round(beyond / (record["mega"]["start_seconds"] - floor), 4)
-            made["start beyond eager at most 0.10 of cold"] = record["beyond eager, of cold"] <= 0.10
-            made["start beyond eager at most 0.30 of mega-cache"] = record["beyond eager, of mega"] <= 0.30
+        made["an oracle's drafts change no token"] = serve["same with an oracle"] == REQUESTS
+    if "judge" in record:
+        gaps, hidden = record["judge"]["gaps"], record["judge"]["hidden"]
+        made["hidden states as near to float32's as transformers' bfloat16"] = (
+            hidden["ours"] <= 1.1 * hidden["bfloat16"]
+        )
+        made["tokens as near to float32's as transformers' bfloat16"] = (
+            gaps["ours"]["largest"] <= 1.5 * gaps["bfloat16"]["largest"]
+            and gaps["ours"]["different"] <= 1.1 * gaps["bfloat16"]["different"]
+        )
+    if {"serve", "eager", "cold", "mega"} <= set(parts):
+        floor = record["eager"]["start_seconds"]
+        beyond = serve["start_seconds"] - floor
+        for name, most in (("cold", 0.10), ("mega", 0.30)):
+            record[f"start beyond eager, of {name}"] = ratio = round(
+                beyond / (record[name]["start_seconds"] - floor), 4
+            )
+            made[f"start beyond eager at most {most} of {name}"] = ratio <= most
     if {"tuned", "cold"} <= set(parts):
         for name in ("tuned", *(["serve"] if "serve" in record else [])):
-            theirs = record["cold"]["steady"]
-            record[f"{name} step over cold"] = {s: round(t / theirs[s], 4) for s, t in record[name]["steady"].items()}
+            plain = record["cold"]["steady"]
+            record[f"{name} step over cold"] = {s: round(t / plain[s], 4) for s, t in record[name]["steady"].items()}
         made["tuned steps at most 1.02 of ordinary compile"] = max(record["tuned step over cold"].values()) <= 1.02
     return made
 
@@ -380,12 +395,13 @@ def check(options: argparse.Namespace) -> Json:
             record[name] = tune(bundle, tuned)
         else:
             record[name] = run_part(name, options, folder, tuned if name == "tuned" else bundle)
+        if name == "serve" and "tokens" in record[name]:
+            tokens = record[name].pop("tokens")
+            (folder / "tokens.json").write_text(json.dumps(tokens["own drafts"]))
+            record[name]["same with an oracle"] = sum(map(list.__eq__, tokens["own drafts"], tokens["oracle"]))
         kept.write_text(json.dumps(record))
         print(f"{name}: {'failed' if 'error' in record[name] else 'done'}", file=sys.stderr, flush=True)
-    record["claims"] = claims(record, options)
-    for name, key in (("serve", "tokens"), ("eager", "tokens"), ("eager", "transformers"), ("eager", "generate")):
-        if name in record:
-            record[name].pop(key, None)  # compared above; too long for a record
+    record["claims"] = claims(record)
     return record
 
 
@@ -404,7 +420,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", default="h200")
     parser.add_argument("--cores", default="0,1", help="that the build may use")
     parser.add_argument("--bundle", help=argparse.SUPPRESS)
-    parser.add_argument("--mega", help=argparse.SUPPRESS)
+    for between in ("--mega", "--hidden", "--tokens"):
+        parser.add_argument(between, help=argparse.SUPPRESS)
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--out")
     options = parser.parse_args(arguments)

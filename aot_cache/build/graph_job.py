@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from aot_cache.build.calls import Kind
+from aot_cache.build.recorded import resized
 from aot_cache.call_leaves import structure_of
 from aot_cache.store import Store
 from aot_cache.upstream import (
@@ -47,6 +48,9 @@ class Job:
         self._libraries: dict[str, dict[str, bytes]] = {}
         self._candidates: dict[str, Json] = {}
         self._users: dict[str, dict[int, set[int]]] = {}
+        self._template: dict[str, Any] = {}
+        self._checks: list[tuple[Any, list[str]]] = []
+        self._only_mine = True
 
     def handle(self, frame: Frame, compile_frame: Any) -> Any:
         """Dynamo is about to compile `frame`."""
@@ -57,7 +61,7 @@ class Job:
                 self.strange.add(self.at)
             return dynamo_frames.run_without_compiling()
         if mine:
-            self.met = True
+            self.met, self._template = True, dict(frame.f_locals)
             dynamo_inputs.mark(frame, self.kind.dynamic())
         package = Package(frame.code, frame.module)
         try:
@@ -66,7 +70,27 @@ class Job:
             self.failed = self.failed or dynamo_frames.why_given_up(error, f"{frame.module}:{frame.code.co_name}")
             raise
         self._keep(package.frame, frame, answer)
+        self._only_mine &= mine and not package.frame.resumes
+        self._checks.append((dynamo_frames.guards_of(answer), list(package.frame.graphs)))
         return answer
+
+    def hits(self, calls: Sequence[Mapping[str, Sequence[int]]]) -> bool:
+        """Whether calls of these sizes, at the point where the job is, all hit what was made; then it is noted.
+
+        In the modes of the point's case, and with tensors as the template's were made.
+        """
+        if not self._only_mine or not self._checks:
+            return False
+        used: list[str] = []
+        for sizes in calls:
+            given = resized(self._template, sizes)
+            graphs = next((graphs for check, graphs in self._checks if given and check.check(given)), None)
+            if graphs is None:
+                return False
+            used += graphs
+        for name in used:
+            self._users.setdefault(name, {}).setdefault(self.at[0], set()).add(self.at[1])
+        return True
 
     def _keep(self, made: CompiledFrame, frame: Frame, answer: Any) -> None:
         name = f"{frame.module}:{frame.code.co_name}"

@@ -18,6 +18,7 @@ from aot_cache import key, shapes
 from aot_cache.build import pool, stamp
 from aot_cache.build.calls import Kind, Survey, follows
 from aot_cache.build.graph_job import Job
+from aot_cache.build.recorded import Recorded
 from aot_cache.errors import AotCacheError, DeclarationError, TraceError, one_line
 from aot_cache.key import GRAPHS
 from aot_cache.plan import CallPlan, CasePlan, Plan
@@ -90,13 +91,19 @@ class Runs:
 
     Args:
         cases: names of the cases that call compiled functions; None for all.
+        recorded: the calls at every point, where somebody has noted them.
     """
 
-    def __init__(self, recipe: Recipe, target: Target, cases: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, target: Target, cases: Sequence[str] | None = None, recorded: Recorded | None = None
+    ) -> None:
         self.cases = [case for case in recipe.cases if cases is None or case.name in cases]
+        self._recorded = recorded or Recorded({})
         enumerations = [case.points() for case in self.cases]
         self.points = [found.points for found in enumerations]
         self.kinds: dict[str, Kind] = {}
+        self._trusted: set[tuple[str, int]] = set()
+        """(kind, case) of which every call is recorded."""
         self.refused: list[tuple[str, Point, str]] = []
         """(case, point, why) of the missed points that the recipe's code cannot run at."""
         self._missed = {
@@ -109,7 +116,7 @@ class Runs:
             _Group(
                 number,
                 points,
-                {at for at in points if (number, at) in self._missed} | _telling(case, self.points[number], points),
+                {at for at in points if (number, at) in self._missed} | self._telling(number, points),
             )
             for number, case in enumerate(self.cases)
             for points in _by_values(case, self.points[number])
@@ -133,15 +140,33 @@ class Runs:
             if at not in group.seen:
                 self._look(group, at)
             progress("calls", done, len(todo))
+        for group in self._groups:
+            kinds = list(group.survey.kinds(group.case).values())
+            strange = self._recorded.strangers(kinds, self.cases[group.case].name)
+            for at in sorted(strange & set(group.points) - group.seen):
+                self._look(group, at)
         self.kinds = {}
         for group in self._groups:
             for kind in group.survey.kinds(group.case).values():
                 same = self.kinds.setdefault(kind.id, kind)
-                # Points that nobody has looked at are run by each kind that changes with them.
-                unseen = [at for at in group.points if at not in group.seen] if kind.dynamic() else []
+                unseen = self._unseen(group, kind) if kind.dynamic() else []
                 points = {*same.points.get(group.case, ()), *kind.points[group.case], *unseen}
                 same.points[group.case] = sorted(points)
                 same.places.setdefault(group.case, set()).update(kind.places[group.case])
+
+    def _telling(self, number: int, group: list[int]) -> set[int]:
+        case = self.cases[number]
+        few = self._recorded.knows(case.name, group[-1]) and len(case.dims) <= 2
+        return _telling(case, self.points[number], group, _TELLING_OF_RECORDED if few else _TELLING)
+
+    def _unseen(self, group: _Group, kind: Kind) -> list[int]:
+        """Points that nobody has looked at: those of the kind, if they are recorded, else all, to be run by it."""
+        name, mine = self.cases[group.case].name, kind.points[group.case]
+        unseen = [at for at in group.points if at not in group.seen]
+        if not self._recorded.trusts(kind, name, group.seen, mine):
+            return unseen
+        self._trusted.add((kind.id, group.case))
+        return [at for at in unseen if not self._recorded.knows(name, at) or self._recorded.at(kind, name, at)]
 
     def _refuse(self) -> None:
         """Leave out the missed points that the recipe's code cannot run at: a declared one has to run, these need not."""
@@ -301,6 +326,8 @@ class Runs:
                         job.mode = _mode(self.cases[number])
                         for point in self._hint_first(number, points):
                             job.at = (number, point)
+                            if self._hits(job, number, point):
+                                continue
                             with dynamo_frames.hooked(job.handle):
                                 self.run(self.cases[number], self.points[number][point])
                             if job.failed:
@@ -312,6 +339,14 @@ class Runs:
             if os.environ.get("AOT_CACHE_DEBUG") == "1":
                 traceback.print_exc()
             return _Answer(failed=job.failed or one_line(error))
+
+    def _hits(self, job: Job, number: int, point: int) -> bool:
+        """Whether the guards of what was made say so of the calls that are recorded: then nothing has to run."""
+        case = self.cases[number]
+        if (job.kind.id, number) not in self._trusted or not self._recorded.knows(case.name, point):
+            return False
+        with self._host, case.modes(self._device):
+            return job.hits(self._recorded.at(job.kind, case.name, point))
 
     def _hint_first(self, number: int, mine: Sequence[int]) -> list[int]:
         """Points, first the one nearest to the declared hint: its sizes guide Inductor's choices."""
@@ -364,14 +399,14 @@ def _order(item: tuple[str, dict[str, Json]]) -> tuple[str, ...]:
     return (*(str(graph[name]) for name in names), digest)
 
 
-_TELLING = 40
+_TELLING, _TELLING_OF_RECORDED = 40, 16
 
 
-def _telling(case: Case, points: list[Point], group: list[int]) -> set[int]:
+def _telling(case: Case, points: list[Point], group: list[int], most: int) -> set[int]:
     """Points of a group at which sizes are looked at: its ends, ones, powers of two, and a spread of others."""
     first = points[group[0]]
     dims = {name: Values(first[name]) if isinstance(dim, Values) else dim for name, dim in case.dims.items()}
-    wanted = {tuple(point.items()) for point in shapes.enumerate_points(dims, _TELLING).points}
+    wanted = {tuple(point.items()) for point in shapes.enumerate_points(dims, most).points}
     return {at for at in group if tuple(points[at].items()) in wanted} | {group[0], group[-1]}
 
 

@@ -13,6 +13,7 @@ import triton
 
 from aot_cache import shapes
 from aot_cache.build import pool, virtual_device
+from aot_cache.build.recorded import Call
 from aot_cache.errors import AotCacheError, DeclarationError, TraceError
 from aot_cache.plan import CasePlan, Plan, Tuning, Unit
 from aot_cache.recipe import Case, Recipe
@@ -39,8 +40,8 @@ class _Block:
     via: list[list[tuple[int, int]]] = field(default_factory=list)
     closures: dict[str, Json] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
-    compiled: bool = False
-    """Whether a `torch.compile`d function was called."""
+    calls: list[list[Call]] = field(default_factory=list)
+    """The calls of compiled functions at each point."""
     error: AotCacheError | None = None
 
 
@@ -50,13 +51,18 @@ class Traced:
 
     Args:
         plan: the units.
-        compiled: the cases that call compiled functions: those are not traced here, but run as plain Python.
+        calls: case → the calls of compiled functions at each of its points.
         refused: (case, point, why) of the missed points that the recipe's code cannot run at.
     """
 
     plan: Plan
-    compiled: list[str]
+    calls: dict[str, list[list[Call]]]
     refused: list[tuple[str, Point, str]]
+
+    @property
+    def compiled(self) -> list[str]:
+        """The cases that call compiled functions: those are not traced here, but run as plain Python."""
+        return sorted(case for case, points in self.calls.items() if any(points))
 
 
 def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None = None) -> Traced:
@@ -71,7 +77,9 @@ def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None =
     total = sum(len(e.points) for e in enumerations)
     merged = _Merged(recipe, target, enumerations)
     done = 0
-    compiled: set[str] = set()
+    calls: dict[str, list[list[Call]]] = {
+        case.name: [[] for _ in found.points] for case, found in zip(recipe.cases, enumerations)
+    }
     refused: list[tuple[str, Point, str]] = []
 
     def run(job: tuple[int, int, int]) -> _Block:
@@ -94,15 +102,14 @@ def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None =
             refused.append((name, first, str(error)))
         else:
             merged.add(block)
-            if block.compiled:
-                compiled.add(name)
+            calls[name][start : start + len(block.calls)] = block.calls
         done += stop - start
         progress("trace", done, total)
     plan = merged.plan()
     if refused:
         visited = recipe.without([(case, point) for case, point, _ in refused])
         plan.cases = [CasePlan.of(case, case.points()) for case in visited.cases]
-    return Traced(plan, sorted(compiled), refused)
+    return Traced(plan, calls, refused)
 
 
 def _blocks(points: Enumeration) -> Iterator[tuple[int, int]]:
@@ -126,10 +133,11 @@ def _run_block(case: Case, number: int, points: list[Point], start: int, stop: i
         for offset, point in enumerate(points[start:stop]):
             log.mark = start + offset
             error = _run_point(case, point)
+            block.calls.append(list(virtual_device.compiled_calls))
+            virtual_device.compiled_calls.clear()
             if error is not None:
                 block.error, block.modules = error, _late_modules()
                 return block
-    block.compiled = bool(virtual_device.compiled_calls)
     block.units, block.tunings = log.units, log.tunings
     block.unit_marks, block.tuning_marks = log.seen_units, log.seen_tunings
     block.via = [sorted(v) for v in log.via]

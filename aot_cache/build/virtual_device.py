@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from aot_cache.target import Target
 
 
-compiled_calls: list[bool] = []
-"""Not empty once a `torch.compile`d function was called: it ran as plain Python, for `build.graphs` to trace."""
+compiled_calls: list[Any] = []
+"""Each call of a `torch.compile`d function, see `recorded.call_of`: it ran as plain Python, for `build.graphs` to trace."""
 
 
 def become(target: Target) -> None:
@@ -31,7 +31,12 @@ def become(target: Target) -> None:
         raise TargetError("a GPU target", "cpu: Triton compiles for GPUs only", "name a GPU target (aot-cache targets)")
     from aot_cache.upstream import dynamo_off, torch_cuda, torch_shortcuts, triton_driver
 
-    dynamo_off.run_as_python(lambda: compiled_calls.append(True) if not compiled_calls else None)
+    def note(function: Any, args: Any, kwargs: Any) -> None:
+        from aot_cache.build import recorded
+
+        compiled_calls.append(recorded.call_of(function, args, kwargs))
+
+    dynamo_off.run_as_python(note)
     torch_shortcuts.install()
     torch_cuda.pretend(target)
     triton_driver.pretend(target)

@@ -95,6 +95,8 @@ def _kernels(job: dict[str, Json], target: Any, send: Any, progress: Any) -> Non
         recipe, misses, _ = _recipe(job)
         traced = trace.trace(recipe, target.id, progress, job["workers"])
         plan, compiled, refused = traced.plan, traced.compiled, traced.refused
+        if not refused:  # else the points are numbered otherwise
+            Path(job["calls"]).write_text(json.dumps(traced.calls))
     else:
         plan = Plan.read(Path(job["plan"]))
     if job["also"]:
@@ -144,13 +146,16 @@ def _graphs(job: dict[str, Json], target: Any, send: Any, progress: Any) -> None
 
     from aot_cache import recipe as recipes
     from aot_cache.build import graphs, missed_calls, stamp
+    from aot_cache.build.recorded import Recorded
     from aot_cache.plan import Plan
     from aot_cache.store import Store
 
     recipe, misses, why = _recipe(job)
     recipes.set_device("cpu" if target.backend == "cpu" else "cuda")
     plan = Plan.read(Path(job["plan_out"])) if Path(job["plan_out"]).exists() else graphs.empty_plan(recipe, target.id)
-    runs = graphs.Runs(recipe, target, job["cases"])
+    calls = Path(job["calls"])
+    known = Recorded(json.loads(calls.read_text()) if calls.exists() else {})
+    runs = graphs.Runs(recipe, target, job["cases"], known)
     runs.survey(progress)
     if runs.refused:
         visited = recipe.without([(case, point) for case, point, _ in runs.refused])

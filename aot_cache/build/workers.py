@@ -45,6 +45,7 @@ def run(
         "recipe": request.model if request.plan is None else None,
         "plan": str(request.plan) if request.plan is not None else None,
         "plan_out": str(plan_out),
+        "calls": str(scratch / "calls.json"),
         "ranges": dict(request.ranges),
         "store": str(request.store.absolute()),
         "line_info": request.line_info,

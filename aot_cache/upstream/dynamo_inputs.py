@@ -131,13 +131,15 @@ def module_of(code: types.CodeType) -> str | None:
     site = os.path.realpath(sysconfig.get_paths()["purelib"])
     if path.startswith(roots[0]) or (path.startswith(roots[1]) and not path.startswith(site)):
         return None
-    return _files().get(path)
+    return _files(len(sys.modules)).get(path)
 
 
-def _files() -> dict[str, str]:
+@cache
+def _files(_imported: int) -> dict[str, str]:
+    """File → module, of what is imported; made anew when there is more of it."""
     found: dict[str, str] = {}
     for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
+        file = getattr(module, "__dict__", {}).get("__file__")  # not `getattr`: lazy modules import something to answer
         if isinstance(file, str):
             found.setdefault(os.path.realpath(file), name)
     return found

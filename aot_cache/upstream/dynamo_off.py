@@ -23,8 +23,12 @@ def count_as_compiled() -> None:
         set_count(before if before < 0 else before + 1)
 
 
-def run_as_python(note: Callable[[], None]) -> None:
-    """From now on nothing is compiled in this process, and `note()` is called where a compiled function is.
+Note = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+
+
+def run_as_python(note: Note) -> None:
+    """From now on nothing is compiled in this process, and `note(function, args, kwargs)` is called where a compiled
+    function is; the function is None where upstream keeps it elsewhere than it did.
 
     Imports nothing: a process that compiles nothing does not pay for Dynamo.
     """
@@ -34,7 +38,8 @@ def run_as_python(note: Callable[[], None]) -> None:
 
         def _callback_from_stance(callback: Any) -> None:
             if callback not in (None, False):
-                note()
+                caller = sys._getframe(1).f_locals
+                note(caller.get("fn"), caller.get("args", ()), caller.get("kwargs", {}))
                 count_as_compiled()
 
         module._callback_from_stance = _callback_from_stance

@@ -13,6 +13,9 @@ from aot_cache.models.qwen3_5.model import Batch, Model
 from aot_cache.models.qwen3_5.settings import Settings
 from aot_cache.runtime import captures, loader
 
+_HOTTEST = 1e30
+"""Here all tokens are alike; what float32 cannot hold times the noise would be infinite for many, and the first would win."""
+
 
 @dataclass
 class _Request:
@@ -38,6 +41,9 @@ class Engine:
         sizes: batch sizes that steps are padded to, each a captured graph on a GPU; by default 1, 2, 4 … `max_batch`.
         speculate: False decodes token by token although the settings have drafts, whose caches are kept: so that one bundle
             serves both ways.
+
+    Raises:
+        ValueError: the largest size is not `max_batch`.
     """
 
     def __init__(self, model: Model, sizes: Sequence[int] | None = None, speculate: bool = True) -> None:
@@ -46,13 +52,15 @@ class Engine:
         self.speculative, self.vocab = self.settings.drafts * speculate, int(self.settings.text["vocab_size"])
         width, most = 1 + self.speculative, self.max_batch
         self.sizes = sorted(sizes or {*(1 << n for n in range(most.bit_length()) if 1 << n < most), most})
+        if self.sizes[-1] != most:
+            raise ValueError(f"sizes up to {most}, as many as there are slots, not {self.sizes}")
         self._running: dict[int, _Request] = {}
         self._batches = {size: model.batch(size, width) for size in self.sizes}
         # What is drafted goes into tensors of its own; everything else of the step is the same.
         self._verified = {
             size: replace(batch, tokens=torch.zeros_like(batch.tokens)) for size, batch in self._batches.items()
         }
-        self._hidden = model.batch(most, width).hidden if self.speculative else None
+        self.hidden = model.batch(most, width).hidden if self.speculative else None
         self.graphs: dict[tuple[str, int], tuple[Any, Any]] = {}
 
     # --- start-up -------------------------------------------------------------------------------------------------------
@@ -107,6 +115,7 @@ class Engine:
         if not 0 < len(prompt) < self.max_model_len:
             raise ValueError(f"a prompt of 1 to {self.max_model_len - 1} tokens, not of {len(prompt)}")
         place = self.model.device
+        temperature = min(temperature, _HOTTEST)
         tokens = torch.tensor([list(prompt)], device=place)
         request = torch.tensor([slot], device=place)
         sampling = torch.tensor([temperature], device=place), torch.tensor([seed], device=place)
@@ -117,8 +126,8 @@ class Engine:
             rest = tokens[:, start + chunk :]
             following = rest[:, :1].clone() if rest.shape[1] else None
             first, hidden = self.model.prompt(part, torch.tensor([start], device=place), request, *sampling, following)
-        if self._hidden is not None:
-            self._hidden[slot, :1] = hidden[0]
+        if self.hidden is not None:
+            self.hidden[slot, :1] = hidden[0]
         token = int(first)
         self._running[slot] = _Request([token] + [0] * self.speculative, len(prompt), 0, temperature, seed)
         return token
@@ -127,15 +136,18 @@ class Engine:
     def step(self, slots: Sequence[int], drafts: Mapping[int, Sequence[int]] | None = None) -> list[list[int]]:
         """New tokens of each of these slots: 1 to 1 + `speculative`.
 
-        The graph that runs is the smallest for the highest slot; slots that are not asked for are padding.
+        The graph that runs is the smallest for the highest slot; free slots below it are padding, and their caches are
+        written, so that every request below it has to step, too.
 
         Args:
+            slots: each once.
             drafts: slot → drafts in place of the MTP layer's: from another proposer, or an oracle.
 
         Raises:
-            ValueError: a slot holds no request, or a request has no room left.
+            ValueError: a slot holds no request, or a request has no room left or would be padding; or there are other
+                drafts than `speculative` for a slot.
         """
-        self._check(slots)
+        self._check(slots, drafts or {})
         size = next(size for size in self.sizes if size > max(slots))
         batch, verified = self._batches[size], self._verified[size]
         self._write(batch, slots)
@@ -144,7 +156,7 @@ class Engine:
             for slot, tokens in (drafts or {}).items():
                 verified.tokens[slot, 1:] = torch.tensor(list(tokens), device=self.model.device)
             said, count, hidden = self._run("verify", size, verified)
-            self._hidden[:size].copy_(hidden)  # type: ignore[index]
+            self.hidden[:size].copy_(hidden)  # type: ignore[index]
         else:
             verified.tokens.copy_(batch.tokens)
             said, count, _ = self._run("decode", size, verified)
@@ -155,12 +167,24 @@ class Engine:
         """Free a slot."""
         self._running.pop(slot, None)
 
-    def _check(self, slots: Sequence[int]) -> None:
+    def _check(self, slots: Sequence[int], drafts: Mapping[int, Sequence[int]]) -> None:
+        if not slots or len({*slots}) < len(slots):
+            raise ValueError(f"one slot or more, each once, not {list(slots)}")
         for slot in slots:
             if slot not in self._running:
                 raise ValueError(f"slot {slot} holds no request")
-            if self._running[slot].length + 1 > self.max_model_len:
+            if self._running[slot].length + 1 >= self.max_model_len:
                 raise ValueError(f"the request in slot {slot} has all of its {self.max_model_len} tokens")
+        left = sorted(slot for slot in self._running if slot < max(slots) and slot not in slots)
+        if left:
+            raise ValueError(
+                f"the requests in slots {left} have to step, too: below slot {max(slots)} all slots are written"
+            )
+        for slot, tokens in drafts.items():
+            if slot not in slots or len(tokens) != self.speculative:
+                raise ValueError(
+                    f"{self.speculative} drafts for each of slots {list(slots)}, not {len(tokens)} for {slot}"
+                )
 
     def _write(self, batch: Batch, slots: Sequence[int]) -> None:
         """Put the requests of `slots` into a batch; all other rows are neutral."""
@@ -173,8 +197,8 @@ class Engine:
         batch.count.copy_(torch.tensor([one.count for one in told]))
         batch.temperature.copy_(torch.tensor([one.temperature for one in told]))
         batch.seed.copy_(torch.tensor([one.seed for one in told]))
-        if batch.hidden is not None and self._hidden is not None:
-            batch.hidden.copy_(self._hidden[:size])
+        if batch.hidden is not None and self.hidden is not None:
+            batch.hidden.copy_(self.hidden[:size])
 
     def _run(self, name: str, size: int, batch: Batch) -> Any:
         graph, out = self.graphs.get((name, size), (None, None))

@@ -1,9 +1,9 @@
 """The compiled functions: each is one graph for all layers of its kind, because what differs between layers is an argument.
 
-Shapes: `b` requests, which are the first `b` slots; `t` tokens of each (1 decodes, 1 + drafts verify); of a prompt `p` tokens
-at a time are taken in, of one request in any slot. Caches are whole buffers, written in place: keys and values [slots, key-value heads, places, width],
-the convolution's last inputs [slots, channels, 4], the delta rule's state [slots, value heads, width, width], float32.
-Everything that differs between requests is data (`starts`, `count`), so a captured graph stays right.
+Shapes: `b` requests, which are the first `b` slots; `t` tokens of each (1 decodes, 1 + drafts verify); of a prompt, parts of
+`p` tokens, of one request in any slot. Caches are whole buffers, written in place: keys and values [slots, key-value heads,
+places, width], the convolution's last inputs [slots, channels, 4], the delta rule's state [slots, value heads, width, width]
+in float32. Everything that differs between requests is data (`starts`, `count`), so a captured graph stays right.
 """
 
 from __future__ import annotations
@@ -236,7 +236,9 @@ def _sampled(logits: Tensor, positions: Tensor, temperature: Tensor, seed: Tenso
     for factor in (0xBF58476D1CE4E5B, 0x94D049BB133111E):
         mixed = mixed * factor
         mixed = mixed ^ ((mixed >> 29) & 0x7FFFFFFFF)
-    uniform = (((mixed >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24
+    # 23 bits and a half are exact in float32. One bit more rounds up to 1, which is infinite noise: that token would win
+    # whatever its logit is, and where the temperature is 0, too.
+    uniform = (((mixed >> 41) & 0x7FFFFF).float() + 0.5) * 2.0**-23
     noise = -(-uniform.log()).log()
     return (logits.float() + temperature[:, None, None] * noise).argmax(-1)
 
