@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ import pytest
 from aot_cache import target as targets
 from aot_cache.build import pipeline
 from aot_cache.build.pipeline import Request
-from aot_cache.runtime import compatible
+from aot_cache.errors import Incompatible
+from aot_cache.runtime import compatible, finding
 from aot_cache.runtime.ledger import HARMFUL, KINDS, Ledger
 from aot_cache.store import read_bundle, write_bundle
 
@@ -282,6 +284,34 @@ def test_a_folder_with_a_bundle_for_each_gpu(bundle: Path, tmp_path: Path) -> No
     altered(bundle, tmp_path / "a100.safetensors", change)
     served = serve("import aot_cache.auto; import triton" + ARMED, AOT_CACHE=str(tmp_path))
     assert served.error is None and served.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("up", "there", "found"),
+    [
+        (True, ["cpu", "h200"], "h200"),  # one for the CPU fits every host, and is not what a GPU is there for
+        (True, ["cpu"], "cpu"),
+        (False, ["cpu", "h200"], None),  # which of them is wanted cannot be told
+    ],
+)
+def test_a_folder_with_one_for_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, up: bool, there: list[str], found: str | None
+) -> None:
+    for name in there:
+        (tmp_path / f"{name}.safetensors").touch()
+
+    def read(path: Path) -> SimpleNamespace:
+        return SimpleNamespace(path=path, digest="", manifest={"target": targets.get(path.stem).properties()})
+
+    monkeypatch.setattr(finding, "read_bundle", read)
+    monkeypatch.setattr(finding, "check_form", lambda bundle: None)
+    monkeypatch.setattr(finding.compatible, "parts", lambda manifest, look_at_gpu: [])
+    monkeypatch.setattr(finding.torch_capture, "cuda_is_up", lambda: up)
+    if found is None:
+        with pytest.raises(Incompatible, match="name the file"):
+            finding.find(tmp_path, None)
+    else:
+        assert finding.find(tmp_path, None).path.stem == found
 
 
 # --- graphs that are not for this host --------------------------------------------------------------------------------

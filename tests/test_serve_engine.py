@@ -151,6 +151,12 @@ def test_options_that_are_not_given_are_the_recipe_s() -> None:
     assert recipe.load(serve.spec_of(parsed)).settings == recipe.load("qwen3.5?spec=mtp").settings
 
 
+def test_options_that_are_given_reach_the_engine_s_settings() -> None:
+    made = recipe.load(serve.spec_of(options_of("--spec", "mtp", "--num-speculative-tokens", "3"))).settings
+    wanted = (3, 2, 48, 8, "float32")
+    assert (made.drafts, made.max_batch, made.max_model_len, made.prefill_chunk, made.dtype) == wanted
+
+
 def loaded(monkeypatch: pytest.MonkeyPatch, *specs: str) -> None:
     bundles = [SimpleNamespace(path="B.safetensors", manifest={"spec": spec}) for spec in specs]
     monkeypatch.setattr(loader, "_sets", [SimpleNamespace(bundle=one) for one in bundles])

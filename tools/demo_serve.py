@@ -22,8 +22,8 @@ from aot_cache.runtime.ledger import HARMFUL
 Json = Any
 SERVE = Path(__file__).with_name("serve.py")
 WHOLE = {"prompt": [1, 2, 3], "max_tokens": 8, "temperature": 0}
-STREAM = {"prompt": list(range(100, 120)), "max_tokens": 12, "temperature": 1, "seed": 7, "stream": True}
-"""Longer than a chunk: taken in by parts of 8 and 4 tokens."""
+STREAM = {"prompt": list(range(100, 117)), "max_tokens": 6, "temperature": 1, "seed": 7, "stream": True}
+"""Longer than a chunk of 8: taken in by parts of 8, 8 and 1."""
 
 
 def start(bundle: str, options: list[str]) -> tuple[subprocess.Popen[str], str]:

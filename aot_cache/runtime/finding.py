@@ -9,6 +9,7 @@ from typing import Any
 from aot_cache.errors import BundleMissing, Incompatible
 from aot_cache.runtime import compatible, ranks
 from aot_cache.store import Bundle, read_bundle
+from aot_cache.upstream import torch_capture
 from aot_cache.upstream.versions import TORCH_SEEN, TRITON_SEEN, installed, minor
 
 UNTESTED = "AOT_CACHE_UNTESTED"
@@ -43,6 +44,8 @@ def find(path: Path, digest: str | None) -> Bundle:
     for bundle in bundles:
         check_form(bundle)
     fitting = [b for b in bundles if not compatible.differing(compatible.parts(b.manifest, look_at_gpu=False))]
+    if torch_capture.cuda_is_up():  # one for the target cpu fits everywhere
+        fitting = [b for b in fitting if b.manifest["target"]["backend"] != "cpu"] or fitting
     if not fitting:
         raise BundleMissing(
             f"a bundle for this host in {path}", f"{len(files)} bundles, none fits", "see aot-cache explain FILE"

@@ -1,0 +1,17 @@
+"""The extras that people are told to install: there, and found by every pip."""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_extras_that_are_named_are_there() -> None:
+    found = metadata.metadata("aot-cache").get_all("Provides-Extra") or []
+    assert all(name.isalnum() for name in found)  # pip before 23.3 passes over one with an underscore or a dash
+    text = (ROOT / "README.md").read_text() + (ROOT / "tools" / "_setup.sh").read_text()
+    named = {name for names in re.findall(r"(?:aot-cache|\$root)\[([\w,.-]+)\]", text) for name in names.split(",")}
+    assert named and named <= set(found)
