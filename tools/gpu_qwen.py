@@ -31,7 +31,7 @@ from gpu_graphs import HARMFUL, Independent, _path, build, relative
 
 Json = Any
 PARTS = ("build", "serve", "judge", "eager", "cold", "mega", "tune", "tuned")
-REQUESTS, LONGEST, MOST_NEW = 200, 512, 24
+REQUESTS, LONGEST, MOST_NEW = 200, 1300, 24
 JUDGED = 10
 """Of each so many requests, one's hidden states are kept and judged."""
 STEADY = (1, 16, 256)
@@ -44,7 +44,8 @@ REPLAYS = 30
 def requests() -> list[tuple[list[int], int]]:
     """(prompt, tokens wanted) of each request, the same in every part."""
     chosen = random.Random(0)
-    lengths = [1, 2, 63, 64, 65, LONGEST] + [chosen.randint(1, LONGEST) for _ in range(REQUESTS - 6)]
+    lengths = [1, 2, 63, 64, 65, 512, 513, LONGEST]  # ends of a chunk, and beyond
+    lengths += [chosen.randint(1, 512) for _ in range(REQUESTS - len(lengths))]
     return [([chosen.randrange(1000, 200_000) for _ in range(n)], chosen.randint(4, MOST_NEW)) for n in lengths]
 
 
@@ -163,10 +164,12 @@ def part_serve(options: argparse.Namespace) -> Json:
         independent.counts.clear()
         aot_cache.ready(strict=True)
         loading.update(independent.counts)
+        before_seal.update(aot_cache.stats()["total"])
         independent.counts.clear()
         aot_cache.seal()
 
     loading: Json = {}
+    before_seal: Json = {}
     engine, answer = started(options, ready)
     own, held, hidden = serve_all(engine)
     oracle, held_oracle, _ = serve_all(engine, own)
@@ -176,6 +179,7 @@ def part_serve(options: argparse.Namespace) -> Json:
         **answer,
         "import_seconds": round(imported, 2),
         "while_loading": loading,
+        "ledger_while_loading": {k: n for k, n in before_seal.items() if n and k in HARMFUL},
         "tokens": {"own drafts": own, "oracle": oracle},
         "held": {"own drafts": held, "oracle": held_oracle},
         "independent_after_ready": dict(independent.counts),
@@ -343,6 +347,9 @@ def claims(record: Json) -> Json:
         made["every size of target and draft is captured"] = serve["captured"] > 0 and not serve["lost"]
         made["ledger: zero events from ready on"] = not HARMFUL & set(serve["ledger_after_ready"])
         made["independent hooks: zero events from ready on"] = not serve["independent_after_ready"]
+        made["ledger: nothing is compiled or tuned while loading"] = not set(serve["ledger_while_loading"]) - {
+            "module_load"
+        }
         made["every number of drafts held"] = set(serve["held"]["oracle"]) == {"0", "1", "2"}
         made["an oracle's drafts change no token"] = serve["same with an oracle"] == REQUESTS
     if "judge" in record:
