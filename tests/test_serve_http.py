@@ -363,7 +363,8 @@ def samples(serving: Serving) -> dict[str, int]:
 def test_the_metrics_count() -> None:
     engine = FakeEngine(vocab=VOCAB, max_model_len=MOST, speculative=3)
     serving = Serving(engine)
-    assert set(samples(serving).values()) == {0}
+    # The ledger is the process's, and counts what other tests did in it.
+    assert {count for name, count in samples(serving).items() if not name.startswith("aot_cache_")} == {0}
     serving.ask({"prompt": [[1, 2], [3]], "max_tokens": 10, "stop_token_ids": []})
     assert serving.ask({"prompt": [[1]] * 9}).status_code == 429
     ended(serving.scheduler)  # an answer is sent before it is counted

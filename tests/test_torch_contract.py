@@ -590,7 +590,7 @@ def test_the_moment_a_compiled_function_is_called() -> None:
     code = """
 from aot_cache.upstream import dynamo_off
 noted = []
-dynamo_off.run_as_python(lambda: noted.append(1))
+dynamo_off.run_as_python(lambda *call: noted.append(call))
 import sys
 assert "torch" not in sys.modules, "it imports torch"
 import torch
@@ -605,6 +605,8 @@ class M(torch.nn.Module):
 m = torch.compile(M(), backend=backend)
 assert not noted
 assert f(torch.ones(2)).tolist() == [2, 2] and len(noted) == 1, noted
+function, args, kwargs = noted[0]
+assert function.__name__ == 'f' and len(args) == 1 and kwargs == {}, noted
 assert m(torch.ones(2)).tolist() == [3, 3] and len(noted) >= 2, noted
 before = len(noted)
 torch.compiler.disable(f)(torch.ones(2)), (lambda x: x * 2)(torch.ones(2))
@@ -618,7 +620,7 @@ print("fine")
 def test_a_compiled_function_that_wants_its_whole_graph_runs_as_python() -> None:
     code = """
 from aot_cache.upstream import dynamo_off
-dynamo_off.run_as_python(lambda: None)
+dynamo_off.run_as_python(lambda *_: None)
 import torch
 print(torch.compile(lambda x: x * 2, fullgraph=True)(torch.ones(2)).tolist())
 """

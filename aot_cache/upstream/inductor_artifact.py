@@ -40,9 +40,10 @@ MEASURED = (
     "max_autotune_pointwise",
     "max_autotune_gemm",
     "coordinate_descent_tuning",
+    "shape_padding",
 )
 """Choices that Inductor would make by measuring, on a GPU, while it compiles. A build makes none of them: matrix products
-are the library's own, and a kernel has the configs that Inductor tries by default (`inductor_tuning`)."""
+are the library's own and not padded, and a kernel has the configs that Inductor tries by default (`inductor_tuning`)."""
 
 _NOT_MEASURED: dict[str, Any] = {
     **dict.fromkeys(MEASURED, False),

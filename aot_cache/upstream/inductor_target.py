@@ -38,7 +38,6 @@ def become(target: Target) -> None:
         _compile_kernels_only(target)
         _constants_on_the_cpu()
         _patterns_on_the_cpu()
-        _no_measured_padding()
         inductor_attention.choose_for(target)
 
 
@@ -148,11 +147,3 @@ def _patterns_on_the_cpu() -> None:
         found: Any = module
         original = found.lazy_init
         found.lazy_init = lambda *_args, _original=original, **_kw: _original(input_device=torch.device("cpu"))
-
-
-def _no_measured_padding() -> None:
-    """Inductor may pad a matrix product whose sizes are not aligned, if it is faster so; that is measured, and not here."""
-    from torch._inductor.fx_passes import pad_mm
-
-    found: Any = pad_mm
-    found.get_cached_should_pad = lambda _key: False
