@@ -29,7 +29,7 @@ def become(target: Target) -> None:
     """
     if target.backend == "cpu":
         raise TargetError("a GPU target", "cpu: Triton compiles for GPUs only", "name a GPU target (aot-cache targets)")
-    from aot_cache.upstream import dynamo_off, torch_cuda, torch_shortcuts, triton_driver
+    from aot_cache.upstream import dynamo_off, torch_cuda, torch_guard, torch_shortcuts, triton_driver
 
     def note(function: Any, args: Any, kwargs: Any) -> None:
         from aot_cache.build import recorded
@@ -37,6 +37,8 @@ def become(target: Target) -> None:
         compiled_calls.append(recorded.call_of(function, args, kwargs))
 
     dynamo_off.run_as_python(note)
+    with contextlib.suppress(TargetError):  # without a compiler what needs a guard (`~x`) fails by name, all else runs
+        torch_guard.ensure()
     torch_shortcuts.install()
     torch_cuda.pretend(target)
     triton_driver.pretend(target)

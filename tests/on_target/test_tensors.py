@@ -23,6 +23,7 @@ from aot_cache.upstream.torch_tensor import VirtualTensor
 Op = Callable[[torch.Tensor], Any]
 
 OPS: dict[str, Op] = {
+    "~": lambda x: ~(x > 0),
     "float()": lambda x: x.float(),
     "half()": lambda x: x.half(),
     "bfloat16()": lambda x: x.bfloat16(),
