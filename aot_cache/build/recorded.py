@@ -28,8 +28,9 @@ def call_of(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ca
     code = inner.__code__
     given = {**dict(zip(code.co_varnames[: code.co_argcount], args)), **kwargs}
     sizes = {f"L[{name!r}]": _sizes(value) for name, value in given.items()}
-    name = f"{inner.__module__}:{getattr(inner, '__qualname__', '')}"
-    return name, {path: found for path, found in sizes.items() if found is not None}
+    return f"{inner.__module__}:{inner.__qualname__}", {
+        path: found for path, found in sizes.items() if found is not None
+    }
 
 
 def _sizes(value: Any) -> list[int] | None:
@@ -50,18 +51,16 @@ class Recorded:
 
     def at(self, kind: Kind, case: str, point: int) -> list[dict[str, list[int]]]:
         """The sizes of each call of this kind at a point."""
-        name = f"{kind.module}:{kind.function}"
-        return [sizes for found, sizes in self._points(case)[point] if found == name and _fits(kind, sizes)]
+        return [sizes for name, sizes in self._points(case)[point] if _is(kind, name, sizes)]
 
     def trusts(self, kind: Kind, case: str, seen: Collection[int], mine: Collection[int]) -> bool:
         """Whether what is noted says the same of the points that were `seen`: which of them are the kind's own."""
-        known = len(self._points(case))
-        found = {at for at in seen if at < known and self.at(kind, case, at)}
-        return known > 0 and found == set(mine) & set(seen) and _named(kind)
+        found = {at for at in seen if self.knows(case, at) and self.at(kind, case, at)}
+        return self.knows(case, 0) and found == set(mine) & set(seen) and _named(kind)
 
     def strangers(self, kinds: Sequence[Kind], case: str) -> set[int]:
         """Points at which one of the kinds' functions is called as none of them."""
-        names = {f"{kind.module}:{kind.function}" for kind in kinds}
+        names = {_name(kind) for kind in kinds}
         return {
             at
             for at, calls in enumerate(self._points(case))
@@ -77,11 +76,13 @@ class Recorded:
 
 
 def _is(kind: Kind, name: str, sizes: Mapping[str, Sequence[int]]) -> bool:
-    return name == f"{kind.module}:{kind.function}" and _fits(kind, sizes)
+    return name == _name(kind) and kind.takes(
+        kind.structure, {path: found for path, found in sizes.items() if path in kind.paths}
+    )
 
 
-def _fits(kind: Kind, sizes: Mapping[str, Sequence[int]]) -> bool:
-    return kind.takes(kind.structure, {path: found for path, found in sizes.items() if path in kind.paths})
+def _name(kind: Kind) -> str:
+    return f"{kind.module}:{kind.function}"
 
 
 def _named(kind: Kind) -> bool:
