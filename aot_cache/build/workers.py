@@ -72,6 +72,7 @@ def run(
                 "rank": rank,
                 "show_plan": True,
                 "plan_out": str(scratch / f"plan{rank}.json"),
+                "calls": f"{job['calls']}.{rank}",
             }
             _listen(also, _as_rank(environment, rank, request.ranks), "traced", answer, progress)
             job["also"].append(also["plan_out"])
@@ -115,7 +116,9 @@ def _graphs_of_ranks(
 
     def run(rank: int) -> None:
         nonlocal compiled
-        own = {**job, "rank": rank, "plan_out": job["plan_out"] if rank == 0 else f"{job['plan_out']}.{rank}"}
+        # What other ranks than the first two call is noted nowhere, and is run.
+        files = {name: job[name] if rank == 0 else f"{job[name]}.{rank}" for name in ("plan_out", "calls")}
+        own = {**job, "rank": rank, **files}
         # Folders of its own: what another rank has left in them would be taken, and is not the same.
         with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
             folders = {} if rank == 0 else _folders(Path(folder))
