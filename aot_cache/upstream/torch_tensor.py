@@ -22,6 +22,8 @@ from aot_cache.errors import DataDependent, TraceError, one_line
 DEVICE = torch.device("cuda", 0)
 KNOWN_LIMIT = 1 << 16
 """Index tensors up to this many elements keep their values."""
+KNOWN_FLOATS = 1 << 10
+"""Floats up to this many: host code reads a scale or a threshold, not the table of a rotary embedding."""
 
 _ALLOCATION = 1 << 21  # torch's CUDA allocator hands out blocks aligned to 512 bytes; any such address will do
 _BUILTIN_NAMESPACES = frozenset({"aten", "prim", "prims", "_c10d_functional", "profiler"})
@@ -299,12 +301,16 @@ def _wrap(out: Any, known: Any, inputs: list[VirtualTensor], device: torch.devic
                     if tuple(tensor.shape) != tuple(out.shape):
                         raise TraceError("an operator that keeps its input's shape", f"one that resized {tensor!r}")
                     return tensor
-        values = known if isinstance(known, torch.Tensor) and known.numel() <= KNOWN_LIMIT else None
+        values = known if isinstance(known, torch.Tensor) and known.numel() <= _most(known) else None
         return VirtualTensor(out, values, device, _shared_with(values, inputs))
     if isinstance(out, (list, tuple)):
         parts = known if isinstance(known, (list, tuple)) and len(known) == len(out) else [None] * len(out)
         return type(out)(_wrap(o, k, inputs, device, mutable) for o, k in zip(out, parts))
     return out
+
+
+def _most(known: torch.Tensor) -> int:
+    return KNOWN_FLOATS if known.is_floating_point() else KNOWN_LIMIT
 
 
 def _shared_with(values: torch.Tensor | None, inputs: list[VirtualTensor]) -> _Values | None:
