@@ -7,6 +7,7 @@ ProcessPoolExecutor gives up everything; here one item is lost, with its reason,
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -89,6 +90,7 @@ def run(
 
 def _child(function: Callable[[T], Any], items: Sequence[T], pipe: Connection, others: list[Connection]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, once
+    gc.freeze()  # what was imported is for good: to look through it again would copy its pages, and is a twentieth of a graph
     for other in others:
         other.close()  # an inherited end would keep a dead sibling's pipe open
     while (index := pipe.recv()) is not None:
