@@ -50,7 +50,8 @@ def run(
     try:
         return _run(request, scratch, misses, progress, show_plan)
     except _OtherRanks as found:
-        return _run(replace(request, ranks=found.ranks), scratch, misses, progress, show_plan)
+        ranks = found.ranks
+    return _run(replace(request, ranks=ranks), scratch, misses, progress, show_plan)
 
 
 def _run(
