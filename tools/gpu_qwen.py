@@ -15,6 +15,7 @@ every claim holds.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import random
@@ -327,15 +328,20 @@ def theirs(engine: Any, dtype: Any) -> Any:
     import copy
 
     import torch
-    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
     from aot_cache.models.qwen3_5.net import config_of
 
     net = engine.model.net
+    if engine.model.device == "cpu":  # else it takes fla-core's, which need a GPU, wherever that is installed
+        for name in ("chunk_gated_delta_rule", "recurrent_gated_delta_rule"):
+            setattr(modeling, f"torch_{name}", inspect.unwrap(getattr(modeling, f"torch_{name}")))
+        for name in ("causal_conv1d_fn", "causal_conv1d_update"):
+            setattr(modeling, name, inspect.unwrap(getattr(modeling, name)))
     config = config_of(engine.settings, len(net.layers))
     config._attn_implementation = "sdpa"  # noqa: SLF001  # what `from_pretrained(attn_implementation=…)` sets
     with torch.device("meta"):
-        model: Any = Qwen3_5ForCausalLM(config).eval()
+        model: Any = modeling.Qwen3_5ForCausalLM(config).eval()
     model.model.layers = torch.nn.ModuleList(copy.deepcopy(layer).to(dtype) for layer in net.layers)
     model.model.norm, model.lm_head = (copy.deepcopy(part).to(dtype) for part in (net.norm, net.head))
     model.model.embed_tokens, model.model.rotary_emb = copy.deepcopy(net.embed).to(dtype), net.rotary
