@@ -5,7 +5,7 @@
 `build` makes one bundle for all ranks, with the GPUs hidden. `weights` writes random ones of the whole model. `serve` is a
 process for each rank, with a GPU of its own: it takes its part of the weights, captures every size with the all-reduces in the
 graphs, and runs the same requests as on one GPU. `judge` asks transformers' whole model on one GPU about the tokens.
-To try the check itself: `--device cpu --target cpu --size tiny --max-batch 4 --max-model-len 64 --requests 4`.
+To try the check itself: `--device cpu --target cpu --size tiny --max-batch 4 --max-model-len 64 --requests 40`.
 """
 
 from __future__ import annotations
