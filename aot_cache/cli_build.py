@@ -59,7 +59,12 @@ LineInfo = Annotated[bool, typer.Option("--line-info", help="Keep line numbers, 
 Pythons = Annotated[
     Texts, typer.Option(metavar="EXE", help="A further interpreter to build launchers for. Repeatable.")
 ]
-Ranks = Annotated[int, typer.Option(min=1, help="Of a job: what holds a rank's number is built for each of so many.")]
+Ranks = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Of a job: what holds a rank's number is built for each. Default: as the recipe says."
+    ),
+]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default all cores.")]
 ShowPlan = Annotated[bool, typer.Option("--show-plan", help="Print what would be built, and why; compile nothing.")]
 
@@ -81,7 +86,7 @@ def build(
     out: Out = None,
     line_info: LineInfo = False,
     python: Pythons = None,
-    ranks: Ranks = 1,
+    ranks: Ranks = None,
     workers: Workers = None,
     show_plan: ShowPlan = False,
     as_json: AsJson = False,

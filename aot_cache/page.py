@@ -80,6 +80,7 @@ def _head(facts: Facts) -> Iterator[str]:
     found = facts.get("graph_key", {})
     versions = {"torch": found.get("torch"), "Triton": facts["triton"], "Python": found.get("python")}
     words = [facts["origin"], *(f"{name} {version}" for name, version in versions.items() if version)]
+    words += [f"{facts['ranks']} ranks"] if facts["ranks"] > 1 else []
     yield f"<p>for <b>{_e(device)}</b> <span class='soft'>· {_e(' · '.join(words))}</span></p>"
     if "digest" in facts:
         yield f'<p class="mono soft" id="digest">sha256 {_e(facts["digest"])}</p><p>'

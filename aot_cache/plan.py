@@ -163,6 +163,8 @@ class Plan:
     """Kernel → source closure (see `upstream.triton_jit.closure`)."""
     calls: list[CallPlan] = field(default_factory=list)
     """Calls of compiled functions."""
+    ranks: int = 1
+    """Of the job that it is for."""
 
     def to_json(self) -> dict[str, Json]:
         return {"aot-cache plan": SCHEMA, **asdict(self)}
@@ -187,6 +189,7 @@ class Plan:
                 tunings=[Tuning(**t) for t in data["tunings"]],
                 closures=dict(data["closures"]),
                 calls=[CallPlan(**c) for c in data.get("calls", [])],
+                ranks=data.get("ranks", 1),
             )
         except (KeyError, TypeError) as error:
             raise DeclarationError("a complete plan", f"{type(error).__name__}: {error}", "write it anew") from error
@@ -291,7 +294,7 @@ def extended(plan: Plan, parts: Iterable[Plan]) -> Plan:
         DeclarationError: they are for different targets.
     """
     out = merge([plan, *parts])
-    out.cases, out.calls = plan.cases, plan.calls
+    out.cases, out.calls, out.ranks = plan.cases, plan.calls, plan.ranks
     return out
 
 

@@ -181,6 +181,7 @@ class Recipe:
         doc: one line for people.
         spec: its name and options as text, which `load` sets.
         settings: what its function made of the options, for the engine that serves with the same ones; None if it has none.
+        ranks: how many processes share what it runs, and so sum over each other; 1: each runs all of it, in a job of any size.
     """
 
     name: str
@@ -188,6 +189,7 @@ class Recipe:
     doc: str = ""
     spec: str = field(default="", compare=False)
     settings: Any = field(default=None, compare=False, repr=False)
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         names = [case.name for case in self.cases]
@@ -196,6 +198,8 @@ class Recipe:
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise DeclarationError(f"recipe {self.name!r} to name each case once", f"{', '.join(twice)} twice")
+        if self.ranks < 1:
+            raise DeclarationError(f"recipe {self.name!r} to be for 1 rank or more", str(self.ranks))
 
     def narrowed(self, ranges: Mapping[str, Dimension]) -> Recipe:
         """The recipe with `ranges` in place of its own for these dimensions, in every case that has them.

@@ -41,6 +41,8 @@ def builds(rows: Sequence[Facts]) -> None:
         line()
         if b["nothing_to_do"]:
             line(f"{b['target']}: nothing to do, nothing has changed since this was built")
+        if b["ranks"] > 1:
+            line(f"{b['target']}: for a job of {b['ranks']} ranks")
         for failure in b["failed"]:
             line(f"{b['target']}: failed: {failure['kernel']}: {failure['error']}")
         for name, why in b["per_rank"].items():

@@ -124,6 +124,8 @@ def _summary(facts: Facts) -> Iterator[tuple[str, object]]:
     yield "recipe", f"{facts['recipe']} ({facts['origin']})"
     yield "target", f"{facts['target']}, {facts['device']}" if "device" in facts else facts["target"]
     yield "triton", facts["triton"]
+    if facts["ranks"] > 1:
+        yield "ranks", f"for a job of {facts['ranks']}"
     if facts["kind"] == "bundle":
         yield "digest", facts["digest"]
         yield "size", f"{size(facts['bytes'])} ({facts['bytes']} bytes)"

@@ -138,6 +138,7 @@ def plan_of(manifest: Mapping[str, Json]) -> Plan:
         "tunings": tunings,
         "closures": closures,
         "calls": manifest["calls"],
+        "ranks": manifest["ranks"],
     }
     try:
         return Plan.from_json(document)
@@ -160,6 +161,7 @@ def _common(found: Plan) -> Facts:
         "recipe": found.recipe,
         "target": found.target,
         "origin": found.origin,
+        "ranks": int(found.ranks),
         "triton": found.triton,
         "cases": [
             {

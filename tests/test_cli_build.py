@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import triton
 import triton.language as tl
 from aot_cache import Call, Range, Recipe, declare
@@ -42,9 +43,15 @@ def recipe(*, spec: Literal["none", "mtp"] = "none", max_batch: int = 2, tp: int
     @declare(batch=Range(1, max_batch))
     def decode(batch):
         x = torch.empty(batch * (2 if spec == "mtp" else 1), device="cuda")
-        return Call(lambda: scale[(1,)](x, x.numel(), WIDTH=width))
 
-    return Recipe("opt", [decode])
+        def run():
+            scale[(1,)](x, x.numel(), WIDTH=width)
+            if tp > 1:
+                dist.all_reduce(x)
+
+        return Call(run)
+
+    return Recipe("opt", [decode], ranks=tp)
 """
 
 
@@ -81,7 +88,7 @@ class Folder:
 
     def build(self, name: str, *arguments: object) -> None:
         done = command(self.path, "build", "--json", "--workers", 1, *arguments)
-        assert (done.returncode, done.stderr) == (0, "")
+        assert done.returncode == 0, done.stderr  # on a busy machine it tells how far it is
         (self.built[name],) = json.loads(done.stdout)["bundles"]
 
     def manifest(self, name: str) -> Any:
@@ -140,6 +147,25 @@ def test_another_option_is_built_anew(folder: Folder) -> None:
     assert not other["nothing_to_do"] and other["compiled"] == other["units"] > 0
     assert folder.manifest("other")["spec"] == "opt?max_batch=3&spec=mtp&tp=2"
     assert folder.file("other") == "opt-max_batch=3-spec=mtp-tp=2-h200.safetensors"
+
+
+def test_the_ranks_that_a_recipe_says_are_those_of_the_job(folder: Folder) -> None:
+    """Its host code sums over them, which without a job of so many raises."""
+    path = Path(folder.built["other"]["path"])
+    ranks = [folder.built["other"]["ranks"], folder.manifest("other")["ranks"]]
+    assert [*ranks, Plan.read(path.with_suffix(".plan.json")).ranks] == [2, 2, 2]
+    assert (folder.built["first"]["ranks"], folder.manifest("first")["ranks"]) == (1, 1)
+    said = {name: command(folder.path, "inspect", folder.built[name]["path"]).stdout for name in ("first", "other")}
+    assert "for a job of 2" in said["other"] and "job" not in said["first"]
+
+
+def test_the_number_of_ranks_that_is_given_is_the_recipes(folder: Folder) -> None:
+    asked = ("build", "--model", "opt", "--tp", 2, "--show-plan", "--json")
+    other = command(folder.path, *asked, "--ranks", 3)
+    assert (other.returncode, other.stdout, other.stderr.count("\n")) == (3, "", 1)
+    assert "a job of 2 ranks, which is what recipe 'opt' is shared by; --ranks 3; leave --ranks away" in other.stderr
+    same = command(folder.path, *asked, "--ranks", 2)
+    assert [plan["ranks"] for plan in json.loads(same.stdout)["plans"]] == [2], same.stderr
 
 
 def test_a_config_file_counts_by_its_content(folder: Folder) -> None:

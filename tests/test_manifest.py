@@ -114,6 +114,7 @@ manifests = st.fixed_dictionaries(
         "recipe": text,
         "spec": text,
         "origin": st.sampled_from(["traced", "recorded"]),
+        "ranks": st.integers(1, 8),
         "target": st.just(TARGETS["h200"].properties()),
         "toolchain": mappings,
         "cases": st.lists(mappings, max_size=2),
@@ -190,7 +191,7 @@ GRAPH_FACTS: dict[str, Any] = {
 def of_graphs(*found: dict[str, Any], **more: Any) -> dict[str, Any]:
     """The whole manifest of a bundle of graphs."""
     return {
-        "kind": "units", "recipe": "tiny", "spec": "tiny:recipe", "origin": "traced",
+        "kind": "units", "recipe": "tiny", "spec": "tiny:recipe", "origin": "traced", "ranks": 1,
         "target": TARGETS["cpu"].properties(), "toolchain": {"triton": ""}, "cases": [], "kernels": [], "metadata": {},
         "units": [], "tunings": [], "pruned": [], "failed": [], "native": [], "graph_key": {"torch": "2.13.0"},
         "graphs": list(found), "calls": [{"function": "model:Layer.forward"}], "complete": True, **more,

@@ -106,6 +106,11 @@ def test_the_page_says_what_the_bundle_is(tmp_path: Path) -> None:
     assert seen.having("data-dimension") == [grid["dimension"] for grid in facts["grids"]] != []
 
 
+def test_the_page_says_how_many_ranks_it_is_for(tmp_path: Path) -> None:
+    one, two = (Seen(page.page(facts_of(tmp_path, a_manifest(a_plan(ranks=ranks))))) for ranks in (1, 2))
+    assert any(text.endswith(" · 2 ranks") for text in two.texts) and not any("ranks" in text for text in one.texts)
+
+
 def test_the_page_of_a_plan() -> None:
     facts = report.plan(a_plan(), Path("p.json"), points=True)
     seen = Seen(page.page(facts))

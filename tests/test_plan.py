@@ -91,6 +91,7 @@ def plans(draw: st.DrawFn, target: str | None = None) -> Plan:
         tunings=list(found.values()),
         closures=draw(st.dictionaries(kernels, json_values, max_size=2)),
         calls=draw(st.lists(calls, max_size=3)),
+        ranks=draw(st.integers(1, 8)),
     )
 
 

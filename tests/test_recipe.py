@@ -224,6 +224,11 @@ def test_cases_of_one_name_are_refused() -> None:
         Recipe("twice", [adding, adding])
 
 
+def test_a_recipe_for_no_rank_is_refused() -> None:
+    with pytest.raises(DeclarationError, match="'none' to be for 1 rank or more; 0"):
+        Recipe("none", [adding], ranks=0)
+
+
 def test_narrowing_replaces_dimensions_wherever_they_are() -> None:
     @declare(b=Range(1, 100))
     def other(b: int) -> Call:

@@ -60,6 +60,7 @@ def a_manifest(plan: Plan | None = None) -> dict[str, Any]:
         "recipe": plan.recipe,
         "spec": "tiny:recipe",
         "origin": plan.origin,
+        "ranks": plan.ranks,
         "target": TARGETS["h200"].properties(),
         "toolchain": {"schema": "1", "triton": plan.triton, "toolkit": "ptxas 12.8"},
         "cases": [case.__dict__ for case in plan.cases],

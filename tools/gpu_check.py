@@ -3,7 +3,7 @@
 
     python tools/gpu_check.py --bundle BUNDLE [--points 64] [--out RECORD.json] [--only capture,without,parity,tune]
     python tools/gpu_check.py --ranks 2 …            what `gpu_ranks.py` does
-    python tools/gpu_check.py --model qwen3.5 …      what `gpu_qwen.py` does
+    python tools/gpu_check.py --model qwen3.5 …      what `gpu_qwen.py` does; with --tp 2 on two GPUs
 
 Every part runs in a fresh process with empty caches. `without` is the same as `capture` without the bundle: it shows what
 happens today, and that the check can fail. Exit code 0 when every claim holds.

@@ -2,6 +2,7 @@
 """Check on a real GPU that Qwen3.5 with MTP only hits from load on, and measure its start; print one JSON record.
 
     python tools/gpu_check.py --model qwen3.5 --spec mtp [--out RECORD.json] [--only build,serve,…] [--layers N]
+    python tools/gpu_check.py --model qwen3.5 --spec mtp --tp 2 …      what `gpu_qwen_ranks.py` does, on two GPUs
 
 `build` makes the bundle with the GPU and its driver library hidden. Each other part is a fresh process. `serve` loads it,
 captures every size of target and draft and serves 200 requests, once with the model's own drafts and once with an oracle's;
@@ -14,6 +15,7 @@ every claim holds.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import random
@@ -41,12 +43,20 @@ REPLAYS = 30
 # --- what the parts share --------------------------------------------------------------------------------------------------
 
 
-def requests() -> list[tuple[list[int], int]]:
+def requests(options: argparse.Namespace) -> list[tuple[list[int], int]]:
     """(prompt, tokens wanted) of each request, the same in every part."""
+    from aot_cache.models.qwen3_5.settings import SIZES
+
     chosen = random.Random(0)
-    lengths = [1, 2, 63, 64, 65, 512, 513, LONGEST]  # ends of a chunk, and beyond
-    lengths += [chosen.randint(1, 512) for _ in range(REQUESTS - len(lengths))]
-    return [([chosen.randrange(1000, 200_000) for _ in range(n)], chosen.randint(4, MOST_NEW)) for n in lengths]
+    room = options.max_model_len - MOST_NEW - 4  # a last verification goes beyond what is wanted
+    lengths = [n for n in (1, 2, 63, 64, 65, 512, 513, LONGEST) if n <= room]  # ends of a chunk, and beyond
+    lengths += [chosen.randint(1, min(512, room)) for _ in range(options.requests - len(lengths))]
+    vocab = SIZES[options.size]["vocab_size"]
+    least, most = min(1000, vocab // 2), min(200_000, vocab)
+    return [
+        ([chosen.randrange(least, most) for _ in range(n)], chosen.randint(4, MOST_NEW))
+        for n in lengths[: options.requests]
+    ]
 
 
 def make_engine(options: argparse.Namespace) -> Any:
@@ -56,18 +66,52 @@ def make_engine(options: argparse.Namespace) -> Any:
     from aot_cache.models.qwen3_5.settings import settings
 
     torch.manual_seed(0)
-    found = settings(size=options.size, spec="mtp", max_batch=options.max_batch, max_model_len=options.max_model_len)
-    return make_engine(found, "cuda", layers=options.layers or None)
+    found = settings(
+        size=options.size,
+        spec="mtp",
+        max_batch=options.max_batch,
+        max_model_len=options.max_model_len,
+        tp=options.tp,
+    )
+    rank = int(os.environ["RANK"]) if options.tp > 1 else 0
+    return make_engine(found, options.device, options.weights, options.layers or None, rank)
 
 
-def serve_all(engine: Any, oracle: list[list[int]] | None = None) -> tuple[list[list[int]], dict[str, int], Json]:
+def join(options: argparse.Namespace) -> None:
+    """Be one rank of several, if there are several."""
+    if options.tp > 1:
+        import torch.distributed as dist
+
+        dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
+
+
+def leave(options: argparse.Namespace) -> None:
+    """End a rank, once all are done with each other; as it is, because captured graphs hold its communicator."""
+    if options.tp > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+        os._exit(0)
+
+
+def wait(options: argparse.Namespace) -> None:
+    """For the GPU, if there is one."""
+    import torch
+
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def serve_all(
+    engine: Any, asked: list[tuple[list[int], int]], oracle: list[list[int]] | None = None
+) -> tuple[list[list[int]], dict[str, int], Json]:
     """Tokens of every request, served together as slots come free; how often each number of drafts held; and of some
     requests the hidden state before each token.
 
     With an oracle the drafts are what it says comes next, from one right draft to all, and one wrong behind it.
     """
-    todo = list(enumerate(requests()))[::-1]
-    wanted = [count for _, count in requests()]
+    todo = list(enumerate(asked))[::-1]
+    wanted = [count for _, count in asked]
     out: list[list[int]] = [[] for _ in wanted]
     running: dict[int, int] = {}
     held: dict[str, int] = {}
@@ -128,14 +172,14 @@ def started(options: argparse.Namespace, before: Any = None) -> tuple[Any, Json]
     import torch
 
     engine = make_engine(options)
-    torch.cuda.synchronize()
+    wait(options)
     began = time.perf_counter()
     if before is not None:
         before()
     prepared = time.perf_counter()
     with torch.no_grad():
         reports = engine.capture()
-    torch.cuda.synchronize()
+    wait(options)
     done = time.perf_counter()
     lost = [one for report in reports.values() for one in report if one["action"] != "captured"]
     took = {"start_seconds": round(done - began, 3), "ready_seconds": round(prepared - began, 3)}
@@ -152,12 +196,16 @@ def part_serve(options: argparse.Namespace) -> Json:
 
     import aot_cache
 
-    aot_cache.load(options.bundle, strict=True)
+    join(options)
+    aot_cache.load(options.bundle, strict=True, together=options.tp > 1)
     import aot_cache.models.qwen3_5.engine
 
     independent = Independent()
-    torch.zeros(1, device="cuda")
-    independent.watch_driver()
+    first = torch.zeros(1, device=options.device)
+    if options.tp > 1:
+        torch.distributed.all_reduce(first)  # makes the communicator, which no capture allows
+    if options.device == "cuda":
+        independent.watch_driver()
     imported = time.perf_counter() - began
 
     def ready() -> None:
@@ -171,10 +219,12 @@ def part_serve(options: argparse.Namespace) -> Json:
     loading: Json = {}
     before_seal: Json = {}
     engine, answer = started(options, ready)
-    own, held, hidden = serve_all(engine)
-    oracle, held_oracle, _ = serve_all(engine, own)
+    asked = requests(options)
+    own, held, hidden = serve_all(engine, asked)
+    oracle, held_oracle, _ = serve_all(engine, asked, own)
     stats = aot_cache.stats()
-    save_file({str(n): torch.cat(rows)[: len(own[n])].contiguous() for n, rows in hidden.items()}, options.hidden)
+    if options.tp == 1 or torch.distributed.get_rank() == 0:
+        save_file({str(n): torch.cat(rows)[: len(own[n])].contiguous() for n, rows in hidden.items()}, options.hidden)
     return {
         **answer,
         "import_seconds": round(imported, 2),
@@ -186,9 +236,22 @@ def part_serve(options: argparse.Namespace) -> Json:
         "ledger_after_ready": {k: v for k, v in stats["after_seal"].items() if v},
         "events_after_ready": dict(Counter(f"{e['kind']} {e['name']}" for e in stats["events"] if e["sealed"])),
         "misses": stats["misses"][:20],
-        "steady": steady(engine),
+        "steady": steady(engine) if options.device == "cuda" else {},
         "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
     }
+
+
+def part_weights(options: argparse.Namespace) -> Json:
+    """Write the whole model's random weights, of which ranks take their parts."""
+    from safetensors.torch import save_file
+
+    from aot_cache.models.qwen3_5 import weights
+
+    folder, options.weights = Path(options.weights), ""
+    folder.mkdir(exist_ok=True)
+    named = weights.names(make_engine(options).model.net)
+    save_file(dict(named), folder / "model.safetensors")
+    return {"weights": len(named)}
 
 
 def part_tuned(options: argparse.Namespace) -> Json:
@@ -234,24 +297,27 @@ def part_judge(options: argparse.Namespace) -> Json:
     from safetensors.torch import load_file
 
     torch.compiler.set_stance("force_eager")
-    engine = make_engine(options)
+    engine, asked = make_engine(options), requests(options)
     served = json.loads(Path(options.tokens).read_text())
     kept = load_file(options.hidden)
     gaps: Json = {"ours": [], "bfloat16": []}
     hidden: Json = {"ours": [], "bfloat16": []}
     with torch.no_grad():
         half, full = theirs(engine, torch.bfloat16), theirs(engine, torch.float32)
-        for number, ((prompt, _), tokens) in enumerate(zip(requests(), served)):
-            ids = torch.tensor([prompt + tokens[:-1]], device="cuda")
+        for number, ((prompt, _), tokens) in enumerate(zip(asked, served)):
+            ids = torch.tensor([prompt + tokens[:-1]], device=options.device)
             mine = [model.model(ids).last_hidden_state[0, -len(tokens) :] for model in (half, full)]
             logits = [model.lm_head(x).float() for model, x in zip((half, full), mine)]
             best = logits[1].max(-1).values
-            for name, said in (("ours", torch.tensor(tokens, device="cuda")), ("bfloat16", logits[0].argmax(-1))):
+            for name, said in (
+                ("ours", torch.tensor(tokens, device=options.device)),
+                ("bfloat16", logits[0].argmax(-1)),
+            ):
                 gaps[name] += (best - logits[1].gather(1, said[:, None])[:, 0]).tolist()
             if str(number) in kept:
-                hidden["ours"].append(relative(kept[str(number)].cuda(), mine[1]))
+                hidden["ours"].append(relative(kept[str(number)].to(options.device), mine[1]))
                 hidden["bfloat16"].append(relative(mine[0], mine[1]))
-        generated = by_generate(half, served)
+        generated = by_generate(half, asked, served)
     told = {name: {"different": sum(g > 0 for g in found), "largest": max(found)} for name, found in gaps.items()}
     norms = {name: statistics.median(found) for name, found in hidden.items()}
     return {"tokens": len(gaps["ours"]), "gaps": told, "hidden": norms, "generate": generated}
@@ -262,15 +328,20 @@ def theirs(engine: Any, dtype: Any) -> Any:
     import copy
 
     import torch
-    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
     from aot_cache.models.qwen3_5.net import config_of
 
     net = engine.model.net
+    if engine.model.device == "cpu":  # else it takes fla-core's, which need a GPU, wherever that is installed
+        for name in ("chunk_gated_delta_rule", "recurrent_gated_delta_rule"):
+            setattr(modeling, f"torch_{name}", inspect.unwrap(getattr(modeling, f"torch_{name}")))
+        for name in ("causal_conv1d_fn", "causal_conv1d_update"):
+            setattr(modeling, name, inspect.unwrap(getattr(modeling, name)))
     config = config_of(engine.settings, len(net.layers))
     config._attn_implementation = "sdpa"  # noqa: SLF001  # what `from_pretrained(attn_implementation=…)` sets
     with torch.device("meta"):
-        model: Any = Qwen3_5ForCausalLM(config).eval()
+        model: Any = modeling.Qwen3_5ForCausalLM(config).eval()
     model.model.layers = torch.nn.ModuleList(copy.deepcopy(layer).to(dtype) for layer in net.layers)
     model.model.norm, model.lm_head = (copy.deepcopy(part).to(dtype) for part in (net.norm, net.head))
     model.model.embed_tokens, model.model.rotary_emb = copy.deepcopy(net.embed).to(dtype), net.rotary
@@ -280,13 +351,13 @@ def theirs(engine: Any, dtype: Any) -> Any:
     return model
 
 
-def by_generate(model: Any, served: list[list[int]]) -> Json:
+def by_generate(model: Any, asked: list[tuple[list[int], int]], served: list[list[int]]) -> Json:
     """Of a few requests: how many tokens agree with `generate` before the first that does not, of how many."""
     import torch
 
     out = []
-    for number in range(0, len(served), len(served) // 8):
-        prompt = torch.tensor([requests()[number][0]], device="cuda")
+    for number in range(0, len(served), max(1, len(served) // 8)):
+        prompt = torch.tensor([asked[number][0]], device=model.device)
         made = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=len(served[number]), do_sample=False
         )
@@ -303,25 +374,38 @@ def run_part(name: str, options: argparse.Namespace, folder: Path, bundle: str) 
     with tempfile.TemporaryDirectory() as empty:
         triton = folder / "triton" if name in ("cold", "mega", "eager", "judge") else Path(empty, "triton")
         answer = Path(empty, "answer.json")
-        environment = {
-            **os.environ,
-            "PYTHONPATH": _path(),
-            "TRITON_CACHE_DIR": str(triton),
-            "TORCHINDUCTOR_CACHE_DIR": f"{empty}/inductor",
-            "TRITON_CACHE_AUTOTUNING": "1",
-            "ANSWER": str(answer),
-        }
+        environment = {**os.environ, **variables(Path(empty), answer), "TRITON_CACHE_DIR": str(triton)}
         if name in ("serve", "tuned"):
             environment["CC"] = environment["CXX"] = "/bin/false"
-        command = [sys.executable, "-W", "ignore", __file__, "--part", name, "--bundle", bundle]
-        command += ["--mega", str(folder / "mega"), "--hidden", str(folder / "hidden.safetensors")]
-        command += ["--tokens", str(folder / "tokens.json"), "--size", options.size, "--layers", str(options.layers)]
-        command += ["--max-batch", str(options.max_batch), "--max-model-len", str(options.max_model_len)]
+        command = command_of(name, options, folder, bundle)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=560)
         if done.returncode or not answer.exists():
-            return {"error": [line for line in done.stderr.splitlines() if line.strip() and "^^^" not in line][-40:]}
+            return {"error": last_words(done.stderr)}
         found: Json = json.loads(answer.read_text())
         return found
+
+
+def variables(empty: Path, answer: Path) -> dict[str, str]:
+    """What the environment of a part has, with nothing cached in `empty`."""
+    return {
+        "PYTHONPATH": _path(),
+        "TRITON_CACHE_DIR": f"{empty}/triton",
+        "TORCHINDUCTOR_CACHE_DIR": f"{empty}/inductor",
+        "TRITON_CACHE_AUTOTUNING": "1",
+        "ANSWER": str(answer),
+    }
+
+
+def command_of(name: str, options: argparse.Namespace, folder: Path, bundle: str) -> list[str]:
+    command = [sys.executable, "-W", "ignore", __file__, "--part", name, "--bundle", bundle]
+    command += ["--mega", str(folder / "mega"), "--hidden", str(folder / "hidden.safetensors")]
+    command += ["--tokens", str(folder / "tokens.json"), "--size", options.size, "--layers", str(options.layers)]
+    command += ["--max-batch", str(options.max_batch), "--max-model-len", str(options.max_model_len)]
+    return [*command, "--requests", str(options.requests), "--device", options.device, "--weights", options.weights]
+
+
+def last_words(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.strip() and "^^^" not in line][-40:]
 
 
 def tune(bundle: str, out: str) -> Json:
@@ -336,7 +420,8 @@ def tune(bundle: str, out: str) -> Json:
     return {**facts, "seconds": round(time.perf_counter() - began, 1)}
 
 
-def claims(record: Json) -> Json:
+def claims(record: Json, more: float = 1.0) -> Json:
+    """What the record shows; `more`: by how much ours may be farther from float32 than with the same roundings."""
     made: Json = {}
     parts = [name for name in PARTS if name in record]
     made["every part ran"] = not [name for name in parts if "error" in record[name]]
@@ -351,15 +436,15 @@ def claims(record: Json) -> Json:
             "module_load"
         }
         made["every number of drafts held"] = set(serve["held"]["oracle"]) == {"0", "1", "2"}
-        made["an oracle's drafts change no token"] = serve["same with an oracle"] == REQUESTS
+        made["an oracle's drafts change no token"] = serve["same with an oracle"] == serve["requests"]
     if "judge" in record:
         gaps, hidden = record["judge"]["gaps"], record["judge"]["hidden"]
         made["hidden states as near to float32's as transformers' bfloat16"] = (
-            hidden["ours"] <= 1.1 * hidden["bfloat16"]
+            hidden["ours"] <= 1.1 * hidden["bfloat16"] * more
         )
         made["tokens as near to float32's as transformers' bfloat16"] = (
-            gaps["ours"]["largest"] <= 1.5 * gaps["bfloat16"]["largest"]
-            and gaps["ours"]["different"] <= 1.1 * gaps["bfloat16"]["different"]
+            gaps["ours"]["largest"] <= 1.5 * gaps["bfloat16"]["largest"] * more
+            and gaps["ours"]["different"] <= 1.1 * gaps["bfloat16"]["different"] * more
         )
     if {"serve", "eager", "cold", "mega"} <= set(parts):
         floor = record["eager"]["start_seconds"]
@@ -375,6 +460,20 @@ def claims(record: Json) -> Json:
             record[f"{name} step over cold"] = {s: round(t / plain[s], 4) for s, t in record[name]["steady"].items()}
         made["tuned steps at most 1.02 of ordinary compile"] = max(record["tuned step over cold"].values()) <= 1.02
     return made
+
+
+def compared(serve: Json) -> list[list[int]]:
+    """Take the tokens out of what `serve` says, and note in it how many requests have the same with an oracle's drafts."""
+    tokens = serve.pop("tokens")
+    own: list[list[int]] = tokens["own drafts"]
+    serve["requests"], serve["same with an oracle"] = len(own), sum(map(list.__eq__, own, tokens["oracle"]))
+    return own
+
+
+def spec_of(options: argparse.Namespace) -> str:
+    """The recipe that is built."""
+    spec = f"aot_cache.models.qwen3_5.recipe:recipe?size={options.size}&spec=mtp"
+    return f"{spec}&max_batch={options.max_batch}&max_model_len={options.max_model_len}"
 
 
 def check(options: argparse.Namespace) -> Json:
@@ -393,19 +492,16 @@ def check(options: argparse.Namespace) -> Json:
     if kept.exists():  # parts of an earlier call, on the same machine
         record |= {k: v for k, v in json.loads(kept.read_text()).items() if k in PARTS}
     bundle, tuned = str(folder / "bundle.safetensors"), str(folder / "tuned.safetensors")
-    for name in options.only.split(","):
+    for name in (options.only or ",".join(PARTS)).split(","):
         if name == "build":
-            options.recipe = f"aot_cache.models.qwen3_5.recipe:recipe?size={options.size}&spec=mtp"
-            options.recipe += f"&max_batch={options.max_batch}&max_model_len={options.max_model_len}"
+            options.recipe = spec_of(options)
             record[name] = build(options, folder / "store", "--out", bundle)
         elif name == "tune":
             record[name] = tune(bundle, tuned)
         else:
             record[name] = run_part(name, options, folder, tuned if name == "tuned" else bundle)
         if name == "serve" and "tokens" in record[name]:
-            tokens = record[name].pop("tokens")
-            (folder / "tokens.json").write_text(json.dumps(tokens["own drafts"]))
-            record[name]["same with an oracle"] = sum(map(list.__eq__, tokens["own drafts"], tokens["oracle"]))
+            (folder / "tokens.json").write_text(json.dumps(compared(record[name])))
         kept.write_text(json.dumps(record))
         print(f"{name}: {'failed' if 'error' in record[name] else 'done'}", file=sys.stderr, flush=True)
     record["claims"] = claims(record)
@@ -420,21 +516,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=0, help="so many decoder layers instead of all")
     parser.add_argument("--max-batch", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=4096)
-    parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--tp", type=int, default=1, help="split over so many GPUs: what `gpu_qwen_ranks.py` does")
+    parser.add_argument("--requests", type=int, default=REQUESTS)
+    parser.add_argument("--device", default="cuda", help="cpu, with --tp: to try the check itself with --size tiny")
+    parser.add_argument("--only")
     parser.add_argument(
         "--folder", default="artifacts/qwen", help="bundles, caches and parts of a record are kept there"
     )
     parser.add_argument("--target", default="h200")
     parser.add_argument("--cores", default="0,1", help="that the build may use")
     parser.add_argument("--bundle", help=argparse.SUPPRESS)
-    for between in ("--mega", "--hidden", "--tokens"):
-        parser.add_argument(between, help=argparse.SUPPRESS)
+    for between in ("--mega", "--hidden", "--tokens", "--weights"):
+        parser.add_argument(between, default="", help=argparse.SUPPRESS)
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--out")
     options = parser.parse_args(arguments)
     if options.part:
         Path(os.environ["ANSWER"]).write_text(json.dumps(globals()[f"part_{options.part}"](options)))
+        leave(options)
         return 0
+    if options.tp > 1:
+        import gpu_qwen_ranks
+
+        return finish(gpu_qwen_ranks.check(options), options.out)
     return finish(check(options), options.out)
 
 

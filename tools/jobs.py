@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+GRACE = 20.0
+"""Seconds that the other ranks have to end after one that failed."""
 
 
 def environments(ranks: int) -> list[dict[str, str]]:
@@ -17,3 +24,35 @@ def environments(ranks: int) -> list[dict[str, str]]:
     paths = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "PYTHONPATH": paths}
     return [{**os.environ, **common, "RANK": str(rank)} for rank in range(ranks)]
+
+
+def own_gpu(rank: int) -> dict[str, str]:
+    """The variable by which a rank sees its own GPU alone, as the first: the device that compiled graphs are built for."""
+    seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return {"CUDA_VISIBLE_DEVICES": seen[rank] if seen else str(rank)}
+
+
+def run(command: Sequence[str], told: Sequence[Mapping[str, str]], seconds: float) -> list[tuple[int, str]]:
+    """(exit code, stderr) of a process for each environment in `told`.
+
+    All have `seconds`. When one fails the others, which may wait for it in a collective, are ended soon after.
+    """
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in told]
+        jobs = [
+            subprocess.Popen(command, env=dict(environment), stdout=subprocess.DEVNULL, stderr=file)
+            for environment, file in zip(told, files, strict=True)
+        ]
+        try:
+            deadline = time.monotonic() + seconds
+            while any(job.poll() is None for job in jobs) and time.monotonic() < deadline:
+                if any(job.poll() for job in jobs):
+                    deadline = min(deadline, time.monotonic() + GRACE)
+                time.sleep(0.2)
+        finally:
+            for job in jobs:
+                job.kill()
+                job.wait()
+        for file in files:
+            file.seek(0)
+        return [(job.returncode, file.read()) for job, file in zip(jobs, files, strict=True)]

@@ -64,6 +64,7 @@ def assemble(
         "recipe": plan.recipe,
         "spec": spec,
         "origin": plan.origin,
+        "ranks": plan.ranks,
         "target": target.properties(),
         "toolchain": answer.get("toolchain", {"triton": ""}),
         "cases": [asdict(case) for case in plan.cases],

@@ -40,7 +40,8 @@ class Request:
         pythons: further interpreters to build C modules for.
         workers: processes; default all cores.
         misses: files of what serving processes missed; it is built with the model.
-        ranks: how many the job has: graphs that hold a rank's number are built for each (see `by_rank`).
+        ranks: how many the job has: graphs that hold a rank's number are built for each (see `by_rank`); None: as the
+            recipe says.
     """
 
     target: Target
@@ -53,7 +54,7 @@ class Request:
     pythons: tuple[str, ...] = ()
     workers: int | None = None
     misses: tuple[Path, ...] = ()
-    ranks: int = 1
+    ranks: int | None = None
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Built:
     """What a build did and where its bundle is; `misses` says what became of those that were given.
 
     Of `declared` points `points` were run on the virtual device, and at `covered` of these all that is reached was built.
+    It is for a job of `ranks`.
     """
 
     target: str
@@ -81,6 +83,7 @@ class Built:
     """Function whose graphs are built for each rank → why."""
     declared: int = 0
     covered: int = 0
+    ranks: int = 1
 
     def to_json(self) -> dict[str, Json]:
         return {**self.__dict__, "path": str(self.path)}
@@ -210,4 +213,5 @@ def _finish(request: Request, store: Store, plan: Plan, answer: Mapping[str, Jso
         seconds=0.0,
         declared=sum(case.total for case in plan.cases),
         covered=covered(plan, manifest["failed"]),
+        ranks=plan.ranks,
     )

@@ -16,6 +16,13 @@ from typing import Any
 Json = Any
 
 
+class _OtherRanks(Exception):
+    """The recipe is for a job of another size than this process was started in; nothing is done yet."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+
+
 def main() -> int:
     job = json.loads(sys.stdin.readline())
     events = os.fdopen(os.dup(1), "w", buffering=1)
@@ -28,6 +35,8 @@ def main() -> int:
 
     try:
         _work(job, send)
+    except _OtherRanks as other:
+        send("ranks", ranks=other.ranks)
     except AotCacheError as error:
         send("error", type=type(error).__name__, wanted=error.wanted, found=error.found, do=error.do)
         return 1
@@ -64,8 +73,22 @@ def _recipe(job: dict[str, Json]) -> Any:
 
     ranges = {name: shapes.parse_dimension(text) for name, text in job["ranges"].items()}
     misses = [Miss(**miss) for miss in job["misses"]]
-    recipe, why = missed_calls.widen(recipes.load(job["recipe"]).narrowed(ranges), misses)
+    loaded = recipes.load(job["recipe"])
+    _check_ranks(job, loaded)
+    recipe, why = missed_calls.widen(loaded.narrowed(ranges), misses)
     return recipe.without([(case, point) for case, point, _ in job["refused"]]), misses, why
+
+
+def _check_ranks(job: dict[str, Json], recipe: Any) -> None:
+    """That the process is in a job of as many ranks as the recipe says: host code may have looked already."""
+    from aot_cache.errors import DeclarationError
+
+    if recipe.ranks in (1, job["ranks"]):
+        return
+    if not job["ranks_given"]:
+        raise _OtherRanks(recipe.ranks)
+    wanted = f"a job of {recipe.ranks} ranks, which is what recipe {recipe.name!r} is shared by"
+    raise DeclarationError(wanted, f"--ranks {job['ranks']}", "leave --ranks away, or change what splits it (--tp)")
 
 
 def _join(job: dict[str, Json]) -> None:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Thread
 from typing import IO, TYPE_CHECKING, Any
@@ -28,18 +28,37 @@ Json = Any
 Progress = Callable[[str, int, int], None]
 
 
+class _OtherRanks(Exception):
+    """A worker has read the recipe, and it is for a job of so many ranks."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+
+
 def run(
     request: Request, scratch: Path, misses: Misses, progress: Progress, show_plan: bool = False
 ) -> tuple[dict[str, Json], Plan]:
     """(what the workers answered, the plan): kernels in one process, compiled graphs, if there are any, in another.
 
-    Libraries decide at import what they are in.
+    Libraries decide at import what they are in, and so may a recipe: where it is for several ranks, which only a worker can
+    read, the workers are started anew as ranks of such a job.
 
     Raises:
         AotCacheError: what a worker raised.
         TargetError: a worker died.
     """
-    plan_out = scratch / "plan.json"
+    try:
+        return _run(request, scratch, misses, progress, show_plan)
+    except _OtherRanks as found:
+        ranks = found.ranks
+    return _run(replace(request, ranks=ranks), scratch, misses, progress, show_plan)
+
+
+def _run(
+    request: Request, scratch: Path, misses: Misses, progress: Progress, show_plan: bool
+) -> tuple[dict[str, Json], Plan]:
+    """`run` in a job of the request's ranks."""
+    plan_out, ranks = scratch / "plan.json", request.ranks or 1
     job: dict[str, Json] = {
         "target": request.target.properties(),
         "recipe": request.model if request.plan is None else None,
@@ -54,14 +73,15 @@ def run(
         "show_plan": show_plan,
         "misses": [asdict(miss) for miss in misses.found],
         "refused": [],
-        "ranks": request.ranks,
+        "ranks": ranks,
+        "ranks_given": request.ranks is not None,
         "rank": 0,
         "also": [],
     }
     if request.plan is not None:
         _kernels_only(request.plan, request.target)
     environment = _environment(request, scratch)
-    told = _told_apart(request)
+    told = _told_apart(request, ranks)
     cpu = request.target.backend == "cpu"
     answer: dict[str, Json] = {"inputs": {}}
     if not cpu:
@@ -74,11 +94,11 @@ def run(
                 "plan_out": str(scratch / f"plan{rank}.json"),
                 "calls": f"{job['calls']}.{rank}",
             }
-            _listen(also, _as_rank(environment, rank, request.ranks), "traced", answer, progress)
+            _listen(also, _as_rank(environment, rank, ranks), "traced", answer, progress)
             job["also"].append(also["plan_out"])
         _listen(
             {**job, "stage": "kernels"},
-            _as_rank(environment, 0, request.ranks),
+            _as_rank(environment, 0, ranks),
             "traced" if show_plan else "compiled",
             answer,
             progress,
@@ -89,19 +109,21 @@ def run(
         graphs = {**job, "stage": "graphs", "cases": calling, "refused": answer.get("refused", [])}
         if show_plan:
             told = told[:1]
-        _graphs_of_ranks(request, graphs, told, environment, last, answer, progress)
-    return answer, Plan.read(plan_out)
+        _graphs_of_ranks(graphs, told, environment, last, answer, progress)
+    plan = Plan.read(plan_out)
+    if request.plan is None:  # a plan that was given says so itself
+        plan.ranks = ranks
+    return answer, plan
 
 
-def _told_apart(request: Request) -> list[int]:
+def _told_apart(request: Request, ranks: int) -> list[int]:
     """The ranks that the recipe is traced as, to see whether a number of theirs is in what comes of it."""
     if request.plan is not None:
         return [0]
-    return list(range(min(request.ranks, 2)))
+    return list(range(min(ranks, 2)))
 
 
 def _graphs_of_ranks(
-    request: Request,
     job: Mapping[str, Json],
     told: list[int],
     environment: Mapping[str, str],
@@ -122,7 +144,7 @@ def _graphs_of_ranks(
         # Folders of its own: what another rank has left in them would be taken, and is not the same.
         with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
             folders = {} if rank == 0 else _folders(Path(folder))
-            _listen(own, {**_as_rank(environment, rank, request.ranks), **folders}, last, answer, progress)
+            _listen(own, {**_as_rank(environment, rank, job["ranks"]), **folders}, last, answer, progress)
         made.append(answer.get("graphs", []))
         failed.update({failure["unit"]: failure for failure in answer.get("graph_failed", [])})
         compiled += answer.get("graphs_compiled", 0)
@@ -130,7 +152,7 @@ def _graphs_of_ranks(
     for rank in told:
         run(rank)
     why = by_rank.differing(made[0], made[1]) if len(made) > 1 else {}
-    for rank in range(len(made), request.ranks if why else 0):
+    for rank in range(len(made), job["ranks"] if why else 0):
         run(rank)
     answer.update(
         graphs=by_rank.combined(made, why), graph_failed=list(failed.values()), graphs_compiled=compiled, per_rank=why
@@ -170,6 +192,8 @@ def _listen(
     for event in _talk(job, environment, last):
         if event["event"] == "progress":
             progress(event["stage"], event["done"], event["total"])
+        elif event["event"] == "ranks":
+            raise _OtherRanks(event["ranks"])
         elif event["event"] == "error":
             raise getattr(errors, event["type"])(event["wanted"], event["found"], event["do"])
         else:
@@ -217,7 +241,7 @@ def _talk(job: Mapping[str, Json], environment: Mapping[str, str], last: str) ->
         worker.stdin.close()
         for line in worker.stdout:
             event = json.loads(line)
-            finished = finished or event["event"] in ("error", last)
+            finished = finished or event["event"] in ("error", "ranks", last)
             yield event
     finally:
         if worker.poll() is None and not finished:

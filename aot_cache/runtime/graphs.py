@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from aot_cache.errors import Incompatible
 from aot_cache.key import Part
 from aot_cache.manifest import graph_label
 from aot_cache.runtime.ledger import Ledger
@@ -112,10 +113,23 @@ class GraphSet:
         return [(graph, why) for graph in self._graphs if (graph["module"], graph["function"]) == name]
 
     def prime(self) -> int:
-        """Load all compiled graphs, and their kernels onto the current device. Returns how many are new."""
+        """Load all compiled graphs, and their kernels onto the current device. Returns how many are new.
+
+        Raises:
+            Incompatible: the current GPU is not the first that the process sees.
+        """
         with self._lock:
+            self._check_device()
             new = [self._function(name, at) for name, at in self._artifacts.items() if name not in self._functions]
             return len(new)
+
+    def _check_device(self) -> None:
+        """Dynamo's guards and Inductor's code hold the number of the GPU, which was 0 when they were built."""
+        if self.on_cpu or torch_capture.device_number() == 0:
+            return
+        wanted = f"the first GPU of the process to be the current one, for the graphs of {self.bundle.path}"
+        do = "start each rank with a GPU of its own in CUDA_VISIBLE_DEVICES"
+        raise Incompatible(wanted, f"GPU {torch_capture.device_number()} is", do)
 
     def _check(self, number: int, frame: Frame) -> tuple[Any, str]:
         """(guard manager, "") when the call may run this graph, else (None, why not)."""

@@ -57,6 +57,13 @@ def device_name() -> str:
     return str(torch.cuda.get_device_name(torch.cuda.current_device()))
 
 
+def device_number() -> int:
+    """Which of the GPUs that the process sees is the current one; the process must have initialised CUDA."""
+    import torch
+
+    return int(torch.cuda.current_device())
+
+
 def watch_captures(before: Callable[[], None], after: Callable[[], None]) -> Callable[[], None]:
     """Call `before()` ahead of each `CUDAGraph.capture_begin` and `after()` behind each `capture_end`; note what is under way.
 

@@ -44,3 +44,31 @@ def step(n: int) -> Call:
 
 
 recipe = Recipe("ranks", [step])
+
+
+# --- a layer that two ranks share ---------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("sample_ranks::summed", mutates_args=())
+def summed(x: Tensor) -> Tensor:
+    out = x.clone()
+    dist.all_reduce(out)
+    return out
+
+
+@summed.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.compile
+def half(x: Tensor) -> Tensor:
+    return torch.ops.sample_ranks.summed(x.cos()) + 1
+
+
+@declare(n=Range(2, 4), mode="inference")
+def layer(n: int) -> Call:
+    return Call(half, torch.randn(n, 8, device=aot_cache.device()))
+
+
+shared = Recipe("shared", [layer], ranks=2)

@@ -6,13 +6,18 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from projects import HERE, Project
 
 from aot_cache import manifest
+from aot_cache.errors import Incompatible
+from aot_cache.runtime.graphs import GraphSet
+from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import read_bundle
+from aot_cache.upstream import torch_capture
 
 pytestmark = pytest.mark.timeout(300)
 RANKS = 3
@@ -49,6 +54,32 @@ def test_the_build_says_where_the_number_comes_from(job: OfRanks) -> None:
     assert sorted(why) == ["sample_ranks:Shard.forward", "sample_ranks:asking"]
     assert why["sample_ranks:asking"].startswith("the rank's number is asked for in offset (sample_ranks.py:")
     assert "rank" in why["sample_ranks:Shard.forward"]
+
+
+def test_what_ranks_share_is_built_once_for_all_of_them(job: OfRanks) -> None:
+    """Without `--ranks`: the recipe says how many there are. A layer's graph sums over them, and is the same on each."""
+    run = job.project.build("sample_ranks:shared")
+    assert run.returncode == 0, run.stderr
+    (said,) = json.loads(run.stdout)["bundles"]
+    found = manifest.whole(read_bundle(Path(said["path"])))
+    assert (said["ranks"], said["per_rank"], found["ranks"]) == (2, {}, 2)
+    assert [(graph["function"], graph["rank"]) for graph in found["graphs"]] == [("half", None)]
+
+
+@pytest.mark.parametrize(("backend", "gpu", "fits"), [("cuda", 0, True), ("cuda", 1, False), ("cpu", 1, True)])
+def test_graphs_are_for_the_first_gpu_of_a_process(
+    backend: str, gpu: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their guards and code hold its number: a rank on another one would miss all of them, and say so by a device only."""
+    monkeypatch.setattr(torch_capture, "device_number", lambda: gpu)
+    target = {"backend": backend}
+    bundle: Any = SimpleNamespace(manifest={"graphs": [], "target": target}, path=Path("B"), digest="d")
+    made = GraphSet(bundle, Ledger())
+    if fits:
+        assert made.prime() == 0
+        return
+    with pytest.raises(Incompatible, match=r"the first GPU .* graphs of B; GPU 1 is; start each rank .*CUDA_VISIBLE"):
+        made.prime()
 
 
 SERVE = """

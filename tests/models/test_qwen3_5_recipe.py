@@ -34,6 +34,7 @@ def test_with_drafts() -> None:
     steps = {name: {"batch": (1, 256)} for name in ("decode", "verify", "draft")}
     assert ranges(found) == {"prefill": {"tokens": (1, 512)}, **steps}
     assert found.doc == "Qwen3.5 (qwen3.5-27b, float16, 2 ranks), 3 drafts by MTP"
+    assert (found.ranks, shipped.recipe().ranks) == (2, 1), "its layers are summed over them"
 
 
 @pytest.mark.parametrize("drafts", [0, 2])

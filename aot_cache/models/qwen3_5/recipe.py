@@ -72,7 +72,8 @@ def of(found: Settings) -> Recipe:
     what = f"{found.drafts} drafts by MTP" if found.drafts else "no speculation"
     other = {f"qwen3.5-{size}" for size in SIZES} - {"qwen3.5-0.8b"}
     name = found.name if found.name in other else "qwen3.5"  # part of the bundle's name, where a fixed option is not
-    return Recipe(name, cases, f"Qwen3.5 ({found.name}, {found.dtype}, {found.tp} ranks), {what}", settings=found)
+    doc = f"Qwen3.5 ({found.name}, {found.dtype}, {found.tp} ranks), {what}"
+    return Recipe(name, cases, doc, settings=found, ranks=found.tp)
 
 
 def _prompt(found: Settings, model: Callable[[], Model]) -> Case:

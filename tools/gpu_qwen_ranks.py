@@ -1,0 +1,114 @@
+"""Check on several GPUs that Qwen3.5 with MTP, split over them, only hits from load on: what `gpu_qwen.py --tp N` does.
+
+    python tools/gpu_check.py --model qwen3.5 --spec mtp --tp 2 [--layers 4] [--only build,weights,…] [--out RECORD.json]
+
+`build` makes one bundle for all ranks, with the GPUs hidden. `weights` writes random ones of the whole model. `serve` is a
+process for each rank, with a GPU of its own: it takes its part of the weights, captures every size with the all-reduces in the
+graphs, and runs the same requests as on one GPU. `judge` asks transformers' whole model on one GPU about the tokens.
+To try the check itself: `--device cpu --target cpu --size tiny --max-batch 4 --max-model-len 64 --requests 40`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gpu_qwen
+import jobs
+from gpu_graphs import build
+
+Json = Any
+PARTS = ("build", "weights", "serve", "judge")
+SECONDS = 420.0
+"""That the ranks have."""
+ROUNDINGS = 2**0.5
+"""How much farther from float32 a split model may be than a whole one: what a layer adds is rounded on each rank, and once more
+when it is summed, which is at most twice the variance of one rounding."""
+
+
+def serve(options: argparse.Namespace, folder: Path, bundle: str) -> Json:
+    """Run all ranks; what each says, and whether all have the same tokens."""
+    with tempfile.TemporaryDirectory() as empty:
+        places = [Path(empty, str(rank)) for rank in range(options.tp)]
+        told = []
+        for rank, environment in enumerate(jobs.environments(options.tp)):
+            places[rank].mkdir()
+            own = {**gpu_qwen.variables(places[rank], places[rank] / "answer.json"), **jobs.own_gpu(rank)}
+            # Multicast over NVLink is the host's matter, which a job that fails may leave in disorder.
+            own |= {"CC": "/bin/false", "CXX": "/bin/false", "NCCL_NVLS_ENABLE": "0"}
+            told.append({**environment, **own})
+        command = [*gpu_qwen.command_of("serve", options, folder, bundle), "--tp", str(options.tp)]
+        done = jobs.run(command, told, SECONDS)
+        if any(code for code, _ in done):
+            return {"error": {str(rank): [code, *gpu_qwen.last_words(said)] for rank, (code, said) in enumerate(done)}}
+        answers = [json.loads((place / "answer.json").read_text()) for place in places]
+    alike = all(one["tokens"] == answers[0]["tokens"] for one in answers)
+    tokens = [gpu_qwen.compared(one) for one in answers]
+    (folder / "tokens.json").write_text(json.dumps(tokens[0]))
+    return {"ranks": answers, "alike": alike}
+
+
+def claims(record: Json) -> Json:
+    """What the record shows: of each rank what is claimed of one GPU, and that they go together."""
+    parts = [name for name in PARTS if name in record]
+    if any("error" in record[name] for name in parts):
+        return {"every part ran": False}
+    made: Json = {"every part ran": True}
+    if "build" in record:
+        made["one bundle for all ranks, with nothing of a rank's own"] = record["ranks of the bundle"] == [None]
+    if "serve" in record:
+        each = [gpu_qwen.claims({"serve": one}) for one in record["serve"]["ranks"]]
+        made |= {f"{name}, on each rank": all(one[name] for one in each) for name in each[0]}
+        made["nothing missed, on each rank"] = not any(one["misses"] for one in record["serve"]["ranks"])
+        made["all ranks have the same tokens"] = record["serve"]["alike"]
+    if "judge" in record:
+        made |= gpu_qwen.claims({"judge": record["judge"]}, more=ROUNDINGS)
+    return made
+
+
+def ranks_in(bundle: str) -> list[int | None]:
+    """Whom the graphs of a bundle are for; None: for all ranks."""
+    from aot_cache.store import read_bundle
+
+    return sorted({graph["rank"] for graph in read_bundle(Path(bundle)).manifest["graphs"]}, key=str)
+
+
+def check(options: argparse.Namespace) -> Json:
+    import torch
+    import triton
+
+    folder = Path(options.folder) / f"tp{options.tp}"
+    folder.mkdir(parents=True, exist_ok=True)
+    options.weights = str(folder / "weights")
+    gpu = options.device == "cuda"
+    record: Json = {
+        "what": "Qwen3.5 with MTP, split over GPUs: serving only hits",
+        "model": {"size": options.size, "layers": options.layers or "all", "max_batch": options.max_batch},
+        "tp": options.tp,
+        "machine": torch.cuda.get_device_name(0) if gpu else options.device,
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0]},
+    }
+    if gpu:
+        record["versions"]["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    kept = folder / "record.json"
+    if kept.exists():  # parts of an earlier call, on the same machine
+        record |= {k: v for k, v in json.loads(kept.read_text()).items() if k in (*PARTS, "ranks of the bundle")}
+    bundle = str(folder / "bundle.safetensors")
+    for name in (options.only or ",".join(PARTS)).split(","):
+        if name == "build":
+            options.recipe = f"{gpu_qwen.spec_of(options)}&tp={options.tp}"
+            record[name] = build(options, folder / "store", "--out", bundle)
+            if "error" not in record[name]:
+                record["ranks of the bundle"] = ranks_in(bundle)
+        elif name == "serve":
+            record[name] = serve(options, folder, bundle)
+        else:
+            record[name] = gpu_qwen.run_part(name, options, folder, bundle)
+        kept.write_text(json.dumps(record))
+        print(f"{name}: {'failed' if 'error' in record[name] else 'done'}", file=sys.stderr, flush=True)
+    record["claims"] = claims(record)
+    return record
