@@ -13,7 +13,7 @@ import torch.distributed as dist
 from aot_cache.models.qwen3_5.engine import make_engine
 
 
-def main(folder: str, asked: str) -> None:
+def main(folder: str, asked: str, size: str) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo")
@@ -21,7 +21,7 @@ def main(folder: str, asked: str) -> None:
     said = []
     with torch.compiler.set_stance("force_eager"):
         for drafts in (0, 2):
-            settings = qwen.tiny(drafts, tp=dist.get_world_size(), prefill_chunk=32)
+            settings = qwen.tiny(drafts, size, tp=dist.get_world_size(), prefill_chunk=32)
             made = make_engine(settings, "cpu", folder, rank=rank)
             said.append(qwen.serve(made, requests))
         heads = made.model.net.layers[3].self_attn.q_proj.weight.shape[0]
