@@ -80,7 +80,10 @@ def test_experts_that_transformers_saved(tmp_path: Path) -> None:
     (file,) = tmp_path.glob("*.safetensors")
     named = load_file(file)
     (one,) = [name for name in named if name.endswith("layers.2.mlp.experts.7.up_proj.weight")]
-    for changed, error in (({}, "a weight model.layers.2.mlp.experts.7.up"), ({one: torch.ones(31, 64)}, "of one shape")):
+    for changed, error in (
+        ({}, "a weight model.layers.2.mlp.experts.7.up"),
+        ({one: torch.ones(31, 64)}, "of one shape"),
+    ):
         save_file({name: value for name, value in named.items() if name != one} | changed, file)
         with pytest.raises(DeclarationError) as caught:
             make_engine(qwen.tiny(size="tiny-moe"), "cpu", str(tmp_path))
@@ -175,15 +178,16 @@ def test_parts_make_the_whole(size: str) -> None:
             assert torch.equal(halves.sort().values, whole.sort().values), name
 
 
-@pytest.mark.parametrize("size", KINDS)
-def test_two_ranks_say_what_one_says(size: str, tmp_path: Path) -> None:
+def test_two_ranks_say_what_one_says(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     common |= {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(HERE / "qwen_rank.py")]
-    command += [saved(tmp_path, size=size), json.dumps(ASKED), size]
+    for size in KINDS:
+        (tmp_path / size).mkdir()
+    folders = {size: saved(tmp_path / size, size=size) for size in KINDS}
+    command = [sys.executable, "-W", "ignore", str(HERE / "qwen_rank.py"), json.dumps(folders), json.dumps(ASKED)]
     jobs = [
         subprocess.Popen(command, env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
         for rank in range(2)
@@ -193,5 +197,6 @@ def test_two_ranks_say_what_one_says(size: str, tmp_path: Path) -> None:
     finally:
         for job in jobs:
             job.kill()
-    wanted = {str(slot): tokens for slot, tokens in expected(size).items()}
-    assert told == [{"said": [wanted, wanted], "rows": 4 * 2 * 32 // 2}] * 2, "queries and gates of half of the heads"
+    wanted = {size: {str(slot): tokens for slot, tokens in expected(size).items()} for size in KINDS}
+    rows = 4 * 2 * 32 // 2  # queries and gates of half of the heads
+    assert told == [{size: {"said": [wanted[size]] * 2, "rows": rows} for size in KINDS}] * 2

@@ -8,9 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, COLUMNS, DEPTH = 16, 64, 64
-"""A tile: the fewest rows that tensor cores take, because an expert has few. A chunk of 512 tokens sent to 8 of 256 experts gives 16
-to each, a decoding step less: weights are read about once, and reading them is what it costs. Three of the tiles
-of float32 fit into the 64 KiB that the smallest target has."""
+"""A tile: the fewest rows that tensor cores take, because an expert has few. A chunk of 512 tokens, each sent to 8 of 256
+experts, gives 16 to each of them; a decoding step gives less. So weights are read about once, and reading them is the cost."""
+
+STAGES = 4
+"""Tiles on their way; in float32 what is held of them takes 60 KiB, and the smallest target has 64."""
 
 
 def launch(x: Tensor, weight: Tensor, pairs: Tensor, ends: Tensor) -> Tensor:
@@ -33,13 +35,13 @@ def launch(x: Tensor, weight: Tensor, pairs: Tensor, ends: Tensor) -> Tensor:
         tile_columns=COLUMNS,
         tile_depth=DEPTH,
         num_warps=4,
-        num_stages=3,
+        num_stages=STAGES,
     )
     return out
 
 
-@triton.jit
-def rows_by_expert(
+@triton.jit  # type: ignore[untyped-decorator]
+def rows_by_expert(  # type: ignore[no-untyped-def]
     x,
     weight,
     out,

@@ -20,10 +20,11 @@ from aot_cache.models.qwen3_5.settings import DENSE, MOE, SHARED_BY_RANKS, Setti
 
 ATTENTION = "aot_cache_static"
 Config = Qwen3_5TextConfig | Qwen3_5MoeTextConfig
-_CLASSES: Mapping[str, tuple[type[Config], Any]] = {
+CLASSES: Mapping[str, tuple[type[Config], Any]] = {
     DENSE: (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
     MOE: (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
 }
+"""Kind → transformers' configuration and model; nothing else here differs."""
 _NOT_FIELDS = ("model_type", "mtp_num_hidden_layers")
 
 
@@ -93,7 +94,7 @@ def config_of(settings: Settings, layers: int | Sequence[str] | None = None) -> 
         fields |= {"num_hidden_layers": len(layers), "layer_types": list(layers)}
     fields["attn_implementation"] = ATTENTION
     fields["experts_implementation"] = EXPERTS
-    config = _CLASSES[settings.kind][0](**fields)
+    config = CLASSES[settings.kind][0](**fields)
     config.max_position_embeddings = max(config.max_position_embeddings, settings.cache_len)
     config.num_mtp_layers, config.mtp_layer_types = 1, ["full_attention"]
     return config
@@ -105,7 +106,7 @@ def make(settings: Settings, device: str, layers: int | Sequence[str] | None = N
     On the virtual device of a build nothing has memory.
     """
     with torch.device("meta"):
-        main: Any = _CLASSES[settings.kind][1](config_of(settings, layers))
+        main: Any = CLASSES[settings.kind][1](config_of(settings, layers))
         draft: Any = MtpModel(main, 1) if settings.drafts else None
     net = of(main, draft, settings)
     dtype = getattr(torch, settings.dtype)

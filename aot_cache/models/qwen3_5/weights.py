@@ -63,7 +63,7 @@ def _value(name: str, found: Mapping[str, Any], count: int, folder: str) -> Tens
         return values[0]
     if len(shapes := {tuple(value.shape) for value in values}) > 1:
         raise DeclarationError(f"experts of one shape for {name}", f"{sorted(shapes)} in {folder}")
-    return torch.cat(values).unflatten(0, (count, -1))
+    return torch.cat(values).view(count, -1, values[0].shape[-1])
 
 
 def wanted(net: Net) -> Iterator[tuple[str, Tensor]]:
