@@ -67,7 +67,7 @@ def test_the_kernel(tmp_path: Path) -> None:
     root = str(Path(__file__).parents[2])
     subprocess.run(
         [sys.executable, "-c", CHILD, str(tmp_path / "arguments"), str(tmp_path / "results")],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": root},
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
         check=True,
         timeout=120,
     )

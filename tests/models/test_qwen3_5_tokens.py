@@ -44,11 +44,10 @@ def test_tokens_are_those_of_transformers(way: str, chunk: int) -> None:
     assert said(way, asked, prefill_chunk=chunk) == wanted(asked)
 
 
-@pytest.mark.parametrize("chunk", [16, 512])
 @pytest.mark.parametrize("way", WAYS)
-def test_tokens_of_a_mixture_of_experts(way: str, chunk: int) -> None:
+def test_tokens_of_a_mixture_of_experts(way: str) -> None:
     asked = requests()
-    assert said(way, asked, size="tiny-moe", prefill_chunk=chunk) == wanted(asked, "tiny-moe")
+    assert said(way, asked, size="tiny-moe", prefill_chunk=64) == wanted(asked, "tiny-moe")
 
 
 @pytest.mark.parametrize("way", WAYS[1:])

@@ -14,7 +14,12 @@ from aot_cache.plan import Plan
 from aot_cache.upstream import triton_compile, triton_jit
 
 MOST = 40
-OTHERS = {(one.backend, one.arch): name for name, one in targets.TARGETS.items() if one.backend != "cpu"}
+
+
+def smallest(backend: str) -> targets.Target:
+    """The target whose blocks have the least shared memory."""
+    known = [one for one in targets.TARGETS.values() if one.backend == backend]
+    return min(known, key=lambda one: one.shared_memory_per_block_optin)
 
 
 def traced(dtype: torch.dtype) -> Plan:
@@ -40,10 +45,10 @@ def test_no_number_of_tokens_is_in_a_key() -> None:
     assert not plan.tunings
 
 
-@pytest.mark.parametrize("name", sorted(OTHERS.values()))
-def test_its_tiles_fit(name: str) -> None:
-    """In the widest type, which takes the most shared memory: compiling fails where a block has less."""
-    unit, target = traced(torch.float32).units[0], targets.get(name)
+@pytest.mark.parametrize("backend", ["cuda", "hip"])
+def test_its_tiles_fit(backend: str) -> None:
+    """In the widest type, which takes the most shared memory."""
+    unit, target = traced(torch.float32).units[0], smallest(backend)
     function = triton_jit.unwrap(triton_jit.find(unit.kernel))
     pairs = [triton_jit.decode_pair(pair) for pair in unit.specialization]
     options = {name: triton_jit.decode(value) for name, value in unit.options.items()}

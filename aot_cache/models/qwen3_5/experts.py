@@ -3,9 +3,9 @@
 Two operators that Dynamo does not look into, and what stands between them, which Inductor fuses. What each expert gets is data:
 no shape depends on it and the host never asks for it, so a captured graph stays right whatever tokens come.
 
-Not torch's `grouped_mm`, by which transformers does it: it is such a kernel for bfloat16 on sm_90 and sm_100 alone (torch
-2.10). For all else it asks the device how many rows each expert has, which a capture forbids. Here it is one Triton kernel for all targets and
-types, compiled when the bundle is built and never tuned; on a CPU a plain loop.
+Not torch's `grouped_mm`, by which transformers does it: it is such a kernel for bfloat16 on sm_90 and sm_100 alone (torch 2.10).
+For all else it asks the device how many rows each expert has, which a capture forbids. Here it is one Triton kernel for all
+targets and types, compiled when the bundle is built and never tuned; on a CPU a plain loop.
 """
 
 from __future__ import annotations
