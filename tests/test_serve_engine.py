@@ -192,6 +192,7 @@ def test_bundles_that_fit(monkeypatch: pytest.MonkeyPatch, built: list[str], min
         (TINY.replace("=8", "=4"), "--prefill-chunk is 8 here and 4 there"),
         (TINY.replace("dtype=float32&", ""), "--dtype is float32 here and bfloat16 there"),
         (TINY.replace("-tiny", "-0.8b"), "--model is qwen3.5-tiny here and qwen3.5-0.8b there"),
+        (TINY.replace("-tiny", "-tiny-moe"), "--model is qwen3.5-tiny here and qwen3.5-tiny-moe there"),
         (TINY + "&tp=2", "--tp is 1 here and 2 there"),
         (
             TINY + "&spec=mtp",

@@ -324,30 +324,31 @@ def part_judge(options: argparse.Namespace) -> Json:
 
 
 def theirs(engine: Any, dtype: Any) -> Any:
-    """transformers' own model with the same weights, its attention and its way through the layers."""
+    """transformers' own model with the same weights, its attention, its experts and its way through the layers."""
     import copy
 
     import torch
-    from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
-    from aot_cache.models.qwen3_5.net import config_of
+    from aot_cache.models.qwen3_5.net import CLASSES, config_of
 
-    net = engine.model.net
+    net, made = engine.model.net, CLASSES[engine.settings.kind][1]
     if engine.model.device == "cpu":  # else it takes fla-core's, which need a GPU, wherever that is installed
+        modeling = sys.modules[made.__module__]
         for name in ("chunk_gated_delta_rule", "recurrent_gated_delta_rule"):
             setattr(modeling, f"torch_{name}", inspect.unwrap(getattr(modeling, f"torch_{name}")))
         for name in ("causal_conv1d_fn", "causal_conv1d_update"):
             setattr(modeling, name, inspect.unwrap(getattr(modeling, name)))
     config = config_of(engine.settings, len(net.layers))
-    config._attn_implementation = "sdpa"  # noqa: SLF001  # what `from_pretrained(attn_implementation=…)` sets
+    # What `from_pretrained(attn_implementation=…, experts_implementation=…)` sets.
+    config._attn_implementation, config._experts_implementation = "sdpa", "eager"  # noqa: SLF001
     with torch.device("meta"):
-        model: Any = modeling.Qwen3_5ForCausalLM(config).eval()
+        model: Any = made(config).eval()
     model.model.layers = torch.nn.ModuleList(copy.deepcopy(layer).to(dtype) for layer in net.layers)
     model.model.norm, model.lm_head = (copy.deepcopy(part).to(dtype) for part in (net.norm, net.head))
     model.model.embed_tokens, model.model.rotary_emb = copy.deepcopy(net.embed).to(dtype), net.rotary
-    for layer in model.model.layers:
-        if layer.block_type == "full_attention":
-            layer.self_attn.config = config
+    for part in model.model.layers.modules():
+        if hasattr(part, "config"):  # attention and experts choose by it
+            part.config = config
     return model
 
 

@@ -13,19 +13,22 @@ import torch.distributed as dist
 from aot_cache.models.qwen3_5.engine import make_engine
 
 
-def main(folder: str, asked: str) -> None:
+def main(folders: str, asked: str) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo")
     requests = {int(slot): (prompt, count) for slot, (prompt, count) in json.loads(asked).items()}
-    said = []
+    out = {}
     with torch.compiler.set_stance("force_eager"):
-        for drafts in (0, 2):
-            settings = qwen.tiny(drafts, tp=dist.get_world_size(), prefill_chunk=32)
-            made = make_engine(settings, "cpu", folder, rank=rank)
-            said.append(qwen.serve(made, requests))
-        heads = made.model.net.layers[3].self_attn.q_proj.weight.shape[0]
-    print(json.dumps({"said": said, "rows": heads}))
+        for size, folder in json.loads(folders).items():
+            said = []
+            for drafts in (0, 2) if size == "tiny" else (2,):
+                settings = qwen.tiny(drafts, size, tp=dist.get_world_size(), prefill_chunk=32)
+                made = make_engine(settings, "cpu", folder, rank=rank)
+                said.append(qwen.serve(made, requests))
+            layer = made.model.net.layers[3]
+            out[size] = {"said": said, "rows": layer.self_attn.q_proj.weight.shape[0]}
+    print(json.dumps(out))
     dist.destroy_process_group()
 
 

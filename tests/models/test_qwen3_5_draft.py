@@ -16,10 +16,10 @@ from aot_cache.models.qwen3_5.engine import Engine
 
 
 @cache
-def original() -> Any:
+def original(size: str) -> Any:
     """transformers' draft with the same weights."""
-    made = MtpModel(qwen.original(), 1).eval()
-    made.layers[0].load_state_dict(dict(qwen.weighted().mtp.named_parameters()))  # all of them, by the same names
+    made = MtpModel(qwen.original(size), 1).eval()
+    made.layers[0].load_state_dict(dict(qwen.weighted(size).mtp.named_parameters()))  # all of them, by the same names
     # transformers 5.17 turns by positions on all three axes of an image only; later releases take one for text, too.
     made.rotary_emb.register_forward_pre_hook(_on_three_axes, with_kwargs=True)
     return made
@@ -31,14 +31,14 @@ def _on_three_axes(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any,
     return args, kwargs
 
 
-def drafts_of_transformers(tokens: list[int], count: int) -> list[int]:
+def drafts_of_transformers(tokens: list[int], count: int, size: str = "tiny") -> list[int]:
     """What comes after `tokens`, of which the target has taken in all but the last: one draft after the other.
 
     The first is a call as its candidate generator makes it; further ones are made by the same layer from its own hidden
     state and its own token, as vLLM does it. (transformers has a layer of its own for each.)
     """
-    mtp, seen = original(), torch.tensor([tokens])
-    hidden = qwen.original()(seen[:, :-1], output_hidden_states=True).hidden_states[-1]
+    mtp, seen = original(size), torch.tensor([tokens])
+    hidden = qwen.original(size)(seen[:, :-1], output_hidden_states=True).hidden_states[-1]
     last: list[Tensor] = []
     hook = mtp.layers[0].register_forward_hook(lambda module, args, out: last.append(out[:, -1:]))
     caches = MtpCache(config=mtp.config)
@@ -80,6 +80,13 @@ def test_drafts_after_a_prompt(drafts: int, length: int) -> None:
     made = qwen.engine(drafts, prefill_chunk=32)
     pending = made.start(1, prompt)
     assert drafts_of(made, 1) == [pending, *drafts_of_transformers([*prompt, pending], drafts)]
+
+
+def test_drafts_of_a_mixture_of_experts() -> None:
+    prompt = qwen.prompt(70)
+    made = qwen.engine(3, size="tiny-moe", prefill_chunk=32)
+    pending = made.start(1, prompt)
+    assert drafts_of(made, 1) == [pending, *drafts_of_transformers([*prompt, pending], 3, "tiny-moe")]
 
 
 @pytest.mark.parametrize("counts", [[0], [1], [2], [3], [2, 0, 1], [3, 3, 0], [0, 0, 0, 2]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,17 @@ from aot_cache.errors import AotCacheError, DeclarationError, UnknownName
 from aot_cache.models.qwen3_5 import recipe as shipped
 from aot_cache.models.qwen3_5.engine import Engine
 from aot_cache.models.qwen3_5.model import Batch
+from aot_cache.models.qwen3_5.settings import KINDS, SIZES
 from aot_cache.recipe import Case, Recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def entry_points(group: str) -> dict[str, str]:
+    """As pyproject.toml has them: what is installed may be older. (Python 3.10 has no tomllib.)"""
+    table = (ROOT / "pyproject.toml").read_text().split(f'[project.entry-points."aot_cache.{group}"]\n')[1]
+    lines = table.split("\n\n")[0].splitlines()
+    return {name.strip('"'): value.strip('"') for name, value in (line.split(" = ") for line in lines)}
 
 
 def ranges(found: Recipe) -> dict[str, dict[str, tuple[int, int]]]:
@@ -68,14 +79,18 @@ def test_cases_say_what_they_are(spec: str) -> None:
         assert case.doc.endswith(".") and "\n" not in case.doc and case.mode == "no_grad"
 
 
-@pytest.mark.parametrize("size", ["tiny", "0.8b", "4b", "9b", "27b"])
+@pytest.mark.parametrize("size", SIZES)
 def test_names_that_are_installed(size: str) -> None:
-    made: Callable[..., Recipe] = getattr(
-        shipped, {"tiny": "tiny"}.get(size, "b" + size.removesuffix("b").replace(".", "_"))
-    )
+    module, _, name = entry_points("recipes")[f"qwen3.5-{size}"].partition(":")
+    assert module == shipped.__name__
+    made: Callable[..., Recipe] = getattr(shipped, name)
     assert f"qwen3.5-{size}," in made().doc
     with pytest.raises(AotCacheError):
         made(tp=3)
+
+
+def test_types_of_models_that_are_installed() -> None:
+    assert entry_points("model_types") == dict.fromkeys(KINDS, f"{shipped.__name__}:recipe")
 
 
 def test_errors_are_those_of_settings() -> None:
@@ -91,10 +106,11 @@ def called(case: Case, size: int, monkeypatch: pytest.MonkeyPatch) -> Any:
     return case.call(dict.fromkeys(case.dims, size))
 
 
+@pytest.mark.parametrize("size", ["tiny", "tiny-moe"])
 @pytest.mark.parametrize("name", ["prefill", "decode", "verify", "draft"])
-def test_what_a_case_calls_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_case_calls_runs(name: str, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers stand for all: with them a build traces the graphs of both kinds."""
-    found = shipped.tiny(spec="mtp", dtype="float32", max_batch=3, max_model_len=40)
+    found = shipped.recipe(size=size, spec="mtp", dtype="float32", max_batch=3, max_model_len=40)
     (case,) = [case for case in found.cases if case.name == name]
     call = called(case, 3, monkeypatch)
     model = call.fn.__self__

@@ -38,8 +38,17 @@ def written(folder: Path, content: Json) -> str:
 # --- sizes ----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_sizes_are_the_released_ones_and_a_tiny_one() -> None:
-    assert {*SIZES} == {*RELEASED, "tiny"}
+def test_the_sizes_are_the_released_ones_and_tiny_ones() -> None:
+    assert {*SIZES} == {*RELEASED, "35b-a3b", "tiny", "tiny-moe"}
+
+
+def test_numbers_of_the_mixture_of_experts_are_those_of_transformers() -> None:
+    from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeTextConfig
+
+    text, theirs = SIZES["35b-a3b"], Qwen3_5MoeTextConfig().to_dict()
+    same = {*text} - {"rope_parameters", "mtp_num_hidden_layers"}
+    assert {name: text[name] for name in same} == {name: theirs[name] for name in same}
+    assert [text[name] for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size")] == [256, 8, 512]
 
 
 @pytest.mark.parametrize("size", RELEASED)
@@ -87,6 +96,7 @@ def test_defaults() -> None:
         ({"tp": 0}, "--tp of 1 or more"),
         ({"tp": 4}, "--tp that divides num_key_value_heads = 2"),
         ({"tp": 3, "size": "27b"}, "--tp that divides num_key_value_heads = 4"),
+        ({"tp": 4, "size": "35b-a3b"}, "--tp that divides num_key_value_heads = 2"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], error: str) -> None:
@@ -120,7 +130,8 @@ def test_what_follows_from_options(length: int, drafts: int, chunk: int, tp: int
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_config_file_gives_what_is_in_it(size: str, nested: bool, tmp_path: Path) -> None:
     text = dict(SIZES[size])
-    path = written(tmp_path, {"model_type": "qwen3_5", "text_config": text} if nested else text)
+    around = text["model_type"].removesuffix("_text")
+    path = written(tmp_path, {"model_type": around, "text_config": text} if nested else text)
     found = settings(config=path, size="nobody looks at it", spec="mtp")
     assert found.text == text and found.name == path
 
@@ -139,26 +150,32 @@ def test_rotation_under_its_older_name(tmp_path: Path) -> None:
     assert read_config(Path(written(tmp_path, text)))["rope_parameters"] == SIZES["tiny"]["rope_parameters"]
 
 
-def test_what_transformers_writes(tmp_path: Path) -> None:
-    from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5Config, Qwen3_5TextConfig
+@pytest.mark.parametrize("size", ["tiny", "tiny-moe"])
+def test_what_transformers_writes(size: str, tmp_path: Path) -> None:
+    from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5Config
+    from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeConfig
 
     from aot_cache.models.qwen3_5.net import config_of
 
-    tiny = settings(size="tiny")
-    text = Qwen3_5TextConfig(**{k: v for k, v in SIZES["tiny"].items() if k != "model_type"})
+    fields, tiny = SIZES[size], settings(size=size)
+    whole: Any = Qwen3_5MoeConfig if size == "tiny-moe" else Qwen3_5Config
+    text = type(config_of(tiny))(**{k: v for k, v in fields.items() if k != "model_type"})
     text.save_pretrained(tmp_path / "text")
-    Qwen3_5Config(text_config=text.to_dict()).save_pretrained(tmp_path / "whole")
+    whole(text_config=text.to_dict()).save_pretrained(tmp_path / "whole")
     for folder in ("text", "whole"):
         found = settings(config=str(tmp_path / folder / "config.json"), spec="none")
+        assert found.kind == tiny.kind == fields["model_type"]
         ours, theirs = config_of(tiny).to_dict(), config_of(found).to_dict()
-        assert {k: v for k, v in ours.items() if k in SIZES["tiny"]} == {
-            k: theirs[k] for k in ours if k in SIZES["tiny"]
-        }
+        assert {k: v for k, v in ours.items() if k in fields} == {k: theirs[k] for k in ours if k in fields}
         assert ours["layer_types"] == theirs["layer_types"]
 
 
-def without(*names: str, **more: Json) -> Json:
-    return {name: value for name, value in SIZES["tiny"].items() if name not in names} | more
+def without(*names: str, size: str = "tiny", **more: Json) -> Json:
+    return {name: value for name, value in SIZES[size].items() if name not in names} | more
+
+
+def mixture(*names: str, **more: Json) -> Json:
+    return without(*names, size="tiny-moe", **more)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +190,13 @@ def without(*names: str, **more: Json) -> Json:
         ({}, "model_type None"),
         ({"model_type": "qwen3_next"}, "model_type 'qwen3_next'"),
         ({"model_type": "qwen3_5", "text_config": {"model_type": "llama"}}, "model_type 'llama'"),
-        (without(model_type="qwen3_5_moe_text", num_experts=8), "a mixture of experts"),
+        (without(model_type="qwen3_5_moe_text"), "no moe_intermediate_size, num_experts, num_experts_per_tok, shared"),
+        (mixture("num_experts"), "no num_experts;"),
+        (mixture(model_type="qwen3_5_text"), "no intermediate_size;"),
+        (mixture(model_type="qwen3_5_moe_vision"), "model_type 'qwen3_5_moe_vision'"),
+        (mixture(num_experts="8"), "num_experts"),
+        (mixture(num_experts_per_tok=0), "num_experts_per_tok"),
+        (mixture(num_experts_per_tok=9), "to be at most num_experts = 8"),
         (without("head_dim"), "no head_dim"),
         (without("head_dim", "vocab_size", "rope_parameters"), "no head_dim, rope_parameters, vocab_size"),
         (without(num_attention_heads="8"), "num_attention_heads"),
@@ -194,6 +217,13 @@ def test_a_config_file_that_is_not_there(tmp_path: Path) -> None:
         settings(config=str(tmp_path / "nowhere.json"))
 
 
+@pytest.mark.parametrize("name", ["moe_intermediate_size", "shared_expert_intermediate_size"])
+def test_experts_that_cannot_be_split(name: str, tmp_path: Path) -> None:
+    path = written(tmp_path, mixture(**{name: 33}))
+    with pytest.raises(DeclarationError, match=f"--tp that divides {name} = 33; --tp 2"):
+        settings(config=path, tp=2)
+
+
 @pytest.mark.parametrize("layers", [None, 0, 2])
 def test_a_model_without_its_draft(layers: int | None, tmp_path: Path) -> None:
     text = without("mtp_num_hidden_layers") | ({} if layers is None else {"mtp_num_hidden_layers": layers})
@@ -205,15 +235,16 @@ def test_a_model_without_its_draft(layers: int | None, tmp_path: Path) -> None:
 
 @given(
     st.dictionaries(
-        st.sampled_from([*SIZES["tiny"], "text_config", "num_experts", "rope_scaling"]),
+        st.sampled_from([*{*SIZES["tiny"], *SIZES["tiny-moe"]}, "text_config", "rope_scaling"]),
         st.one_of(
             st.none(), st.booleans(), st.integers(-2, 8), st.text(max_size=3), st.lists(st.integers(), max_size=2)
         ),
         max_size=3,
-    )
+    ),
+    st.sampled_from(["tiny", "tiny-moe"]),
 )
-def test_any_config_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, changes: Json) -> None:
-    path = written(tmp_path_factory.mktemp("any"), {**SIZES["tiny"], **changes})
+def test_any_config_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, changes: Json, size: str) -> None:
+    path = written(tmp_path_factory.mktemp("any"), {**SIZES[size], **changes})
     try:
         found = settings(config=path, spec="mtp")
     except DeclarationError:

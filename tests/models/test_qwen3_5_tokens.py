@@ -20,12 +20,12 @@ def requests(wanted: int = NEW) -> dict[int, tuple[tuple[int, ...], int]]:
 
 
 def said(
-    way: str, asked: dict[int, tuple[tuple[int, ...], int]], drafts: int = 2, **options: int
+    way: str, asked: dict[int, tuple[tuple[int, ...], int]], drafts: int = 2, size: str = "tiny", **options: int
 ) -> dict[int, list[int]]:
-    made = qwen.engine(0 if way == "decode" else drafts, max_batch=10, **options)
+    made = qwen.engine(0 if way == "decode" else drafts, size=size, max_batch=10, **options)
     if way != "an oracle's drafts":
         return qwen.serve(made, asked)
-    right = wanted(asked)
+    right = wanted(asked, size)
 
     def oracle(slot: int, at: int) -> list[int]:
         return qwen.guesses(right[slot][at:], (slot + at) % (drafts + 1), drafts)
@@ -33,8 +33,8 @@ def said(
     return qwen.serve(made, asked, oracle)
 
 
-def wanted(asked: dict[int, tuple[tuple[int, ...], int]]) -> dict[int, list[int]]:
-    return {slot: qwen.expected(prompt, count) for slot, (prompt, count) in asked.items()}
+def wanted(asked: dict[int, tuple[tuple[int, ...], int]], size: str = "tiny") -> dict[int, list[int]]:
+    return {slot: qwen.expected(prompt, count, size) for slot, (prompt, count) in asked.items()}
 
 
 @pytest.mark.parametrize("chunk", [16, 64, 512])
@@ -42,6 +42,12 @@ def wanted(asked: dict[int, tuple[tuple[int, ...], int]]) -> dict[int, list[int]
 def test_tokens_are_those_of_transformers(way: str, chunk: int) -> None:
     asked = requests()
     assert said(way, asked, prefill_chunk=chunk) == wanted(asked)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tokens_of_a_mixture_of_experts(way: str) -> None:
+    asked = requests()
+    assert said(way, asked, size="tiny-moe", prefill_chunk=64) == wanted(asked, "tiny-moe")
 
 
 @pytest.mark.parametrize("way", WAYS[1:])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import qwen
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aot_cache.errors import DeclarationError
@@ -24,26 +24,30 @@ HERE = Path(__file__).parent
 ASKED = {0: (qwen.prompt(40), 10), 2: (qwen.prompt(3), 12)}
 
 
-def expected() -> dict[int, list[int]]:
-    return {slot: qwen.expected(prompt, count) for slot, (prompt, count) in ASKED.items()}
+KINDS = ("tiny", "tiny-moe")
 
 
-def saved(folder: Path, left_out: str = "", **changed: Tensor) -> str:
+def expected(size: str = "tiny") -> dict[int, list[int]]:
+    return {slot: qwen.expected(prompt, count, size) for slot, (prompt, count) in ASKED.items()}
+
+
+def saved(folder: Path, left_out: str = "", size: str = "tiny", **changed: Tensor) -> str:
     """The tests' model as a checkpoint in two files."""
-    named = {k: v.clone() for k, v in weights.names(qwen.weighted()).items() if k != left_out} | changed
+    named = {k: v.clone() for k, v in weights.names(qwen.weighted(size)).items() if k != left_out} | changed
     halves = sorted(named)[: len(named) // 2]
     save_file({k: v for k, v in named.items() if k in halves}, folder / "model-00001-of-00002.safetensors")
     save_file({k: v for k, v in named.items() if k not in halves}, folder / "model-00002-of-00002.safetensors")
     return str(folder)
 
 
+@pytest.mark.parametrize("size", KINDS)
 @pytest.mark.parametrize("drafts", [0, 2])
-def test_there_and_back(drafts: int, tmp_path: Path) -> None:
+def test_there_and_back(drafts: int, size: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    made = make_engine(qwen.tiny(drafts), "cpu", saved(tmp_path))
-    assert qwen.serve(made, ASKED) == expected()
+    made = make_engine(qwen.tiny(drafts, size), "cpu", saved(tmp_path, size=size))
+    assert qwen.serve(made, ASKED) == expected(size)
     for name, value in weights.wanted(made.model.net):
-        assert torch.equal(value, weights.names(qwen.weighted())[name]), name
+        assert torch.equal(value, weights.names(qwen.weighted(size))[name]), name
 
 
 def test_names_are_those_of_the_released_checkpoints() -> None:
@@ -56,6 +60,34 @@ def test_names_are_those_of_the_released_checkpoints() -> None:
     wanted |= {"model.layers.0.linear_attn.A_log", "model.layers.0.linear_attn.conv1d.weight"}
     assert wanted <= {*named} and "lm_head.weight" not in named
     assert named["mtp.fc.weight"].shape == (64, 128)
+
+
+def test_names_of_experts() -> None:
+    """One tensor of all experts of a layer, as released, in the draft, too."""
+    named = weights.names(qwen.weighted("tiny-moe"))
+    shapes = {"experts.gate_up_proj": [8, 64, 64], "experts.down_proj": [8, 64, 32], "gate.weight": [8, 64]}
+    shapes |= {"shared_expert.down_proj.weight": [64, 32], "shared_expert_gate.weight": [1, 64]}
+    for prefix in ("model.layers.0.mlp.", "model.layers.3.mlp.", "mtp.layers.0.mlp."):
+        assert {one: list(named[prefix + one].shape) for one in shapes} == shapes
+
+
+def test_experts_that_transformers_saved(tmp_path: Path) -> None:
+    """One by one; and one that is missing or of another shape."""
+    torch.manual_seed(1)
+    qwen.original("tiny-moe").save_pretrained(tmp_path)
+    made = make_engine(qwen.tiny(size="tiny-moe"), "cpu", str(tmp_path))
+    assert qwen.serve(made, ASKED) == expected("tiny-moe")
+    (file,) = tmp_path.glob("*.safetensors")
+    named = load_file(file)
+    (one,) = [name for name in named if name.endswith("layers.2.mlp.experts.7.up_proj.weight")]
+    for changed, error in (
+        ({}, "a weight model.layers.2.mlp.experts.7.up"),
+        ({one: torch.ones(31, 64)}, "of one shape"),
+    ):
+        save_file({name: value for name, value in named.items() if name != one} | changed, file)
+        with pytest.raises(DeclarationError) as caught:
+            make_engine(qwen.tiny(size="tiny-moe"), "cpu", str(tmp_path))
+        assert error in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
@@ -130,11 +162,12 @@ def test_a_file_that_is_no_safetensors(content: bytes, tmp_path: Path) -> None:
 # --- ranks ----------------------------------------------------------------------------------------------------------------
 
 
-def test_parts_make_the_whole() -> None:
+@pytest.mark.parametrize("size", KINDS)
+def test_parts_make_the_whole(size: str) -> None:
     """Each rank has whole heads, and together they have each once."""
-    parts, one = qwen.tiny(1, tp=2), qwen.tiny(1)
+    parts, one = qwen.tiny(1, size, tp=2), qwen.tiny(1, size)
     shapes = {name: value.shape for name, value in weights.wanted(net.make(parts, "cpu"))}
-    for name, value in weights.names(qwen.weighted()).items():
+    for name, value in weights.names(qwen.weighted(size)).items():
         shared = [weights.part(name, value, parts, rank) for rank in range(2)]
         assert shared[0].shape == shared[1].shape == shapes[name], name
         assert weights.part(name, value, one, 0) is value
@@ -151,7 +184,10 @@ def test_two_ranks_say_what_one_says(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     common |= {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(HERE / "qwen_rank.py"), saved(tmp_path), json.dumps(ASKED)]
+    for size in KINDS:
+        (tmp_path / size).mkdir()
+    folders = {size: saved(tmp_path / size, size=size) for size in KINDS}
+    command = [sys.executable, "-W", "ignore", str(HERE / "qwen_rank.py"), json.dumps(folders), json.dumps(ASKED)]
     jobs = [
         subprocess.Popen(command, env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
         for rank in range(2)
@@ -161,5 +197,7 @@ def test_two_ranks_say_what_one_says(tmp_path: Path) -> None:
     finally:
         for job in jobs:
             job.kill()
-    wanted = {str(slot): tokens for slot, tokens in expected().items()}
-    assert told == [{"said": [wanted, wanted], "rows": 4 * 2 * 32 // 2}] * 2, "queries and gates of half of the heads"
+    wanted = {size: {str(slot): tokens for slot, tokens in expected(size).items()} for size in KINDS}
+    rows = 4 * 2 * 32 // 2  # queries and gates of half of the heads
+    said = {"tiny": [wanted["tiny"]] * 2, "tiny-moe": [wanted["tiny-moe"]]}  # with drafts and without; with drafts
+    assert told == [{size: {"said": said[size], "rows": rows} for size in KINDS}] * 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,19 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import MtpModel
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
+from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeTextConfig
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeForCausalLM
 
-from aot_cache.models.qwen3_5.settings import Settings
+from aot_cache.models.qwen3_5.experts import EXPERTS
+from aot_cache.models.qwen3_5.settings import DENSE, MOE, SHARED_BY_RANKS, Settings
 
 ATTENTION = "aot_cache_static"
-_SHARED_BY_RANKS = ("num_attention_heads", "num_key_value_heads", "linear_num_key_heads", "linear_num_value_heads")
+Config = Qwen3_5TextConfig | Qwen3_5MoeTextConfig
+CLASSES: Mapping[str, tuple[type[Config], Any]] = {
+    DENSE: (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
+    MOE: (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
+}
+"""Kind → transformers' configuration and model; nothing else here differs."""
 _NOT_FIELDS = ("model_type", "mtp_num_hidden_layers")
 
 
@@ -70,7 +78,7 @@ class Net:
         return [self.embed, self.rotary, *self.layers, self.norm, self.head, *draft]
 
 
-def config_of(settings: Settings, layers: int | Sequence[str] | None = None) -> Qwen3_5TextConfig:
+def config_of(settings: Settings, layers: int | Sequence[str] | None = None) -> Config:
     """transformers' configuration of one rank's part.
 
     Args:
@@ -78,14 +86,15 @@ def config_of(settings: Settings, layers: int | Sequence[str] | None = None) -> 
             `full_attention`, as the draft takes after it.
     """
     fields = {name: value for name, value in settings.text.items() if name not in _NOT_FIELDS}
-    for name in (*_SHARED_BY_RANKS, "intermediate_size"):
+    for name in SHARED_BY_RANKS[settings.kind]:
         fields[name] = fields[name] // settings.tp
     if isinstance(layers, int):
         fields |= {"num_hidden_layers": layers, "layer_types": None}
     elif layers is not None:
         fields |= {"num_hidden_layers": len(layers), "layer_types": list(layers)}
     fields["attn_implementation"] = ATTENTION
-    config = Qwen3_5TextConfig(**fields)
+    fields["experts_implementation"] = EXPERTS
+    config = CLASSES[settings.kind][0](**fields)
     config.max_position_embeddings = max(config.max_position_embeddings, settings.cache_len)
     config.num_mtp_layers, config.mtp_layer_types = 1, ["full_attention"]
     return config
@@ -97,7 +106,7 @@ def make(settings: Settings, device: str, layers: int | Sequence[str] | None = N
     On the virtual device of a build nothing has memory.
     """
     with torch.device("meta"):
-        main: Any = Qwen3_5ForCausalLM(config_of(settings, layers))
+        main: Any = CLASSES[settings.kind][1](config_of(settings, layers))
         draft: Any = MtpModel(main, 1) if settings.drafts else None
     net = of(main, draft, settings)
     dtype = getattr(torch, settings.dtype)
@@ -133,7 +142,7 @@ def _initial(part: nn.Module, name: str, shape: torch.Size, device: str) -> Tens
         return torch.ones(shape, device=device)
     if len(shape) == 1:  # norms: transformers keeps the gated ones around one and all others around zero
         return 0.02 * torch.randn(shape, device=device) + ("Gated" in type(part).__name__)
-    scale = 0.02 if isinstance(part, nn.Embedding) else float(shape[1:].numel()) ** -0.5
+    scale = 0.02 if isinstance(part, nn.Embedding) else float(shape[-1]) ** -0.5
     return scale * torch.randn(shape, device=device)
 
 

@@ -105,7 +105,9 @@ def _step(found: Settings, model: Callable[[], Model], name: str, width: int) ->
 
 
 tiny = partial(recipe, size="tiny")
+tiny_moe = partial(recipe, size="tiny-moe")
 b0_8 = partial(recipe, size="0.8b")
 b4 = partial(recipe, size="4b")
 b9 = partial(recipe, size="9b")
 b27 = partial(recipe, size="27b")
+b35_a3b = partial(recipe, size="35b-a3b")

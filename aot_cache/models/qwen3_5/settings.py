@@ -1,7 +1,8 @@
 """What can be chosen: the size of the model, and how it is served. Imports no torch.
 
-Numbers of the sizes: shared by NVIDIA's Model-Optimizer recipes (0.8B, 4B, 9B), THUDM's slime scripts (27B) and the
-released 35B-A3B; what is not known for sure is taken only from a model's own config.json.
+Numbers of the sizes: shared by NVIDIA's Model-Optimizer recipes (0.8B, 4B, 9B), THUDM's slime scripts (27B) and
+transformers' Qwen3_5MoeTextConfig, whose defaults are those of the 35B-A3B; what is not known for sure is taken only from a
+model's own config.json.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from aot_cache.errors import DeclarationError, UnknownName
 
 Json = Any
 DENSE, MOE = "qwen3_5_text", "qwen3_5_moe_text"
+KINDS = {"qwen3_5": DENSE, DENSE: DENSE, "qwen3_5_moe": MOE, MOE: MOE}
+"""A config's `model_type` → what its text model is; a mixture of experts differs from a dense one in its MLPs alone."""
 SPECS = ("none", "mtp")
 DTYPES = ("bfloat16", "float16", "float32")
 CHUNK = 512
@@ -57,8 +60,16 @@ def _dense(hidden: int, layers: int, heads: int, kv: int, value_heads: int, mlp:
     }
 
 
+def _moe(
+    hidden: int, layers: int, heads: int, kv: int, value_heads: int, experts: int, chosen: int, mlp: int, tied: bool
+) -> Mapping[str, Json]:
+    text = {**_dense(hidden, layers, heads, kv, value_heads, mlp, tied), "model_type": MOE}
+    del text["intermediate_size"]
+    sizes = {"moe_intermediate_size": mlp, "shared_expert_intermediate_size": mlp}
+    return {**text, "num_experts": experts, "num_experts_per_tok": chosen, **sizes}
+
+
 _TINY: Mapping[str, Json] = {
-    **_dense(64, 4, 4, 2, 4, 128, True),
     "vocab_size": 512,
     "head_dim": 32,
     "linear_num_key_heads": 2,
@@ -69,15 +80,25 @@ _TINY: Mapping[str, Json] = {
 
 SIZES: Mapping[str, Mapping[str, Json]] = MappingProxyType(
     {
-        "tiny": _TINY,  # no released model: for tests, and for a look on a machine without a GPU
+        # no released models: for tests, and for a look on a machine without a GPU
+        "tiny": {**_dense(64, 4, 4, 2, 4, 128, True), **_TINY},
+        "tiny-moe": {**_moe(64, 4, 4, 2, 4, 8, 2, 32, True), **_TINY},
         "0.8b": _dense(1024, 24, 8, 2, 16, 3584, True),
         "4b": _dense(2560, 32, 16, 4, 32, 9216, True),
         "9b": _dense(4096, 32, 16, 4, 32, 12288, False),
         "27b": _dense(5120, 64, 24, 4, 48, 17408, False),
+        "35b-a3b": _moe(2048, 40, 16, 2, 32, 256, 8, 512, False),
     }
 )
 
-_NEEDED = tuple(sorted({*_COMMON, *_dense(1, 1, 1, 1, 1, 1, True)} - {"model_type", "mtp_num_hidden_layers"}))
+_SHAPES = {DENSE: SIZES["tiny"], MOE: SIZES["tiny-moe"]}
+_OPTIONAL = ("model_type", "mtp_num_hidden_layers")
+_HEADS = ("num_attention_heads", "num_key_value_heads", "linear_num_key_heads", "linear_num_value_heads")
+SHARED_BY_RANKS: Mapping[str, tuple[str, ...]] = {
+    DENSE: (*_HEADS, "intermediate_size"),
+    MOE: (*_HEADS, "moe_intermediate_size", "shared_expert_intermediate_size"),
+}
+"""Kind → the fields of which each rank has its part: every rank has a part of every expert."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +123,11 @@ class Settings:
     tp: int = 1
     dtype: str = "bfloat16"
     name: str = field(default="", compare=False)
+
+    @property
+    def kind(self) -> str:
+        """`DENSE` or `MOE`."""
+        return str(self.text["model_type"])
 
     @property
     def width(self) -> int:
@@ -184,24 +210,26 @@ def read_config(path: Path) -> Mapping[str, Json]:
     text = found.get("text_config", found)
     if not isinstance(text, dict):
         raise DeclarationError(f"text_config in {path} to be an object", repr(text))
-    if not str(text.get("model_type", "")).startswith(DENSE.removesuffix("_text")):
+    kind = KINDS.get(str(text.get("model_type")))
+    if kind is None:
         raise DeclarationError(f"a Qwen3.5 in {path}", f"model_type {text.get('model_type')!r}")
-    if "num_experts" in text:
-        raise DeclarationError(f"a dense Qwen3.5 in {path}", "a mixture of experts", "it is not offered yet")
-    text = {**text, "model_type": DENSE}
+    text = {**text, "model_type": kind}
     if "rope_parameters" not in text and "rope_scaling" in text:
         text["rope_parameters"] = text["rope_scaling"]
-    missing = [name for name in _NEEDED if name not in text and name not in found]
+    needed = sorted({*_SHAPES[kind]} - {*_OPTIONAL})
+    missing = [name for name in needed if name not in text and name not in found]
     if missing:
         raise DeclarationError(f"all sizes of the model in {path}", f"no {', '.join(missing)}", "complete the file")
-    text = {**{name: found[name] for name in _NEEDED if name in found}, **text}
-    for name in _NEEDED:
-        _check_field(name, text[name], path)
+    text = {**{name: found[name] for name in needed if name in found}, **text}
+    for name in needed:
+        _check_field(name, text[name], type(_SHAPES[kind][name]), path)
+    if kind == MOE and text["num_experts_per_tok"] > text["num_experts"]:
+        wanted = f"num_experts_per_tok in {path} to be at most num_experts = {text['num_experts']}"
+        raise DeclarationError(wanted, str(text["num_experts_per_tok"]))
     return text
 
 
-def _check_field(name: str, value: Json, path: Path) -> None:
-    kind = type(SIZES["tiny"][name])
+def _check_field(name: str, value: Json, kind: type, path: Path) -> None:
     fits = isinstance(value, Mapping) if kind is dict else type(value) is kind
     if not fits or (kind is int and value < 1):
         what = {int: "a number of 1 or more", bool: "true or false", dict: "an object"}[kind]
@@ -210,8 +238,7 @@ def _check_field(name: str, value: Json, path: Path) -> None:
 
 def _check_split(text: Mapping[str, Json], tp: int) -> None:
     _at_least("--tp", tp, 1)
-    names = ("num_attention_heads", "num_key_value_heads", "linear_num_key_heads", "linear_num_value_heads")
-    for name in (*names, "intermediate_size"):
+    for name in SHARED_BY_RANKS[text["model_type"]]:
         if text[name] % tp:
             raise DeclarationError(f"--tp that divides {name} = {text[name]}", f"--tp {tp}")
 

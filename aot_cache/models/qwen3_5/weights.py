@@ -1,7 +1,9 @@
 """Weights of a released checkpoint, and one rank's part of them.
 
 Names: `model.language_model.layers.…` or `model.layers.…` for the target as transformers saves it, `mtp.…` for the draft as
-it is released (`fc`, `pre_fc_norm_embedding`, `pre_fc_norm_hidden`, `norm`; vLLM's `qwen3_5_mtp.py` reads the same).
+it is released (`fc`, `pre_fc_norm_embedding`, `pre_fc_norm_hidden`, `norm`; vLLM's `qwen3_5_mtp.py` reads the same). Experts of
+a layer are one tensor (`experts.gate_up_proj`, `experts.down_proj`), or one by one (`experts.0.gate_proj.weight`), as
+transformers saves them.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ _ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "in_proj_z", "in_
 _COLUMNS = ("o_proj", "down_proj", "out_proj")
 _BY_HEAD = ("A_log", "dt_bias")
 _MIXED = ("in_proj_qkv", "conv1d")
+_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 def read(net: Net, settings: Settings, folder: str, rank: int = 0) -> None:
@@ -40,12 +43,27 @@ def read(net: Net, settings: Settings, folder: str, rank: int = 0) -> None:
     with torch.no_grad():
         found = dict(_found(Path(folder)))
         for name, target in wanted(net):
-            if name not in found:
-                raise DeclarationError(f"a weight {name} in {folder}", "none of that name", "give this model's folder")
-            value = part(name, found[name](), settings, rank)
+            value = part(name, _value(name, found, len(target), folder), settings, rank)
             if value.shape != target.shape:
                 raise DeclarationError(f"{name} of shape {list(target.shape)}", f"{list(value.shape)} in {folder}")
             target.copy_(value)
+
+
+def _value(name: str, found: Mapping[str, Any], count: int, folder: str) -> Tensor:
+    """A weight; one of `count` experts from each one's own, where it is not there as a whole."""
+    before, _, last = name.rpartition("experts.")
+    names = [name]
+    if name not in found and last in _EXPERTS:
+        names = [f"{before}experts.{n}.{one}.weight" for n in range(count) for one in _EXPERTS[last]]
+    for one in names:
+        if one not in found:
+            raise DeclarationError(f"a weight {one} in {folder}", "none of that name", "give this model's folder")
+    values: list[Tensor] = [found[one]() for one in names]
+    if names == [name]:
+        return values[0]
+    if len(shapes := {tuple(value.shape) for value in values}) > 1:
+        raise DeclarationError(f"experts of one shape for {name}", f"{sorted(shapes)} in {folder}")
+    return torch.cat(values).view(count, -1, values[0].shape[-1])
 
 
 def wanted(net: Net) -> Iterator[tuple[str, Tensor]]:
@@ -62,11 +80,15 @@ def wanted(net: Net) -> Iterator[tuple[str, Tensor]]:
 
 
 def part(name: str, value: Tensor, settings: Settings, rank: int) -> Tensor:
-    """One rank's part of a weight: whole heads and columns of the MLP; norms, embeddings, head and the draft's projection
-    are on every rank."""
+    """One rank's part of a weight: whole heads and columns of the MLP, or of each expert; norms, embeddings, head, the router and
+    the draft's projection are on every rank."""
     owner = name.split(".")[-2]
     if settings.tp == 1:
         return value
+    if name.endswith("experts.gate_up_proj"):
+        return torch.cat([half.chunk(settings.tp, 1)[rank] for half in value.chunk(2, 1)], 1)
+    if name.endswith("experts.down_proj"):
+        return value.chunk(settings.tp, 2)[rank]
     if owner in _ROWS or name.endswith(_BY_HEAD):
         return value.chunk(settings.tp, 0)[rank]
     if owner in _COLUMNS:
