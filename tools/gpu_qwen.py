@@ -340,7 +340,8 @@ def theirs(engine: Any, dtype: Any) -> Any:
             setattr(modeling, name, inspect.unwrap(getattr(modeling, name)))
     config = config_of(engine.settings, len(net.layers))
     # What `from_pretrained(attn_implementation=…, experts_implementation=…)` sets.
-    config._attn_implementation, config._experts_implementation = "sdpa", "eager"  # noqa: SLF001
+    experts = "eager" if engine.model.device == "cpu" else "grouped_mm"
+    config._attn_implementation, config._experts_implementation = "sdpa", experts  # noqa: SLF001
     with torch.device("meta"):
         model: Any = made(config).eval()
     model.model.layers = torch.nn.ModuleList(copy.deepcopy(layer).to(dtype) for layer in net.layers)
