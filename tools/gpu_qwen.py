@@ -330,6 +330,7 @@ def theirs(engine: Any, dtype: Any) -> Any:
     import torch
 
     from aot_cache.models.qwen3_5.net import CLASSES, config_of
+    from aot_cache.models.qwen3_5.settings import MOE
 
     net, made = engine.model.net, CLASSES[engine.settings.kind][1]
     if engine.model.device == "cpu":  # else it takes fla-core's, which need a GPU, wherever that is installed
@@ -340,8 +341,9 @@ def theirs(engine: Any, dtype: Any) -> Any:
             setattr(modeling, name, inspect.unwrap(getattr(modeling, name)))
     config = config_of(engine.settings, len(net.layers))
     # What `from_pretrained(attn_implementation=…, experts_implementation=…)` sets.
-    experts = "eager" if engine.model.device == "cpu" else "grouped_mm"
-    config._attn_implementation, config._experts_implementation = "sdpa", experts  # noqa: SLF001
+    config._attn_implementation = "sdpa"  # noqa: SLF001
+    if engine.settings.kind == MOE:
+        config._experts_implementation = "eager" if engine.model.device == "cpu" else "grouped_mm"  # noqa: SLF001
     with torch.device("meta"):
         model: Any = made(config).eval()
     model.model.layers = torch.nn.ModuleList(copy.deepcopy(layer).to(dtype) for layer in net.layers)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
+from aot_cache.models.qwen3_5.experts_kernel import launch
+
 EXPERTS = "aot_cache_grouped"
 
 
@@ -53,8 +55,6 @@ def grouped(x: Tensor, weight: Tensor, pairs: Tensor, ends: Tensor) -> Tensor:
         [pairs, columns], in the order of `chosen`.
     """
     if x.device.type != "cpu":
-        from aot_cache.models.qwen3_5.experts_kernel import launch
-
         return launch(x, weight, pairs, ends)
     out, start = x.new_empty(len(pairs), weight.shape[1]), 0
     for own, end in zip(weight, ends.tolist(), strict=True):
