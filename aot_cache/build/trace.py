@@ -22,7 +22,7 @@ from aot_cache.shapes import Enumeration, Point
 from aot_cache.upstream import triton_jit
 from aot_cache.upstream.triton_launches import LaunchLog, instead_of_launching
 
-BLOCK = 256
+BLOCK = 64
 """Points that a child runs before it reports."""
 
 Progress = Callable[[str, int, int], None]

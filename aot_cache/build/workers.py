@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import tempfile
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from threading import Thread
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-from aot_cache import errors
 from aot_cache.build import by_rank, stamp
-from aot_cache.errors import DeclarationError, TargetError
+from aot_cache.build.crew import Beside, Crew, OtherRanks, Progress
+from aot_cache.errors import DeclarationError
 from aot_cache.miss_file import Misses
 from aot_cache.plan import Plan
 from aot_cache.target import Target
@@ -25,14 +20,6 @@ if TYPE_CHECKING:
     from aot_cache.build.pipeline import Request
 
 Json = Any
-Progress = Callable[[str, int, int], None]
-
-
-class _OtherRanks(Exception):
-    """A worker has read the recipe, and it is for a job of so many ranks."""
-
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
 
 
 def run(
@@ -48,15 +35,15 @@ def run(
         TargetError: a worker died.
     """
     try:
-        return _run(request, scratch, misses, progress, show_plan)
-    except _OtherRanks as found:
+        with Crew(progress) as crew:
+            return _run(request, scratch, misses, crew, show_plan)
+    except OtherRanks as found:
         ranks = found.ranks
-    return _run(replace(request, ranks=ranks), scratch, misses, progress, show_plan)
+    with Crew(progress) as crew:
+        return _run(replace(request, ranks=ranks), scratch, misses, crew, show_plan)
 
 
-def _run(
-    request: Request, scratch: Path, misses: Misses, progress: Progress, show_plan: bool
-) -> tuple[dict[str, Json], Plan]:
+def _run(request: Request, scratch: Path, misses: Misses, crew: Crew, show_plan: bool) -> tuple[dict[str, Json], Plan]:
     """`run` in a job of the request's ranks."""
     plan_out, ranks = scratch / "plan.json", request.ranks or 1
     job: dict[str, Json] = {
@@ -84,36 +71,49 @@ def _run(
     told = _told_apart(request, ranks)
     cpu = request.target.backend == "cpu"
     answer: dict[str, Json] = {"inputs": {}}
-    if not cpu:
-        for rank in told[1:]:  # what these launch besides is one plan with what the first does
-            also = {
-                **job,
-                "stage": "kernels",
-                "rank": rank,
-                "show_plan": True,
-                "plan_out": str(scratch / f"plan{rank}.json"),
-                "calls": f"{job['calls']}.{rank}",
-            }
-            _listen(also, _as_rank(environment, rank, ranks), "traced", answer, progress)
-            job["also"].append(also["plan_out"])
-        _listen(
-            {**job, "stage": "kernels"},
-            _as_rank(environment, 0, ranks),
-            "traced" if show_plan else "compiled",
-            answer,
-            progress,
-        )
-    calling = answer.get("calling", []) if not cpu else None  # on the CPU nobody has looked yet
-    if request.plan is None and (cpu or calling):
-        last = "surveyed" if show_plan else "graphs"
-        graphs = {**job, "stage": "graphs", "cases": calling, "refused": answer.get("refused", [])}
-        if show_plan:
-            told = told[:1]
-        _graphs_of_ranks(graphs, told, environment, last, answer, progress)
+
+    def graphs(calling: Json, told: list[int] = told) -> dict[str, Json]:
+        own = {**job, "stage": "graphs", "cases": calling, "refused": answer.get("refused", [])}
+        return _graphs_of_ranks(own, told, environment, "surveyed" if show_plan else "graphs", crew)
+
+    if cpu:
+        answer |= graphs(None)  # nobody has looked yet
+    else:
+        beside: list[Beside] = []
+
+        def traced() -> None:
+            # Graphs need what is traced, not what is compiled of it; only misses are settled in the plan afterwards.
+            if answer["calling"] and not show_plan and not job["misses"]:
+                beside.append(Beside(lambda: graphs(answer["calling"])))
+
+        _kernels_of_ranks(job, told, environment, crew, answer, traced)
+        if beside:
+            made = beside[0].result()
+        else:
+            made = graphs(answer["calling"], told[:1] if show_plan else told) if answer.get("calling") else {}
+        answer |= {**made, "inputs": stamp.both(answer["inputs"], made.get("inputs", {}))}
     plan = Plan.read(plan_out)
     if request.plan is None:  # a plan that was given says so itself
         plan.ranks = ranks
     return answer, plan
+
+
+def _kernels_of_ranks(
+    job: dict[str, Json],
+    told: list[int],
+    environment: Mapping[str, str],
+    crew: Crew,
+    answer: dict[str, Json],
+    traced: Callable[[], None],
+) -> None:
+    """Trace kernels as each of the ranks, and compile them: what another rank launches besides is one plan with the first's."""
+    for rank in told[1:]:
+        files = {name: f"{job[name]}.{rank}" for name in ("plan_out", "calls")}
+        also = {**job, **files, "stage": "kernels", "rank": rank, "show_plan": True}
+        crew.listen(also, _as_rank(environment, rank, job["ranks"]), "traced", answer)
+        job["also"].append(also["plan_out"])
+    last = "traced" if job["show_plan"] else "compiled"
+    crew.listen({**job, "stage": "kernels"}, _as_rank(environment, 0, job["ranks"]), last, answer, {"traced": traced})
 
 
 def _told_apart(request: Request, ranks: int) -> list[int]:
@@ -124,14 +124,10 @@ def _told_apart(request: Request, ranks: int) -> list[int]:
 
 
 def _graphs_of_ranks(
-    job: Mapping[str, Json],
-    told: list[int],
-    environment: Mapping[str, str],
-    last: str,
-    answer: dict[str, Json],
-    progress: Progress,
-) -> None:
-    """Trace and compile graphs as the ranks in `told`, and, if they differ, as all others."""
+    job: Mapping[str, Json], told: list[int], environment: Mapping[str, str], last: str, crew: Crew
+) -> dict[str, Json]:
+    """Trace and compile graphs as the ranks in `told`, and, if they differ, as all others; and what the workers answered."""
+    answer: dict[str, Json] = {"inputs": {}}
     made: list[list[dict[str, Json]]] = []
     failed: dict[str, dict[str, Json]] = {}
     compiled = 0
@@ -144,7 +140,7 @@ def _graphs_of_ranks(
         # Folders of its own: what another rank has left in them would be taken, and is not the same.
         with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
             folders = {} if rank == 0 else _folders(Path(folder))
-            _listen(own, {**_as_rank(environment, rank, job["ranks"]), **folders}, last, answer, progress)
+            crew.listen(own, {**_as_rank(environment, rank, job["ranks"]), **folders}, last, answer)
         made.append(answer.get("graphs", []))
         failed.update({failure["unit"]: failure for failure in answer.get("graph_failed", [])})
         compiled += answer.get("graphs_compiled", 0)
@@ -154,9 +150,12 @@ def _graphs_of_ranks(
     why = by_rank.differing(made[0], made[1]) if len(made) > 1 else {}
     for rank in range(len(made), job["ranks"] if why else 0):
         run(rank)
-    answer.update(
-        graphs=by_rank.combined(made, why), graph_failed=list(failed.values()), graphs_compiled=compiled, per_rank=why
-    )
+    return answer | {
+        "graphs": by_rank.combined(made, why),
+        "graph_failed": list(failed.values()),
+        "graphs_compiled": compiled,
+        "per_rank": why,
+    }
 
 
 def _as_rank(environment: Mapping[str, str], rank: int, size: int) -> dict[str, str]:
@@ -185,21 +184,6 @@ def _kernels_only(path: Path, target: Target) -> None:
         raise DeclarationError("a target that Triton compiles for", "cpu", "name a GPU with --target")
 
 
-def _listen(
-    job: Mapping[str, Json], environment: Mapping[str, str], last: str, answer: dict[str, Json], progress: Progress
-) -> None:
-    """Run one worker and add its events to `answer`; what it read is added to what others read."""
-    for event in _talk(job, environment, last):
-        if event["event"] == "progress":
-            progress(event["stage"], event["done"], event["total"])
-        elif event["event"] == "ranks":
-            raise _OtherRanks(event["ranks"])
-        elif event["event"] == "error":
-            raise getattr(errors, event["type"])(event["wanted"], event["found"], event["do"])
-        else:
-            answer.update({**event, "inputs": stamp.both(answer["inputs"], event.get("inputs", {}))})
-
-
 def _environment(request: Request, scratch: Path) -> dict[str, str]:
     """The worker's environment: nothing of this machine or of this moment may reach the bytes."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRITON_ALWAYS_COMPILE")}
@@ -219,47 +203,3 @@ def _environment(request: Request, scratch: Path) -> dict[str, str]:
 def _folders(scratch: Path) -> dict[str, str]:
     """Where upstream keeps what it compiles."""
     return {"TRITON_CACHE_DIR": str(scratch / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
-
-
-def _talk(job: Mapping[str, Json], environment: Mapping[str, str], last: str) -> Any:
-    """Start a worker, hand it the job, yield its events, of which `last` is the last."""
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "aot_cache.build.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=dict(environment),
-        text=True,
-    )
-    assert worker.stdin is not None and worker.stdout is not None and worker.stderr is not None
-    last_words: deque[str] = deque(maxlen=20)
-    listener = Thread(target=_drain, args=(worker.stderr, last_words), daemon=True)
-    listener.start()
-    finished = False
-    try:
-        worker.stdin.write(json.dumps(job) + "\n")
-        worker.stdin.close()
-        for line in worker.stdout:
-            event = json.loads(line)
-            finished = finished or event["event"] in ("error", "ranks", last)
-            yield event
-    finally:
-        if worker.poll() is None and not finished:
-            worker.kill()  # the reader gave up (Ctrl-C, an error): nobody waits for what it would write
-        worker.wait()
-        listener.join()
-        worker.stdout.close()
-        worker.stderr.close()
-    if not finished or (worker.returncode and not finished):
-        words = [w.strip() for w in last_words if w.strip()]
-        raise TargetError(
-            "the build worker to finish", f"it ended with code {worker.returncode}: {words[-1] if words else 'no word'}"
-        )
-
-
-def _drain(stream: IO[str], into: deque[str]) -> None:
-    show = os.environ.get("AOT_CACHE_DEBUG") == "1"
-    for line in stream:
-        into.append(line)
-        if show:
-            sys.stderr.write(line)

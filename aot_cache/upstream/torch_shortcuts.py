@@ -100,10 +100,10 @@ def _quick_to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | 
 
 def _quick_mm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
     one, other = args
-    if not isinstance(one, VirtualTensor) or not isinstance(other, VirtualTensor):
+    if not isinstance(one, VirtualTensor) or not isinstance(other, VirtualTensor) or one.dim() != 2 or other.dim() != 2:
         return None
     (rows, inner), (same, columns) = one.meta_.shape, other.meta_.shape
-    if inner != same or one.dtype != other.dtype or one.known is not None or kwargs:
+    if inner != same or one.dtype != other.dtype or one.device != other.device or one.known is not None or kwargs:
         return None
     return VirtualTensor(torch.empty(rows, columns, dtype=one.dtype, device="meta"), None, one.device)
 
@@ -111,7 +111,7 @@ def _quick_mm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | 
 def _quick_cat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
     """Contiguous, where no tensor looks like channels last (`at::native::cat`, TensorShape.cpp)."""
     tensors, dim = args[0], args[1] if len(args) > 1 else 0
-    first = tensors[0]
+    first = tensors[0] if tensors else None
     if not isinstance(first, VirtualTensor) or not first.dim():
         return None
     dim %= first.dim()

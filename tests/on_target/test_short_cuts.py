@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aot_cache.build import virtual_device
+from aot_cache.errors import TraceError
 from aot_cache.upstream import torch_shortcuts, torch_tensor
 
 Made = Callable[[str, torch.dtype], torch.Tensor]
@@ -135,9 +136,22 @@ def shape_size(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
-def test_shapes_that_do_not_fit_are_torchs_to_refuse() -> None:
-    with virtual_device.tensors(), pytest.raises(Exception, match=r"shape|size|broadcast"):
-        torch.zeros(3, device="cuda") + torch.zeros(4, device="cuda")
+REFUSED: dict[str, Callable[[Any], Any]] = {
+    "a sum": lambda like: like(3) + like(4),
+    "a product": lambda like: torch.mm(like(3, 4), like(3, 4)),
+    "a product of vectors": lambda like: torch.mm(like(4), like(4)),
+    "joined": lambda like: torch.cat([like(3, 4), like(3, 5)]),
+    "nothing joined": lambda like: torch.cat([]),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_does_not_fit_is_torchs_to_refuse(what: str) -> None:
+    with (
+        virtual_device.tensors(),
+        pytest.raises((TraceError, RuntimeError, ValueError), match=r"shape|siz|matrix|list"),
+    ):
+        REFUSED[what](lambda *shape: torch.zeros(*shape, device="cuda"))
 
 
 def test_values_that_are_known_stay_known() -> None:

@@ -1,0 +1,84 @@
+"""aot_cache.build.crew: workers beside each other; none of them outlives its build."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aot_cache import target as targets
+from aot_cache.build.crew import Beside, Crew
+from aot_cache.errors import AotCacheError, TargetError
+
+SLEEPS = "import os, pathlib, time\npathlib.Path(os.environ['PID']).write_text(str(os.getpid()))\ntime.sleep(600)\n"
+
+
+def job(**fields: Any) -> dict[str, Any]:
+    """A job for which a worker imports no torch before it reads the recipe."""
+    base = {"target": targets.get("cpu").properties(), "stage": "graphs", "ranks": 1, "rank": 0, "ranges": {}}
+    return {**base, "misses": [], "refused": [], "ranks_given": False, **fields}
+
+
+@pytest.fixture
+def sleeping(tmp_path: Path) -> dict[str, str]:
+    """The environment of a worker whose recipe never ends to be imported; the process's number comes to `PID`."""
+    (tmp_path / "sleeps.py").write_text(SLEEPS)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    return {**os.environ, "PYTHONPATH": path, "PID": str(tmp_path / "pid")}
+
+
+def wait_for(path: Path) -> int:
+    ready = threading.Event()
+    while not (path.exists() and path.read_text()):
+        ready.wait(0.05)
+    return int(path.read_text())
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_what_goes_on_beside_is_waited_for() -> None:
+    assert Beside(lambda: {"graphs": [1]}).result() == {"graphs": [1]}
+
+
+def test_what_it_raises_is_raised() -> None:
+    def fail() -> dict[str, Any]:
+        raise TargetError("one thing", "another")
+
+    with pytest.raises(TargetError, match="one thing"):
+        Beside(fail).result()
+
+
+def test_no_worker_outlives_the_block(sleeping: dict[str, str]) -> None:
+    """What one worker raises ends the build, and the other one with it."""
+    others: list[Beside] = []
+
+    def build() -> None:
+        with Crew(lambda *_: None) as crew:
+            answer: dict[str, Any] = {"inputs": {}}
+            others.append(Beside(lambda: crew.listen(job(recipe="sleeps:recipe"), sleeping, "graphs", answer) or {}))
+            assert alive(wait_for(Path(sleeping["PID"])))
+            crew.listen(job(recipe="nosuch:recipe"), sleeping, "graphs", {"inputs": {}})
+
+    with pytest.raises(AotCacheError, match="nosuch"):
+        build()
+    with pytest.raises(TargetError, match="ended with code -9"):
+        others[0].result()
+    assert not alive(wait_for(Path(sleeping["PID"])))
+
+
+def test_no_worker_is_started_after_it(sleeping: dict[str, str]) -> None:
+    with Crew(lambda *_: None) as crew:
+        pass
+    with pytest.raises(TargetError, match="given up"):
+        crew.listen(job(recipe="sleeps:recipe"), sleeping, "graphs", {"inputs": {}})
+    assert not Path(sleeping["PID"]).exists()
