@@ -399,7 +399,7 @@ def _order(item: tuple[str, dict[str, Json]]) -> tuple[str, ...]:
     return (*(str(graph[name]) for name in names), digest)
 
 
-_TELLING, _TELLING_OF_RECORDED = 40, 8
+_TELLING, _TELLING_OF_RECORDED = 40, 5
 
 
 def _telling(case: Case, points: list[Point], group: list[int], most: int) -> set[int]:

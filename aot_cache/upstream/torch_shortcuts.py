@@ -52,11 +52,17 @@ def _quick_empty_like(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualT
     return VirtualTensor(torch.empty(source.meta_.shape, dtype=dtype, device="meta"), None, source.device)
 
 
-def _quick_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
-    source = args[0]
-    if not isinstance(source, VirtualTensor) or source.known is not None:
-        return None
-    return VirtualTensor(source.meta_.view(args[1]), None, source.device)
+def _quick_view(func: Any) -> ShortCut:
+    def view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
+        source = args[0]
+        if not isinstance(source, VirtualTensor) or source.known is not None:
+            return None
+        try:
+            return VirtualTensor(func(source.meta_, *args[1:], **kwargs), None, source.device)
+        except (IndexError, RuntimeError):
+            return None  # the general way says what is wrong
+
+    return view
 
 
 def _quick_arithmetic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
@@ -270,6 +276,12 @@ _POINTWISE = ("neg", "abs", "sigmoid", "exp", "log", "silu", "softplus", "tanh",
 _ARITHMETIC = ("add", "sub", "mul")
 _BITS = ("bitwise_and", "bitwise_or", "bitwise_xor")
 _KINDS = ("Tensor", "Scalar")
+_VIEWS = (
+    *(getattr(_aten, name).default for name in ("view", "_unsafe_view", "t", "unsqueeze", "expand", "permute")),
+    _aten.transpose.int,
+    _aten.select.int,
+    _aten.slice.Tensor,
+)
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 _SHORT_CUTS: dict[Any, ShortCut] = {
     _aten.empty.memory_format: _quick_factory,
@@ -279,13 +291,12 @@ _SHORT_CUTS: dict[Any, ShortCut] = {
     _aten.new_empty.default: _quick_new,
     _aten.new_zeros.default: _quick_new,
     _aten.empty_like.default: _quick_empty_like,
-    _aten.view.default: _quick_view,
     _aten.pow.Tensor_Scalar: _quick_unary,
-    _aten._unsafe_view.default: _quick_view,
     _aten.mean.dim: _quick_mean,
     _aten.mm.default: _quick_mm,
     _aten.cat.default: _quick_cat,
     _aten._to_copy.default: _quick_to,
+    **{view: _quick_view(view) for view in _VIEWS},
     **{getattr(_aten, name).default: _quick_unary for name in _POINTWISE},
     _aten.div.Tensor: _quick_division,
     **{getattr(_aten, name).Tensor: _quick_arithmetic for name in _ARITHMETIC},
