@@ -17,16 +17,16 @@ from aot_cache.errors import AotCacheError, TargetError
 SLEEPS = "import os, pathlib, time\npathlib.Path(os.environ['PID']).write_text(str(os.getpid()))\ntime.sleep(600)\n"
 
 
-def job(**fields: Any) -> dict[str, Any]:
-    """A job for which a worker imports no torch before it reads the recipe."""
-    base = {"target": targets.get("cpu").properties(), "stage": "graphs", "ranks": 1, "rank": 0, "ranges": {}}
-    return {**base, "misses": [], "refused": [], "ranks_given": False, **fields}
+def job(stage: str) -> dict[str, Any]:
+    """One that a worker for kernels refuses at once: Triton has no backend for the CPU."""
+    base = {"target": targets.get("cpu").properties(), "ranks": 1, "rank": 0, "ranges": {}, "recipe": "nosuch:recipe"}
+    return {**base, "stage": stage, "misses": [], "refused": [], "ranks_given": False}
 
 
 @pytest.fixture
 def sleeping(tmp_path: Path) -> dict[str, str]:
-    """The environment of a worker whose recipe never ends to be imported; the process's number comes to `PID`."""
-    (tmp_path / "sleeps.py").write_text(SLEEPS)
+    """The environment of a worker that sleeps; its process's number comes to `PID`."""
+    (tmp_path / "sitecustomize.py").write_text(SLEEPS)
     path = os.pathsep.join([str(tmp_path), *sys.path])
     return {**os.environ, "PYTHONPATH": path, "PID": str(tmp_path / "pid")}
 
@@ -61,15 +61,16 @@ def test_what_it_raises_is_raised() -> None:
 def test_no_worker_outlives_the_block(sleeping: dict[str, str]) -> None:
     """What one worker raises ends the build, and the other one with it."""
     others: list[Beside] = []
+    awake = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
     def build() -> None:
         with Crew(lambda *_: None) as crew:
             answer: dict[str, Any] = {"inputs": {}}
-            others.append(Beside(lambda: crew.listen(job(recipe="sleeps:recipe"), sleeping, "graphs", answer) or {}))
+            others.append(Beside(lambda: crew.listen(job("graphs"), sleeping, "graphs", answer) or {}))
             assert alive(wait_for(Path(sleeping["PID"])))
-            crew.listen(job(recipe="nosuch:recipe"), sleeping, "graphs", {"inputs": {}})
+            crew.listen(job("kernels"), awake, "compiled", {"inputs": {}})
 
-    with pytest.raises(AotCacheError, match="nosuch"):
+    with pytest.raises(AotCacheError, match="a GPU target; cpu"):
         build()
     with pytest.raises(TargetError, match="ended with code -9"):
         others[0].result()
@@ -80,5 +81,5 @@ def test_no_worker_is_started_after_it(sleeping: dict[str, str]) -> None:
     with Crew(lambda *_: None) as crew:
         pass
     with pytest.raises(TargetError, match="given up"):
-        crew.listen(job(recipe="sleeps:recipe"), sleeping, "graphs", {"inputs": {}})
+        crew.listen(job("graphs"), sleeping, "graphs", {"inputs": {}})
     assert not Path(sleeping["PID"]).exists()

@@ -68,7 +68,7 @@ def same(virtual: Any, real: Any) -> bool:
 
 
 @given(pairs(), st.sampled_from(sorted(PAIRS)), st.sampled_from([torch.float32, torch.bfloat16]))
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_two_operands(pair: tuple[Made, Any], name: str, dtype: torch.dtype) -> None:
     one, other = pair
     run = PAIRS[name]
@@ -79,7 +79,7 @@ def test_two_operands(pair: tuple[Made, Any], name: str, dtype: torch.dtype) -> 
 
 
 @given(SHAPES.flatmap(tensors), st.sampled_from(sorted(ONES)))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_one_operand(made: Made, name: str) -> None:
     real = ONES[name](made("cpu", torch.float32))
     with virtual_device.tensors():
@@ -88,7 +88,7 @@ def test_one_operand(made: Made, name: str) -> None:
 
 
 @given(st.data(), SHAPES.filter(bool))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_joined(data: st.DataObject, shape: list[int]) -> None:
     dim = data.draw(st.integers(-len(shape), len(shape) - 1))
     made = [data.draw(tensors([*shape[:dim], size, *shape[dim:][1:]])) for size in (shape[dim], 3)]
