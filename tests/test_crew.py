@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from aot_cache import target as targets
-from aot_cache.build.crew import Beside, Crew
+from aot_cache.build import workers
+from aot_cache.build.crew import Crew, beside
+from aot_cache.build.pipeline import Request
 from aot_cache.errors import AotCacheError, TargetError
+from aot_cache.miss_file import Misses
+from aot_cache.plan import Plan
 
 SLEEPS = "import os, pathlib, time\npathlib.Path(os.environ['PID']).write_text(str(os.getpid()))\ntime.sleep(600)\n"
 
@@ -47,7 +52,7 @@ def alive(pid: int) -> bool:
 
 
 def test_what_goes_on_beside_is_waited_for() -> None:
-    assert Beside(lambda: {"graphs": [1]}).result() == {"graphs": [1]}
+    assert beside(lambda: {"graphs": [1]}).result() == {"graphs": [1]}
 
 
 def test_what_it_raises_is_raised() -> None:
@@ -55,18 +60,18 @@ def test_what_it_raises_is_raised() -> None:
         raise TargetError("one thing", "another")
 
     with pytest.raises(TargetError, match="one thing"):
-        Beside(fail).result()
+        beside(fail).result()
 
 
 def test_no_worker_outlives_the_block(sleeping: dict[str, str]) -> None:
     """What one worker raises ends the build, and the other one with it."""
-    others: list[Beside] = []
+    others: list[Future[dict[str, Any]]] = []
     awake = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
     def build() -> None:
         with Crew(lambda *_: None) as crew:
             answer: dict[str, Any] = {"inputs": {}}
-            others.append(Beside(lambda: crew.listen(job("graphs"), sleeping, "graphs", answer) or {}))
+            others.append(beside(lambda: crew.listen(job("graphs"), sleeping, "graphs", answer) or {}))
             assert alive(wait_for(Path(sleeping["PID"])))
             crew.listen(job("kernels"), awake, "compiled", {"inputs": {}})
 
@@ -83,3 +88,20 @@ def test_no_worker_is_started_after_it(sleeping: dict[str, str]) -> None:
     with pytest.raises(TargetError, match="given up"):
         crew.listen(job("graphs"), sleeping, "graphs", {"inputs": {}})
     assert not Path(sleeping["PID"]).exists()
+
+
+@pytest.mark.parametrize(("show_plan", "looked"), [(True, [0]), (False, [0, 1])])
+def test_a_plan_is_shown_as_one_rank_sees_it(
+    show_plan: bool, looked: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the first; what the second would add is found where its graphs are compiled."""
+    asked: list[int] = []
+
+    def listen(_: Crew, job: Any, environment: Any, last: str, answer: dict[str, Any], then: Any = None) -> None:
+        asked.append(job["rank"])
+        Plan("r", "cpu").write(Path(job["plan_out"]))
+
+    monkeypatch.setattr(Crew, "listen", listen)
+    request = Request(targets.get("cpu"), tmp_path, "any:recipe", ranks=2)
+    workers.run(request, tmp_path, Misses([], 0), lambda *_: None, show_plan)
+    assert asked == looked

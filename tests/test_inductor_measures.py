@@ -7,17 +7,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from one_module import ROOT, built_for_h200
 
 from aot_cache import manifest
-from aot_cache import target as targets
-from aot_cache.build import pipeline
-from aot_cache.build.pipeline import Built, Request
+from aot_cache.build.pipeline import Built
 from aot_cache.store import read_bundle
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.timeout(300)
 
 MODULE = """
@@ -81,12 +78,7 @@ print(json.dumps(compiled))
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    folder = tmp_path_factory.mktemp("measures")
-    (folder / "what_is_measured.py").write_text(MODULE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("PYTHONPATH", str(ROOT))
-        return pipeline.build(Request(targets.get("h200"), folder / "store", "what_is_measured:recipe"))
+    return built_for_h200(tmp_path_factory.mktemp("measures"), "what_is_measured", MODULE)
 
 
 def test_a_product_whose_sizes_are_not_aligned_is_built(built: Built) -> None:

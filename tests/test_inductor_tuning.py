@@ -6,18 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from one_module import ROOT, built_for_h200
 
 from aot_cache import manifest, tune
-from aot_cache import target as targets
-from aot_cache.build import pipeline
-from aot_cache.build.pipeline import Built, Request
+from aot_cache.build.pipeline import Built
 from aot_cache.store import Bundle, read_bundle
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.timeout(300)
 
 MODULE = """
@@ -86,12 +83,7 @@ print(json.dumps(facts))
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    folder = tmp_path_factory.mktemp("several")
-    (folder / "several_configs.py").write_text(MODULE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("PYTHONPATH", str(ROOT))
-        return pipeline.build(Request(targets.get("h200"), folder / "store", "several_configs:recipe"))
+    return built_for_h200(tmp_path_factory.mktemp("several"), "several_configs", MODULE)
 
 
 @pytest.fixture(scope="module")

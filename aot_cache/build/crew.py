@@ -8,15 +8,17 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from threading import Lock, Thread
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from aot_cache import errors
 from aot_cache.build import stamp
 from aot_cache.errors import TargetError
 
 Json = Any
+T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 
 
@@ -27,28 +29,18 @@ class OtherRanks(Exception):
         self.ranks = ranks
 
 
-class Beside:
-    """Something that goes on in a thread; `result` waits for it, and raises what it raised."""
+def beside(function: Callable[[], T]) -> Future[T]:
+    """Let something go on in a thread for which nobody has to wait, not even at the process's end."""
+    future: Future[T] = Future()
 
-    def __init__(self, function: Callable[[], dict[str, Json]]) -> None:
-        self._function = function
-        self._found: dict[str, Json] = {}
-        self._error: BaseException | None = None
-        self._thread = Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
+    def run() -> None:
         try:
-            self._found = self._function()
+            future.set_result(function())
         except BaseException as error:
-            self._error = error
+            future.set_exception(error)
 
-    def result(self) -> dict[str, Json]:
-        """What the function returned."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._found
+    Thread(target=run, daemon=True).start()
+    return future
 
 
 class Crew:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aot_cache.build import by_rank, stamp
-from aot_cache.build.crew import Beside, Crew, OtherRanks, Progress
+from aot_cache.build.crew import Crew, OtherRanks, Progress, beside
 from aot_cache.errors import DeclarationError
 from aot_cache.miss_file import Misses
 from aot_cache.plan import Plan
@@ -72,26 +73,25 @@ def _run(request: Request, scratch: Path, misses: Misses, crew: Crew, show_plan:
     cpu = request.target.backend == "cpu"
     answer: dict[str, Json] = {"inputs": {}}
 
-    def graphs(calling: Json, told: list[int] = told) -> dict[str, Json]:
+    def graphs(calling: Json) -> dict[str, Json]:
         own = {**job, "stage": "graphs", "cases": calling, "refused": answer.get("refused", [])}
-        return _graphs_of_ranks(own, told, environment, "surveyed" if show_plan else "graphs", crew)
+        last, ranks = ("surveyed", told[:1]) if show_plan else ("graphs", told)
+        return _graphs_of_ranks(own, ranks, environment, last, crew)
 
     if cpu:
         answer |= graphs(None)  # nobody has looked yet
     else:
-        beside: list[Beside] = []
+        early: list[Future[dict[str, Json]]] = []
 
         def traced() -> None:
             # Graphs need what is traced, not what is compiled of it; only misses are settled in the plan afterwards.
             if answer["calling"] and not show_plan and not job["misses"]:
-                beside.append(Beside(lambda: graphs(answer["calling"])))
+                early.append(beside(lambda: graphs(answer["calling"])))
 
         _kernels_of_ranks(job, told, environment, crew, answer, traced)
-        if beside:
-            made = beside[0].result()
-        else:
-            made = graphs(answer["calling"], told[:1] if show_plan else told) if answer.get("calling") else {}
-        answer |= {**made, "inputs": stamp.both(answer["inputs"], made.get("inputs", {}))}
+        if answer["calling"]:
+            made = early[0].result() if early else graphs(answer["calling"])
+            answer |= {**made, "inputs": stamp.both(answer["inputs"], made["inputs"])}
     plan = Plan.read(plan_out)
     if request.plan is None:  # a plan that was given says so itself
         plan.ranks = ranks

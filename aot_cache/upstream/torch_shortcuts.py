@@ -11,14 +11,20 @@ Seen to hold: see `versions.TORCH_SEEN`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from aot_cache.upstream.torch_tensor import SHORT_CUTS, ShortCut, VirtualTensor
+from aot_cache.upstream.torch_tensor import DEVICE, SHORT_CUTS, ShortCut, VirtualTensor
 
 _aten = torch.ops.aten
+
+
+def _new(shape: Sequence[int], dtype: torch.dtype, device: torch.device = DEVICE) -> VirtualTensor:
+    """Contiguous, of values that nobody knows."""
+    return VirtualTensor(torch.empty(shape, dtype=dtype, device="meta"), None, device)
 
 
 def _quick_factory(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
@@ -26,7 +32,7 @@ def _quick_factory(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTens
     if device is None or device.type != "cuda" or kwargs.get("memory_format") not in _PLAIN_FORMATS:
         return None
     dtype = kwargs.get("dtype") or torch.get_default_dtype()
-    return VirtualTensor(torch.empty(args[0], dtype=dtype, device="meta"))
+    return _new(args[0], dtype)
 
 
 def _quick_zeros(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
@@ -39,7 +45,7 @@ def _quick_new(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor |
     dtype = kwargs.get("dtype") or source.dtype
     if not isinstance(source, VirtualTensor) or kwargs.get("device") is not None or not dtype.is_floating_point:
         return None
-    return VirtualTensor(torch.empty(args[1], dtype=dtype, device="meta"), None, source.device)
+    return _new(args[1], dtype, source.device)
 
 
 def _quick_empty_like(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
@@ -49,7 +55,7 @@ def _quick_empty_like(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualT
     if not source.meta_.is_contiguous() or kwargs.get("memory_format") not in _PLAIN_FORMATS:
         return None
     dtype = kwargs.get("dtype") or source.dtype
-    return VirtualTensor(torch.empty(source.meta_.shape, dtype=dtype, device="meta"), None, source.device)
+    return _new(source.meta_.shape, dtype, source.device)
 
 
 def _quick_view(func: Any) -> ShortCut:
@@ -91,7 +97,7 @@ def _quick_mean(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor 
     if kwargs or not _is_plain_float(source) or dims != [-1] or not source.dim():
         return None
     shape = [*source.meta_.shape[:-1], *([1] if args[2:] == (True,) else [])]
-    return VirtualTensor(torch.empty(shape, dtype=source.dtype, device="meta"), None, source.device)
+    return _new(shape, source.dtype, source.device)
 
 
 def _quick_to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
@@ -101,7 +107,7 @@ def _quick_to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | 
     if (device is not None and device != source.device) or kwargs.get("layout") not in (None, torch.strided):
         return None
     dtype = kwargs.get("dtype") or source.dtype
-    return VirtualTensor(torch.empty(source.meta_.shape, dtype=dtype, device="meta"), None, source.device)
+    return _new(source.meta_.shape, dtype, source.device)
 
 
 def _quick_mm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
@@ -111,7 +117,7 @@ def _quick_mm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | 
     (rows, inner), (same, columns) = one.meta_.shape, other.meta_.shape
     if inner != same or one.dtype != other.dtype or one.device != other.device or one.known is not None or kwargs:
         return None
-    return VirtualTensor(torch.empty(rows, columns, dtype=one.dtype, device="meta"), None, one.device)
+    return _new((rows, columns), one.dtype, one.device)
 
 
 def _quick_cat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
@@ -134,7 +140,7 @@ def _quick_cat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor |
         return None
     size = sum(one.meta_.shape[dim] for one in tensors)
     whole = (*rest[:dim], size, *rest[dim:])
-    return VirtualTensor(torch.empty(whole, dtype=first.dtype, device="meta"), None, first.device)
+    return _new(whole, first.dtype, first.device)
 
 
 def _is_plain_float(tensor: Any) -> bool:
