@@ -79,17 +79,7 @@ def _inside(value: Any) -> Iterator[tuple[str, Any, bool]]:
             yield from ((f".{group}[{name!r}]", item, owned) for name, item in getattr(value, group).items())
         yield from ((f".{name}", item, False) for name, item in vars(value).items() if isinstance(item, torch.Tensor))
     elif type(value).__module__ not in ("builtins", "functools", "torch") and not isinstance(value, type):
-        yield from ((f".{name}", item, False) for name, item in _attributes(value).items())
-
-
-def _attributes(value: Any) -> dict[str, Any]:
-    slots = (slot for cls in type(value).__mro__ for slot in _names(vars(cls).get("__slots__", ())))
-    held = {name: getattr(value, name) for name in slots if name.isidentifier() and hasattr(value, name)}
-    return {**held, **getattr(value, "__dict__", {})}
-
-
-def _names(slots: Any) -> tuple[str, ...]:
-    return (slots,) if isinstance(slots, str) else tuple(slots)
+        yield from ((f".{name}", item, False) for name, item in python_code.attributes(value).items())
 
 
 def _is_literal(key: Any) -> bool:

@@ -23,7 +23,7 @@ from aot_cache.upstream import (
     inductor_tuning,
     python_code,
 )
-from aot_cache.upstream.dynamo_frames import Frame
+from aot_cache.upstream.dynamo_frames import Found, Frame
 from aot_cache.upstream.dynamo_package import CompiledFrame, Package, numbered_globals
 
 Json = Any
@@ -63,6 +63,9 @@ class Job:
         if mine:
             self.met, self._template = True, dict(frame.f_locals)
             dynamo_inputs.mark(frame, self.kind.dynamic())
+        same = self._made_before(frame)
+        if same is not None:
+            return same
         package = Package(frame.code, frame.module)
         try:
             answer = compile_frame(package)
@@ -71,8 +74,21 @@ class Job:
             raise
         self._keep(package.frame, frame, answer)
         self._only_mine &= mine and not package.frame.resumes
-        self._checks.append((dynamo_frames.guards_of(answer), list(package.frame.graphs)))
         return answer
+
+    def _made_before(self, frame: Frame) -> Any:
+        """What was made of an earlier call, if a server would take it for this one, too: by the same guards, read again.
+
+        Dynamo's own look at this process's objects (a new instance of a model, a new closure), which a server never sees.
+        """
+        for number, (made, _, facts) in enumerate(self._frames):
+            if made.code is frame.code and facts["wrapping"] == frame.wrapping:
+                manager, _ = _read_again(made, facts, frame)
+                if manager is not None:
+                    self._checks.append((manager, list(made.graphs)))
+                    assert made.dynamo_code is not None
+                    return dynamo_frames.as_compiled(Found(made.dynamo_code, manager, number), frame.code)
+        return None
 
     def hits(self, calls: Sequence[Mapping[str, Sequence[int]]]) -> bool:
         """Whether calls of these sizes, at the point where the job is, all hit what was made; then it is noted.
@@ -103,10 +119,7 @@ class Job:
             return
         aliases, objects = _by_number(made.dynamo_code, frame)
         inlined, unknown = _inlined(made.inlined, self.written)
-        unreadable = dynamo_guards.unreadable(made.guards)
-        if unreadable:
-            self.failed = f"the guards of {name} are not read as they are written ({unreadable})"
-        elif self.written.nameless:
+        if self.written.nameless:
             self.failed = f"{name} depends on objects that have no name: {'; '.join(self.written.nameless)}"
         elif objects:
             self.failed = f"the bytecode of {name} holds objects that have no name: {', '.join(objects)}"
@@ -122,7 +135,12 @@ class Job:
                 "mode": self.mode,
                 "settings": dynamo_globals.settings(),
             }
+            guards, why = _read_again(made, facts, frame)
+            if guards is None:
+                self.failed = f"the guards of {name} do not hold for the call that they were made of: {why}"
+                return
             self._frames.append((made, aliases, facts))
+            self._checks.append((guards, list(made.graphs)))
 
     @contextlib.contextmanager
     def graphs_answered(self) -> Iterator[None]:
@@ -192,6 +210,13 @@ class Job:
             "asks_rank": sorted(place for place in map(_asks_rank, (made.code, *made.inlined)) if place),
             "points": {str(case): sorted(at) for case, at in points.items()},
         }
+
+
+def _read_again(made: CompiledFrame, facts: Mapping[str, Json], frame: Frame) -> tuple[Any, str]:
+    """(the guard manager that a server would make of what was written, "") for a call that fulfils it, else (None, why)."""
+    return dynamo_guards.build(
+        made.guards, facts["identities"], facts["values"], frame.code, frame.f_globals, frame.f_locals
+    )
 
 
 _RANK = frozenset({"get_rank", "get_node_local_rank", "get_group_rank"})

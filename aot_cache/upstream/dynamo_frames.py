@@ -185,7 +185,7 @@ def before_compiling(
         inner = self._torchdynamo_orig_backend
         fullgraph = bool(getattr(getattr(inner, "_inner_convert", inner), "_one_graph", False))
         found = find(Frame(frame.f_code, frame.f_globals, frame.f_locals, describe_wrapping(self), fullgraph))
-        return None if found is None else _as_compiled(found, frame.f_code)
+        return None if found is None else as_compiled(found, frame.f_code)
 
     def __call__(self: Any, frame: Any, cache_entry: Any, frame_state: Any) -> ConvertFrameReturn:
         answer: ConvertFrameReturn | None = ask(self, frame)
@@ -206,7 +206,8 @@ def before_compiling(
     return undo
 
 
-def _as_compiled(found: Found, code: types.CodeType) -> ConvertFrameReturn:
+def as_compiled(found: Found, code: types.CodeType) -> ConvertFrameReturn:
+    """What Dynamo would answer for a frame of `code`, had it just compiled what was `found`."""
     orig_code_map[found.code] = code  # as Dynamo notes for code that it made
     convert_frame.output_codes.add(found.code)
     convert_frame.input_codes.add(code)  # what `torch._dynamo.reset` forgets

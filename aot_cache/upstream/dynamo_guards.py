@@ -1,11 +1,12 @@
 """Dynamo's guards as bytes, and back into guards of a living call.
 
 Upstream writes a frame's guards with example values (`torch/_dynamo/guards.py`, `CheckFunctionManager.serialize_guards`,
-`GuardsStatePickler`) and drops every guard that compares by identity (a function, a class, a module), because an address
-means nothing elsewhere. Dropping them is not sound: a function that was replaced would go unnoticed. Here they are kept
-with a name for what they compared (`python_code.identity`). In the serving process the guards are built at the first call
-that may use them, from that call: what was recorded is compared with what was written down, and identity guards become
-identity guards again, on what is there then. So thread counts, inference tensors and dispatch keys are the caller's own.
+`GuardsStatePickler`) and refuses or drops every guard that compares by identity (a function, a class, a module), because an
+address means nothing elsewhere. The examples here are the builder's: tensors without memory, instances of users' classes,
+of which upstream keeps a part and replaces the rest by a placeholder. So no example travels. Of each guard its expression is
+written, and what it compares as text (`guard_facts`). In the serving process the expression is read on the call that may
+use the graph; where the text is the same, the guard is created on what is there. Thread counts, inference tensors and
+dispatch keys are the caller's own.
 
 Seen to hold: see `versions.TORCH_SEEN`.
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import json
 import re
 import types
@@ -24,27 +24,14 @@ from typing import Any
 
 import torch
 from torch._dynamo import config, guards, package
-from torch._guards import Guard, GuardsSet, Source
+from torch._guards import Guard, GuardsSet, Source, TracingContext, tracing
 from torch._library import custom_ops
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from aot_cache.upstream.python_code import identity, literal
-from aot_cache.upstream.torch_fake import is_parameter
+from aot_cache.upstream import guard_facts
+from aot_cache.upstream.guard_facts import LIVENESS, NAMELESS, Unreachable
 
 Json = Any
-
-_BY_IDENTITY = frozenset(guards.CheckFunctionManager.UNSUPPORTED_SERIALIZATION_GUARD_TYPES)
-_LIVENESS = frozenset({"WEAKREF_ALIVE", "DICT_VERSION"})
-"""Guards on objects that a graph holds by reference; ours takes everything as an argument."""
-_BY_VALUE = frozenset(
-    "EQUALS_MATCH CONSTANT_MATCH BOOL_MATCH NONE_MATCH SEQUENCE_LENGTH LIST_LENGTH TUPLE_ITERATOR_LEN DICT_KEYS "
-    "DICT_KEYS_MATCH DICT_CONST_KEYS NAME_MATCH FLOAT_IS_NAN COMPLEX_IS_NAN".split()
-)
-_KEYS = torch._C.DispatchKey
-_MODES = (_KEYS.ADInplaceOrView, _KEYS.AutogradFunctionality, _KEYS.Python, _KEYS.PythonTLSSnapshot)
-"""Dispatch keys that tell inference tensors from others, and tensors without memory from those with: no graph's code
-depends on them, and which ones a tensor has depends on where it was made."""
-
+_SERIALIZABLE = next(part.default for part in fields(Guard) if part.name == "_unserializable")
 
 @dataclass
 class Written:
@@ -52,15 +39,13 @@ class Written:
 
     Args:
         identities: guard type, the expression guarded, and the name of what it was.
-        values: guard type, expression and what a guard on a value compared it with. Upstream writes functions, classes and
-            modules by reference, so that a guard on what one of them holds would be made of what is there, and hold.
-        nameless: identity guards on what has no name, with where user code needed it: such a frame cannot be kept.
+        values: guard type, expression and what a guard on a value compared it with.
+        nameless: guards on what no text describes, with where user code needed it: such a frame cannot be kept.
     """
 
     identities: list[list[str]] = field(default_factory=list)
     values: list[list[str]] = field(default_factory=list)
     nameless: list[str] = field(default_factory=list)
-    _guards: list[Guard] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -70,56 +55,60 @@ def writing() -> Iterator[Written]:
     manager: Any = guards.CheckFunctionManager
     pickler: Any = guards.GuardsStatePickler
     module: Any = guards
-    start, signature = manager.__init__, inspect.signature(manager.__init__)
+    refused, serialize = manager.UNSUPPORTED_SERIALIZATION_GUARD_TYPES, manager.serialize_guards
     reduce, dump = pickler.reducer_override, module.pickle_guards_state
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(self, *args, **kwargs)
-        inner = bound.arguments.get("guard_filter_fn")
-
-        def keep(entries: Sequence[Any]) -> list[bool]:
-            kept = list(inner(entries)) if inner is not None else [True] * len(entries)
-            written.identities, written.values, written.nameless, written._guards = [], [], [], []
-            return [bool(k) and _stays(entry, written) for k, entry in zip(kept, entries)]
-
-        bound.arguments["guard_filter_fn"] = keep
-        start(*bound.args, **bound.kwargs)
+    def serialize_guards(self: Any, builder: Any, sorted_guards: Sequence[Guard], output_graph: Any) -> Any:
+        kept = [guard for guard in sorted_guards if not guard_facts.kinds_of(guard) <= LIVENESS]
+        written.identities, written.values, written.nameless = [], [], []
+        in_order = {source.name for source in output_graph.guard_on_key_order}
+        for guard in kept:
+            guard._unserializable = _SERIALIZABLE  # a class within a function: it has a name here
+            _write(guard, _value(builder, guard), guard.name in in_order, written)
+        return serialize(self, builder, kept, output_graph)
 
     def pickle_guards_state(state: Any, builder: Any) -> Any:
-        every = [_bare(guard) for guard in [*state.output_graph.guards, *written._guards]]
-        state = replace(state, output_graph=replace(state.output_graph, _guards=GuardsSet(_ordered(every))))
+        every = [_bare(guard) for guard in state.output_graph.guards]
+        graph = replace(state.output_graph, _guards=GuardsSet(_ordered(every)), local_scope={}, global_scope={})
         for guard in every:
             guard._hash = None  # of an address
+        state = replace(state, output_graph=graph)
         state.shape_code_parts = _without_places(state.shape_code_parts)
         if hasattr(state, "local_state"):
-            state.local_state = None  # torch 2.15: the dispatch keys in force here; the reader takes its own
+            state.local_state = None  # torch 2.14: the dispatch keys in force here; the reader takes its own
         return dump(state, builder)
 
-    manager.__init__, module.pickle_guards_state = __init__, pickle_guards_state
-    pickler.reducer_override = _others(_without_fakes(reduce))
+    manager.serialize_guards, module.pickle_guards_state = serialize_guards, pickle_guards_state
+    manager.UNSUPPORTED_SERIALIZATION_GUARD_TYPES = ()
+    pickler.reducer_override = _others(reduce)
     with config.patch(strict_precompile=True):
         try:
             yield written
         finally:
-            manager.__init__, module.pickle_guards_state, pickler.reducer_override = start, dump, reduce
+            manager.serialize_guards, module.pickle_guards_state, pickler.reducer_override = serialize, dump, reduce
+            manager.UNSUPPORTED_SERIALIZATION_GUARD_TYPES = refused
 
 
-def _stays(entry: Any, written: Written) -> bool:
-    kinds = {entry.guard_type, *entry.derived_guard_types}
-    if not kinds & _BY_IDENTITY:
-        if entry.has_value and entry.guard_type in _BY_VALUE:
-            written.values.append([entry.guard_type, entry.orig_guard.name, literal(entry.value)])
-        return True
-    if kinds <= _LIVENESS:
-        return False
-    name = identity(entry.value) if entry.has_value else ""
-    if not name:
-        where = entry.orig_guard.user_stack
+def _value(builder: Any, guard: Guard) -> Any:
+    try:
+        return builder.get(guard)
+    except Exception as error:  # `hasattr` and the like are guarded where there is nothing
+        return Unreachable(error)
+
+
+def _write(guard: Guard, value: Any, in_order: bool, written: Written) -> None:
+    kind, by_identity = guard.create_fn_name(), guard_facts.is_by_identity(guard)
+    try:
+        text = guard_facts.of_identity(value) if by_identity else guard_facts.of_value(guard, value, in_order)
+    except KeyError:
+        text = NAMELESS
+    if text is None:
+        return
+    if text == NAMELESS:
+        where = guard.user_stack
         place = f" ({where[-1].filename}:{where[-1].lineno})" if where else ""
-        written.nameless.append(f"{entry.guard_type} on {entry.orig_guard.name}, a {type(entry.value).__name__}{place}")
-    written.identities.append([entry.guard_type, entry.orig_guard.name, name])
-    written._guards.append(entry.orig_guard)
-    return False
+        written.nameless.append(f"{kind} on {guard.name}, a {type(value).__name__}{place}")
+    (written.identities if by_identity else written.values).append([kind, guard.name, text])
 
 
 def _ordered(every: list[Guard]) -> Any:
@@ -129,10 +118,10 @@ def _ordered(every: list[Guard]) -> Any:
 
 
 def _bare(guard: Guard) -> Guard:
-    """A guard without what belongs to this process: stacks (paths), weak references, what it became here."""
+    """A guard without what belongs to this process: stacks (paths), the values it was created on, what it became here."""
     return replace(
         guard,
-        create_fn=_without_references(guard.create_fn),
+        create_fn=_without_example(guard.create_fn),
         guard_types=None,
         code_list=None,
         obj_weakref=None,
@@ -140,7 +129,15 @@ def _bare(guard: Guard) -> Guard:
         stack=None,
         user_stack=None,
         _hash=None,
+        _unserializable=_SERIALIZABLE,
     )
+
+
+def _without_example(create: Any) -> Any:
+    """A guard on a tensor may hold the tensor; without it, it takes what its expression leads to."""
+    if not isinstance(create, functools.partial):
+        return create
+    return functools.partial(create.func, *create.args, **{k: v for k, v in create.keywords.items() if k != "value"})
 
 
 def _without_places(parts: Any) -> Any:
@@ -150,34 +147,6 @@ def _without_places(parts: Any) -> Any:
     names = ("python_code_parts", "verbose_code_parts", "cpp_code_parts")
     texts = {name: getattr(parts, name) for name in names if getattr(parts, name) is not None}
     return replace(parts, **{n: replace(t, exprs=[_plain(e) for e in t.exprs]) for n, t in texts.items()})
-
-
-def _without_references(create: Any) -> Any:
-    if not isinstance(create, functools.partial):
-        return create
-    import weakref
-
-    def value(x: Any) -> Any:
-        return x() if isinstance(x, weakref.ref) or type(x).__name__ == "TensorWeakRef" else x
-
-    return functools.partial(create.func, *map(value, create.args), **{k: value(v) for k, v in create.keywords.items()})
-
-
-def _without_fakes(reduce: Any) -> Any:
-    """Upstream writes a fake tensor as a fake meta tensor, which takes its whole mode along, and a fake Parameter as a
-    Tensor, which no Parameter then matches."""
-
-    def reducer_override(self: Any, value: Any) -> Any:
-        made = reduce(self, value)
-        if not isinstance(value, FakeTensor) or not isinstance(made, tuple) or made[0] != type(self)._unpickle_tensor:
-            return made
-        with unset_fake_temporarily():
-            meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-            meta.requires_grad_(value.requires_grad)
-        kind = torch.nn.Parameter if is_parameter(value) else made[1][2]
-        return made[0], (meta, made[1][1], kind, *made[1][3:])
-
-    return reducer_override
 
 
 def _others(reduce: Any) -> Any:
@@ -213,44 +182,49 @@ def build(
 
     One of the two is empty. `data` is unpickled: it must have been hashed before.
     """
-    state = package.load_guards_state(data)
+    state = _read(data)
     graph = state.output_graph
     _take_host_threads(graph.global_state_guard)
     _install_builtins(graph.name_of_builtins_dict_key_in_fglobals, f_globals)
-    live = _Scope({"L": dict(f_locals), "G": f_globals, "__builtins__": _builtins(f_globals)})
-    recorded = _Scope({"L": graph.local_scope, "G": graph.global_scope})
-    wanted = {(kind, name): text for kind, name, text in identities}
-    compared = {(kind, name): text for kind, name, text in values}
-    for guard in graph.guards:
-        if guard.create_fn_name() == "EMPTY_NN_MODULE_HOOKS_DICT" and live.value(guard):
-            # Dynamo does not look again at hooks that come after a trace; those that are there before it traces.
-            return None, f"{_plain(guard.name)} was empty and holds hooks"
-        value = compared.get((guard.create_fn_name(), guard.name))
-        if value is not None and literal(live.value(guard)) != value:
-            return None, f"{_plain(guard.name)} was {value} and is {literal(live.value(guard))}"
-        text = wanted.get((guard.create_fn_name(), guard.name))
-        if text is not None:
-            found = live.value(guard)
-            if identity(found) != text:
-                return None, f"{_plain(guard.name)} was {text} and is {identity(found) or type(found).__name__}"
-            guard.create_fn = functools.partial(_create_live, guard.create_fn, live)
-        elif guard.create_fn_name() == "TENSOR_MATCH":
-            _take_dispatch_keys(recorded.value(guard), live.value(guard))
+    graph.local_scope, graph.global_scope = dict(f_locals), f_globals
+    scope = _Scope({"L": graph.local_scope, "G": f_globals, "__builtins__": _builtins(f_globals)})
+    why = _first_difference(graph, scope, identities, values)
+    if why:
+        return None, why
     try:
         manager = package.load_guard_manager(state, code, f_globals)
-    except (KeyError, AttributeError, IndexError, TypeError) as error:
+    except (KeyError, AttributeError, IndexError, TypeError, AssertionError) as error:
         return None, f"its arguments have another structure ({type(error).__name__}: {error})"
     if manager.check(f_locals):
         return manager, ""
     return None, failure(manager, f_locals)
 
 
-def unreadable(data: bytes) -> str:
-    """Why what was just written cannot be read; empty when it can."""
-    try:
-        package.load_guards_state(data)
-    except Exception as error:  # whatever a class does when it is unpickled
-        return f"{type(error).__name__}: {error}"
+def _read(data: bytes) -> Any:
+    """A guards' state. Some expressions (`ImportSource`) want to guard on themselves when they are made."""
+    with tracing(TracingContext(None)):
+        return package.load_guards_state(data)
+
+
+def _first_difference(
+    graph: Any, scope: _Scope, identities: Sequence[Sequence[str]], values: Sequence[Sequence[str]]
+) -> str:
+    """What a guard compares that is another here than where it was written; empty when nothing is."""
+    by_identity = {(kind, name): text for kind, name, text in identities}
+    by_value = {(kind, name): text for kind, name, text in values}
+    in_order = {source.name for source in graph.guard_on_key_order}
+    for guard in graph.guards:
+        place = guard.create_fn_name(), guard.name
+        was = by_identity.get(place, by_value.get(place))
+        if was is None:
+            continue
+        value = scope.value(guard)
+        if place in by_identity:
+            found = guard_facts.of_identity(value) or f"a {type(value).__name__}"
+        else:
+            found = guard_facts.of_value(guard, value, guard.name in in_order) or f"a {type(value).__name__}"
+        if found != was:
+            return f"{_plain(guard.name)} was {was} and is {found}"
     return ""
 
 
@@ -283,17 +257,7 @@ class _Scope:
         try:
             return guard.originating_source.get_value(self.names, guards._get_closure_vars(), self.known)
         except Exception as error:  # the expression may lead through anything
-            return error
-
-
-def _create_live(create: Any, live: _Scope, builder: Any, guard: Guard) -> Any:
-    """Create `guard` on what is there now; the other guards are created on what was written down."""
-    scope, cache = builder.scope, builder.src_get_value_cache
-    builder.scope, builder.src_get_value_cache = {**scope, **live.names}, live.known
-    try:
-        return create(builder, guard)
-    finally:
-        builder.scope, builder.src_get_value_cache = scope, cache
+            return Unreachable(error)
 
 
 def _take_host_threads(state: Any) -> None:
@@ -311,16 +275,3 @@ def _install_builtins(name: str | None, f_globals: dict[str, Any]) -> None:
 def _builtins(f_globals: Mapping[str, Any]) -> dict[str, Any]:
     found = f_globals["__builtins__"]
     return found if isinstance(found, dict) else vars(found)
-
-
-def _take_dispatch_keys(recorded: Any, found: Any) -> None:
-    if isinstance(recorded, FakeTensor) and isinstance(found, torch.Tensor):
-        keys: Any = torch._C._dispatch_keys(found)
-        if _place(recorded.dispatch_keys or torch._C._dispatch_keys(recorded)) == _place(keys):
-            recorded.dispatch_keys = keys
-
-
-def _place(keys: Any) -> int:
-    for key in _MODES:
-        keys = keys.remove(key)
-    return int(keys.raw_repr())

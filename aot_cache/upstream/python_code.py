@@ -6,6 +6,7 @@ in version 2, whose output does not depend on reference counts or interning, so 
 
 from __future__ import annotations
 
+import collections
 import enum
 import functools
 import hashlib
@@ -157,7 +158,7 @@ def literal(value: object, depth: int = _TOP) -> str:
         return f"{identity(value)} {literal(value.value, depth - 1)}" if depth else identity(value)
     if type(value) in _ATOMS:
         return repr(value)
-    kind = f"{type(value).__module__}:{type(value).__qualname__}"
+    kind = _kind(value)
     if isinstance(value, (list, tuple)) and depth:
         return f"{kind} [{', '.join(literal(item, depth - 1) for item in value)}]"
     if isinstance(value, (set, frozenset)) and depth:
@@ -165,6 +166,108 @@ def literal(value: object, depth: int = _TOP) -> str:
     if isinstance(value, dict) and depth == _TOP:
         return f"{kind} of {len(value)}"
     return identity(value) or kind
+
+
+_MOST = 10_000
+"""Values that `exact` looks into before it gives up: what holds more is no constant."""
+
+
+def exact(value: object) -> str:
+    """Everything that `==` would compare of `value`, as text that is the same in another process; empty where it cannot be told.
+
+    Containers by what is in them, in their order; an object of a Python class by its class and all its attributes.
+    """
+    try:
+        return _Exact().text(value)
+    except _NotExact:
+        return ""
+
+
+class _NotExact(Exception):
+    """Something of which no text says what it is."""
+
+
+class _Exact:
+    def __init__(self) -> None:
+        self._around: list[int] = []
+        self._left = _MOST
+
+    def text(self, value: object) -> str:
+        self._left -= 1
+        if self._left < 0 or id(value) in self._around:
+            raise _NotExact
+        self._around.append(id(value))
+        try:
+            return self._text(value)
+        finally:
+            self._around.pop()
+
+    def _text(self, value: Any) -> str:
+        if isinstance(value, enum.Enum):
+            return f"{identity(value)} {self.text(value.value)}"
+        if type(value) in _ATOMS:
+            return repr(value)
+        kind = _kind(value)
+        if isinstance(value, (set, frozenset)):
+            return f"{kind} {{{', '.join(sorted(map(self.text, value)))}}}{self._attributes(value)}"
+        if isinstance(value, Mapping):
+            items = ", ".join(f"{self.text(k)}: {self.text(v)}" for k, v in value.items())
+            return f"{kind} {{{items}}}{self._attributes(value)}"
+        if isinstance(value, (list, tuple, collections.deque, *_VIEWS)):
+            return f"{kind} [{', '.join(map(self.text, value))}]{self._attributes(value)}"
+        if isinstance(value, (slice, range)):
+            return f"{kind} [{self.text(value.start)}, {self.text(value.stop)}, {self.text(value.step)}]"
+        return identity(value) or f"{kind}{self._inside(value)}"
+
+    def _inside(self, value: Any) -> str:
+        if isinstance(value, functools.partial):
+            return " " + self.text([value.func, value.args, value.keywords])
+        if type(value).__module__ == "numpy":
+            return " " + self._of_numpy(value)
+        if type(value) is not object and not _is_pythons(type(value)):
+            raise _NotExact
+        return self._attributes(value)
+
+    def _of_numpy(self, value: Any) -> str:
+        if not hasattr(value, "dtype"):
+            raise _NotExact
+        return self.text([str(value.dtype), value.tolist()])
+
+    def _attributes(self, value: Any) -> str:
+        held = attributes(value)
+        return f" ({', '.join(f'{name}={self.text(inner)}' for name, inner in sorted(held.items()))})" if held else ""
+
+
+_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """What an object holds by name, in its own dictionary or in slots."""
+    slots = (slot for cls in type(value).__mro__ for slot in _slots(vars(cls).get("__slots__", ())))
+    held = {name: getattr(value, name) for name in slots if name.isidentifier() and hasattr(value, name)}
+    held.pop("__weakref__", None)
+    held.pop("__dict__", None)
+    return {**held, **getattr(value, "__dict__", {})}
+
+
+def _slots(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _is_pythons(kind: type) -> bool:
+    """Whether an object of this class holds nothing but attributes: no fields of C code beside them."""
+    slots = sum(len(_slots(vars(base).get("__slots__", ()))) for base in kind.__mro__)
+    return kind.__basicsize__ <= object.__basicsize__ + (2 + slots) * tuple.__itemsize__  # its dictionary, weak references
+
+
+def _kind(value: object) -> str:
+    """The class of a value, as a serving process has it."""
+    kind = type(value)
+    if kind.__module__ == "torch._subclasses.fake_tensor" and hasattr(value, "_is_param"):
+        return "torch.nn.parameter:Parameter"
+    if kind.__module__ == "torch._subclasses.fake_tensor":
+        return "torch:Tensor"
+    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 _NAMED_BY_TEXT = frozenset(
@@ -214,7 +317,9 @@ def _qualified(value: Any) -> str | None:
     if _of_pybind(owner):
         name = str(value.__name__)  # the qualified one has how pybind11 was compiled
     # What is bound to a value, or what functools' caches wrap, is part of it.
-    parts = [identity(part) for part in (None if _stands_alone(owner) else owner, wraps) if part is not None]
+    constant = isinstance(owner, (tuple, frozenset))  # `keyword.iskeyword` is a method of one
+    bound = [] if _stands_alone(owner) else [exact(owner) if constant else identity(owner)]
+    parts = [*bound, *([identity(wraps)] if wraps is not None else [])]
     return " ".join([f"{module}:{name}", *parts]) if all(parts) else ""
 
 
