@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aot_cache.build.calls import Kind, Survey, follows
+from aot_cache.build.calls import Kind, Survey, follows, seen_call
 from aot_cache.call_leaves import Leaf, leaves, structure_of
 from aot_cache.upstream.dynamo_frames import Frame
 
@@ -36,9 +36,8 @@ def surveyed(*points: Frame | Sequence[Frame], mode: str = "inference") -> Surve
     """What is known when each of `points` was run: the calls made there, or the only one."""
     survey = Survey()
     for number, calls in enumerate(points):
-        survey.next_point()
-        for call in [calls] if isinstance(calls, Frame) else calls:
-            survey.add(call, mode, number)
+        several = [calls] if isinstance(calls, Frame) else calls
+        survey.add([seen_call(call, mode) for call in several], number)
     return survey
 
 
@@ -84,9 +83,9 @@ def test_how_sizes_follow_is_told_over_all_values_of_a_case() -> None:
     surveys = [Survey(), Survey()]
     for number, point in enumerate(points):
         survey = surveys[number // 3]
-        survey.next_point()
-        for width in (8, 9):  # two places that make such a call
-            survey.add(frame(g, t(2 * point["n"], point["heads"], width), point["n"] + 1), "inference", number)
+        sizes = ((2 * point["n"], point["heads"], width) for width in (8, 9))  # two places that make such a call
+        calls = [frame(g, t(*size), point["n"] + 1) for size in sizes]
+        survey.add([seen_call(call, "inference") for call in calls], number)
     kind = next(iter(surveys[1].kinds(0).values()))
     found = follows(surveys, points)
     assert [found[kind.structure, n]["L['x']"] for n in (0, 1)] == [[[0, 2, "n"], [0, 1, "heads"], [w]] for w in (8, 9)]

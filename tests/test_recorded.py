@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from aot_cache.build.calls import Kind, Survey
+from aot_cache.build.calls import Kind, Survey, seen_call
 from aot_cache.build.recorded import Call, Recorded, call_of, resized
 from aot_cache.upstream.dynamo_frames import Frame
 
@@ -27,10 +27,9 @@ def kinds(*points: dict[str, Any]) -> list[Kind]:
     """The kinds that a survey of Dynamo's own frames tells."""
     survey = Survey()
     for number, arguments in enumerate(points):
-        survey.next_point()
         bound = inspect.signature(step).bind(**arguments).arguments
         frame = Frame(step.__code__, {"__name__": __name__}, dict(bound), WRAPPING, False)
-        survey.add(frame, "no_grad", number)
+        survey.add([seen_call(frame, "no_grad")], number)
     return list(survey.kinds(0).values())
 
 

@@ -43,7 +43,7 @@ class _Series:
     seen: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
     """Point → the sizes of each leaf that is not the model's own."""
 
-    def add(self, found: list[Leaf], point: int) -> None:
+    def add(self, found: list[SeenLeaf], point: int) -> None:
         self.seen[point] = [leaf.sizes for leaf in found if not leaf.fixed]
         pattern = []
         for n, leaf in enumerate(found):
@@ -115,34 +115,61 @@ def _fits(size: int, wanted: Any) -> bool:
     return bool(wanted[0] <= size <= wanted[1] if isinstance(wanted, list) else size == wanted)
 
 
+@dataclass(frozen=True)
+class SeenLeaf:
+    """A tensor or integer of a call: the expression that leads to it, and its sizes (see `call_leaves.Leaf`)."""
+
+    path: str
+    integer: bool
+    fixed: bool
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SeenCall:
+    """A call of a compiled function, as the child that looked at it tells its parent."""
+
+    function: str
+    module: str
+    line: int
+    wrapping: dict[str, Json] | None
+    structure: str
+    leaves: list[SeenLeaf]
+
+
+def seen_call(frame: Frame, mode: str) -> SeenCall:
+    """What there is to tell of a call."""
+    structure, found = structure_of(frame, mode)
+    leaves = [SeenLeaf(x.path, not isinstance(x.value, torch.Tensor), x.fixed, x.sizes) for x in found]
+    return SeenCall(frame.name, frame.module, frame.code.co_firstlineno, frame.wrapping, structure, leaves)
+
+
 class Survey:
     """Collects the calls of all points of one case with one choice of `Values`, then tells their kinds."""
 
     def __init__(self) -> None:
         self.series: dict[tuple[str, int], _Series] = {}
         self._frames: dict[str, tuple[str, str, int, Any]] = {}
-        self._count: dict[str, int] = {}
 
-    def next_point(self) -> None:
-        self._count.clear()
-
-    def add(self, frame: Frame, mode: str, point: int) -> None:
-        structure, found = structure_of(frame, mode)
-        number = self._count.get(structure, 0)
-        self._count[structure] = number + 1
-        self._frames[structure] = (frame.name, frame.module, frame.code.co_firstlineno, frame.wrapping)
-        series = self.series.get((structure, number))
-        if series is None:
-            series = self.series[structure, number] = _Series(
-                [leaf.path for leaf in found],
-                [not isinstance(leaf.value, torch.Tensor) for leaf in found],
-                [leaf.fixed for leaf in found],
-                [leaf.sizes for leaf in found],
-                [set() for _ in found],
-                [[None] * len(leaf.sizes) for leaf in found],
-                [[None] * len(leaf.sizes) for leaf in found],
-            )
-        series.add(found, point)
+    def add(self, calls: Sequence[SeenCall], point: int) -> None:
+        """The calls that were made at a point, in order."""
+        count: dict[str, int] = {}
+        for call in calls:
+            number = count.get(call.structure, 0)
+            count[call.structure] = number + 1
+            self._frames[call.structure] = (call.function, call.module, call.line, call.wrapping)
+            place = (call.structure, number)
+            if place not in self.series:
+                self.series[place] = _Series(
+                    [leaf.path for leaf in call.leaves],
+                    [leaf.integer for leaf in call.leaves],
+                    [leaf.fixed for leaf in call.leaves],
+                    [leaf.sizes for leaf in call.leaves],
+                    [set() for _ in call.leaves],
+                    [[None] * len(leaf.sizes) for leaf in call.leaves],
+                    [[None] * len(leaf.sizes) for leaf in call.leaves],
+                )
+            self.series[place].add(call.leaves, point)
 
     def kinds(self, case: int) -> dict[str, Kind]:
         """Every kind of call that was seen, by id."""

@@ -1,6 +1,9 @@
 """Trace and compile the graphs of a recipe: run its host code at every declared point on tensors without memory.
 
-First all compiled functions run as plain Python, and what they are called with is looked at (`calls`). Then each kind of
+First all compiled functions run as plain Python, and what they are called with is looked at (`calls`). This process only
+makes the recipe's arguments and models: what it runs is run in forked children, so that each begins as a server does, with
+its models made and nothing called. The first call there may go another way than all others (a cache that is made when it
+is first written to, a registry that is filled), and is looked at and traced apart. Then each kind of
 call is a job for a forked child: it runs the points of that kind again with Dynamo on, compiles what Dynamo asks for with
 Inductor, and answers Dynamo with the graph itself, run on tensors without memory. A point at which the guards of what
 was compiled do not hold is compiled again, so that at the end every declared point has hit one of the graphs.
@@ -8,7 +11,9 @@ was compiled do not hold is compiled again, so that at the end every declared po
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +21,7 @@ from typing import Any
 
 from aot_cache import key, shapes
 from aot_cache.build import pool, stamp
-from aot_cache.build.calls import Kind, Survey, follows
+from aot_cache.build.calls import Kind, SeenCall, Survey, follows, seen_call
 from aot_cache.build.graph_job import Job
 from aot_cache.build.recorded import Recorded
 from aot_cache.errors import AotCacheError, DeclarationError, TraceError, one_line
@@ -84,6 +89,29 @@ class _Group:
     telling: set[int]
     survey: Survey = field(default_factory=Survey)
     seen: set[int] = field(default_factory=set)
+    first: set[str] = field(default_factory=set)
+    """Structures of calls that a process makes at its first call only."""
+    ends: set[int] = field(default_factory=set)
+    """Points that were a process's first, besides the hint."""
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a child runs: one point, which is the process's first, then others, of which that may be one."""
+
+    group: _Group
+    first: int
+    points: list[int]
+
+
+@dataclass
+class _Seen:
+    """What a child saw: (point, the calls there), in the order in which it ran them."""
+
+    calls: list[tuple[int, list[SeenCall]]] = field(default_factory=list)
+    skipped: set[str] = field(default_factory=set)
+    modules: dict[str, str] = field(default_factory=dict)
+    error: AotCacheError | None = None
 
 
 class Runs:
@@ -112,6 +140,9 @@ class Runs:
             for at in range(len(found.points) - found.added, len(found.points))
         }
         self.skipped: set[str] = set()
+        self._modules = frozenset(sys.modules)
+        self.late_modules: dict[str, str] = {}
+        """Module → file of what host code imported while it ran in children: a build depends on it."""
         self._groups = [
             _Group(
                 number,
@@ -133,26 +164,93 @@ class Runs:
             TraceError: host code needs values that tensors here do not have.
         """
         extra = set(also)
+        self._make_arguments()
         self._refuse()
-        todo = [(g, at) for g in self._groups for at in g.points if at in g.telling or (g.case, at) in extra]
-        progress("calls", 0, len(todo))
-        for done, (group, at) in enumerate(todo, 1):
-            if at not in group.seen:
-                self._look(group, at)
-            progress("calls", done, len(todo))
-        for group in self._groups:
-            kinds = list(group.survey.kinds(group.case).values())
-            strange = self._recorded.strangers(kinds, self.cases[group.case].name)
-            for at in sorted(strange & set(group.points) - group.seen):
-                self._look(group, at)
+        self._look([(g, [at for at in g.points if at in g.telling or (g.case, at) in extra]) for g in self._groups], progress)
+        self._look([(group, self._strangers(group)) for group in self._groups], progress)
+        self._look_at_first_calls()
         self.kinds = {}
         for group in self._groups:
             for kind in group.survey.kinds(group.case).values():
                 same = self.kinds.setdefault(kind.id, kind)
-                unseen = self._unseen(group, kind) if kind.dynamic() else []
-                points = {*same.points.get(group.case, ()), *kind.points[group.case], *unseen}
+                often = kind.dynamic() and kind.structure not in group.first
+                points = {
+                    *same.points.get(group.case, ()),
+                    *kind.points[group.case],
+                    *(self._unseen(group, kind) if often else ()),
+                }
                 same.points[group.case] = sorted(points)
                 same.places.setdefault(group.case, set()).update(kind.places[group.case])
+
+    def _make_arguments(self) -> None:
+        """Make what cases call, and call nothing: children share the models that are made with it."""
+        for number, case in enumerate(self.cases):
+            # What is wrong with it is said where it is run.
+            with contextlib.suppress(Exception), self._host, without_launches(), case.modes(self._device):
+                case.call(self.points[number][self._hint_first(number, range(len(self.points[number])))[0]])
+
+    def _look(self, wanted: Sequence[tuple[_Group, Sequence[int]]], progress: Progress) -> None:
+        """Run points that nobody has looked at yet, each group's in a child of its own, its first one twice."""
+        jobs = [_Look(g, self._first_of(g), [at for at in points if at not in g.seen]) for g, points in wanted]
+        jobs = [job for job in jobs if job.points]
+        total, done = sum(len(job.points) for job in jobs), 0
+        if jobs:
+            progress("calls", 0, total)
+        for index, seen in pool.run(self._seen_in_child, jobs, fresh=True):
+            group, (first, *others) = jobs[index].group, self._take(seen)
+            group.seen.update(jobs[index].points)
+            for at, calls in (first, *others):
+                group.survey.add(calls, at)
+            group.first |= {c.structure for c in first[1]} - {c.structure for _, calls in others for c in calls}
+            done += len(jobs[index].points)
+            progress("calls", done, total)
+
+    def _look_at_first_calls(self) -> None:
+        """Where a process's first call is one that it never makes again: how its sizes change, from the range's ends."""
+        ends = [_Look(g, at, []) for g in self._groups if g.first for at in {g.points[0], g.points[-1]} - g.ends]
+        for index, seen in pool.run(self._seen_in_child, ends, fresh=True):
+            for at, calls in self._take(seen):
+                ends[index].group.survey.add(calls, at)
+                ends[index].group.ends.add(at)
+
+    def _take(self, seen: _Seen | pool.Died) -> list[tuple[int, list[SeenCall]]]:
+        if isinstance(seen, pool.Died):
+            raise TraceError("the recipe's host code to run", seen.why)
+        if seen.error is not None:
+            raise seen.error
+        self.skipped |= seen.skipped
+        self.late_modules.update(seen.modules)
+        return seen.calls
+
+    def _seen_in_child(self, job: _Look) -> _Seen:
+        """Run points with all compiled functions as plain Python. Must not raise."""
+        case, seen = self.cases[job.group.case], _Seen()
+
+        def look(frame: Frame, _compile: Any) -> Any:
+            if frame.wrapping is None:
+                seen.skipped.add(f"{frame.module}:{frame.code.co_name}")
+            else:
+                seen.calls[-1][1].append(seen_call(frame, _mode(case)))
+            return dynamo_frames.run_without_compiling()
+
+        with dynamo_frames.hooked(look):
+            for at in (job.first, *job.points):
+                seen.calls.append((at, []))
+                try:
+                    self.run(case, self.points[job.group.case][at])
+                except AotCacheError as error:
+                    seen.error = error
+                    break
+        seen.modules = stamp.imported_since(self._modules)
+        return seen
+
+    def _first_of(self, group: _Group) -> int:
+        return self._hint_first(group.case, group.points)[0]
+
+    def _strangers(self, group: _Group) -> list[int]:
+        """Points at which what is noted of the calls is of no kind that was seen."""
+        kinds = list(group.survey.kinds(group.case).values())
+        return sorted(self._recorded.strangers(kinds, self.cases[group.case].name) & set(group.points))
 
     def _telling(self, number: int, group: list[int]) -> set[int]:
         case = self.cases[number]
@@ -170,30 +268,14 @@ class Runs:
 
     def _refuse(self) -> None:
         """Leave out the missed points that the recipe's code cannot run at: a declared one has to run, these need not."""
-        for group in self._groups:
-            for at in [at for at in group.points if at not in group.seen and (group.case, at) in self._missed]:
-                try:
-                    with dynamo_frames.hooked(lambda *_: dynamo_frames.run_without_compiling()):
-                        self.run(self.cases[group.case], self.points[group.case][at])
-                except AotCacheError as error:
-                    self.refused.append((self.cases[group.case].name, self.points[group.case][at], str(error)))
-                    group.points.remove(at)
-
-    def _look(self, group: _Group, at: int) -> None:
-        """Run a point with all compiled functions as plain Python."""
-        case = self.cases[group.case]
-
-        def look(frame: Frame, _compile: Any) -> Any:
-            if frame.wrapping is None:
-                self.skipped.add(f"{frame.module}:{frame.code.co_name}")
-            else:
-                group.survey.add(frame, _mode(case), at)
-            return dynamo_frames.run_without_compiling()
-
-        group.seen.add(at)
-        group.survey.next_point()
-        with dynamo_frames.hooked(look):
-            self.run(case, self.points[group.case][at])
+        missed = [(g, at) for g in self._groups for at in g.points if (g.case, at) in self._missed and at not in g.seen]
+        for index, seen in pool.run(lambda job: self._seen_in_child(_Look(*job, [])), missed, fresh=True):
+            group, at = missed[index]
+            why = seen.why if isinstance(seen, pool.Died) else str(seen.error or "")
+            if why:
+                self.refused.append((self.cases[group.case].name, self.points[group.case][at], why))
+                group.points.remove(at)
+        self._missed.clear()
 
     def calls(self) -> list[CallPlan]:
         """The kinds of calls, for the plan."""
@@ -324,9 +406,11 @@ class Runs:
                 with job.graphs_answered():
                     for number, points in kind.points.items():
                         job.mode = _mode(self.cases[number])
-                        for point in self._hint_first(number, points):
+                        first, *others = self._hint_first(number, points)
+                        for n, point in enumerate((first, first, *others)):
                             job.at = (number, point)
-                            if self._hits(job, number, point):
+                            # Twice where it begins: the first call of all may have changed what the next one sees.
+                            if n > 1 and self._hits(job, number, point):
                                 continue
                             with dynamo_frames.hooked(job.handle):
                                 self.run(self.cases[number], self.points[number][point])

@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,12 @@ def inputs(also: Mapping[str, str] | None = None) -> dict[str, Json]:
     owners = metadata.packages_distributions()
     packages = {name: package_digest(name) for top in sorted(tops) for name in owners.get(top, [])}
     return {"python": platform.python_version(), "packages": packages, "files": dict(sorted(files.items()))}
+
+
+def imported_since(before: Collection[str]) -> dict[str, str]:
+    """Module → file of what this process has imported besides the modules named `before`."""
+    new = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items()) if name not in before}
+    return {name: path for name, path in new.items() if isinstance(path, str)}
 
 
 def both(one: dict[str, Json], other: dict[str, Json]) -> dict[str, Json]:

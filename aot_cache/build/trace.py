@@ -13,7 +13,7 @@ import torch
 import triton
 
 from aot_cache import shapes
-from aot_cache.build import pool, virtual_device
+from aot_cache.build import pool, stamp, virtual_device
 from aot_cache.build.recorded import Call
 from aot_cache.errors import AotCacheError, DeclarationError, TraceError
 from aot_cache.plan import CasePlan, Plan, Tuning, Unit
@@ -138,7 +138,7 @@ def _run_block(case: Case, number: int, points: list[Point], start: int, stop: i
             block.calls.append(list(virtual_device.compiled_calls))
             virtual_device.compiled_calls.clear()
             if error is not None:
-                block.error, block.modules = error, _late_modules()
+                block.error, block.modules = error, stamp.imported_since(_before)
                 return block
     block.units, block.tunings = log.units, log.tunings
     block.unit_marks, block.tuning_marks = log.seen_units, log.seen_tunings
@@ -147,13 +147,8 @@ def _run_block(case: Case, number: int, points: list[Point], start: int, stop: i
         if name not in _closures:
             _closures[name] = triton_jit.closure(function)
         block.closures[name] = _closures[name]
-    block.modules = _late_modules()
+    block.modules = stamp.imported_since(_before)
     return block
-
-
-def _late_modules() -> dict[str, str]:
-    new = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items()) if name not in _before}
-    return {name: path for name, path in new.items() if isinstance(path, str)}
 
 
 def _run_point(case: Case, point: Point) -> AotCacheError | None:

@@ -185,7 +185,7 @@ def _graphs(job: dict[str, Json], target: Any, send: Any, progress: Any) -> None
         plan.cases = graphs.empty_plan(visited, target.id).cases
     plan.calls = runs.calls()
     plan.write(Path(job["plan_out"]))
-    inputs = stamp.inputs()
+    inputs = stamp.inputs(runs.late_modules)
     send("surveyed", spec=recipe.spec, inputs=inputs)
     if job["show_plan"]:
         return

@@ -140,6 +140,7 @@ class GraphSet:
         from aot_cache.upstream import dynamo_guards
 
         dynamo_globals.install_modules(graph["imports"], frame.f_globals)
+        dynamo_globals.prepare_modules(module for module, _, _ in graph["inlined"])
         data = self.bundle.object(graph["guard_state"])
         return dynamo_guards.build(
             data, graph["identities"], graph["values"], frame.code, frame.f_globals, frame.f_locals

@@ -11,12 +11,13 @@ import json
 import platform
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
 import torch
 import torch._dynamo
+from torch._dynamo import trace_rules
 
 from aot_cache.key import graph_parts
 from aot_cache.upstream.versions import installed
@@ -51,6 +52,16 @@ def install_modules(imports: Mapping[str, str], f_globals: dict[str, Any]) -> No
     """Modules that bytecode and guards call by an alias of Dynamo's."""
     for alias, module in imports.items():
         f_globals.setdefault(alias, importlib.import_module(module))
+
+
+def prepare_modules(modules: Iterable[str]) -> None:
+    """What Dynamo does when it first looks into a package (`trace_rules.add_module_init_func`): einops fills a registry
+    on which guards depend."""
+    waiting: Any = trace_rules._lazy_module_init
+    for package in {module.partition(".")[0] for module in modules}:
+        if package in waiting and package in sys.modules:
+            for prepare in waiting.pop(package):
+                prepare()
 
 
 def install_resume(name: str, code: types.CodeType, module: str, free: bool) -> None:

@@ -31,7 +31,7 @@ from aot_cache.upstream import guard_facts
 from aot_cache.upstream.guard_facts import LIVENESS, NAMELESS, Unreachable
 
 Json = Any
-_SERIALIZABLE = next(part.default for part in fields(Guard) if part.name == "_unserializable")
+_SERIALIZABLE: Any = next(part.default for part in fields(Guard) if part.name == "_unserializable")
 
 @dataclass
 class Written:
@@ -108,7 +108,9 @@ def _write(guard: Guard, value: Any, in_order: bool, written: Written) -> None:
         where = guard.user_stack
         place = f" ({where[-1].filename}:{where[-1].lineno})" if where else ""
         written.nameless.append(f"{kind} on {guard.name}, a {type(value).__name__}{place}")
-    (written.identities if by_identity else written.values).append([kind, guard.name, text])
+    (written.identities if by_identity else written.values).append(
+        [kind, guard_facts.expression_of(guard), text]
+    )
 
 
 def _ordered(every: list[Guard]) -> Any:
@@ -214,7 +216,7 @@ def _first_difference(
     by_value = {(kind, name): text for kind, name, text in values}
     in_order = {source.name for source in graph.guard_on_key_order}
     for guard in graph.guards:
-        place = guard.create_fn_name(), guard.name
+        place = guard.create_fn_name(), guard_facts.expression_of(guard)
         was = by_identity.get(place, by_value.get(place))
         if was is None:
             continue
@@ -224,7 +226,7 @@ def _first_difference(
         else:
             found = guard_facts.of_value(guard, value, guard.name in in_order) or f"a {type(value).__name__}"
         if found != was:
-            return f"{_plain(guard.name)} was {was} and is {found}"
+            return f"{_plain(place[1])} was {was} and is {found}"
     return ""
 
 

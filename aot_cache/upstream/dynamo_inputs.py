@@ -28,6 +28,13 @@ from aot_cache.upstream.torch_fake import HostMode
 
 BUILTINS = "__aot_builtins__"
 
+
+
+def alias_of(module: str) -> str:
+    """The global by which Dynamo's guards and bytecode call an imported module."""
+    return f"__import_{module.replace('.', '_dot_')}"
+
+
 Dynamic = Mapping[str, Sequence[Sequence[int]]]
 """Expression → [dimension, low, high] of what changes; dimension -1 is an integer argument."""
 
@@ -56,23 +63,34 @@ def session(dynamic: Dynamic, most_graphs: int) -> Iterator[None]:
 def _lasting_names() -> Iterator[None]:
     """Dynamo numbers the global that holds the builtins; a number of this process may be taken in the one that loads.
 
+    So it does for modules that a guard or bytecode needs; they have an alias by their name, as imported ones have.
     And it draws lots for the names of graphs, which end up in the artifact; that is to be the same each time.
     """
     graph: Any = OutputGraph
-    original = graph.install_builtins_dict_in_fglobals
+    original, by_id = graph.install_builtins_dict_in_fglobals, graph.install_global_by_id
 
     def install(self: Any) -> str:
         self.global_scope.setdefault(BUILTINS, get_builtins_dict(self.global_scope))
         return BUILTINS
 
-    graph.install_builtins_dict_in_fglobals = install
+    def install_global_by_id(self: Any, prefix: str, value: Any) -> str:
+        if not isinstance(value, types.ModuleType):
+            return str(by_id(self, prefix, value))
+        alias = alias_of(value.__name__)
+        self.global_scope.setdefault(alias, value)
+        if self.package is not None:
+            self.package.add_import_source(alias, value.__name__)
+        return alias
+
+    graph.install_builtins_dict_in_fglobals, graph.install_global_by_id = install, install_global_by_id
     names: Any = bytecode_transformation
     lots = names.uuid
     names.uuid = types.SimpleNamespace(uuid4=lambda: uuid.UUID(int=0))
     try:
         yield
     finally:
-        graph.install_builtins_dict_in_fglobals, names.uuid = original, lots
+        graph.install_builtins_dict_in_fglobals, graph.install_global_by_id = original, by_id
+        names.uuid = lots
 
 
 @contextlib.contextmanager

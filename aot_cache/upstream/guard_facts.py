@@ -52,6 +52,11 @@ def kinds_of(guard: Guard) -> frozenset[str]:
     return frozenset({guard.create_fn_name(), *(guard.guard_types or ())})
 
 
+def expression_of(guard: Guard) -> str:
+    """What a guard is about, which tells it apart from all others of its kind."""
+    return f"{guard.name}.{_asked(guard, 'attr')}" if guard.create_fn_name() == "HASATTR" else str(guard.name)
+
+
 def is_by_identity(guard: Guard) -> bool:
     """Whether a guard that was created compares with `is`."""
     return bool(kinds_of(guard) & BY_IDENTITY) and guard.create_fn_name() != "TENSOR_MATCH"

@@ -10,6 +10,7 @@ import collections
 import enum
 import functools
 import hashlib
+import importlib
 import inspect
 import marshal
 import sys
@@ -57,11 +58,10 @@ def dump(code: types.CodeType, names: Mapping[str, str], filename: str) -> bytes
     Raises:
         ValueError: a constant is of a kind that has no bytes.
     """
-    try:
-        return marshal.dumps(_portable(code, names, filename), _MARSHAL)
-    except ValueError as error:
-        kinds = sorted({identity(value) or type(value).__name__ for value in _without_bytes(code)})
-        raise ValueError(f"constants of the bytecode have no bytes: {', '.join(kinds) or error}") from error
+    strange = sorted({identity(value) or type(value).__name__ for value in _without_bytes(code)})
+    if strange:
+        raise ValueError(f"constants of the bytecode have no bytes: {', '.join(strange)}")
+    return marshal.dumps(_portable(code, names, filename), _MARSHAL)
 
 
 def _without_bytes(code: types.CodeType) -> Iterator[object]:
@@ -70,9 +70,41 @@ def _without_bytes(code: types.CodeType) -> Iterator[object]:
             yield from _without_bytes(value)
         else:
             try:
-                marshal.dumps(value, _MARSHAL)
+                marshal.dumps(_encoded(value), _MARSHAL)
             except ValueError:
                 yield value
+
+
+_STANDS_FOR = "aot-cache: stands for"
+"""Marks the constants that `marshal` does not know: Dynamo puts devices and dtypes into its bytecode."""
+
+_OF_TORCH = frozenset(f"torch:{name}" for name in ("device", "dtype", "layout", "memory_format"))
+
+
+def _encoded(value: Any) -> Any:
+    kind = f"{type(value).__module__}:{type(value).__qualname__}"
+    if kind in _OF_TORCH:
+        return (_STANDS_FOR, kind, str(value))
+    if isinstance(value, enum.Enum):
+        return (_STANDS_FOR, "enum", type(value).__module__, type(value).__qualname__, value.name)
+    if type(value) is tuple:
+        return tuple(map(_encoded, value))
+    return value
+
+
+def _decoded(value: Any) -> Any:
+    if type(value) is not tuple or not value:
+        return value
+    if value[0] != _STANDS_FOR:
+        return tuple(map(_decoded, value))
+    _, kind, *rest = value
+    if kind == "enum":
+        owner: Any = importlib.import_module(rest[0])
+        for step in rest[1].split("."):
+            owner = getattr(owner, step)
+        return owner[rest[2]]
+    torch: Any = importlib.import_module("torch")
+    return torch.device(rest[0]) if kind == "torch:device" else getattr(torch, rest[0].removeprefix("torch."))
 
 
 def _portable(code: types.CodeType, names: Mapping[str, str], filename: str) -> types.CodeType:
@@ -89,7 +121,7 @@ def _portable(code: types.CodeType, names: Mapping[str, str], filename: str) -> 
 
 
 def _renamed(value: Any, names: Mapping[str, str]) -> Any:
-    return names.get(value, value) if isinstance(value, str) else value
+    return names.get(value, value) if isinstance(value, str) else _encoded(value)
 
 
 def load(data: bytes) -> types.CodeType:
@@ -97,7 +129,13 @@ def load(data: bytes) -> types.CodeType:
     code = marshal.loads(data)  # noqa: S302  # hashed by the caller
     if not isinstance(code, types.CodeType):
         raise ValueError(f"bytes of a code object, not of a {type(code).__name__}")
-    return code
+    return _restored(code)
+
+
+def _restored(code: types.CodeType) -> types.CodeType:
+    return code.replace(
+        co_consts=tuple(_restored(v) if isinstance(v, types.CodeType) else _decoded(v) for v in code.co_consts)
+    )
 
 
 def identity(value: object) -> str:
@@ -214,7 +252,8 @@ class _Exact:
             items = ", ".join(f"{self.text(k)}: {self.text(v)}" for k, v in value.items())
             return f"{kind} {{{items}}}{self._attributes(value)}"
         if isinstance(value, (list, tuple, collections.deque, *_VIEWS)):
-            return f"{kind} [{', '.join(map(self.text, value))}]{self._attributes(value)}"
+            items: Iterator[object] = iter(value)
+            return f"{kind} [{', '.join(map(self.text, items))}]{self._attributes(value)}"
         if isinstance(value, (slice, range)):
             return f"{kind} [{self.text(value.start)}, {self.text(value.stop)}, {self.text(value.step)}]"
         return identity(value) or f"{kind}{self._inside(value)}"
