@@ -166,7 +166,9 @@ class Runs:
         extra = set(also)
         self._make_arguments()
         self._refuse()
-        self._look([(g, [at for at in g.points if at in g.telling or (g.case, at) in extra]) for g in self._groups], progress)
+        self._look(
+            [(g, [at for at in g.points if at in g.telling or (g.case, at) in extra]) for g in self._groups], progress
+        )
         self._look([(group, self._strangers(group)) for group in self._groups], progress)
         self._look_at_first_calls()
         self.kinds = {}

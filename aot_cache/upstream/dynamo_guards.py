@@ -26,12 +26,14 @@ import torch
 from torch._dynamo import config, guards, package
 from torch._guards import Guard, GuardsSet, Source, TracingContext, tracing
 from torch._library import custom_ops
+from torch._subclasses.fake_tensor import FakeTensor
 
 from aot_cache.upstream import guard_facts
 from aot_cache.upstream.guard_facts import LIVENESS, NAMELESS, Unreachable
 
 Json = Any
 _SERIALIZABLE: Any = next(part.default for part in fields(Guard) if part.name == "_unserializable")
+
 
 @dataclass
 class Written:
@@ -108,9 +110,7 @@ def _write(guard: Guard, value: Any, in_order: bool, written: Written) -> None:
         where = guard.user_stack
         place = f" ({where[-1].filename}:{where[-1].lineno})" if where else ""
         written.nameless.append(f"{kind} on {guard.name}, a {type(value).__name__}{place}")
-    (written.identities if by_identity else written.values).append(
-        [kind, guard_facts.expression_of(guard), text]
-    )
+    (written.identities if by_identity else written.values).append([kind, guard_facts.expression_of(guard), text])
 
 
 def _ordered(every: list[Guard]) -> Any:
@@ -238,7 +238,7 @@ def failure(manager: Any, f_locals: Mapping[str, Any]) -> str:
 
 def expressions(manager: Any) -> list[str]:
     """Every guard of a manager in Dynamo's words."""
-    return [_plain(str(part)) for part in manager.verbose_code_parts] or [_plain(p) for p in manager.code_parts]
+    return [_as_served(str(part)) for part in manager.verbose_code_parts or manager.code_parts]
 
 
 _ADDRESS = re.compile(r", \d{6,}\)")
@@ -246,6 +246,17 @@ _ADDRESS = re.compile(r", \d{6,}\)")
 
 def _plain(text: str) -> str:
     return _ADDRESS.sub(")", text.split("  # ", 1)[0].strip())
+
+
+_OBJECT_AT = re.compile(r" at 0x[0-9a-f]+(?=>)")
+_IN_SERVING = ((f"{FakeTensor.__module__}.FakeTensor'", "torch.Tensor'"), (", FakeTensor, ", ", Tensor, "))
+
+
+def _as_served(text: str) -> str:
+    """Dynamo's words for a guard of the builder as a server would have them: of tensors, and without addresses."""
+    for built, served in _IN_SERVING:
+        text = text.replace(built, served)
+    return _OBJECT_AT.sub("", _plain(text))
 
 
 @dataclass

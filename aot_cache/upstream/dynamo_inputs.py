@@ -29,7 +29,6 @@ from aot_cache.upstream.torch_fake import HostMode
 BUILTINS = "__aot_builtins__"
 
 
-
 def alias_of(module: str) -> str:
     """The global by which Dynamo's guards and bytecode call an imported module."""
     return f"__import_{module.replace('.', '_dot_')}"

@@ -33,6 +33,7 @@ LIVENESS = frozenset({"WEAKREF_ALIVE", "DICT_VERSION"})
 
 BY_IDENTITY = frozenset(guards.CheckFunctionManager.UNSUPPORTED_SERIALIZATION_GUARD_TYPES) - LIVENESS
 
+
 @dataclass(frozen=True)
 class Unreachable:
     """What an expression leads to that cannot be followed on a call."""
@@ -204,4 +205,3 @@ _FACTS: dict[str, Callable[[Any], str | None]] = {
     ),
     "CURRENT_STREAM_MATCH": _stream,
 }
-

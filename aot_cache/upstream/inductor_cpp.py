@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch._inductor.codecache import CppCodeCache
 
 Lookup = Callable[[str], bytes | None]
@@ -61,7 +63,8 @@ def keeping() -> Iterator[dict[str, bytes]]:
     kept: dict[str, bytes] = {}
 
     def load(original: Any, cls: Any, digest: str, *args: Any, **rest: Any) -> Any:
-        finish = original(cls, *args, **rest)
+        main_code, device_type, submit_fn, flags, optimized_code = args
+        finish = original(cls, main_code, device_type, submit_fn, (*flags, *_alike()), optimized_code, **rest)
 
         def finished() -> Any:
             library = finish()
@@ -74,6 +77,11 @@ def keeping() -> Iterator[dict[str, bytes]]:
         yield kept
 
 
+def _alike() -> list[str]:
+    """Flags with which a compiler calls files (`__FILE__` in a check's message) the same wherever they are."""
+    return [f"-ffile-prefix-map={place}={name}" for place, name in _folders().items()]
+
+
 def _path(library: Any) -> Path:
     """Where a library is, which may have been loaded long before: a module or a `ctypes.CDLL`."""
     return Path(getattr(library, "__file__", None) or library._name)
@@ -83,12 +91,25 @@ def _without_places(path: Path) -> bytes:
     """A library without what tells where it was compiled: debug sections, and the id that is made of them."""
     objcopy = shutil.which("objcopy")  # of binutils, which g++ cannot do without
     if objcopy is None:
-        return path.read_bytes()
+        return _without_folders(path.read_bytes())
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
         bare = Path(folder, path.name)
         wanted = ["--strip-all", "--remove-section=.note.gnu.build-id", str(path), str(bare)]
         done = subprocess.run([objcopy, *wanted], capture_output=True, check=False)
-        return (bare if done.returncode == 0 else path).read_bytes()
+        return _without_folders((bare if done.returncode == 0 else path).read_bytes())
+
+
+def _without_folders(library: bytes) -> bytes:
+    """What precompiled headers still name, which upstream compiles without a graph's flags; texts keep their length."""
+    for place, name in _folders().items():
+        library = library.replace(place.encode(), name.rjust(len(place), "/").encode())
+    return library
+
+
+def _folders() -> dict[str, str]:
+    """Folders of the builder → what they are called in a library."""
+    found = {str(Path(torch.__file__).parent): "torch", os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""): "inductor"}
+    return {place: name for place, name in found.items() if len(place) > len(name)}
 
 
 @contextlib.contextmanager

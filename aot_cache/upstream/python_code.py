@@ -15,7 +15,7 @@ import inspect
 import marshal
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -251,9 +251,8 @@ class _Exact:
         if isinstance(value, Mapping):
             items = ", ".join(f"{self.text(k)}: {self.text(v)}" for k, v in value.items())
             return f"{kind} {{{items}}}{self._attributes(value)}"
-        if isinstance(value, (list, tuple, collections.deque, *_VIEWS)):
-            items: Iterator[object] = iter(value)
-            return f"{kind} [{', '.join(map(self.text, items))}]{self._attributes(value)}"
+        if isinstance(value, _SEQUENCES):
+            return f"{kind} [{', '.join([self.text(item) for item in value])}]{self._attributes(value)}"
         if isinstance(value, (slice, range)):
             return f"{kind} [{self.text(value.start)}, {self.text(value.stop)}, {self.text(value.step)}]"
         return identity(value) or f"{kind}{self._inside(value)}"
@@ -277,7 +276,7 @@ class _Exact:
         return f" ({', '.join(f'{name}={self.text(inner)}' for name, inner in sorted(held.items()))})" if held else ""
 
 
-_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_SEQUENCES = (list, tuple, collections.deque, type({}.keys()), type({}.values()), type({}.items()))
 
 
 def attributes(value: Any) -> dict[str, Any]:
@@ -296,7 +295,9 @@ def _slots(slots: Any) -> tuple[str, ...]:
 def _is_pythons(kind: type) -> bool:
     """Whether an object of this class holds nothing but attributes: no fields of C code beside them."""
     slots = sum(len(_slots(vars(base).get("__slots__", ()))) for base in kind.__mro__)
-    return kind.__basicsize__ <= object.__basicsize__ + (2 + slots) * tuple.__itemsize__  # its dictionary, weak references
+    return (
+        kind.__basicsize__ <= object.__basicsize__ + (2 + slots) * tuple.__itemsize__
+    )  # its dictionary, weak references
 
 
 def _kind(value: object) -> str:
