@@ -43,6 +43,8 @@ def builds(rows: Sequence[Facts]) -> None:
             line(f"{b['target']}: nothing to do, nothing has changed since this was built")
         if b["ranks"] > 1:
             line(f"{b['target']}: for a job of {b['ranks']} ranks")
+        if not b["complete"]:
+            line(f"{b['target']}: INCOMPLETE: {_many(len(b['failed']), 'part')} of the recipe is not in this bundle")
         for failure in b["failed"]:
             line(f"{b['target']}: failed: {failure['kernel']}: {failure['error']}")
         for name, why in b["per_rank"].items():

@@ -29,6 +29,19 @@ class OtherRanks(Exception):
         self.ranks = ranks
 
 
+class Died(TargetError):
+    """A worker ended without its last word.
+
+    Args:
+        at: (case, point) that it was running; None where it was at nobody's code.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__("the build worker to finish", why)
+        self.why = why
+        self.at: tuple[str, dict[str, int]] | None = None
+
+
 def beside(function: Callable[[], T]) -> Future[T]:
     """Let something go on in a thread for which nobody has to wait, not even at the process's end."""
     future: Future[T] = Future()
@@ -84,11 +97,22 @@ class Crew:
         Raises:
             AotCacheError: what the worker raised.
             OtherRanks: it should have been started in another job.
-            TargetError: it died.
+            Died: it ended without a word.
         """
-        for event in self._talk(job, environment, last):
+        at: tuple[str, dict[str, int]] | None = None
+        events = self._talk(job, environment, last)
+        while True:
+            try:
+                event = next(events)
+            except StopIteration:
+                return
+            except Died as died:
+                died.at = at
+                raise
             kind = event["event"]
-            if kind == "progress":
+            if kind == "at":
+                at = (event["case"], event["point"]) if "case" in event else None
+            elif kind == "progress":
                 with self._lock:
                     self._progress(event["stage"], event["done"], event["total"])
             elif kind == "ranks":
@@ -126,10 +150,7 @@ class Crew:
             worker.stderr.close()
         if not finished:
             words = [w.strip() for w in last_words if w.strip()]
-            raise TargetError(
-                "the build worker to finish",
-                f"it ended with code {worker.returncode}: {words[-1] if words else 'no word'}",
-            )
+            raise Died(f"it ended with code {worker.returncode}: {words[-1] if words else 'no word'}")
 
     def _start(self, environment: Mapping[str, str]) -> subprocess.Popen[str]:
         with self._lock:

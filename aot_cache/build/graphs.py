@@ -8,18 +8,23 @@ was compiled do not hold is compiled again, so that at the end every declared po
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from aot_cache import key, shapes
-from aot_cache.build import pool, stamp
+from aot_cache.build import one_point, pool, stamp
 from aot_cache.build.calls import Kind, Survey, follows
+from aot_cache.build.graph_answers import Answer, Made, order, stored, together
 from aot_cache.build.graph_job import Job
+from aot_cache.build.one_point import Broken
 from aot_cache.build.recorded import Recorded
-from aot_cache.errors import AotCacheError, DeclarationError, TraceError, one_line
+from aot_cache.errors import one_line
 from aot_cache.key import GRAPHS
 from aot_cache.plan import CallPlan, CasePlan, Plan
 from aot_cache.recipe import Case, Recipe
@@ -36,37 +41,11 @@ from aot_cache.upstream.dynamo_frames import Frame
 from aot_cache.upstream.torch_fake import NEEDS_VALUES, HostMode, without_launches
 
 Progress = Callable[[str, int, int], None]
+At = Callable[[str, Point], None]
+"""Is told which case is about to be run in this process, and where: it may end the process."""
 Json = Any
 MOST_GRAPHS = 64
 """Graphs that one kind of call may split into before the build gives up on it."""
-
-
-@dataclass
-class Made:
-    """All graphs of a recipe, as JSON facts, and what could not be made.
-
-    Args:
-        graphs: one entry for each frame's bytecode; bytes are in the store.
-        failed: kinds of calls of which something could not be compiled, with the reason.
-        compiled: how many kinds of calls were compiled now, and not found in the store.
-        key: what all graphs are bound to, see `key.graph_parts`.
-    """
-
-    graphs: list[dict[str, Json]] = field(default_factory=list)
-    failed: list[dict[str, str]] = field(default_factory=list)
-    compiled: int = 0
-    key: dict[str, Json] = field(default_factory=dict)
-
-
-@dataclass
-class _Answer:
-    """What a child made of one kind of call."""
-
-    graphs: list[dict[str, Json]] = field(default_factory=list)
-    failed: str = ""
-    strange: list[tuple[int, int]] = field(default_factory=list)
-    """(case, point) where a call was seen that is of no known kind."""
-    fresh: bool = False
 
 
 def empty_plan(recipe: Recipe, target: str) -> Plan:
@@ -92,13 +71,20 @@ class Runs:
     Args:
         cases: names of the cases that call compiled functions; None for all.
         recorded: the calls at every point, where somebody has noted them.
+        tell: is told of each point that is run in this process.
     """
 
     def __init__(
-        self, recipe: Recipe, target: Target, cases: Sequence[str] | None = None, recorded: Recorded | None = None
+        self,
+        recipe: Recipe,
+        target: Target,
+        cases: Sequence[str] | None = None,
+        recorded: Recorded | None = None,
+        tell: At = lambda *_: None,
     ) -> None:
         self.cases = [case for case in recipe.cases if cases is None or case.name in cases]
         self._recorded = recorded or Recorded({})
+        self._tell = tell
         enumerations = [case.points() for case in self.cases]
         self.points = [found.points for found in enumerations]
         self.kinds: dict[str, Kind] = {}
@@ -112,6 +98,8 @@ class Runs:
             for at in range(len(found.points) - found.added, len(found.points))
         }
         self.skipped: set[str] = set()
+        self.broken: dict[int, Broken] = {}
+        """The cases that cannot be run: nothing of them is among the kinds."""
         self._groups = [
             _Group(
                 number,
@@ -128,23 +116,26 @@ class Runs:
     def survey(self, progress: Progress, also: Iterable[tuple[int, int]] = ()) -> None:
         """Find the kinds of calls that the recipe makes, at points where sizes are telling, and at those in `also`.
 
-        Raises:
-            DeclarationError: the recipe's own code raises at a point.
-            TraceError: host code needs values that tensors here do not have.
+        A case that cannot be run at one of them is taken out, see `broken`.
         """
         extra = set(also)
         self._refuse()
         todo = [(g, at) for g in self._groups for at in g.points if at in g.telling or (g.case, at) in extra]
         progress("calls", 0, len(todo))
         for done, (group, at) in enumerate(todo, 1):
-            if at not in group.seen:
+            if at not in group.seen and group.case not in self.broken:
                 self._look(group, at)
             progress("calls", done, len(todo))
-        for group in self._groups:
+        for group in list(self._groups):
             kinds = list(group.survey.kinds(group.case).values())
             strange = self._recorded.strangers(kinds, self.cases[group.case].name)
             for at in sorted(strange & set(group.points) - group.seen):
-                self._look(group, at)
+                if group.case not in self.broken:
+                    self._look(group, at)
+        self._sort()
+
+    def _sort(self) -> None:
+        """Put the calls that were seen into kinds."""
         self.kinds = {}
         for group in self._groups:
             for kind in group.survey.kinds(group.case).values():
@@ -172,11 +163,10 @@ class Runs:
         """Leave out the missed points that the recipe's code cannot run at: a declared one has to run, these need not."""
         for group in self._groups:
             for at in [at for at in group.points if at not in group.seen and (group.case, at) in self._missed]:
-                try:
-                    with dynamo_frames.hooked(lambda *_: dynamo_frames.run_without_compiling()):
-                        self.run(self.cases[group.case], self.points[group.case][at])
-                except AotCacheError as error:
-                    self.refused.append((self.cases[group.case].name, self.points[group.case][at], str(error)))
+                with dynamo_frames.hooked(lambda *_: dynamo_frames.run_without_compiling()):
+                    broken = self._run(group.case, at)
+                if broken is not None:
+                    self.refused.append((broken.failed.case, broken.failed.point, str(broken.error)))
                     group.points.remove(at)
 
     def _look(self, group: _Group, at: int) -> None:
@@ -193,7 +183,14 @@ class Runs:
         group.seen.add(at)
         group.survey.next_point()
         with dynamo_frames.hooked(look):
-            self.run(case, self.points[group.case][at])
+            broken = self._run(group.case, at)
+        if broken is not None:
+            self._take_out(group.case, broken)
+
+    def _take_out(self, number: int, broken: Broken) -> None:
+        """Go on without a case."""
+        self.broken.setdefault(number, broken)
+        self._groups = [group for group in self._groups if group.case != number]
 
     def calls(self) -> list[CallPlan]:
         """The kinds of calls, for the plan."""
@@ -226,37 +223,64 @@ class Runs:
         """Compile what the store lacks; `inputs` is everything that this process imported (`stamp.inputs`)."""
         made = Made(key=dynamo_globals.bound_to(self._target.properties()))
         shared = {"bound": made.key, "inputs": inputs, "environment": stamp.environment(), "schema": key.SCHEMA}
-        answers: dict[str, _Answer] = {}
+        answers: dict[str, Answer] = {}
         while True:
             jobs = sorted(self.kinds.values(), key=lambda kind: (-len(kind.points), kind.id))
             self._answer(jobs, answers, shared, store, progress, workers)
-            strange = {point for kind in jobs for point in answers[kind.id].strange}
-            made.compiled += sum(answers[kind.id].fresh for kind in jobs)
+            if self._took_out(jobs, answers):
+                continue
+            strange = {p for kind in jobs for p in answers[kind.id].strange if p[0] not in self.broken}
             if not strange:
                 break
             known = set(self.kinds)
             self.survey(progress, strange)  # sizes go otherwise there than where they were looked at
             if set(self.kinds) <= known:
-                made.failed += [self._unfit(point) for point in sorted(strange)]
+                made.failed += [self._unfit(point) for point in sorted(strange) if point[0] not in self.broken]
+                jobs = [kind for kind in jobs if kind.id in self.kinds]
                 break
+        made.compiled = sum(answers[kind.id].fresh for kind in jobs)
         merged: dict[str, dict[str, Json]] = {}
         for kind in jobs:
             answer = answers[kind.id]
             if answer.failed:
-                name = f"{kind.module}:{kind.function}"
-                made.failed.append({"kernel": name, "unit": kind.id, "error": answer.failed})
+                made.failed.append(self._failure(kind, answer.failed))
             for graph in answer.graphs:
                 facts = {name: value for name, value in graph.items() if name != "points"}
                 same = merged.setdefault(key.digest(facts), {**facts, "points": {}})
                 for case, at in graph["points"].items():
-                    same["points"].setdefault(int(case), set()).update(at)
+                    if int(case) not in self.broken:
+                        same["points"].setdefault(int(case), set()).update(at)
         made.graphs = [
             {**{k: v for k, v in graph.items() if k != "points"}, "reached": self._reached(graph["points"])}
-            for _, graph in sorted(merged.items(), key=_order)
+            for _, graph in sorted(merged.items(), key=order)
+            if graph["points"]
         ]
         return made
 
-    def _unfit(self, point: tuple[int, int]) -> dict[str, str]:
+    def _took_out(self, jobs: list[Kind], answers: dict[str, Answer]) -> bool:
+        """Whether jobs came upon a case that cannot be run; what it is in is to be answered anew, without it."""
+        found = [kind for kind in jobs if answers[kind.id].broken is not None]
+        for kind in found:
+            broken = answers.pop(kind.id).broken
+            assert broken is not None
+            self._take_out([case.name for case in self.cases].index(broken.failed.case), broken)
+        if found:
+            self._sort()
+        return bool(found)
+
+    def _failure(self, kind: Kind, why: Mapping[int, str]) -> dict[str, Json]:
+        """What a bundle says of calls that have no graph: of which cases, and where they are lost."""
+        reasons: dict[str, list[str]] = {}
+        for number in sorted(why):
+            reasons.setdefault(why[number], []).append(self.cases[number].name)
+        return {
+            "kernel": f"{kind.module}:{kind.function}",
+            "unit": kind.id,
+            "error": "; ".join(f"case {', '.join(names)}: {reason}" for reason, names in reasons.items()),
+            "reached": self._reached({number: set(kind.points[number]) for number in why}),
+        }
+
+    def _unfit(self, point: tuple[int, int]) -> dict[str, Json]:
         case = self.cases[point[0]]
         where = shapes.point_text(self.points[point[0]][point[1]])
         why = f"at {where} it calls a compiled function as it does nowhere when it is looked at"
@@ -265,7 +289,7 @@ class Runs:
     def _answer(
         self,
         jobs: list[Kind],
-        answers: dict[str, _Answer],
+        answers: dict[str, Answer],
         shared: Json,
         store: Store,
         progress: Progress,
@@ -274,7 +298,7 @@ class Runs:
         """Fill `answers` for all `jobs`, from the store or by compiling."""
         keys = {kind.id: key.digest({**shared, "kind": kind.id, "points": self._reached_all(kind)}) for kind in jobs}
         for kind in jobs:
-            found = _stored(store, keys[kind.id]) if kind.id not in answers else None
+            found = stored(store, keys[kind.id]) if kind.id not in answers else None
             if found is not None:
                 answers[kind.id] = found
         missing = [kind for kind in jobs if kind.id not in answers]
@@ -283,41 +307,56 @@ class Runs:
             dynamo_inputs.warm_up(self._device)
         # A child for each: what Dynamo has compiled, and how often, shows in what it makes next.
         made = pool.run(lambda kind: self._compile(kind, jobs, store), missing, workers, fresh=True)
-        for done, (index, answer) in enumerate(made, 1):
+        for done, (index, found) in enumerate(made, 1):
             kind = missing[index]
-            answer = answers[kind.id] = _Answer(failed=answer.why) if isinstance(answer, pool.Died) else answer
-            if not answer.failed:
+            answer = answers[kind.id] = self._answered(kind, found)
+            if not answer.failed and answer.broken is None:
                 store.put_record(GRAPHS, keys[kind.id], {"graphs": answer.graphs, "strange": answer.strange})
             progress("graphs", done, len(missing))
+        shared_kinds = [kind for kind in missing if answers[kind.id].failed and len(kind.points) > 1]
+        for kind, answer in self._apart(shared_kinds, jobs, store, workers):
+            answers[kind.id] = answer
 
-    def run(self, case: Case, point: Point) -> None:
-        """Run one point.
+    def _apart(
+        self, kinds: Sequence[Kind], jobs: list[Kind], store: Store, workers: int | None
+    ) -> Iterator[tuple[Kind, Answer]]:
+        """Calls of several cases that could not be compiled together, each case alone: one may be to blame for all."""
+        alone = [(kind, number) for kind in kinds for number in kind.points]
+        parts = [replace(kind, points={n: kind.points[n]}, places={n: kind.places[n]}) for kind, n in alone]
+        found: dict[str, list[Answer]] = {kind.id: [] for kind in kinds}
+        for index, answer in pool.run(lambda kind: self._compile(kind, jobs, store), parts, workers, fresh=True):
+            found[parts[index].id].append(self._answered(parts[index], answer))
+        for kind in kinds:
+            yield kind, together(found[kind.id])
 
-        Raises:
-            DeclarationError, TraceError: as `trace` says.
-        """
-        where = ", ".join(f"{k}={v}" for k, v in point.items())
-        try:
-            with self._host, without_launches(), case.modes(self._device):
-                case.call(point)()
-        except AotCacheError:
-            raise
-        except NEEDS_VALUES as error:
-            raise TraceError(
-                f"case {case.name!r} to run at {where}",
-                f"{_place(error)} reads the values of a tensor ({error})",
-                "hand the number in as an argument",
-            ) from error
-        except Exception as error:
-            raise DeclarationError(
-                f"case {case.name!r} to run at {where}",
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} ({_place(error)})",
-                "fix the recipe, or narrow its range",
-            ) from error
+    def _answered(self, kind: Kind, found: Answer | pool.Died) -> Answer:
+        return self._failed(kind, (min(kind.points), -1), found.why) if isinstance(found, pool.Died) else found
 
-    def _compile(self, kind: Kind, kinds: list[Kind], store: Store) -> _Answer:
+    def _run(self, number: int, at: int) -> Broken | None:
+        """Run one point of a case in this process."""
+        self._tell(self.cases[number].name, self.points[number][at])
+        return self.run(self.cases[number], self.points[number][at])
+
+    def run(self, case: Case, point: Point) -> Broken | None:
+        """Run one point; what is returned says why it cannot be."""
+        return one_point.run(case, point, lambda: self._modes(case), NEEDS_VALUES)
+
+    @contextlib.contextmanager
+    def _modes(self, case: Case) -> Iterator[None]:
+        with self._host, without_launches(), case.modes(self._device):
+            yield
+
+    def _compile(self, kind: Kind, kinds: list[Kind], store: Store) -> Answer:
         """Everything that calls of one kind need. Runs in a child, and must not raise."""
         job = Job(kind, kinds)
+
+        def handle(frame: Frame, compile_frame: Any) -> Any:
+            try:
+                return job.handle(frame, compile_frame)
+            except Exception as error:  # of ours, or Dynamo's: the case's own code has not raised it
+                job.failed = job.failed or one_line(error)
+                raise
+
         try:
             with dynamo_inputs.session(kind.dynamic(), MOST_GRAPHS), dynamo_guards.writing() as written:
                 job.written = written
@@ -328,17 +367,29 @@ class Runs:
                             job.at = (number, point)
                             if self._hits(job, number, point):
                                 continue
-                            with dynamo_frames.hooked(job.handle):
-                                self.run(self.cases[number], self.points[number][point])
+                            with dynamo_frames.hooked(handle):
+                                broken = self.run(self.cases[number], self.points[number][point])
                             if job.failed:
-                                return _Answer(failed=job.failed)
+                                return self._failed(kind, job.at, job.failed)
+                            if broken is not None:
+                                return Answer(broken=broken)
             if not job.met:
-                return _Answer(failed="the call was made when it was looked at, and not when it was to be traced")
-            return _Answer(job.results(store), strange=sorted(job.strange), fresh=True)
+                why = "the call was made when it was looked at, and not when it was to be traced"
+                return self._failed(kind, job.at, why)
+            return Answer(job.results(store), strange=sorted(job.strange), fresh=True)
         except Exception as error:
             if os.environ.get("AOT_CACHE_DEBUG") == "1":
                 traceback.print_exc()
-            return _Answer(failed=job.failed or one_line(error))
+            return self._failed(kind, job.at, job.failed or one_line(error))
+
+    def _failed(self, kind: Kind, at: tuple[int, int], why: str) -> Answer:
+        """Why calls could not be compiled, with the point where that was seen and the place in the user's code."""
+        number, point = at if at[0] in kind.points else (min(kind.points), -1)
+        where = self.points[number][point if point >= 0 else self._hint_first(number, kind.points[number])[0]]
+        file = getattr(sys.modules.get(kind.module), "__file__", None)
+        place = f"{one_point.short(file)}:{kind.line}" if isinstance(file, str) else ""
+        told = "" if not place or _PLACE.search(why) else f" ({place})"
+        return Answer(failed=dict.fromkeys(kind.points, f"at {shapes.point_text(where)}: {why}{told}"))
 
     def _hits(self, job: Job, number: int, point: int) -> bool:
         """Whether the guards of what was made say so of the calls that are recorded: then nothing has to run."""
@@ -373,13 +424,6 @@ class Runs:
         ]
 
 
-def _stored(store: Store, graph_key: str) -> _Answer | None:
-    record = store.get_record(GRAPHS, graph_key)
-    if record is None or not all(store.has(digest) for graph in record["graphs"] for digest in key.objects_of(graph)):
-        return None
-    return _Answer(record["graphs"], strange=[(case, at) for case, at in record["strange"]])
-
-
 def _mode(case: Case) -> str:
     return case.mode if case.autocast is None else f"{case.mode} {case.autocast}"
 
@@ -393,12 +437,6 @@ def _by_values(case: Case, points: list[Point]) -> Iterator[list[int]]:
     yield from groups.values()
 
 
-def _order(item: tuple[str, dict[str, Json]]) -> tuple[str, ...]:
-    digest, graph = item
-    names = ("module", "function", "mode", "dynamic", "guards")  # for people first, and for a diff of two builds
-    return (*(str(graph[name]) for name in names), digest)
-
-
 _TELLING, _TELLING_OF_RECORDED = 40, 5
 
 
@@ -410,7 +448,4 @@ def _telling(case: Case, points: list[Point], group: list[int], most: int) -> se
     return {at for at in group if tuple(points[at].items()) in wanted} | {group[0], group[-1]}
 
 
-def _place(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    outside = [f for f in frames if "/torch/" not in f.filename and "/aot_cache/" not in f.filename] or frames
-    return f"{outside[-1].filename}:{outside[-1].lineno}"
+_PLACE = re.compile(r"\.py:\d+\)")
