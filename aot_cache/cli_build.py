@@ -243,5 +243,7 @@ def _build_all(requests: Sequence[Request], facts: dict[str, Any], as_json: bool
         units = sum(one.units + one.pruned + one.graphs for one in done) + len(failed)
         names = ", ".join(dict.fromkeys(failed))
         raise CompileFailed(
-            f"all of {units} cases, kernels and graphs to be built", f"{len(failed)} failed ({names})", "the rest is kept"
+            f"all of {units} cases, kernels and graphs to be built",
+            f"{len(failed)} failed ({names})",
+            "the rest is kept",
         )

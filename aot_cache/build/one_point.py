@@ -61,9 +61,7 @@ def run(
     return None
 
 
-def broken(
-    case: Case, point: Point, error: BaseException, needs_values: tuple[type[Exception], ...] = ()
-) -> Broken:
+def broken(case: Case, point: Point, error: BaseException, needs_values: tuple[type[Exception], ...] = ()) -> Broken:
     """What is said of a case that raised `error` at `point`."""
     where, place = point_text(point), place_of(error) or _place_of_code(case)
     wanted = f"case {case.name!r} to run at {where}"

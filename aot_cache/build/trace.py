@@ -96,6 +96,7 @@ def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None =
     progress("trace", 0, total)
     _before.update(sys.modules)
     sound: list[_Block] = []
+    broken: Broken | None
     for index, block in pool.run(run, range(len(jobs)), workers):
         number, start, stop = jobs[index]
         name, first = recipe.cases[number].name, enumerations[number].points[start]
@@ -159,9 +160,7 @@ def _run_block(
     return block
 
 
-def _fill(
-    block: _Block, case: Case, every: Sequence[Point], mine: range, index: int, at: MutableSequence[int]
-) -> None:
+def _fill(block: _Block, case: Case, every: Sequence[Point], mine: range, index: int, at: MutableSequence[int]) -> None:
     torch.set_num_threads(1)  # small tensors of known values, in as many children as there are cores
     log = LaunchLog()
     virtual_device.compiled_calls.clear()

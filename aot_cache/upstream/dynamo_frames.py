@@ -146,7 +146,9 @@ def why_given_up(error: Exception, name: str) -> str:
     """What made Dynamo or its backend give up on the function `name`, in one line, with the place in user code."""
     frames = getattr(error, "real_stack", None) or ()  # set by Dynamo where it knows the line that it was at
     inside = os.path.dirname(os.path.realpath(torch.__file__)) + os.sep
-    stack = [f for f in frames if not f.filename.startswith("<") and not os.path.realpath(f.filename).startswith(inside)]
+    stack = [
+        f for f in frames if not f.filename.startswith("<") and not os.path.realpath(f.filename).startswith(inside)
+    ]
     place = f" ({stack[-1].filename}:{stack[-1].lineno})" if stack else ""
     return f"Dynamo gave up on {name}{place}: {one_line(error)}"
 

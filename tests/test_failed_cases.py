@@ -1,0 +1,225 @@
+"""Recipes of which some cases cannot be built: each is named with its place, and the bundle has all others. Real builds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aot_cache import manifest
+from aot_cache.plan import Plan
+from aot_cache.store import read_bundle
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.timeout(400)
+
+GRAPHS = """
+import os
+import signal
+import sys
+
+import torch
+from aot_cache import Call, Range, Recipe, declare, device
+
+HERE = os.getpid()
+
+
+@torch.compile
+def host(x): return x * 2 + 1
+
+@torch.compile
+def picks(x): return x[x > 0] + 1  # picks
+
+@torch.compile
+def branches(x): return x + 1 if x.sum() > 0 else x - 1  # branches
+
+@torch.compile(fullgraph=True)
+def breaks(x):
+    torch._dynamo.graph_break()  # breaks
+    return x * 3
+
+def rows(n): return torch.ones(n, 4, device=device())
+
+def raises(x):
+    if x.shape[0] == 3:
+        raise ValueError("three is odd")  # raises
+    return host(x)
+
+def raises_late(x):
+    if x.shape[0] == 57:
+        raise ValueError("nobody looked")  # raises_late
+    return host(x)
+
+def leaves(x):
+    sys.exit(7)  # leaves
+
+def ends(x):
+    if x.shape[0] == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return host(x)
+
+def ends_in_a_child(x):
+    if os.getpid() != HERE:
+        os._exit(9)
+    return host(x)
+
+def case_of(name, function, most=4):
+    return declare(name=name, n=Range(1, most))(lambda n: Call(function, rows(n)))
+
+good = case_of("good", host)
+bad = {
+    "picks": picks, "branches": branches, "breaks": breaks, "raises": raises, "leaves": leaves, "ends": ends,
+    "ends_in_a_child": ends_in_a_child,
+}
+last = case_of("last", host)
+recipe = Recipe("some", [
+    good, *(case_of(name, function) for name, function in bad.items()), case_of("raises_late", raises_late, 100), last,
+])
+all_bad = Recipe("none", [case_of("raises", raises), case_of("picks", picks)])
+"""
+
+
+def line_of(source: str, mark: str) -> int:
+    return next(n for n, text in enumerate(source.splitlines(), 1) if text.endswith(f"# {mark}"))
+
+
+def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "aot_cache.cli", *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=390,
+        check=False,
+    )
+
+
+@dataclass(frozen=True)
+class Done:
+    """A build of which something failed."""
+
+    run: subprocess.CompletedProcess[str]
+    folder: Path
+
+    @property
+    def said(self) -> dict[str, Any]:
+        (bundle,) = json.loads(self.run.stdout)["bundles"]
+        return bundle  # type: ignore[no-any-return]
+
+    @property
+    def bundle(self) -> Path:
+        return Path(self.said["path"])
+
+    @property
+    def whole(self) -> dict[str, Any]:
+        return manifest.whole(read_bundle(self.bundle))
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """What failed → why."""
+        return {failure["kernel"]: failure["error"] for failure in self.whole["failed"]}
+
+
+def built(folder: Path, module: str, source: str, target: str) -> Done:
+    (folder / f"{module}.py").write_text(source)
+    return Done(
+        run(folder, "build", "--model", f"{module}:recipe", "--target", target, "--json", "--workers", 1), folder
+    )
+
+
+# --- graphs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def some(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    done = built(tmp_path_factory.mktemp("some"), "some_graphs", GRAPHS, "cpu")
+    assert done.run.returncode == 4, done.run.stderr
+    return done
+
+
+@pytest.mark.parametrize(
+    ("case", "point", "words"),
+    [
+        ("picks", "n=1", "reads the values of a tensor"),
+        ("branches", "n=1", "reads the values of a tensor"),
+        ("raises", "n=3", "ValueError: three is odd"),
+        ("raises_late", "n=57", "ValueError: nobody looked"),
+        ("leaves", "n=1", "SystemExit: 7"),
+    ],
+)
+def test_a_case_that_cannot_be_run_is_named_with_its_place(some: Done, case: str, point: str, words: str) -> None:
+    why = some.failed[f"case {case}"]
+    assert why.startswith(f"at {point}: {words}") and why.endswith(f"(some_graphs.py:{line_of(GRAPHS, case)})")
+
+
+def test_a_case_that_ends_the_process_is_named(some: Done) -> None:
+    assert some.failed["case ends"].startswith("at n=2: its process died")
+
+
+def test_a_call_that_cannot_be_compiled_is_named_with_its_case(some: Done) -> None:
+    place = f"some_graphs.py:{line_of(GRAPHS, 'breaks')}"
+    (why,) = [why for name, why in some.failed.items() if name == "some_graphs:breaks"]
+    assert why.startswith("case breaks: at n=4: ") and place in why
+
+
+def test_what_ends_a_child_does_not_take_the_case_that_calls_the_same(some: Done) -> None:
+    why = [why for name, why in some.failed.items() if name == "some_graphs:host"]
+    assert why and all(text.startswith("case ends_in_a_child: at n=") for text in why)
+    assert all("exit code 9 (some_graphs.py:" in text for text in why)
+
+
+def test_the_other_cases_are_in_the_bundle(some: Done) -> None:
+    whole = some.whole
+    assert whole["complete"] is False and some.said["complete"] is False
+    reached = {case for graph in whole["graphs"] for case in graph["reached"]}
+    assert reached == {"good", "last"}
+    assert {box["n"] for graph in whole["graphs"] for box in graph["reached"]["good"]} == {"1", "2..4"}
+
+
+def test_the_points_of_failed_cases_are_not_covered(some: Done) -> None:
+    assert (some.said["declared"], some.said["covered"]) == (9 * 4 + 100, 2 * 4)
+    assert some.said["coverage"].startswith("not proved")
+
+
+def test_people_are_told(some: Done) -> None:
+    assert "9 failed" not in some.run.stderr and "case raises_late" in some.run.stderr
+    inspected = run(some.folder, "inspect", some.bundle).stdout
+    verified = run(some.folder, "verify", some.bundle)
+    for text in (inspected, verified.stdout):
+        assert "case picks: at n=1: reads the values of a tensor" in " ".join(text.split())
+    assert verified.returncode == 32 and "not proved" in inspected and "case raises_late: n=1..100 (failed" in inspected
+    plan = Plan.read(some.bundle.with_suffix(".plan.json"))
+    assert {"picks", "ends", "raises_late"} <= {one.case for one in plan.failed} and len(plan.cases) == 10
+
+
+SERVE = """
+import aot_cache.auto
+import some_graphs, torch, aot_cache
+aot_cache.load({path!r})
+hits = {{name: bool(aot_cache.will_hit(name, {{"n": 2}})) for name in ("good", "last", "picks", "raises_late", "ends_in_a_child")}}
+aot_cache.ready(strict=False)
+with torch.inference_mode():
+    assert torch.equal(some_graphs.host(torch.ones(3, 4)), torch.ones(3, 4) * 3)
+print(aot_cache.stats()["events"] if "events" in aot_cache.stats() else "", [w for w, yes in hits.items() if yes], len(aot_cache.stats()["misses"]))
+"""
+
+
+def test_all_of_a_recipe_is_bad(some: Done) -> None:
+    done = run(some.folder, "build", "--model", "some_graphs:all_bad", "--target", "cpu", "--store", "other")
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+    assert "'raises' to run at n=3" in done.stderr and "case picks at n=1" in done.stderr
+    assert not list((some.folder / "other").rglob("*.safetensors"))
+
+
+def test_a_plan_of_the_others_is_shown(some: Done) -> None:
+    done = run(some.folder, "build", "--model", "some_graphs:recipe", "--target", "cpu", "--show-plan")
+    assert done.returncode == 4 and "case picks" in done.stderr
+    assert "case picks: at n=1: reads the values" in " ".join(done.stdout.split())
+    assert "good" in done.stdout
