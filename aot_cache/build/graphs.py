@@ -14,21 +14,22 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from aot_cache import key, shapes
-from aot_cache.build import one_point, pool, stamp
-from aot_cache.build.calls import Kind, Survey, follows
+from aot_cache.build import groups, one_point, pool, stamp
+from aot_cache.build.calls import Kind, follows
 from aot_cache.build.graph_answers import Answer, Made, order, stored, together
 from aot_cache.build.graph_job import Job
+from aot_cache.build.groups import Group, by_values
 from aot_cache.build.one_point import Broken
 from aot_cache.build.recorded import Recorded
 from aot_cache.errors import one_line
 from aot_cache.key import GRAPHS
 from aot_cache.plan import CallPlan, CasePlan, Plan
 from aot_cache.recipe import Case, Recipe
-from aot_cache.shapes import Point, Values
+from aot_cache.shapes import Point
 from aot_cache.store import Store
 from aot_cache.target import Target
 from aot_cache.upstream import (
@@ -52,17 +53,6 @@ def empty_plan(recipe: Recipe, target: str) -> Plan:
     """The plan of a recipe without its units: for a target that has no Triton kernels."""
     cases = [CasePlan.of(case, case.points()) for case in recipe.cases]
     return Plan(recipe.name, target, cases=cases)
-
-
-@dataclass
-class _Group:
-    """Points of a case that differ in `Range`s only, and what was seen at some of them."""
-
-    case: int
-    points: list[int]
-    telling: set[int]
-    survey: Survey = field(default_factory=Survey)
-    seen: set[int] = field(default_factory=set)
 
 
 class Runs:
@@ -101,13 +91,13 @@ class Runs:
         self.broken: dict[int, Broken] = {}
         """The cases that cannot be run: nothing of them is among the kinds."""
         self._groups = [
-            _Group(
+            Group(
                 number,
                 points,
                 {at for at in points if (number, at) in self._missed} | self._telling(number, points),
             )
             for number, case in enumerate(self.cases)
-            for points in _by_values(case, self.points[number])
+            for points in by_values(case, self.points[number])
         ]
         self._target = target
         self._device = "cpu" if target.backend == "cpu" else "cuda"
@@ -148,9 +138,9 @@ class Runs:
     def _telling(self, number: int, group: list[int]) -> set[int]:
         case = self.cases[number]
         few = self._recorded.knows(case.name, group[-1]) and len(case.dims) <= 2
-        return _telling(case, self.points[number], group, _TELLING_OF_RECORDED if few else _TELLING)
+        return groups.telling(case, self.points[number], group, groups.MOST_OF_RECORDED if few else groups.MOST)
 
-    def _unseen(self, group: _Group, kind: Kind) -> list[int]:
+    def _unseen(self, group: Group, kind: Kind) -> list[int]:
         """Points that nobody has looked at: those of the kind, if they are recorded, else all, to be run by it."""
         name, mine = self.cases[group.case].name, kind.points[group.case]
         unseen = [at for at in group.points if at not in group.seen]
@@ -169,7 +159,7 @@ class Runs:
                     self.refused.append((broken.failed.case, broken.failed.point, str(broken.error)))
                     group.points.remove(at)
 
-    def _look(self, group: _Group, at: int) -> None:
+    def _look(self, group: Group, at: int) -> None:
         """Run a point with all compiled functions as plain Python."""
         case = self.cases[group.case]
 
@@ -426,26 +416,6 @@ class Runs:
 
 def _mode(case: Case) -> str:
     return case.mode if case.autocast is None else f"{case.mode} {case.autocast}"
-
-
-def _by_values(case: Case, points: list[Point]) -> Iterator[list[int]]:
-    """Points that differ in `Range`s only, as numbers."""
-    static = [name for name, dim in case.dims.items() if isinstance(dim, Values)]
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for number, point in enumerate(points):
-        groups.setdefault(tuple(point[name] for name in static), []).append(number)
-    yield from groups.values()
-
-
-_TELLING, _TELLING_OF_RECORDED = 40, 5
-
-
-def _telling(case: Case, points: list[Point], group: list[int], most: int) -> set[int]:
-    """Points of a group at which sizes are looked at: its ends, ones, powers of two, and a spread of others."""
-    first = points[group[0]]
-    dims = {name: Values(first[name]) if isinstance(dim, Values) else dim for name, dim in case.dims.items()}
-    wanted = {tuple(point.items()) for point in shapes.enumerate_points(dims, most).points}
-    return {at for at in group if tuple(points[at].items()) in wanted} | {group[0], group[-1]}
 
 
 _PLACE = re.compile(r"\.py:\d+\)")

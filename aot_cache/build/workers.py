@@ -171,7 +171,7 @@ def _graphs_of_ranks(
         with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
             folders = {} if rank == 0 else _folders(Path(folder))
             _listen(own, {**_as_rank(environment, rank, job["ranks"]), **folders}, last, answer, crew)
-        broken = answer["failed_cases"]
+        broken = answer.get("failed_cases", broken)
         made.append(answer.get("graphs", []))
         failed.update({failure["unit"]: failure for failure in answer.get("graph_failed", [])})
         compiled += answer.get("graphs_compiled", 0)
