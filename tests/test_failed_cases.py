@@ -387,5 +387,8 @@ def test_nothing_else_failed_and_all_else_is_there(kernels: Done) -> None:
 def test_what_a_case_sets_is_no_condition_of_its_graphs(kernels: Done) -> None:
     graphs = kernels.whole["graphs"]
     assert len({graph["settings"] for graph in graphs}) == 1
+    changed = kernels.said["put_back"]
+    assert list(changed) == ["in_the_arguments"]
+    assert {"the variable SET_BY_A_CASE", "torch._inductor.config.max_autotune"} <= set(changed["in_the_arguments"])
     by_both = [graph for graph in graphs if len(graph["reached"]) == 2]
     assert by_both, "in the same graph as the case that sets nothing"

@@ -66,7 +66,7 @@ def test_a_setting_is_put_back(name: str) -> None:
         with process_settings.kept() as settings:
             write()
             assert read() != before, again
-            settings.put_back()
+            settings.put_back(wholly=True)
             assert read() == before, again
             write()
         assert read() == before, again

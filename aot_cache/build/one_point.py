@@ -23,6 +23,9 @@ from aot_cache.recipe import Case
 from aot_cache.shapes import Point, point_text
 from aot_cache.upstream import process_settings
 
+put_back: dict[str, set[str]] = {}
+"""Case → what it has set for this process while it made arguments: a server does not run that code."""
+
 Within = Callable[[], contextlib.AbstractContextManager[object]]
 
 
@@ -54,7 +57,7 @@ def run(
     try:
         with within(), process_settings.kept() as settings:
             call = case.call(point)
-            settings.put_back()
+            put_back.setdefault(case.name, set()).update(settings.put_back())
             call()
     except (Exception, SystemExit) as error:  # `sys.exit()` in a model is no reason to end the build
         return broken(case, point, error, needs_values)

@@ -169,7 +169,7 @@ def _graphs(job: dict[str, Json], target: Any, send: Any, progress: Any) -> None
     _join(job)
 
     from aot_cache import recipe as recipes
-    from aot_cache.build import graphs, missed_calls, stamp
+    from aot_cache.build import graphs, missed_calls, one_point, stamp
     from aot_cache.build.recorded import Recorded
     from aot_cache.plan import FailedCase, Plan, each_once
     from aot_cache.store import Store
@@ -191,6 +191,7 @@ def _graphs(job: dict[str, Json], target: Any, send: Any, progress: Any) -> None
         visited = recipe.without([(case, point) for case, point, _ in runs.refused])
         plan.cases = graphs.empty_plan(visited, target.id).cases
     plan.calls = runs.calls()
+    plan.note_put_back(one_point.put_back)
     plan.failed = each_once([*plan.failed, *failed_cases])
     plan.write(Path(job["plan_out"]))
     inputs = stamp.inputs()

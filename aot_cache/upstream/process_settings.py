@@ -56,30 +56,40 @@ class _Part:
         read: all of them.
         write: one of them, or `_GONE`.
         mark: something that is cheaper than `read` and differs where that does; by default that itself.
+        inside: the same of what `mark` does not see because it is changed in place; looked at once a point.
+        room: what stands before a setting's name where people read it.
     """
 
     read: Callable[[], Mapping[str, Any]]
     write: Callable[[str, Any], object]
     mark: Read | None = None
+    inside: Read | None = None
+    room: str = ""
     base: dict[str, Any] = field(default_factory=dict)
     base_mark: Any = _GONE
+    base_inside: Any = None
 
     def note(self) -> None:
         """What is so now is what is put back."""
         mark = self._mark()
         if self.base_mark is _GONE or mark != self.base_mark:
-            self.base, self.base_mark = dict(self.read()), mark
+            self.base = dict(self.read())
+            self._marked()
 
     def now(self) -> Mapping[str, Any]:
         return self.base if self._mark() == self.base_mark else dict(self.read())
 
-    def put_back(self) -> None:
+    def put_back(self, wholly: bool) -> list[str]:
         now = self.now()
         if now is self.base:
-            return
-        for name in _differing(now, self.base):
+            if not wholly or self.inside is None or self.inside() == self.base_inside:
+                return []
+            now = dict(self.read())
+        names = _differing(now, self.base)
+        for name in names:
             self.write(name, self.base.get(name, _GONE))
-        self.base_mark = self._mark()
+        self._marked()
+        return [self.room + name for name in names]
 
     def adopt(self, before: Mapping[str, Any]) -> None:
         """Keep what has changed since it was as in `before`."""
@@ -92,7 +102,11 @@ class _Part:
             else:
                 self.base.pop(name, None)
         if names and clean:
-            self.base_mark = self._mark()
+            self._marked()
+
+    def _marked(self) -> None:
+        self.base_mark = self._mark()
+        self.base_inside = None if self.inside is None else self.inside()
 
     def _mark(self) -> Any:
         return (self.mark or self.read)()
@@ -227,11 +241,14 @@ def _config(name: str) -> _Part:
         return found if hasattr(found, "get_config_copy") else None  # not while it is being imported
 
     def mark() -> Any:
-        here = module()
-        if here is None:
+        if module() is None:
             return None
         _count_changes()
-        return _changes[name], [(id(value), *map(id, value)) for value in _containers(here)]
+        return _changes[name]
+
+    def inside() -> Any:
+        here = module()
+        return None if here is None else [(id(value), *map(id, value)) for value in _containers(here)]
 
     def read() -> Mapping[str, Any]:
         here = module()
@@ -241,7 +258,7 @@ def _config(name: str) -> _Part:
         if value is not _GONE:
             setattr(module(), key, copy.deepcopy(value))
 
-    return _Part(read, write, mark)
+    return _Part(read, write, mark, inside, f"{name}.")
 
 
 _changes: Counter[str] = Counter()
@@ -280,7 +297,11 @@ def _container_names(name: str) -> list[str]:
 @cache
 def _parts() -> list[_Part]:
     values = _Part(_read_values, lambda name, value: _values()[name][1](value))
-    return [_Part(_variables, _set_variable, _encoded_variables), values, *map(_config, _CONFIGS)]
+    return [
+        _Part(_variables, _set_variable, _encoded_variables, None, "the variable "),
+        values,
+        *map(_config, _CONFIGS),
+    ]
 
 
 # --- keeping it -------------------------------------------------------------------------------------------------------
@@ -289,10 +310,9 @@ def _parts() -> list[_Part]:
 class Settings:
     """The settings of this process as they were."""
 
-    def put_back(self) -> None:
-        """Make them so again."""
-        for part in _parts():
-            part.put_back()
+    def put_back(self, wholly: bool = False) -> list[str]:
+        """Make them so again, and `wholly` also what was changed in place; returns which were not."""
+        return [name for part in _parts() for name in part.put_back(wholly)]
 
 
 @contextlib.contextmanager
@@ -308,7 +328,7 @@ def kept() -> Iterator[Settings]:
     finally:
         if imports in sys.meta_path:
             sys.meta_path.remove(imports)
-        settings.put_back()
+        settings.put_back(wholly=True)
 
 
 def _seed() -> None:
