@@ -215,10 +215,14 @@ def _show_plans(requests: Sequence[Request], facts: dict[str, Any], as_json: boo
             plans.append(report_build.plan(found, request.plan or Path(found.recipe), parameter_names))
     if as_json:
         render.document({**facts, "plans": plans})
-        return
-    for one in plans:
-        render.line()
-        render_build.plan(one)
+    else:
+        for one in plans:
+            render.line()
+            render_build.plan(one)
+    lost = [f"{one['target']}: {failure['kernel']}" for one in plans for failure in one["failed"]]
+    if lost:
+        names = f"{len(lost)} cannot be run ({', '.join(lost)})"
+        raise CompileFailed("a plan of all cases", names, "the others are planned without it")
 
 
 def _build_all(requests: Sequence[Request], facts: dict[str, Any], as_json: bool) -> None:
@@ -239,5 +243,7 @@ def _build_all(requests: Sequence[Request], facts: dict[str, Any], as_json: bool
         units = sum(one.units + one.pruned + one.graphs for one in done) + len(failed)
         names = ", ".join(dict.fromkeys(failed))
         raise CompileFailed(
-            f"all of {units} kernels and graphs to compile", f"{len(failed)} failed ({names})", "the rest is kept"
+            f"all of {units} cases, kernels and graphs to be built",
+            f"{len(failed)} failed ({names})",
+            "the rest is kept",
         )

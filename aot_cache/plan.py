@@ -8,12 +8,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aot_cache.errors import DeclarationError
+from aot_cache.shapes import point_text
 from aot_cache.store import write_atomic
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class CasePlan:
     """Points that were visited beside those of `dims`, because a serving process had them."""
     doc: str = ""
     """One line for people about the case."""
+    put_back: list[str] = field(default_factory=list)
+    """Settings of the process that it changes while it makes arguments: they are put back before its call."""
 
     @classmethod
     def of(cls, case: Case, points: Enumeration) -> CasePlan:
@@ -115,6 +118,41 @@ class CasePlan:
             points.points[len(points.points) - points.added :],
             case.doc,
         )
+
+
+@dataclass(frozen=True)
+class FailedCase:
+    """A case that could not be run: the others are built without it.
+
+    Args:
+        case: its name.
+        point: the first at which it failed.
+        place: `file:line` in the code of whoever wrote it; empty where nobody knows.
+        why: what went wrong there.
+    """
+
+    case: str
+    point: dict[str, int]
+    place: str
+    why: str
+
+    @property
+    def name(self) -> str:
+        """What lists of failures call it, among kernels and functions."""
+        return f"case {self.case}"
+
+    @property
+    def text(self) -> str:
+        """What happened, in one line, for people."""
+        return f"at {self.where}: {self.why}" + (f" ({self.place})" if self.place else "")
+
+    @property
+    def where(self) -> str:
+        return point_text(self.point)
+
+    def failure(self) -> dict[str, str]:
+        """The line of a bundle's list of what failed."""
+        return {"kernel": self.name, "unit": self.where, "error": self.text}
 
 
 @dataclass
@@ -165,6 +203,8 @@ class Plan:
     """Calls of compiled functions."""
     ranks: int = 1
     """Of the job that it is for."""
+    failed: list[FailedCase] = field(default_factory=list)
+    """Cases of which nothing is in it; they are among `cases`, because they are declared."""
 
     def to_json(self) -> dict[str, Json]:
         return {"aot-cache plan": SCHEMA, **asdict(self)}
@@ -190,6 +230,7 @@ class Plan:
                 closures=dict(data["closures"]),
                 calls=[CallPlan(**c) for c in data.get("calls", [])],
                 ranks=data.get("ranks", 1),
+                failed=[FailedCase(**f) for f in data.get("failed", [])],
             )
         except (KeyError, TypeError) as error:
             raise DeclarationError("a complete plan", f"{type(error).__name__}: {error}", "write it anew") from error
@@ -199,7 +240,7 @@ class Plan:
         data = self.to_json()
         lines = ["{"]
         for name, value in data.items():
-            if name in ("units", "tunings", "cases", "calls") and value:
+            if name in ("units", "tunings", "cases", "calls", "failed") and value:
                 body = ",\n  ".join(json.dumps(v) for v in value)
                 lines.append(f"{json.dumps(name)}: [\n  {body}\n],")
             else:
@@ -220,10 +261,58 @@ class Plan:
             raise DeclarationError(f"a plan at {path}", "JSON of another kind")
         return cls.from_json(data)
 
+    def without(self, cases: Collection[str]) -> tuple[Plan, list[int]]:
+        """(the plan with nothing of what only these cases reach, the numbers of the units that stay).
+
+        What no case reaches stays: it was missed somewhere, or recorded.
+        """
+        tunings = [n for n, tuning in enumerate(self.tunings) if _stays(tuning.reached, cases)]
+        renumber = {-1: -1, **{old: new for new, old in enumerate(tunings)}}
+        units = [n for n, unit in enumerate(self.units) if _stays(unit.reached, cases)]
+        kept = [
+            replace(
+                unit,
+                via=[[renumber[t], c] for t, c in unit.via if t in renumber],
+                reached=_others(unit.reached, cases),
+            )
+            for unit in (self.units[n] for n in units)
+        ]
+        kernels = {unit.kernel for unit in kept}
+        plan = replace(
+            self,
+            units=kept,
+            tunings=[replace(t, reached=_others(t.reached, cases)) for t in (self.tunings[n] for n in tunings)],
+            closures={name: closure for name, closure in self.closures.items() if name in kernels},
+            calls=[
+                replace(
+                    call,
+                    hint=_others(call.hint, cases),
+                    reached=_others(call.reached, cases),
+                    follows=_others(call.follows, cases),
+                )
+                for call in self.calls
+                if _stays(call.reached, cases)
+            ],
+        )
+        return plan, units
+
+    def note_put_back(self, by_case: Mapping[str, Iterable[str]]) -> None:
+        """Write down which settings were put back before a case's calls."""
+        for case in self.cases:
+            case.put_back = sorted({*case.put_back, *by_case.get(case.name, ())})
+
     @property
     def sampled(self) -> list[str]:
         """Dimensions that were sampled, as `case.dimension`; empty when everything declared was enumerated."""
         return [f"{case.name}.{dim}" for case in self.cases for dim in case.sampled]
+
+
+def _others(by_case: Mapping[str, Json], cases: Collection[str]) -> dict[str, Json]:
+    return {name: value for name, value in by_case.items() if name not in cases}
+
+
+def _stays(reached: Reached, cases: Collection[str]) -> bool:
+    return not reached or bool(_others(reached, cases))
 
 
 @dataclass(frozen=True)
@@ -266,6 +355,7 @@ def merge(plans: Iterable[Plan]) -> Plan:
     if len(targets) > 1:
         raise DeclarationError("recordings of one target", f"{', '.join(targets)}")
     out = Plan(parts[0].recipe, parts[0].target, parts[0].origin, parts[0].triton)
+    out.failed = each_once(failed for plan in parts for failed in plan.failed)
     units: dict[str, Unit] = {}
     tunings: dict[str, int] = {}
     for plan in parts:
@@ -285,6 +375,14 @@ def merge(plans: Iterable[Plan]) -> Plan:
         out.closures.update(plan.closures)
     out.units = list(units.values())
     return out
+
+
+def each_once(failed: Iterable[FailedCase]) -> list[FailedCase]:
+    """One entry a case: the first that was found."""
+    found: dict[str, FailedCase] = {}
+    for one in failed:
+        found.setdefault(one.case, one)
+    return list(found.values())
 
 
 def extended(plan: Plan, parts: Iterable[Plan]) -> Plan:

@@ -130,8 +130,8 @@ def _summary(facts: Facts) -> Iterator[tuple[str, object]]:
         yield "digest", facts["digest"]
         yield "size", f"{size(facts['bytes'])} ({facts['bytes']} bytes)"
         yield "complete", "yes" if facts["complete"] else f"no, {len(facts['failed'])} failed"
-        for failure in facts["failed"]:
-            yield "failed", f"{failure['kernel']}: {failure['error']}"
+    for failure in facts["failed"]:
+        yield "failed", f"{failure['kernel']}: {failure['error']}"
     yield "kernels", f"{facts['kernel_count']}, in {facts['units']} specializations"
     if facts["calls"]:
         yield "graphs", len(facts["graphs"]) if "graphs" in facts else f"for {len(facts['calls'])} kinds of calls"
@@ -145,7 +145,8 @@ def _summary(facts: Facts) -> Iterator[tuple[str, object]]:
         seen = f"{case['points']} points" if case["points"] == case["total"] else f"{case['points']} of {case['total']}"
         more = "".join(f", and {point}" for point in case["missed"])
         doc = f": {case['doc']}" if case["doc"] else ""
-        yield "case", f"{case['name']}: {dims}{more} ({seen}, {case['mode']}){doc}"
+        what = f"({seen}, {case['mode']})" if case["built"] else "(failed: nothing of it is here)"
+        yield "case", f"{case['name']}: {dims}{more} {what}{doc}"
     if facts["untuned"]:
         yield "untuned", f"{facts['untuned']} choices are not tuned: the first config that fits is used"
     if "specializations" in facts:

@@ -74,10 +74,9 @@ def bundle(
             "device": m["target"]["name"],
             "properties": dict(m["target"]),
             "complete": bool(m["complete"]),
-            "failed": [{k: str(f[k]) for k in ("kernel", "unit", "error")} for f in m["failed"]],
             "pruned": len(m["pruned"]),
             "key": dict(m["toolchain"]),
-            **_common(inside),
+            **_common(inside, failures(m["failed"])),
             "kernels": _kernels(inside, _chosen(inside, kernel), objects),
         }
         facts["graphs"] = report_graphs.graphs(m, m["objects"])
@@ -100,7 +99,7 @@ def plan(found: Plan, path: Path, kernel: str | None = None, points: bool = Fals
         DeclarationError: a value in it has another form than this version writes, or no kernel is called so.
     """
     with _form(DeclarationError, f"a plan of this version at {path}"):
-        facts = {"kind": "plan", "path": str(path), **_common(found)}
+        facts = {"kind": "plan", "path": str(path), **_common(found, [one.failure() for one in found.failed])}
         facts["kernels"] = _kernels(found, _chosen(found, kernel), [])
         facts["grids"] = _grids(found, CALL, facts["calls"])
         if kernel is not None or points:
@@ -146,8 +145,15 @@ def plan_of(manifest: Mapping[str, Json]) -> Plan:
         raise ValueError(error.found) from error
 
 
-def coverage(origin: str, points: int, sampled: Sequence[str]) -> str:
+def failures(found: Iterable[Mapping[str, Json]]) -> list[Facts]:
+    """What of a recipe is not in a bundle, and why: cases, kernels, compiled functions."""
+    return [{k: str(f[k]) for k in ("kernel", "unit", "error")} for f in found]
+
+
+def coverage(origin: str, points: int, sampled: Sequence[str], failed: int = 0) -> str:
     """What the declared ranges promise, in words."""
+    if failed:
+        return f"not proved: {failed} failed"
     if sampled:
         return f"sampled: {', '.join(sampled)}"
     if origin == "recorded" or not points:
@@ -155,8 +161,9 @@ def coverage(origin: str, points: int, sampled: Sequence[str]) -> str:
     return f"proved {points} point{'s' if points > 1 else ''}"
 
 
-def _common(found: Plan) -> Facts:
+def _common(found: Plan, failed: list[Facts]) -> Facts:
     points = sum(case.points for case in found.cases)
+    gone = {failure["kernel"] for failure in failed}
     return {
         "recipe": found.recipe,
         "target": found.target,
@@ -172,12 +179,14 @@ def _common(found: Plan) -> Facts:
                 "mode": c.mode,
                 "missed": [point_text(point) for point in c.missed],
                 "doc": c.doc,
+                "built": f"case {c.name}" not in gone,
             }
             for c in found.cases
         ],
         "points": points,
         "sampled": found.sampled,
-        "coverage": coverage(found.origin, points, found.sampled),
+        "coverage": coverage(found.origin, points, found.sampled, len(failed)),
+        "failed": failed,
         "units": len(found.units),
         "kernel_count": len({unit.kernel for unit in found.units}),
         "calls": report_graphs.calls(found.calls),
@@ -365,15 +374,18 @@ def findings(found: Bundle, digest: str | None, parts: Iterable[Part]) -> list[F
                 what = f"{part.name}: the bundle is for {part.wanted}, this host has {part.found}"
                 out.append(finding(Incompatible, what))
         if found.manifest["complete"] is not True:
-            out.append(finding(NotReady, f"the build was not complete: {_failed(found)} did not compile"))
+            out += [finding(NotReady, f"the build was not complete: {what}") for what in _failed(found)]
     return out
 
 
-def _failed(found: Bundle) -> str:
+def _failed(found: Bundle) -> list[str]:
+    """What is not in an incomplete bundle, and why."""
+    nobody_knows = ["something did not compile"]
     try:
-        return ", ".join(sorted({str(f["kernel"]) for f in whole(found)["failed"]})) or "something"
+        failed = whole(found)["failed"]
     except BundleCorrupt:  # its hash is wrong, which is a finding of its own
-        return "something"
+        return nobody_knows
+    return [f"{f['kernel']}: {f['error']}" for f in failures(failed)] or nobody_knows
 
 
 def finding(error: type[AotCacheError], what: str) -> Facts:

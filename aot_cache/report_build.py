@@ -52,11 +52,11 @@ def _union(boxes: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
 
 def built(result: Built) -> Facts:
     """What one build did, and what to write where it is used."""
-    proof = report.coverage("", result.points, result.sampled)
     return {
         **result.to_json(),
         "path": str(result.path.absolute()),
-        "coverage": f"not proved: {len(result.failed)} failed" if result.failed else proof,
+        "complete": not result.failed,
+        "coverage": report.coverage("", result.points, result.sampled, len(result.failed)),
         "dockerfile": dockerfile(result.path, result.digest),
         "server": SERVER,
     }

@@ -24,7 +24,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aot_cache.upstream.python_code import digest, digests, dump, identity, load, place
+from aot_cache.upstream.code_bytes import dump, load
+from aot_cache.upstream.python_code import digest, digests, identity, place
 
 ROOT = Path(__file__).parents[1]
 
@@ -218,7 +219,8 @@ def test_who_else_holds_a_constant_is_not_in_the_bytes() -> None:
 
 IN_A_PROCESS = """
 import json, sys
-from aot_cache.upstream.python_code import digest, dump
+from aot_cache.upstream.code_bytes import dump
+from aot_cache.upstream.python_code import digest
 code = next(c for c in compile(sys.argv[1], sys.argv[2], "exec").co_consts if hasattr(c, "co_code"))
 if sys.argv[3]:
     kept = [sys.intern(name) for name in code.co_names + code.co_varnames]

@@ -23,7 +23,8 @@ def assemble(
     number = {name: n for n, name in enumerate(kernels)}
     units: list[dict[str, Json]] = []
     pruned: list[dict[str, Json]] = []
-    failed = [*answer.get("failed", []), *answer.get("graph_failed", [])]
+    failed = [case.failure() for case in plan.failed]
+    failed += [*answer.get("failed", []), *answer.get("graph_failed", [])]
     listed = {failure["unit"] for failure in failed}
     objects: dict[str, bytes] = {}
     for unit, unit_key, memory_key in zip(
@@ -59,6 +60,7 @@ def assemble(
         objects[digest] = store.get(digest)
     for native in answer.get("native", []):
         objects[native["object"]] = store.get(native["object"])
+    reached = {unit.id: unit.reached for unit in plan.units}
     manifest = {
         "kind": "units",
         "recipe": plan.recipe,
@@ -76,7 +78,7 @@ def assemble(
             for n, t in enumerate(plan.tunings)
         ],
         "pruned": pruned,
-        "failed": failed,
+        "failed": [{**({"reached": reached[f["unit"]]} if f["unit"] in reached else {}), **f} for f in failed],
         "native": list(answer.get("native", [])),
         "graph_key": answer.get("graph_key", {}) if graphs else {},
         "graphs": graphs,
@@ -86,18 +88,23 @@ def assemble(
     return manifest, objects
 
 
-def covered(plan: Plan, failed: Iterable[Mapping[str, str]]) -> int:
-    """How many of the visited points reach nothing that failed; 0 where a failure belongs to no point that is known."""
+def covered(plan: Plan, failed: Iterable[Mapping[str, Json]]) -> int:
+    """How many of the visited points reach nothing that failed; 0 where a failure belongs to no point that is known.
+
+    Of a case that could not be run none is covered.
+    """
     reached = {unit.id: unit.reached for unit in plan.units} | {call.id: call.reached for call in plan.calls}
+    gone = {one.case for one in plan.failed}
     lost: set[tuple[str, str]] = set()
     for failure in failed:
         if failure["kernel"].startswith("case "):  # a point of it, which is all that such a failure names
             lost.add((failure["kernel"].removeprefix("case "), failure["unit"]))
         elif failure["unit"] not in reached:
             return 0
-        for case, boxes in reached.get(failure["unit"], {}).items():
+        for case, boxes in failure.get("reached", reached.get(failure["unit"], {})).items():
             lost.update((case, shapes.point_text(point)) for point in shapes.expand(boxes))
-    return sum(case.points for case in plan.cases) - len(lost)
+    visited = sum(case.points for case in plan.cases if case.name not in gone)
+    return visited - sum(case not in gone for case, _ in lost)
 
 
 def _first_that_fits(

@@ -13,6 +13,7 @@ from aot_cache.build.recorded import resized
 from aot_cache.call_leaves import structure_of
 from aot_cache.store import Store
 from aot_cache.upstream import (
+    code_bytes,
     dynamo_answers,
     dynamo_frames,
     dynamo_globals,
@@ -182,7 +183,7 @@ class Job:
         names |= {name: f"__aot_import_{module.replace('.', '_dot_')}" for name, module in aliases.items()}
         resumes = {}
         for name, (code, module) in made.resumes.items():
-            digest = store.put(python_code.dump(code, {}, f"<{module}>"))
+            digest = store.put(code_bytes.dump(code, {}, f"<{module}>"))
             names[name] = f"__aot_resume_{digest[:24]}"
             resumes[names[name]] = {"module": module, "code": digest, "free": bool(code.co_freevars)}
         libraries = {source: data for name in made.graphs for source, data in self._libraries[name].items()}
@@ -196,9 +197,9 @@ class Job:
             "module": made.module,
             "function": getattr(made.code, "co_qualname", made.code.co_name),
             "line": made.code.co_firstlineno,
-            "code": python_code.digest(python_code.load(python_code.dump(made.code, {}, ""))),
+            "code": python_code.digest(code_bytes.load(code_bytes.dump(made.code, {}, ""))),
             "guard_state": store.put(made.guards),
-            "bytecode": store.put(python_code.dump(made.dynamo_code, names, f"<{made.module}>")),
+            "bytecode": store.put(code_bytes.dump(made.dynamo_code, names, f"<{made.module}>")),
             "graphs": {names[name]: artifacts[name] for name in made.graphs},
             "candidates": {names[name]: self._candidates[name] for name in made.graphs},
             "choices": {},

@@ -1,9 +1,9 @@
 """Trace and compile the graphs of a recipe: run its host code at every declared point on tensors without memory.
 
 First all compiled functions run as plain Python, and what they are called with is looked at (`calls`). This process only
-makes the recipe's arguments and models: what it runs is run in forked children, so that each begins as a server does, with
-its models made and nothing called. The first call there may go another way than all others (a cache that is made when it
-is first written to, a registry that is filled), and is looked at and traced apart. Then each kind of
+makes the recipe's arguments and models: host code runs in forked children, each of which begins as a server does, with its
+models made and nothing called. The first call may go another way there than all others (a cache that is made when it is
+first written to, a registry that is filled), and is looked at and traced apart. Then each kind of
 call is a job for a forked child: it runs the points of that kind again with Dynamo on, compiles what Dynamo asks for with
 Inductor, and answers Dynamo with the graph itself, run on tensors without memory. A point at which the guards of what
 was compiled do not hold is compiled again, so that at the end every declared point has hit one of the graphs.
@@ -11,24 +11,28 @@ was compiled do not hold is compiled again, so that at the end every declared po
 
 from __future__ import annotations
 
-import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 from aot_cache import key, shapes
-from aot_cache.build import pool, stamp
-from aot_cache.build.calls import Kind, SeenCall, Survey, follows, seen_call
+from aot_cache.build import groups, one_point, pool, stamp
+from aot_cache.build.calls import Kind, follows
+from aot_cache.build.graph_answers import Answer, Made, order, stored, together
 from aot_cache.build.graph_job import Job
+from aot_cache.build.groups import Group, Look, Seen, by_values
+from aot_cache.build.looker import Looker, mode_of
+from aot_cache.build.one_point import Broken
 from aot_cache.build.recorded import Recorded
-from aot_cache.errors import AotCacheError, DeclarationError, TraceError, one_line
+from aot_cache.errors import one_line
 from aot_cache.key import GRAPHS
 from aot_cache.plan import CallPlan, CasePlan, Plan
-from aot_cache.recipe import Case, Recipe
-from aot_cache.shapes import Point, Values
+from aot_cache.recipe import Recipe
+from aot_cache.shapes import Point
 from aot_cache.store import Store
 from aot_cache.target import Target
 from aot_cache.upstream import (
@@ -38,7 +42,6 @@ from aot_cache.upstream import (
     dynamo_inputs,
 )
 from aot_cache.upstream.dynamo_frames import Frame
-from aot_cache.upstream.torch_fake import NEEDS_VALUES, HostMode, without_launches
 
 Progress = Callable[[str, int, int], None]
 Json = Any
@@ -46,72 +49,10 @@ MOST_GRAPHS = 64
 """Graphs that one kind of call may split into before the build gives up on it."""
 
 
-@dataclass
-class Made:
-    """All graphs of a recipe, as JSON facts, and what could not be made.
-
-    Args:
-        graphs: one entry for each frame's bytecode; bytes are in the store.
-        failed: kinds of calls of which something could not be compiled, with the reason.
-        compiled: how many kinds of calls were compiled now, and not found in the store.
-        key: what all graphs are bound to, see `key.graph_parts`.
-    """
-
-    graphs: list[dict[str, Json]] = field(default_factory=list)
-    failed: list[dict[str, str]] = field(default_factory=list)
-    compiled: int = 0
-    key: dict[str, Json] = field(default_factory=dict)
-
-
-@dataclass
-class _Answer:
-    """What a child made of one kind of call."""
-
-    graphs: list[dict[str, Json]] = field(default_factory=list)
-    failed: str = ""
-    strange: list[tuple[int, int]] = field(default_factory=list)
-    """(case, point) where a call was seen that is of no known kind."""
-    fresh: bool = False
-
-
 def empty_plan(recipe: Recipe, target: str) -> Plan:
     """The plan of a recipe without its units: for a target that has no Triton kernels."""
     cases = [CasePlan.of(case, case.points()) for case in recipe.cases]
     return Plan(recipe.name, target, cases=cases)
-
-
-@dataclass
-class _Group:
-    """Points of a case that differ in `Range`s only, and what was seen at some of them."""
-
-    case: int
-    points: list[int]
-    telling: set[int]
-    survey: Survey = field(default_factory=Survey)
-    seen: set[int] = field(default_factory=set)
-    first: set[str] = field(default_factory=set)
-    """Structures of calls that a process makes at its first call only."""
-    ends: set[int] = field(default_factory=set)
-    """Points that were a process's first, besides the hint."""
-
-
-@dataclass(frozen=True)
-class _Look:
-    """What a child runs: one point, which is the process's first, then others, of which that may be one."""
-
-    group: _Group
-    first: int
-    points: list[int]
-
-
-@dataclass
-class _Seen:
-    """What a child saw: (point, the calls there), in the order in which it ran them."""
-
-    calls: list[tuple[int, list[SeenCall]]] = field(default_factory=list)
-    skipped: set[str] = field(default_factory=set)
-    modules: dict[str, str] = field(default_factory=dict)
-    error: AotCacheError | None = None
 
 
 class Runs:
@@ -123,7 +64,11 @@ class Runs:
     """
 
     def __init__(
-        self, recipe: Recipe, target: Target, cases: Sequence[str] | None = None, recorded: Recorded | None = None
+        self,
+        recipe: Recipe,
+        target: Target,
+        cases: Sequence[str] | None = None,
+        recorded: Recorded | None = None,
     ) -> None:
         self.cases = [case for case in recipe.cases if cases is None or case.name in cases]
         self._recorded = recorded or Recorded({})
@@ -139,127 +84,104 @@ class Runs:
             for number, found in enumerate(enumerations)
             for at in range(len(found.points) - found.added, len(found.points))
         }
-        self.skipped: set[str] = set()
-        self._modules = frozenset(sys.modules)
-        self.late_modules: dict[str, str] = {}
-        """Module → file of what host code imported while it ran in children: a build depends on it."""
+        self.broken: dict[int, Broken] = {}
+        """The cases that cannot be run: nothing of them is among the kinds."""
         self._groups = [
-            _Group(
+            Group(
                 number,
                 points,
                 {at for at in points if (number, at) in self._missed} | self._telling(number, points),
             )
             for number, case in enumerate(self.cases)
-            for points in _by_values(case, self.points[number])
+            for points in by_values(case, self.points[number])
         ]
         self._target = target
         self._device = "cpu" if target.backend == "cpu" else "cuda"
-        self._host = HostMode(self._device)  # one for all: what a recipe keeps from point to point stays usable
+        self._looker = Looker(self.cases, self.points, self._device)
+
+    @property
+    def skipped(self) -> set[str]:
+        """Functions that were compiled with another backend than Inductor, as far as is seen."""
+        return self._looker.skipped
+
+    @property
+    def late_modules(self) -> dict[str, str]:
+        """Module → file of what host code imported while it ran in children: a build depends on it."""
+        return self._looker.late_modules
 
     def survey(self, progress: Progress, also: Iterable[tuple[int, int]] = ()) -> None:
         """Find the kinds of calls that the recipe makes, at points where sizes are telling, and at those in `also`.
 
-        Raises:
-            DeclarationError: the recipe's own code raises at a point.
-            TraceError: host code needs values that tensors here do not have.
+        A case that cannot be run at one of them is taken out, see `broken`.
         """
         extra = set(also)
-        self._make_arguments()
+        self._looker.make_arguments()
         self._refuse()
         self._look(
-            [(g, [at for at in g.points if at in g.telling or (g.case, at) in extra]) for g in self._groups], progress
+            {g: [at for at in g.points if at in g.telling or (g.case, at) in extra] for g in self._groups}, progress
         )
-        self._look([(group, self._strangers(group)) for group in self._groups], progress)
+        self._look({group: self._strangers(group) for group in self._groups}, progress)
         self._look_at_first_calls()
+        self._sort()
+
+    def _look(self, wanted: Mapping[Group, Sequence[int]], progress: Progress) -> None:
+        """Run points that nobody has looked at yet, each group's in a child of its own, its first one twice."""
+        jobs = [Look(g, self._first_of(g), [at for at in points if at not in g.seen]) for g, points in wanted.items()]
+        jobs = [job for job in jobs if job.points]
+        total, done = sum(len(job.points) for job in jobs), 0
+        if jobs:
+            progress("calls", 0, total)
+        for job, seen in self._look_in_children(jobs):
+            job.group.seen.update(job.points)
+            for at, calls in seen.calls:
+                job.group.survey.add(calls, at)
+            first, *others = seen.calls
+            job.group.first |= {c.structure for c in first[1]} - {c.structure for _, calls in others for c in calls}
+            done += len(job.points)
+            progress("calls", done, total)
+
+    def _look_at_first_calls(self) -> None:
+        """Where a process's first call is one that it never makes again: how its sizes change, from the range's ends."""
+        ends = [Look(g, at, []) for g in self._groups if g.first for at in {g.points[0], g.points[-1]} - g.ends]
+        for job, seen in self._look_in_children(ends):
+            for at, calls in seen.calls:
+                job.group.survey.add(calls, at)
+                job.group.ends.add(at)
+
+    def _look_in_children(self, jobs: Sequence[Look]) -> Iterator[tuple[Look, Seen]]:
+        """What children saw; a case that one of them could not run is taken out."""
+        for job, found in self._looker.look(jobs):
+            if isinstance(found, Broken):
+                self._take_out(job.group.case, found)
+            else:
+                yield job, found
+
+    def _first_of(self, group: Group) -> int:
+        return self._looker.hint_first(group.case, group.points)[0]
+
+    def _strangers(self, group: Group) -> list[int]:
+        """Points at which what is noted of the calls is of no kind that was seen."""
+        kinds = list(group.survey.kinds(group.case).values())
+        return sorted(self._recorded.strangers(kinds, self.cases[group.case].name) & set(group.points))
+
+    def _sort(self) -> None:
+        """Put the calls that were seen into kinds."""
         self.kinds = {}
         for group in self._groups:
             for kind in group.survey.kinds(group.case).values():
                 same = self.kinds.setdefault(kind.id, kind)
                 often = kind.dynamic() and kind.structure not in group.first
-                points = {
-                    *same.points.get(group.case, ()),
-                    *kind.points[group.case],
-                    *(self._unseen(group, kind) if often else ()),
-                }
+                unseen = self._unseen(group, kind) if often else []
+                points = {*same.points.get(group.case, ()), *kind.points[group.case], *unseen}
                 same.points[group.case] = sorted(points)
                 same.places.setdefault(group.case, set()).update(kind.places[group.case])
-
-    def _make_arguments(self) -> None:
-        """Make what cases call, and call nothing: children share the models that are made with it."""
-        for number, case in enumerate(self.cases):
-            # What is wrong with it is said where it is run.
-            with contextlib.suppress(Exception), self._host, without_launches(), case.modes(self._device):
-                case.call(self.points[number][self._hint_first(number, range(len(self.points[number])))[0]])
-
-    def _look(self, wanted: Sequence[tuple[_Group, Sequence[int]]], progress: Progress) -> None:
-        """Run points that nobody has looked at yet, each group's in a child of its own, its first one twice."""
-        jobs = [_Look(g, self._first_of(g), [at for at in points if at not in g.seen]) for g, points in wanted]
-        jobs = [job for job in jobs if job.points]
-        total, done = sum(len(job.points) for job in jobs), 0
-        if jobs:
-            progress("calls", 0, total)
-        for index, seen in pool.run(self._seen_in_child, jobs, fresh=True):
-            group, (first, *others) = jobs[index].group, self._take(seen)
-            group.seen.update(jobs[index].points)
-            for at, calls in (first, *others):
-                group.survey.add(calls, at)
-            group.first |= {c.structure for c in first[1]} - {c.structure for _, calls in others for c in calls}
-            done += len(jobs[index].points)
-            progress("calls", done, total)
-
-    def _look_at_first_calls(self) -> None:
-        """Where a process's first call is one that it never makes again: how its sizes change, from the range's ends."""
-        ends = [_Look(g, at, []) for g in self._groups if g.first for at in {g.points[0], g.points[-1]} - g.ends]
-        for index, seen in pool.run(self._seen_in_child, ends, fresh=True):
-            for at, calls in self._take(seen):
-                ends[index].group.survey.add(calls, at)
-                ends[index].group.ends.add(at)
-
-    def _take(self, seen: _Seen | pool.Died) -> list[tuple[int, list[SeenCall]]]:
-        if isinstance(seen, pool.Died):
-            raise TraceError("the recipe's host code to run", seen.why)
-        if seen.error is not None:
-            raise seen.error
-        self.skipped |= seen.skipped
-        self.late_modules.update(seen.modules)
-        return seen.calls
-
-    def _seen_in_child(self, job: _Look) -> _Seen:
-        """Run points with all compiled functions as plain Python. Must not raise."""
-        case, seen = self.cases[job.group.case], _Seen()
-
-        def look(frame: Frame, _compile: Any) -> Any:
-            if frame.wrapping is None:
-                seen.skipped.add(f"{frame.module}:{frame.code.co_name}")
-            else:
-                seen.calls[-1][1].append(seen_call(frame, _mode(case)))
-            return dynamo_frames.run_without_compiling()
-
-        with dynamo_frames.hooked(look):
-            for at in (job.first, *job.points):
-                seen.calls.append((at, []))
-                try:
-                    self.run(case, self.points[job.group.case][at])
-                except AotCacheError as error:
-                    seen.error = error
-                    break
-        seen.modules = stamp.imported_since(self._modules)
-        return seen
-
-    def _first_of(self, group: _Group) -> int:
-        return self._hint_first(group.case, group.points)[0]
-
-    def _strangers(self, group: _Group) -> list[int]:
-        """Points at which what is noted of the calls is of no kind that was seen."""
-        kinds = list(group.survey.kinds(group.case).values())
-        return sorted(self._recorded.strangers(kinds, self.cases[group.case].name) & set(group.points))
 
     def _telling(self, number: int, group: list[int]) -> set[int]:
         case = self.cases[number]
         few = self._recorded.knows(case.name, group[-1]) and len(case.dims) <= 2
-        return _telling(case, self.points[number], group, _TELLING_OF_RECORDED if few else _TELLING)
+        return groups.telling(case, self.points[number], group, groups.MOST_OF_RECORDED if few else groups.MOST)
 
-    def _unseen(self, group: _Group, kind: Kind) -> list[int]:
+    def _unseen(self, group: Group, kind: Kind) -> list[int]:
         """Points that nobody has looked at: those of the kind, if they are recorded, else all, to be run by it."""
         name, mine = self.cases[group.case].name, kind.points[group.case]
         unseen = [at for at in group.points if at not in group.seen]
@@ -270,14 +192,17 @@ class Runs:
 
     def _refuse(self) -> None:
         """Leave out the missed points that the recipe's code cannot run at: a declared one has to run, these need not."""
-        missed = [(g, at) for g in self._groups for at in g.points if (g.case, at) in self._missed and at not in g.seen]
-        for index, seen in pool.run(lambda job: self._seen_in_child(_Look(*job, [])), missed, fresh=True):
-            group, at = missed[index]
-            why = seen.why if isinstance(seen, pool.Died) else str(seen.error or "")
-            if why:
-                self.refused.append((self.cases[group.case].name, self.points[group.case][at], why))
-                group.points.remove(at)
+        jobs = [Look(g, at, []) for g in self._groups for at in g.points if (g.case, at) in self._missed]
         self._missed.clear()
+        for job, found in self._looker.look(jobs):
+            if isinstance(found, Broken):
+                self.refused.append((found.failed.case, found.failed.point, str(found.error)))
+                job.group.points.remove(job.first)
+
+    def _take_out(self, number: int, broken: Broken) -> None:
+        """Go on without a case."""
+        self.broken.setdefault(number, broken)
+        self._groups = [group for group in self._groups if group.case != number]
 
     def calls(self) -> list[CallPlan]:
         """The kinds of calls, for the plan."""
@@ -295,10 +220,13 @@ class Runs:
                 f"{kind.module}:{kind.function}",
                 kind.line,
                 kind.id,
-                _mode(self.cases[min(kind.points)]),
+                mode_of(self.cases[min(kind.points)]),
                 kind.wrapping or {},
                 kind.dynamic(),
-                {self.cases[n].name: self.points[n][self._hint_first(n, at)[0]] for n, at in kind.points.items()},
+                {
+                    self.cases[n].name: self.points[n][self._looker.hint_first(n, at)[0]]
+                    for n, at in kind.points.items()
+                },
                 self._reached({n: set(at) for n, at in kind.points.items()}),
                 kind.structure,
                 {self.cases[n].name: follow(kind, n) for n in sorted(kind.places)},
@@ -310,37 +238,64 @@ class Runs:
         """Compile what the store lacks; `inputs` is everything that this process imported (`stamp.inputs`)."""
         made = Made(key=dynamo_globals.bound_to(self._target.properties()))
         shared = {"bound": made.key, "inputs": inputs, "environment": stamp.environment(), "schema": key.SCHEMA}
-        answers: dict[str, _Answer] = {}
+        answers: dict[str, Answer] = {}
         while True:
             jobs = sorted(self.kinds.values(), key=lambda kind: (-len(kind.points), kind.id))
             self._answer(jobs, answers, shared, store, progress, workers)
-            strange = {point for kind in jobs for point in answers[kind.id].strange}
-            made.compiled += sum(answers[kind.id].fresh for kind in jobs)
+            if self._took_out(jobs, answers):
+                continue
+            strange = {p for kind in jobs for p in answers[kind.id].strange if p[0] not in self.broken}
             if not strange:
                 break
             known = set(self.kinds)
             self.survey(progress, strange)  # sizes go otherwise there than where they were looked at
             if set(self.kinds) <= known:
-                made.failed += [self._unfit(point) for point in sorted(strange)]
+                made.failed += [self._unfit(point) for point in sorted(strange) if point[0] not in self.broken]
+                jobs = [kind for kind in jobs if kind.id in self.kinds]
                 break
+        made.compiled = sum(answers[kind.id].fresh for kind in jobs)
         merged: dict[str, dict[str, Json]] = {}
         for kind in jobs:
             answer = answers[kind.id]
             if answer.failed:
-                name = f"{kind.module}:{kind.function}"
-                made.failed.append({"kernel": name, "unit": kind.id, "error": answer.failed})
+                made.failed.append(self._failure(kind, answer.failed))
             for graph in answer.graphs:
                 facts = {name: value for name, value in graph.items() if name != "points"}
                 same = merged.setdefault(key.digest(facts), {**facts, "points": {}})
                 for case, at in graph["points"].items():
-                    same["points"].setdefault(int(case), set()).update(at)
+                    if int(case) not in self.broken:
+                        same["points"].setdefault(int(case), set()).update(at)
         made.graphs = [
             {**{k: v for k, v in graph.items() if k != "points"}, "reached": self._reached(graph["points"])}
-            for _, graph in sorted(merged.items(), key=_order)
+            for _, graph in sorted(merged.items(), key=order)
+            if graph["points"]
         ]
         return made
 
-    def _unfit(self, point: tuple[int, int]) -> dict[str, str]:
+    def _took_out(self, jobs: list[Kind], answers: dict[str, Answer]) -> bool:
+        """Whether jobs came upon a case that cannot be run; what it is in is to be answered anew, without it."""
+        found = [kind for kind in jobs if answers[kind.id].broken is not None]
+        for kind in found:
+            broken = answers.pop(kind.id).broken
+            assert broken is not None
+            self._take_out([case.name for case in self.cases].index(broken.failed.case), broken)
+        if found:
+            self._sort()
+        return bool(found)
+
+    def _failure(self, kind: Kind, why: Mapping[int, str]) -> dict[str, Json]:
+        """What a bundle says of calls that have no graph: of which cases, and where they are lost."""
+        reasons: dict[str, list[str]] = {}
+        for number in sorted(why):
+            reasons.setdefault(why[number], []).append(self.cases[number].name)
+        return {
+            "kernel": f"{kind.module}:{kind.function}",
+            "unit": kind.id,
+            "error": "; ".join(f"case {', '.join(names)}: {reason}" for reason, names in reasons.items()),
+            "reached": self._reached({number: set(kind.points[number]) for number in why}),
+        }
+
+    def _unfit(self, point: tuple[int, int]) -> dict[str, Json]:
         case = self.cases[point[0]]
         where = shapes.point_text(self.points[point[0]][point[1]])
         why = f"at {where} it calls a compiled function as it does nowhere when it is looked at"
@@ -349,7 +304,7 @@ class Runs:
     def _answer(
         self,
         jobs: list[Kind],
-        answers: dict[str, _Answer],
+        answers: dict[str, Answer],
         shared: Json,
         store: Store,
         progress: Progress,
@@ -358,7 +313,7 @@ class Runs:
         """Fill `answers` for all `jobs`, from the store or by compiling."""
         keys = {kind.id: key.digest({**shared, "kind": kind.id, "points": self._reached_all(kind)}) for kind in jobs}
         for kind in jobs:
-            found = _stored(store, keys[kind.id]) if kind.id not in answers else None
+            found = stored(store, keys[kind.id]) if kind.id not in answers else None
             if found is not None:
                 answers[kind.id] = found
         missing = [kind for kind in jobs if kind.id not in answers]
@@ -367,81 +322,85 @@ class Runs:
             dynamo_inputs.warm_up(self._device)
         # A child for each: what Dynamo has compiled, and how often, shows in what it makes next.
         made = pool.run(lambda kind: self._compile(kind, jobs, store), missing, workers, fresh=True)
-        for done, (index, answer) in enumerate(made, 1):
+        for done, (index, found) in enumerate(made, 1):
             kind = missing[index]
-            answer = answers[kind.id] = _Answer(failed=answer.why) if isinstance(answer, pool.Died) else answer
-            if not answer.failed:
+            answer = answers[kind.id] = self._answered(kind, found)
+            if not answer.failed and answer.broken is None:
                 store.put_record(GRAPHS, keys[kind.id], {"graphs": answer.graphs, "strange": answer.strange})
             progress("graphs", done, len(missing))
+        shared_kinds = [kind for kind in missing if answers[kind.id].failed and len(kind.points) > 1]
+        for kind, answer in self._apart(shared_kinds, jobs, store, workers):
+            answers[kind.id] = answer
 
-    def run(self, case: Case, point: Point) -> None:
-        """Run one point.
+    def _apart(
+        self, kinds: Sequence[Kind], jobs: list[Kind], store: Store, workers: int | None
+    ) -> Iterator[tuple[Kind, Answer]]:
+        """Calls of several cases that could not be compiled together, each case alone: one may be to blame for all."""
+        alone = [(kind, number) for kind in kinds for number in kind.points]
+        parts = [replace(kind, points={n: kind.points[n]}, places={n: kind.places[n]}) for kind, n in alone]
+        found: dict[str, list[Answer]] = {kind.id: [] for kind in kinds}
+        for index, answer in pool.run(lambda kind: self._compile(kind, jobs, store), parts, workers, fresh=True):
+            found[parts[index].id].append(self._answered(parts[index], answer))
+        for kind in kinds:
+            yield kind, together(found[kind.id])
 
-        Raises:
-            DeclarationError, TraceError: as `trace` says.
-        """
-        where = ", ".join(f"{k}={v}" for k, v in point.items())
-        try:
-            with self._host, without_launches(), case.modes(self._device):
-                case.call(point)()
-        except AotCacheError:
-            raise
-        except NEEDS_VALUES as error:
-            raise TraceError(
-                f"case {case.name!r} to run at {where}",
-                f"{_place(error)} reads the values of a tensor ({error})",
-                "hand the number in as an argument",
-            ) from error
-        except Exception as error:
-            raise DeclarationError(
-                f"case {case.name!r} to run at {where}",
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} ({_place(error)})",
-                "fix the recipe, or narrow its range",
-            ) from error
+    def _answered(self, kind: Kind, found: Answer | pool.Died) -> Answer:
+        return self._failed(kind, (min(kind.points), -1), found.why) if isinstance(found, pool.Died) else found
 
-    def _compile(self, kind: Kind, kinds: list[Kind], store: Store) -> _Answer:
+    def _compile(self, kind: Kind, kinds: list[Kind], store: Store) -> Answer:
         """Everything that calls of one kind need. Runs in a child, and must not raise."""
         job = Job(kind, kinds)
+
+        def handle(frame: Frame, compile_frame: Any) -> Any:
+            try:
+                return job.handle(frame, compile_frame)
+            except Exception as error:  # of ours, or Dynamo's: the case's own code has not raised it
+                job.failed = job.failed or one_line(error)
+                raise
+
         try:
             with dynamo_inputs.session(kind.dynamic(), MOST_GRAPHS), dynamo_guards.writing() as written:
                 job.written = written
                 with job.graphs_answered():
                     for number, points in kind.points.items():
-                        job.mode = _mode(self.cases[number])
-                        first, *others = self._hint_first(number, points)
+                        job.mode = mode_of(self.cases[number])
+                        first, *others = self._looker.hint_first(number, points)
                         for n, point in enumerate((first, first, *others)):
                             job.at = (number, point)
                             # Twice where it begins: the first call of all may have changed what the next one sees.
                             if n > 1 and self._hits(job, number, point):
                                 continue
-                            with dynamo_frames.hooked(job.handle):
-                                self.run(self.cases[number], self.points[number][point])
+                            with dynamo_frames.hooked(handle):
+                                broken = self._looker.run(number, point)
                             if job.failed:
-                                return _Answer(failed=job.failed)
+                                return self._failed(kind, job.at, job.failed)
+                            if broken is not None:
+                                return Answer(broken=broken)
             if not job.met:
-                return _Answer(failed="the call was made when it was looked at, and not when it was to be traced")
-            return _Answer(job.results(store), strange=sorted(job.strange), fresh=True)
+                why = "the call was made when it was looked at, and not when it was to be traced"
+                return self._failed(kind, job.at, why)
+            return Answer(job.results(store), strange=sorted(job.strange), fresh=True)
         except Exception as error:
             if os.environ.get("AOT_CACHE_DEBUG") == "1":
                 traceback.print_exc()
-            return _Answer(failed=job.failed or one_line(error))
+            return self._failed(kind, job.at, job.failed or one_line(error))
+
+    def _failed(self, kind: Kind, at: tuple[int, int], why: str) -> Answer:
+        """Why calls could not be compiled, with the point where that was seen and the place in the user's code."""
+        number, point = at if at[0] in kind.points else (min(kind.points), -1)
+        where = self.points[number][point if point >= 0 else self._looker.hint_first(number, kind.points[number])[0]]
+        file = getattr(sys.modules.get(kind.module), "__file__", None)
+        place = f"{one_point.short(file)}:{kind.line}" if isinstance(file, str) else ""
+        told = "" if not place or _PLACE.search(why) else f" ({place})"
+        return Answer(failed=dict.fromkeys(kind.points, f"at {shapes.point_text(where)}: {why}{told}"))
 
     def _hits(self, job: Job, number: int, point: int) -> bool:
         """Whether the guards of what was made say so of the calls that are recorded: then nothing has to run."""
         case = self.cases[number]
         if (job.kind.id, number) not in self._trusted or not self._recorded.knows(case.name, point):
             return False
-        with self._host, case.modes(self._device):
+        with self._looker.tensors(case):
             return job.hits(self._recorded.at(job.kind, case.name, point))
-
-    def _hint_first(self, number: int, mine: Sequence[int]) -> list[int]:
-        """Points, first the one nearest to the declared hint: its sizes guide Inductor's choices."""
-        case, points = self.cases[number], self.points[number]
-
-        def distance(at: int) -> tuple[int, ...]:
-            return tuple(abs(points[at][dim] - case.hint_of(dim)) for dim in case.dims)
-
-        return sorted(mine, key=distance)
 
     def _reached(self, points: Mapping[int, Iterable[int]]) -> dict[str, list[dict[str, str]]]:
         return {
@@ -455,48 +414,8 @@ class Runs:
                 (n, list(at)) for n, at in kind.points.items()
             ),  # what is in the store names points by their numbers
             self._reached({n: set(at) for n, at in kind.points.items()}),
-            [self._hint_first(n, at)[0] for n, at in kind.points.items()],
+            [self._looker.hint_first(n, at)[0] for n, at in kind.points.items()],
         ]
 
 
-def _stored(store: Store, graph_key: str) -> _Answer | None:
-    record = store.get_record(GRAPHS, graph_key)
-    if record is None or not all(store.has(digest) for graph in record["graphs"] for digest in key.objects_of(graph)):
-        return None
-    return _Answer(record["graphs"], strange=[(case, at) for case, at in record["strange"]])
-
-
-def _mode(case: Case) -> str:
-    return case.mode if case.autocast is None else f"{case.mode} {case.autocast}"
-
-
-def _by_values(case: Case, points: list[Point]) -> Iterator[list[int]]:
-    """Points that differ in `Range`s only, as numbers."""
-    static = [name for name, dim in case.dims.items() if isinstance(dim, Values)]
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for number, point in enumerate(points):
-        groups.setdefault(tuple(point[name] for name in static), []).append(number)
-    yield from groups.values()
-
-
-def _order(item: tuple[str, dict[str, Json]]) -> tuple[str, ...]:
-    digest, graph = item
-    names = ("module", "function", "mode", "dynamic", "guards")  # for people first, and for a diff of two builds
-    return (*(str(graph[name]) for name in names), digest)
-
-
-_TELLING, _TELLING_OF_RECORDED = 40, 5
-
-
-def _telling(case: Case, points: list[Point], group: list[int], most: int) -> set[int]:
-    """Points of a group at which sizes are looked at: its ends, ones, powers of two, and a spread of others."""
-    first = points[group[0]]
-    dims = {name: Values(first[name]) if isinstance(dim, Values) else dim for name, dim in case.dims.items()}
-    wanted = {tuple(point.items()) for point in shapes.enumerate_points(dims, most).points}
-    return {at for at in group if tuple(points[at].items()) in wanted} | {group[0], group[-1]}
-
-
-def _place(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    outside = [f for f in frames if "/torch/" not in f.filename and "/aot_cache/" not in f.filename] or frames
-    return f"{outside[-1].filename}:{outside[-1].lineno}"
+_PLACE = re.compile(r"\.py:\d+\)")

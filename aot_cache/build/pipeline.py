@@ -81,6 +81,8 @@ class Built:
     misses: dict[str, Json] = field(default_factory=dict)
     per_rank: dict[str, str] = field(default_factory=dict)
     """Function whose graphs are built for each rank → why."""
+    put_back: dict[str, list[str]] = field(default_factory=dict)
+    """Case → settings of the process that it changes while it makes arguments."""
     declared: int = 0
     covered: int = 0
     ranks: int = 1
@@ -214,4 +216,5 @@ def _finish(request: Request, store: Store, plan: Plan, answer: Mapping[str, Jso
         declared=sum(case.total for case in plan.cases),
         covered=covered(plan, manifest["failed"]),
         ranks=plan.ranks,
+        put_back={case.name: case.put_back for case in plan.cases if case.put_back},
     )

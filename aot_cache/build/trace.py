@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import RawArray
 from typing import Any
 
 import torch
 import triton
 
 from aot_cache import shapes
-from aot_cache.build import pool, stamp, virtual_device
+from aot_cache.build import one_point, pool, stamp, virtual_device
+from aot_cache.build.one_point import Broken
 from aot_cache.build.recorded import Call
-from aot_cache.errors import AotCacheError, DeclarationError, TraceError
 from aot_cache.plan import CasePlan, Plan, Tuning, Unit
 from aot_cache.recipe import Case, Recipe
 from aot_cache.shapes import Enumeration, Point
@@ -43,7 +43,8 @@ class _Block:
     modules: dict[str, str] = field(default_factory=dict)
     calls: list[list[Call]] = field(default_factory=list)
     """The calls of compiled functions at each point."""
-    error: AotCacheError | None = None
+    broken: Broken | None = None
+    put_back: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Traced:
         plan: the units.
         calls: case → the calls of compiled functions at each of its points.
         refused: (case, point, why) of the missed points that the recipe's code cannot run at.
+
+    Of the cases that failed (`plan.failed`) nothing is in `calls`.
     """
 
     plan: Plan
@@ -69,9 +72,11 @@ class Traced:
 def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None = None) -> Traced:
     """Enumerate what `recipe` launches. The process must have become `target` (see `virtual_device.become`).
 
+    A case that cannot be run at every declared point is left out, and named in the plan.
+
     Raises:
-        DeclarationError: when the recipe's own code raises at a point.
-        TraceError: when host code cannot run without a GPU.
+        DeclarationError: when the recipe's own code raises at a point of each case.
+        TraceError: when host code of each case cannot run without a GPU.
     """
     enumerations = [case.points() for case in recipe.cases]
     jobs = [(number, *block) for number, points in enumerate(enumerations) for block in _blocks(points)]
@@ -82,35 +87,54 @@ def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None =
         case.name: [[] for _ in found.points] for case, found in zip(recipe.cases, enumerations)
     }
     refused: list[tuple[str, Point, str]] = []
+    failed: dict[int, dict[int, Broken]] = {}
+    at = RawArray("q", len(jobs))  # the point at which each job is: it may end its process there
 
-    def run(job: tuple[int, int, int]) -> _Block:
-        number, start, stop = job
-        return _run_block(recipe.cases[number], number, enumerations[number].points, start, stop)
+    def run(index: int) -> _Block:
+        number, start, stop = jobs[index]
+        return _run_block(recipe.cases[number], number, enumerations[number].points, range(start, stop), index, at)
 
     progress("trace", 0, total)
     _before.update(sys.modules)
-    for index, block in pool.run(run, jobs, workers):
+    sound: list[_Block] = []
+    put_back: dict[str, set[str]] = {}
+    broken: Broken | None
+    for index, block in pool.run(run, range(len(jobs)), workers):
         number, start, stop = jobs[index]
         name, first = recipe.cases[number].name, enumerations[number].points[start]
-        error = block.error if isinstance(block, _Block) else None
         if isinstance(block, pool.Died):
-            error = TraceError(f"case {name!r} to run from {_where(first)}", block.why)
-        if error is not None and start < len(enumerations[number].points) - enumerations[number].added:
-            raise error
-        if isinstance(block, _Block):
-            late_modules.update(block.modules)
-        if error is not None:
-            refused.append((name, first, str(error)))
+            broken = one_point.died(name, enumerations[number].points[at[index]], block.why)
         else:
-            merged.add(block)
+            broken = block.broken
+            late_modules.update(block.modules)
+            put_back.setdefault(name, set()).update(block.put_back)
+        if broken is None:
+            sound.append(block)
             calls[name][start : start + len(block.calls)] = block.calls
+        elif start < len(enumerations[number].points) - enumerations[number].added:
+            failed.setdefault(number, {})[start] = broken
+            if len(failed) == len(recipe.cases):
+                raise one_point.all_of(_first(failed))
+        else:
+            refused.append((name, first, str(broken.error)))
         done += stop - start
         progress("trace", done, total)
+    for one in sound:
+        if one.case not in failed:
+            merged.add(one)
     plan = merged.plan()
     if refused:
         visited = recipe.without([(case, point) for case, point, _ in refused])
         plan.cases = [CasePlan.of(case, case.points()) for case in visited.cases]
-    return Traced(plan, calls, refused)
+    plan.note_put_back(put_back)
+    plan.failed = [broken.failed for broken in _first(failed)]
+    gone = {case.case for case in plan.failed}
+    return Traced(plan, {name: found for name, found in calls.items() if name not in gone}, refused)
+
+
+def _first(failed: Mapping[int, Mapping[int, Broken]]) -> list[Broken]:
+    """What failed first of each case, in the recipe's order, whichever child was the first to say so."""
+    return [blocks[min(blocks)] for _, blocks in sorted(failed.items())]
 
 
 def _blocks(points: Enumeration) -> Iterator[tuple[int, int]]:
@@ -126,20 +150,32 @@ late_modules: dict[str, str] = {}
 """Module → file of what host code imported while it ran, in children whose imports are theirs: a build depends on it."""
 
 
-def _run_block(case: Case, number: int, points: list[Point], start: int, stop: int) -> _Block:
+def _run_block(
+    case: Case, number: int, every: Sequence[Point], mine: range, index: int, at: MutableSequence[int]
+) -> _Block:
+    """Run the points of a block; `at[index]` says where it is. Runs in a child, and must not raise."""
+    block = _Block(number)
+    at[index] = mine.start
+    try:
+        _fill(block, case, every, mine, index, at)
+    except Exception as error:  # of what it launches: the source of a kernel that cannot be read, for one
+        block.broken = one_point.broken(case, every[at[index]], error)
+    block.modules, block.put_back = stamp.imported_since(_before), one_point.put_back.pop(case.name, set())
+    return block
+
+
+def _fill(block: _Block, case: Case, every: Sequence[Point], mine: range, index: int, at: MutableSequence[int]) -> None:
     torch.set_num_threads(1)  # small tensors of known values, in as many children as there are cores
     log = LaunchLog()
-    block = _Block(number)
     virtual_device.compiled_calls.clear()
     with instead_of_launching(log), virtual_device.tensors(), case.modes():
-        for offset, point in enumerate(points[start:stop]):
-            log.mark = start + offset
-            error = _run_point(case, point)
+        for number in mine:
+            log.mark = at[index] = number
+            block.broken = one_point.run(case, every[number])
             block.calls.append(list(virtual_device.compiled_calls))
             virtual_device.compiled_calls.clear()
-            if error is not None:
-                block.error, block.modules = error, stamp.imported_since(_before)
-                return block
+            if block.broken is not None:
+                return
     block.units, block.tunings = log.units, log.tunings
     block.unit_marks, block.tuning_marks = log.seen_units, log.seen_tunings
     block.via = [sorted(v) for v in log.via]
@@ -147,36 +183,15 @@ def _run_block(case: Case, number: int, points: list[Point], start: int, stop: i
         if name not in _closures:
             _closures[name] = triton_jit.closure(function)
         block.closures[name] = _closures[name]
-    block.modules = stamp.imported_since(_before)
-    return block
-
-
-def _run_point(case: Case, point: Point) -> AotCacheError | None:
-    try:
-        case.call(point)()
-    except TraceError as error:
-        return type(error)(f"{error.wanted}, in case {case.name!r} at {_where(point)}", error.found, error.do)
-    except AotCacheError as error:
-        return error
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        return DeclarationError(
-            f"case {case.name!r} to run at {_where(point)}",
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} ({frame.filename}:{frame.lineno})",
-            "fix the recipe, or narrow its range",
-        )
-    return None
-
-
-def _where(point: Point) -> str:
-    return ", ".join(f"{k}={v}" for k, v in point.items())
 
 
 def functions_at(case: Case, point: Point) -> dict[str, Any]:
     """The kernels that `case` launches at `point`, by name: the way to kernels that are made inside functions."""
     log = LaunchLog()
     with instead_of_launching(log), virtual_device.tensors(), case.modes():
-        case.call(point)()
+        broken = one_point.run(case, point)
+    if broken is not None:
+        raise broken.error
     return dict(log.functions)
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -168,38 +169,66 @@ def _graphs(job: dict[str, Json], target: Any, send: Any, progress: Any) -> None
     _join(job)
 
     from aot_cache import recipe as recipes
-    from aot_cache.build import graphs, missed_calls, stamp
+    from aot_cache.build import graphs, missed_calls, one_point, stamp
     from aot_cache.build.recorded import Recorded
-    from aot_cache.plan import Plan
+    from aot_cache.plan import FailedCase, Plan, each_once
     from aot_cache.store import Store
 
     recipe, misses, why = _recipe(job)
+    failed_before = [FailedCase(**failed) for failed in job["failed_cases"]]
+    gone = {failed.case for failed in failed_before}
+    names = [case.name for case in recipe.cases if case.name not in gone]
     recipes.set_device("cpu" if target.backend == "cpu" else "cuda")
     plan = Plan.read(Path(job["plan_out"])) if Path(job["plan_out"]).exists() else graphs.empty_plan(recipe, target.id)
     calls = Path(job["calls"])
     known = Recorded(json.loads(calls.read_text()) if calls.exists() else {})
-    runs = graphs.Runs(recipe, target, job["cases"], known)
+    asked = [name for name in names if job["cases"] is None or name in job["cases"]]
+    runs = graphs.Runs(recipe, target, asked, known)
     runs.survey(progress)
+    failed_cases = _failed_cases(runs, names, failed_before)
     if runs.refused:
         visited = recipe.without([(case, point) for case, point, _ in runs.refused])
         plan.cases = graphs.empty_plan(visited, target.id).cases
     plan.calls = runs.calls()
+    plan.note_put_back(one_point.put_back)
+    plan.failed = each_once([*plan.failed, *failed_cases])
     plan.write(Path(job["plan_out"]))
     inputs = stamp.inputs(runs.late_modules)
-    send("surveyed", spec=recipe.spec, inputs=inputs)
+    send("surveyed", spec=recipe.spec, inputs=inputs, failed_cases=[asdict(failed) for failed in failed_cases])
     if job["show_plan"]:
         return
     made = runs.compile_all(Store(job["store"]), inputs, progress, job["workers"])
+    failed_cases = _failed_cases(runs, names, failed_before)
     failed = {failure["unit"]: failure["error"] for failure in made.failed}
-    refused = [*job["refused"], *runs.refused]
+    texts = {one.case: one.text for one in failed_cases}
+    lost = [(case, miss.facts["points"][case]) for miss in misses for case in miss.facts.get("points", {})]
+    refused = [*job["refused"], *runs.refused, *((case, at, texts[case]) for case, at in lost if case in texts)]
     send(
         "graphs",
         graphs=made.graphs,
         graph_failed=made.failed,
         graphs_compiled=made.compiled,
         graph_key=made.key,
+        failed_cases=[asdict(failed) for failed in failed_cases],
         missed_calls=list(missed_calls.uncovered(misses, runs.kinds.values(), plan, failed, why, refused).items()),
     )
+
+
+def _failed_cases(runs: Any, names: list[str], before: list[Any]) -> list[Any]:
+    """The cases that cannot be run, with those that were known `before`.
+
+    Raises:
+        AotCacheError: there is no other case.
+    """
+    from aot_cache.build import one_point
+    from aot_cache.plan import each_once
+
+    broken = [one for _, one in sorted(runs.broken.items())]
+    gone = {one.failed.case for one in broken}
+    if gone >= set(names):
+        earlier = [one_point.died(failed.case, failed.point, failed.why) for failed in before]
+        raise one_point.all_of([*broken, *earlier])
+    return each_once([*before, *(one.failed for one in broken)])
 
 
 if __name__ == "__main__":

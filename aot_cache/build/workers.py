@@ -14,7 +14,7 @@ from aot_cache.build import by_rank, stamp
 from aot_cache.build.crew import Crew, OtherRanks, Progress, beside
 from aot_cache.errors import DeclarationError
 from aot_cache.miss_file import Misses
-from aot_cache.plan import Plan
+from aot_cache.plan import FailedCase, Plan, each_once
 from aot_cache.target import Target
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def _run(request: Request, scratch: Path, misses: Misses, crew: Crew, show_plan:
         "show_plan": show_plan,
         "misses": [asdict(miss) for miss in misses.found],
         "refused": [],
+        "failed_cases": [],
         "ranks": ranks,
         "ranks_given": request.ranks is not None,
         "rank": 0,
@@ -95,7 +96,35 @@ def _run(request: Request, scratch: Path, misses: Misses, crew: Crew, show_plan:
     plan = Plan.read(plan_out)
     if request.plan is None:  # a plan that was given says so itself
         plan.ranks = ranks
-    return answer, plan
+    return answer, _without_failed(plan, answer)
+
+
+def _without_failed(plan: Plan, answer: dict[str, Json]) -> Plan:
+    """The plan, and the answer to it, without what only cases reach that some worker could not run.
+
+    Raises:
+        DeclarationError: there is no other case.
+    """
+    plan.failed = each_once([*plan.failed, *(FailedCase(**failed) for failed in answer.get("failed_cases", []))])
+    order = [case.name for case in plan.cases]
+    plan.failed.sort(key=lambda failed: order.index(failed.case))
+    gone = {failed.case for failed in plan.failed}
+    if plan.cases and gone >= set(order):
+        found = "; ".join(f"{failed.name} {failed.text}" for failed in plan.failed)
+        raise DeclarationError(f"a case of {plan.recipe} to run", found)
+    whole, (plan, stay) = plan, plan.without(gone)
+    for name in ("keys", "memory_keys"):
+        if name in answer:
+            answer[name] = [answer[name][number] for number in stay]
+    left_out = _ids(whole) - _ids(plan)
+    for name in ("failed", "graph_failed"):
+        if name in answer:
+            answer[name] = [failure for failure in answer[name] if failure["unit"] not in left_out]
+    return plan
+
+
+def _ids(plan: Plan) -> set[str]:
+    return {unit.id for unit in plan.units} | {call.id for call in plan.calls}
 
 
 def _kernels_of_ranks(
@@ -131,31 +160,42 @@ def _graphs_of_ranks(
     made: list[list[dict[str, Json]]] = []
     failed: dict[str, dict[str, Json]] = {}
     compiled = 0
+    broken: list[Json] = list(job["failed_cases"])
 
     def run(rank: int) -> None:
-        nonlocal compiled
+        nonlocal compiled, broken
         # What other ranks than the first two call is noted nowhere, and is run.
         files = {name: job[name] if rank == 0 else f"{job[name]}.{rank}" for name in ("plan_out", "calls")}
-        own = {**job, "rank": rank, **files}
+        own = {**job, "rank": rank, **files, "failed_cases": broken}
         # Folders of its own: what another rank has left in them would be taken, and is not the same.
         with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
             folders = {} if rank == 0 else _folders(Path(folder))
             crew.listen(own, {**_as_rank(environment, rank, job["ranks"]), **folders}, last, answer)
+        broken = answer.get("failed_cases", broken)
         made.append(answer.get("graphs", []))
         failed.update({failure["unit"]: failure for failure in answer.get("graph_failed", [])})
         compiled += answer.get("graphs_compiled", 0)
 
     for rank in told:
         run(rank)
+    made = [_of_others(graphs, broken) for graphs in made]
     why = by_rank.differing(made[0], made[1]) if len(made) > 1 else {}
     for rank in range(len(made), job["ranks"] if why else 0):
         run(rank)
+    made = [_of_others(graphs, broken) for graphs in made]
     return answer | {
         "graphs": by_rank.combined(made, why),
         "graph_failed": list(failed.values()),
         "graphs_compiled": compiled,
         "per_rank": why,
     }
+
+
+def _of_others(graphs: list[dict[str, Json]], failed: list[Json]) -> list[dict[str, Json]]:
+    """Graphs that other cases than these reach, too."""
+    gone = {one["case"] for one in failed}
+    kept = [{**g, "reached": {case: at for case, at in g["reached"].items() if case not in gone}} for g in graphs]
+    return [after for before, after in zip(graphs, kept) if after["reached"] or not before["reached"]]
 
 
 def _as_rank(environment: Mapping[str, str], rank: int, size: int) -> dict[str, str]:

@@ -56,6 +56,9 @@ def will_hit(what: Any, point: Mapping[str, int]) -> Hit:
             known |= name == case["name"] or bool(units)
             if set(point) != set(case["dims"]):
                 continue
+            lost = [f["error"] for f in details["failed"] if f["kernel"] == f"case {case['name']}"]
+            if lost and name == case["name"]:
+                return Hit(False, [f"nothing is built of it: {why}" for why in lost])
             reached = [
                 one for one in units if any(shapes.holds(box, point) for box in one.reached.get(case["name"], ()))
             ]
@@ -101,7 +104,7 @@ def _units(bundle: Bundle, details: Mapping[str, Json]) -> Iterator[_Unit]:
         why = sets[0].missing(name) if sets else "torch._dynamo is not imported: nothing is compiled yet"
         yield _Unit(name, more["reached"], why)
     for failed in details["failed"]:
-        yield _Unit(str(failed.get("kernel", "")), {}, "it did not compile")
+        yield _Unit(str(failed.get("kernel", "")), failed.get("reached", {}), "it did not compile")
 
 
 def _name_of(what: Any) -> str:

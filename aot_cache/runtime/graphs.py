@@ -25,6 +25,7 @@ from aot_cache.manifest import graph_label
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
 from aot_cache.upstream import (
+    code_bytes,
     dynamo_globals,
     python_code,
     torch_capture,
@@ -188,7 +189,7 @@ class GraphSet:
 
     def _code(self, digest: str) -> types.CodeType:
         if digest not in self._codes:
-            self._codes[digest] = python_code.load(self.bundle.object(digest))
+            self._codes[digest] = code_bytes.load(self.bundle.object(digest))
         return self._codes[digest]
 
     def _function(self, name: str, digest: str) -> Any:

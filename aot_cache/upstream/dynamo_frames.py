@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -143,7 +144,11 @@ def why_not(answer: ConvertFrameReturn) -> str:
 
 def why_given_up(error: Exception, name: str) -> str:
     """What made Dynamo or its backend give up on the function `name`, in one line, with the place in user code."""
-    stack = getattr(error, "real_stack", None)  # set by Dynamo where it knows the line that it was at
+    frames = getattr(error, "real_stack", None) or ()  # set by Dynamo where it knows the line that it was at
+    inside = os.path.dirname(os.path.realpath(torch.__file__)) + os.sep
+    stack = [
+        f for f in frames if not f.filename.startswith("<") and not os.path.realpath(f.filename).startswith(inside)
+    ]
     place = f" ({stack[-1].filename}:{stack[-1].lineno})" if stack else ""
     return f"Dynamo gave up on {name}{place}: {one_line(error)}"
 

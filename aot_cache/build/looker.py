@@ -1,0 +1,112 @@
+"""Runs points of a recipe's cases in forked children, each of which begins as a server does: models made, nothing called."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import sys
+from collections.abc import Iterator, MutableSequence, Sequence
+from typing import Any
+
+from aot_cache.build import one_point, pool, stamp
+from aot_cache.build.calls import seen_call
+from aot_cache.build.groups import Look, Seen
+from aot_cache.build.one_point import Broken
+from aot_cache.recipe import Case
+from aot_cache.shapes import Point
+from aot_cache.upstream import dynamo_frames, process_settings
+from aot_cache.upstream.dynamo_frames import Frame
+from aot_cache.upstream.torch_fake import NEEDS_VALUES, HostMode, without_launches
+
+
+class Looker:
+    """Runs points, by the numbers of their case and of themselves. The process must have become the target.
+
+    Attributes:
+        skipped: functions that were compiled with another backend than Inductor, as far as is seen.
+        late_modules: module → file of what host code imported while it ran in children.
+    """
+
+    def __init__(self, cases: Sequence[Case], points: Sequence[Sequence[Point]], device: str) -> None:
+        self._cases, self._points, self._device = cases, points, device
+        self._host = HostMode(device)  # one for all: what a recipe keeps from point to point stays usable
+        self._modules: frozenset[str] = frozenset()
+        self.skipped: set[str] = set()
+        self.late_modules: dict[str, str] = {}
+
+    def make_arguments(self) -> None:
+        """Make what cases call, and call nothing: children share the models that are made with it."""
+        if self._modules:
+            return
+        self._modules = frozenset(sys.modules)
+        for number, case in enumerate(self._cases):
+            # What is wrong with it is said where it is run.
+            with contextlib.suppress(Exception, SystemExit), self._modes(case), process_settings.kept():
+                case.call(self._points[number][self.hint_first(number, range(len(self._points[number])))[0]])
+
+    def look(self, jobs: Sequence[Look]) -> Iterator[tuple[Look, Seen | Broken]]:
+        """What children saw, or why they could not run a point; each job has a child of its own."""
+        at = multiprocessing.RawArray("q", max(1, len(jobs)))
+
+        for index, found in pool.run(lambda number: self._seen(jobs[number], number, at), range(len(jobs)), fresh=True):
+            job = jobs[index]
+            case = self._cases[job.group.case]
+            if isinstance(found, pool.Died):
+                yield job, one_point.died(case.name, self._points[job.group.case][at[index]], found.why)
+                continue
+            self.skipped |= found.skipped
+            self.late_modules.update(found.modules)
+            one_point.put_back.setdefault(case.name, set()).update(found.put_back)
+            yield job, found.broken or found
+
+    def _seen(self, job: Look, number: int, here: MutableSequence[int]) -> Seen:
+        """Run points with all compiled functions as plain Python; `here[number]` says which. Must not raise."""
+        case, seen = self._cases[job.group.case], Seen()
+
+        def look(frame: Frame, _compile: Any) -> Any:
+            if frame.wrapping is None:
+                seen.skipped.add(f"{frame.module}:{frame.code.co_name}")
+            else:
+                seen.calls[-1][1].append(seen_call(frame, mode_of(case)))
+            return dynamo_frames.run_without_compiling()
+
+        with dynamo_frames.hooked(look):
+            for at in (job.first, *job.points):
+                here[number] = at
+                seen.calls.append((at, []))
+                seen.broken = self.run(job.group.case, at)
+                if seen.broken is not None:
+                    break
+        seen.modules = stamp.imported_since(self._modules)
+        seen.put_back = one_point.put_back.get(case.name, set())
+        return seen
+
+    def run(self, case: int, point: int) -> Broken | None:
+        """Run one point in this process; what is returned says why it cannot be."""
+        whole = self._cases[case]
+        return one_point.run(whole, self._points[case][point], lambda: self._modes(whole), NEEDS_VALUES)
+
+    @contextlib.contextmanager
+    def tensors(self, case: Case) -> Iterator[None]:
+        """The modes in which a case's tensors are made."""
+        with self._host, case.modes(self._device):
+            yield
+
+    @contextlib.contextmanager
+    def _modes(self, case: Case) -> Iterator[None]:
+        with self._host, without_launches(), case.modes(self._device):
+            yield
+
+    def hint_first(self, number: int, mine: Sequence[int]) -> list[int]:
+        """Points, first the one nearest to the declared hint: its sizes guide Inductor's choices."""
+        case, points = self._cases[number], self._points[number]
+
+        def distance(at: int) -> tuple[int, ...]:
+            return tuple(abs(points[at][dim] - case.hint_of(dim)) for dim in case.dims)
+
+        return sorted(mine, key=distance)
+
+
+def mode_of(case: Case) -> str:
+    """Grad mode and autocast, as a plan has them."""
+    return case.mode if case.autocast is None else f"{case.mode} {case.autocast}"
