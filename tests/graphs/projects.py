@@ -64,7 +64,7 @@ class Project:
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=250,
+            timeout=900,  # for hangs only
             check=False,
         )
 
@@ -84,7 +84,7 @@ class Project:
                 cwd=scratch,
                 capture_output=True,
                 text=True,
-                timeout=250,
+                timeout=900,  # for hangs only
                 check=False,
             )
         assert done.returncode == 0, done.stderr[-4000:]
