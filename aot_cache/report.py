@@ -19,6 +19,7 @@ from aot_cache.key import Part
 from aot_cache.manifest import unit_label, whole
 from aot_cache.plan import SCHEMA, Plan, Tuning, Unit
 from aot_cache.plan import diff as plan_diff
+from aot_cache.rehearsed import NO_STAMP, Stamp
 from aot_cache.shapes import point_text
 from aot_cache.signature import Names, closure_digest, no_names, signature, value_text
 from aot_cache.store import Bundle
@@ -41,6 +42,7 @@ def bundle(
     points: bool = False,
     names: Names = no_names,
     ledger: report_ledger.Ledger | None = None,
+    stamp: Stamp = NO_STAMP,
 ) -> Facts:
     """What a bundle holds; with `kernel` or `points` also its specializations.
 
@@ -48,6 +50,7 @@ def bundle(
         kernel: list the specializations of the kernels with this in their name.
         points: list those of every kernel.
         ledger: what serving processes counted.
+        stamp: what was rehearsed of it.
 
     Raises:
         BundleCorrupt: the manifest has another form than this version writes.
@@ -77,7 +80,8 @@ def bundle(
             "failed": [{k: str(f[k]) for k in ("kernel", "unit", "error")} for f in m["failed"]],
             "pruned": len(m["pruned"]),
             "key": dict(m["toolchain"]),
-            **_common(inside),
+            **_common(inside, stamp),
+            **stamp_facts(stamp),
             "kernels": _kernels(inside, _chosen(inside, kernel), objects),
         }
         facts["graphs"] = report_graphs.graphs(m, m["objects"])
@@ -146,16 +150,25 @@ def plan_of(manifest: Mapping[str, Json]) -> Plan:
         raise ValueError(error.found) from error
 
 
-def coverage(origin: str, points: int, sampled: Sequence[str]) -> str:
-    """What the declared ranges promise, in words."""
-    if sampled:
-        return f"sampled: {', '.join(sampled)}"
+def coverage(origin: str, points: int, sampled: Sequence[str], stamp: Stamp = NO_STAMP) -> str:
+    """What the declared ranges promise, in words: `proved` only of what was rehearsed, and at all points."""
+    rehearsals = "; ".join(run.text() for run in stamp.runs)
+    if sampled and not any(run.proved for run in stamp.runs):
+        return "; ".join(filter(None, (f"sampled: {', '.join(sampled)}", rehearsals)))
+    if rehearsals:
+        return rehearsals
     if origin == "recorded" or not points:
         return "recorded: what ran, nothing else"
-    return f"proved {points} point{'s' if points > 1 else ''}"
+    return f"enumerated {points} point{'s' if points > 1 else ''}"
 
 
-def _common(found: Plan) -> Facts:
+def stamp_facts(stamp: Stamp) -> Facts:
+    """What was rehearsed, and where."""
+    rows = [{**run.to_json(), "text": run.text(), "proved": run.proved} for run in stamp.runs]
+    return {"rehearsed": rows, "stamp_ignored": stamp.ignored}
+
+
+def _common(found: Plan, stamp: Stamp = NO_STAMP) -> Facts:
     points = sum(case.points for case in found.cases)
     return {
         "recipe": found.recipe,
@@ -177,7 +190,7 @@ def _common(found: Plan) -> Facts:
         ],
         "points": points,
         "sampled": found.sampled,
-        "coverage": coverage(found.origin, points, found.sampled),
+        "coverage": coverage(found.origin, points, found.sampled, stamp),
         "units": len(found.units),
         "kernel_count": len({unit.kernel for unit in found.units}),
         "calls": report_graphs.calls(found.calls),
