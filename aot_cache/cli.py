@@ -125,7 +125,7 @@ def verify(
     try:
         bundle = read_bundle(path)
         facts["digest"] = bundle.digest
-        facts |= report.stamp_facts(rehearsed.read(path, bundle.digest))
+        facts |= rehearsed.read(path, bundle.digest).facts()
         facts["findings"] = report.findings(bundle, digest, _host_parts(bundle))
     except BundleCorrupt as error:
         facts["findings"] = [report.finding(BundleCorrupt, str(error))]

@@ -93,6 +93,11 @@ class Stamp:
         """The run on a device."""
         return next((run for run in self.runs if run.device == device), None)
 
+    def facts(self) -> dict[str, Json]:
+        """As plain values, with the words for people."""
+        rows = [{**run.to_json(), "text": run.text(), "proved": run.proved} for run in self.runs]
+        return {"rehearsed": rows, "stamp_ignored": self.ignored}
+
 
 NO_STAMP = Stamp()
 

@@ -81,7 +81,7 @@ def bundle(
             "pruned": len(m["pruned"]),
             "key": dict(m["toolchain"]),
             **_common(inside, stamp),
-            **stamp_facts(stamp),
+            **stamp.facts(),
             "kernels": _kernels(inside, _chosen(inside, kernel), objects),
         }
         facts["graphs"] = report_graphs.graphs(m, m["objects"])
@@ -160,12 +160,6 @@ def coverage(origin: str, points: int, sampled: Sequence[str], stamp: Stamp = NO
     if origin == "recorded" or not points:
         return "recorded: what ran, nothing else"
     return f"enumerated {points} point{'s' if points > 1 else ''}"
-
-
-def stamp_facts(stamp: Stamp) -> Facts:
-    """What was rehearsed, and where."""
-    rows = [{**run.to_json(), "text": run.text(), "proved": run.proved} for run in stamp.runs]
-    return {"rehearsed": rows, "stamp_ignored": stamp.ignored}
 
 
 def _common(found: Plan, stamp: Stamp = NO_STAMP) -> Facts:

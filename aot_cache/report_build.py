@@ -62,7 +62,7 @@ def built(result: Built, stamp: Stamp = NO_STAMP, rehearsal: Facts | None = None
         **result.to_json(),
         "path": str(result.path.absolute()),
         "coverage": _coverage(result, stamp, rehearsal),
-        **report.stamp_facts(stamp),
+        **stamp.facts(),
         "rehearsal": rehearsal,
         "dockerfile": dockerfile(result.path, result.digest),
         "server": SERVER,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -49,7 +50,7 @@ def rehearse(
         points: of each case at most so many, a spread of them; None for all that are declared.
         cases: names of those that are run; none for all.
         tolerance: how far results may be from eager's; None: by dtype (see `compare`).
-        timeout: seconds that a point, or what comes before the first, may take.
+        timeout: seconds that a point may take; None: any time.
         compiler: leave a C compiler in reach, which the recipe's own code needs.
 
     Returns:
@@ -129,13 +130,14 @@ class _Listener:
         if self._died:
             return
         try:
-            for event in process.events(job, timeout, compiler):
-                getattr(self, f"_on_{event['event']}")(event)
+            with closing(process.events(job, timeout, compiler)) as said:
+                for event in said:
+                    getattr(self, f"_on_{event['event']}")(event)
         except process.Died as died:
             if self._ready is None:
                 wanted = f"the rehearsal of {self._bundle.path} to come to its first point"
-                raise RehearsalFailed(wanted, died.how, "AOT_CACHE_DEBUG=1 shows what it says") from None
-            self._died = f"the rehearsal's process did not finish: {died.how} ({self._at})"
+                raise RehearsalFailed(wanted, str(died), "AOT_CACHE_DEBUG=1 shows what it says") from None
+            self._died = f"the rehearsal's process did not finish: {died} ({self._at})"
 
     def _on_error(self, event: Mapping[str, Json]) -> None:
         raise getattr(errors, event["type"])(event["wanted"], event["found"], event["do"])

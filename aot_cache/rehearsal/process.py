@@ -10,9 +10,8 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import IO, Any
@@ -21,55 +20,29 @@ Json = Any
 _KEPT = ("AOT_CACHE_CONFIG", "AOT_CACHE_DEBUG", "AOT_CACHE_MISSES", "AOT_CACHE_UNTESTED")
 
 
-@dataclass(frozen=True)
 class Died(Exception):
-    """The process ended before it was done.
-
-    Args:
-        how: with which signal or code, and its last words.
-    """
-
-    how: str
+    """The process ended before it was done; the message says how: with which signal or code, and its last words."""
 
 
-def events(job: Mapping[str, Json], timeout: float | None, compiler: bool) -> Iterator[Mapping[str, Json]]:
+def events(job: Mapping[str, Json], timeout: float | None, compiler: bool) -> Generator[Mapping[str, Json], None, None]:
     """Run the process in the current folder and yield its events.
 
     Args:
-        timeout: seconds without a word after which it is killed; None: never.
+        timeout: seconds after which it is killed while it is at one point; None: never.
         compiler: whether it may run a C compiler, for the recipe's own sake.
 
     Raises:
         Died: it ended before it was done, or was killed.
     """
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch, _started(job, Path(scratch), compiler) as child:
-        said: queue.Queue[str | None] = queue.Queue()
-        last_words: deque[str] = deque(maxlen=20)
-        assert child.stdout is not None and child.stderr is not None
-        readers = [
-            Thread(target=_lines, args=(child.stdout, said), daemon=True),
-            Thread(target=_drain, args=(child.stderr, last_words), daemon=True),
-        ]
-        for reader in readers:
-            reader.start()
-        finished = False
-        while not finished:
-            try:
-                line = said.get(timeout=timeout)
-            except queue.Empty:
-                child.kill()
-                raise Died(f"it was killed after {timeout:g} s without a word") from None
-            if line is None:
-                break
+        patience = None
+        while (line := child.line(patience)) is not None:
             event = json.loads(line)
-            finished = event["event"] in ("end", "error")
             yield event
-        if finished:
-            return
-        code = child.wait()
-        readers[1].join(10)
-        words = [word.strip() for word in last_words if word.strip()]
-        raise Died(f"{_how(code)}: {words[-1] if words else 'no word'}")
+            if event["event"] in ("end", "error"):
+                return
+            patience = timeout if event["event"] == "at" else None
+        raise Died(child.last())
 
 
 def _how(code: int) -> str:
@@ -82,10 +55,52 @@ def _how(code: int) -> str:
     return f"it was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
+class _Child:
+    """The process and what it says."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self._said: queue.Queue[str | None] = queue.Queue()
+        self._last_words: deque[str] = deque(maxlen=20)
+        self._readers = [
+            Thread(target=_lines, args=(process.stdout, self._said), daemon=True),
+            Thread(target=_drain, args=(process.stderr, self._last_words), daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def line(self, timeout: float | None) -> str | None:
+        """What it says next; None when it is silent for good.
+
+        Raises:
+            Died: it said nothing for so long.
+        """
+        try:
+            return self._said.get(timeout=timeout)
+        except queue.Empty:
+            raise Died(f"it was killed after {timeout:g} s without a word") from None
+
+    def last(self) -> str:
+        """How it ended, and its last words."""
+        code = self.process.wait()
+        self._readers[1].join()
+        words = [word.strip() for word in self._last_words if word.strip()]
+        return f"{_how(code)}: {words[-1] if words else 'no word'}"
+
+    def end(self) -> None:
+        """It does not outlive this."""
+        self.process.kill()
+        self.process.wait()
+        for reader in self._readers:
+            reader.join()
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
+
+
 @contextmanager
-def _started(job: Mapping[str, Json], scratch: Path, compiler: bool) -> Iterator[subprocess.Popen[str]]:
-    """The process, which does not outlive the block."""
-    child = subprocess.Popen(
+def _started(job: Mapping[str, Json], scratch: Path, compiler: bool) -> Iterator[_Child]:
+    process = subprocess.Popen(
         [sys.executable, "-m", "aot_cache.rehearsal.child"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -93,17 +108,15 @@ def _started(job: Mapping[str, Json], scratch: Path, compiler: bool) -> Iterator
         env=environment(scratch, job["rank"], job["ranks"], compiler),
         text=True,
     )
+    child = _Child(process)
     try:
-        assert child.stdin is not None
-        try:
-            child.stdin.write(json.dumps(job) + "\n")
-            child.stdin.close()
-        except BrokenPipeError:
-            pass  # it is dead already, which its silence says
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):  # it is dead already, which its silence says
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.close()
         yield child
     finally:
-        child.kill()
-        child.wait()
+        child.end()
 
 
 def environment(scratch: Path, rank: int, ranks: int, compiler: bool) -> dict[str, str]:

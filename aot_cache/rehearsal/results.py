@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,11 @@ class PointResult:
     def to_json(self) -> dict[str, Json]:
         return asdict(self)
 
-    def reasons(self) -> list[str]:
-        """What is wrong, a line for each function that missed; none for a hit."""
+    def reasons(self) -> list[tuple[str, str]]:
+        """(what it is about, what is wrong) for each function that missed; none for a hit."""
         if self.status == MISS:
-            return [f"{missed.name}: {missed.why}" for missed in self.misses] or [f"{self.case}: {self.why}"]
-        return [] if self.status == HIT else [f"{self.case}: {self.status}: {self.why}"]
+            return [(missed.name, missed.why) for missed in self.misses]
+        return [] if self.status == HIT else [(f"{self.case}: {self.status}", self.why)]
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,11 @@ class Rehearsal:
 
     def reasons(self) -> list[str]:
         """What went wrong, one line for each function or case: at how many points, and the first of them."""
-        found = [(text, point) for case in self.cases for point in case.points for text in point.reasons()]
-        lines = [_line(text, [point for other, point in found if other == text]) for text in _each(found)]
-        return [*lines, *([self.died] if self.died else [])]
+        found: dict[str, list[tuple[str, PointResult]]] = {}
+        for point in (point for case in self.cases for point in case.points):
+            for about, why in point.reasons():
+                found.setdefault(about, []).append((why, point))
+        return [*(_line(about, mine) for about, mine in found.items()), *filter(None, [self.died])]
 
     def run(self) -> Run:
         """What is written beside the bundle of a rehearsal that passed."""
@@ -213,13 +215,13 @@ def _finite(value: float | None) -> float | str | None:
     return value if value is None or math.isfinite(value) else "infinite"
 
 
-def _each(found: Iterable[tuple[str, PointResult]]) -> list[str]:
-    return list(dict.fromkeys(text for text, _ in found))
-
-
-def _line(text: str, points: Sequence[PointResult]) -> str:
-    first = ", ".join(filter(None, (points[0].case, point_text(points[0].point))))
-    return f"{text} (at {first}{f' and {len(points) - 1} more' if len(points) > 1 else ''})"
+def _line(about: str, found: Sequence[tuple[str, PointResult]]) -> str:
+    """All that is wrong with one function, or case: the first reason, and how many more there are."""
+    why, point = found[0]
+    others = len({text for text, point in found if point.status == MISS}) - 1
+    more = [f"{len(found) - 1} more"] * (len(found) > 1) + [f"for {others} other reasons, too"] * (others > 0)
+    first = ", ".join(filter(None, (point.case, point_text(point.point))))
+    return f"{about}: {why} ({' and '.join([f'at {first}', *more[:1]])}{''.join(f', {text}' for text in more[1:])})"
 
 
 def _distance(case: CaseResult) -> float:

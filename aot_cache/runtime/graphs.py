@@ -80,11 +80,26 @@ class GraphSet:
         """Whether any compiled graph is not loaded yet."""
         return self.loaded.primed < len(self._artifacts)
 
-    def missing(self, name: str) -> str:
-        """Why a graph of the function `module:qualname` would not be found, as far as is known; empty when it would."""
-        if name in self.loaded.stale:
-            return self.loaded.stale[name]
-        return "its graph is not loaded" if self.waiting() else ""
+    def missing(self, number: int) -> str:
+        """Why a graph would not be found, as far as can be told without a call; empty when it would."""
+        graph = self._graphs[number]
+        why = self._changed_source(graph, {}) or self.loaded.stale.get(_name(graph), "")
+        return why or ("its graph is not loaded" if self.waiting() else "")
+
+    def changed(self) -> dict[str, str]:
+        """Function → why its source, or that of what is inlined into it, is not what was built; of modules that are imported."""
+        digests: dict[str, dict[str, set[str]]] = {}
+        found = {_name(graph): self._changed_source(graph, digests) for graph in self._graphs}
+        return {name: why for name, why in found.items() if why}
+
+    def _changed_source(self, graph: Mapping[str, Json], digests: dict[str, dict[str, set[str]]]) -> str:
+        for module, qualname, digest in [(graph["module"], graph["function"], graph["code"]), *graph["inlined"]]:
+            if module not in digests:
+                digests[module] = python_code.digests(module)
+            here = digests[module].get(qualname)
+            if here and digest not in here:
+                return f"the source of {module}:{qualname} differs"
+        return ""
 
     def wanted(self, code: types.CodeType) -> bool:
         """Whether any graph may be for this code."""
@@ -166,7 +181,7 @@ class GraphSet:
         for module, qualname, digest in graph["inlined"]:
             if digest not in here[module].get(qualname, ()):
                 why = f"the source of {module}:{qualname} differs"
-                self.loaded.stale[f"{graph['module']}:{graph['function']}"] = why
+                self.loaded.stale[_name(graph)] = why
                 return why
         return ""
 
@@ -218,6 +233,10 @@ class GraphSet:
     def _library(self, source: str) -> bytes | None:
         digest = self._libraries.get(source)
         return self.bundle.object(digest) if digest is not None else None
+
+
+def _name(graph: Mapping[str, Json]) -> str:
+    return f"{graph['module']}:{graph['function']}"
 
 
 def differing(bound: Mapping[str, Json], target: Mapping[str, Json]) -> list[Part]:
