@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from aot_cache import errors, manifest, native
-from aot_cache.errors import DeclarationError, RehearsalFailed, TargetError
+from aot_cache.errors import DeclarationError, RehearsalFailed, TargetError, UnknownName
 from aot_cache.rehearsal import process
 from aot_cache.rehearsal.results import CaseResult, Missed, PointResult, Rehearsal
 from aot_cache.shapes import point_text
@@ -66,7 +66,7 @@ def rehearse(
     began = time.perf_counter()
     bundle = read_bundle(path, digest)
     whole = manifest.whole(bundle)
-    _check(bundle, whole)
+    _check(bundle, whole, cases)
     found = _Listener(bundle, progress)
     for rank in _ranks(whole):
         job = {
@@ -88,11 +88,12 @@ def versions() -> dict[str, str]:
     return {"aot-cache": installed("aot_cache"), "python": platform.python_version(), **packages}
 
 
-def _check(bundle: Bundle, whole: Mapping[str, Json]) -> None:
+def _check(bundle: Bundle, whole: Mapping[str, Json], cases: Sequence[str]) -> None:
     """What is wrong before anything starts.
 
     Raises:
         DeclarationError: no recipe says what is to be called, or nothing was built of it.
+        UnknownName: it has no such case.
         TargetError: the GPU is not here.
     """
     if not whole["spec"] or whole["origin"] != "traced":
@@ -100,6 +101,10 @@ def _check(bundle: Bundle, whole: Mapping[str, Json]) -> None:
         raise DeclarationError(f"a bundle of a recipe at {bundle.path}", "one of a recorded plan", do)
     if not (whole["units"] or whole["graphs"]):
         raise DeclarationError(f"something to rehearse in {bundle.path}", "neither a kernel nor a graph")
+    known = [str(case["name"]) for case in whole["cases"]]
+    for name in cases:
+        if name not in known:
+            raise UnknownName(f"a case called {name!r} in {bundle.path}", f"it has {', '.join(known)}")
     target = whole["target"]
     if target["backend"] != "cpu" and not native.gpu_here():
         raise TargetError(f"a {target['name']} to rehearse {bundle.path} on", "no GPU here", "run this where it serves")
