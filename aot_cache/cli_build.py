@@ -236,7 +236,7 @@ def _build_all(requests: Sequence[Request], facts: dict[str, Any], as_json: bool
                 progress.target = request.target.id
                 done.append(pipeline.build(request, progress))
                 if rehearse:
-                    after[request.target.id] = after_build(done[-1], progress)
+                    after[request.target.id] = after_build(done[-1], request.model, progress)
     finally:  # what was built for the targets before one that cannot be built is there, and is said
         rows = [_facts_of(one, after.get(one.target)) for one in done]
         if as_json and (rows or not sys.exc_info()[0]):

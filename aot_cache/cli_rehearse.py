@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from aot_cache import options, rehearsed, render, render_rehearsal
 from aot_cache import rehearsal as rehearsals
-from aot_cache import rehearsed, render, render_rehearsal
 from aot_cache.errors import AotCacheError, DeclarationError, RehearsalFailed
 from aot_cache.rehearsal import Rehearsal
 from aot_cache.rehearsed import Stamp
@@ -116,8 +116,8 @@ class After:
         return {"passed": False, "verdict": "not proved: it could not be rehearsed", **reasons}
 
 
-def after_build(built: Built, progress: rehearsals.Progress) -> After:
-    """Rehearse a whole bundle for the CPU, unless that was done before and nothing has changed since."""
+def after_build(built: Built, model: str | None, progress: rehearsals.Progress) -> After:
+    """Rehearse a whole bundle of `model` for the CPU, unless that was done before and nothing has changed since."""
     path, digest = built.path, built.digest
     stamp = rehearsed.read(path, digest)
     before = stamp.of("cpu")
@@ -125,7 +125,8 @@ def after_build(built: Built, progress: rehearsals.Progress) -> After:
     if same or built.target != "cpu" or built.failed or not built.graphs:
         return After(stamp)
     try:
-        found = rehearsals.rehearse(path, digest=digest, points=AFTER_BUILD, progress=progress)
+        config = options.parse(model or "")[1].get(options.CONFIG)
+        found = rehearsals.rehearse(path, digest=digest, points=AFTER_BUILD, config=config, progress=progress)
     except AotCacheError as error:
         return After(rehearsed.remove(path, digest, "cpu"), error=error)
     return After(stamped(found), found, None if found.passed else failure(found))

@@ -40,6 +40,7 @@ def rehearse(
     tolerance: float | None = None,
     timeout: float | None = None,
     compiler: bool = False,
+    config: str | None = None,
     progress: Progress = lambda *_: None,
 ) -> Rehearsal:
     """Run a bundle's declared points in a fresh process that has only the bundle and the recipe's code.
@@ -52,6 +53,7 @@ def rehearse(
         tolerance: how far results may be from eager's; None: by dtype (see `compare`).
         timeout: seconds that a point may take; None: any time.
         compiler: leave a C compiler in reach, which the recipe's own code needs.
+        config: the config file that the recipe is of; None: what AOT_CACHE_CONFIG names.
 
     Returns:
         What was found; `passed` says whether all of it is good.
@@ -77,8 +79,10 @@ def rehearse(
             "tolerance": tolerance,
             "rank": rank,
             "ranks": whole["ranks"],
+            "config": config,
+            "compiler": compiler,
         }
-        found.listen(job, timeout, compiler)
+        found.listen(job, timeout)
     return replace(found.rehearsal(), seconds=time.perf_counter() - began)
 
 
@@ -126,7 +130,7 @@ class _Listener:
         self._at = "before its first point"
         self._died = ""
 
-    def listen(self, job: Mapping[str, Json], timeout: float | None, compiler: bool) -> None:
+    def listen(self, job: Mapping[str, Json], timeout: float | None) -> None:
         """Run one process; one that died before is the last.
 
         Raises:
@@ -135,7 +139,7 @@ class _Listener:
         if self._died:
             return
         try:
-            with closing(process.events(job, timeout, compiler)) as said:
+            with closing(process.events(job, timeout)) as said:
                 for event in said:
                     getattr(self, f"_on_{event['event']}")(event)
         except process.Died as died:

@@ -16,25 +16,26 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
+from aot_cache.options import CONFIG_VARIABLE
+
 Json = Any
-_KEPT = ("AOT_CACHE_CONFIG", "AOT_CACHE_DEBUG", "AOT_CACHE_MISSES", "AOT_CACHE_UNTESTED")
+_KEPT = (CONFIG_VARIABLE, "AOT_CACHE_DEBUG", "AOT_CACHE_MISSES", "AOT_CACHE_UNTESTED")
 
 
 class Died(Exception):
     """The process ended before it was done; the message says how: with which signal or code, and its last words."""
 
 
-def events(job: Mapping[str, Json], timeout: float | None, compiler: bool) -> Generator[Mapping[str, Json], None, None]:
+def events(job: Mapping[str, Json], timeout: float | None) -> Generator[Mapping[str, Json], None, None]:
     """Run the process in the current folder and yield its events.
 
     Args:
         timeout: seconds after which it is killed while it is at one point; None: never.
-        compiler: whether it may run a C compiler, for the recipe's own sake.
 
     Raises:
         Died: it ended before it was done, or was killed.
     """
-    with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch, _started(job, Path(scratch), compiler) as child:
+    with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch, _started(job, Path(scratch)) as child:
         patience = None
         while (line := child.line(patience)) is not None:
             event = json.loads(line)
@@ -99,13 +100,13 @@ class _Child:
 
 
 @contextmanager
-def _started(job: Mapping[str, Json], scratch: Path, compiler: bool) -> Iterator[_Child]:
+def _started(job: Mapping[str, Json], scratch: Path) -> Iterator[_Child]:
     process = subprocess.Popen(
         [sys.executable, "-m", "aot_cache.rehearsal.child"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=environment(scratch, job["rank"], job["ranks"], compiler),
+        env=environment(scratch, job),
         text=True,
     )
     child = _Child(process)
@@ -119,16 +120,22 @@ def _started(job: Mapping[str, Json], scratch: Path, compiler: bool) -> Iterator
         child.end()
 
 
-def environment(scratch: Path, rank: int, ranks: int, compiler: bool) -> dict[str, str]:
-    """Where nothing is but what a server has: no cache that anybody filled, no setting of ours, no C compiler."""
+def environment(scratch: Path, job: Mapping[str, Json]) -> dict[str, str]:
+    """Where nothing is but what a server has: no cache that anybody filled, no setting of ours, no C compiler.
+
+    With `compiler` one is left in reach, for the recipe's own sake.
+    """
     kept = {name: value for name, value in os.environ.items() if name in _KEPT or not name.startswith("AOT_CACHE")}
     for name in ("TRITON_INTERPRET", "TRITON_ALWAYS_COMPILE"):
         kept.pop(name, None)
     kept |= {"TRITON_CACHE_DIR": str(scratch / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
-    if not compiler:
+    if not job["compiler"]:
         kept |= {"CC": "/bin/false", "CXX": "/bin/false"}
-    if ranks > 1:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    if job["config"]:
+        kept[CONFIG_VARIABLE] = job["config"]
+    if job["ranks"] > 1:
+        names = {"RANK": job["rank"], "LOCAL_RANK": job["rank"]}
+        names |= {"WORLD_SIZE": job["ranks"], "LOCAL_WORLD_SIZE": job["ranks"]}
         kept |= {name: str(value) for name, value in names.items()}
     kept["PYTHONPATH"] = os.pathsep.join(path for path in (os.getcwd(), kept.get("PYTHONPATH", "")) if path)
     return kept

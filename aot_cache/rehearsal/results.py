@@ -129,7 +129,7 @@ class CaseResult:
             "name": self.name,
             "declared": self.declared,
             "chosen": self.chosen,
-            "run": len(self.points),
+            "run": len(self.different),
             "hits": self.count(HIT),
             "passed": self.passed,
             "not_captured": self.not_captured,

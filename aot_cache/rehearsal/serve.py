@@ -138,9 +138,9 @@ class Stage:
         theirs = _kept(wanted, made.eager, False)
         tolerance = self._tolerance
         if tolerance is None:
-            tolerance = compare.tolerance_of(
-                {*compare.dtypes_of(leaf.value for leaf in theirs if _is_tensor(leaf.value)), *_autocast(case)}
-            )
+            found = compare.dtypes_of([leaf.value for leaf in theirs if _is_tensor(leaf.value)])
+            weights = compare.dtypes_of(tensor for _, tensor in arguments.tensors_of(made.eager))
+            tolerance = compare.tolerance_of({*found, *weights, *_autocast(case)})
         apart = compare.compare(mine, theirs, tolerance, self._tolerance is not None)
         facts = {"distance": apart.value, "where": apart.where}
         if apart.close:
