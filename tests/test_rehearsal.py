@@ -432,3 +432,84 @@ def test_no_value_is_a_traceback(tmp_path_factory: pytest.TempPathFactory, name:
 
 def test_a_leaf_knows_its_path() -> None:
     assert [*leaves(3, "result")] == [Leaf("result", 3)]
+
+
+# --- captures, by a stand-in for them ---------------------------------------------------------------------------------
+
+
+class Graphs:
+    """Stands for torch's captures: the call runs at once, and `replay` does nothing; reading a value raises."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.captured = 0
+        self.capturing = False
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        patch.setattr(torch.cuda, "graph", lambda _: self)
+        patch.setattr(torch.cuda, "synchronize", lambda: None)
+        item = torch.Tensor.item
+        patch.setattr(torch.Tensor, "item", lambda tensor: self._refuse() or item(tensor))
+
+    def _refuse(self) -> None:
+        if self.capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def __enter__(self) -> None:
+        self.captured, self.capturing = self.captured + 1, True
+
+    def __exit__(self, *_: object) -> None:
+        self.capturing = False
+
+    def replay(self) -> None: ...
+
+
+class Quiet(SecondCount):
+    """Sees nothing; nothing is hooked for good."""
+
+    def __init__(self) -> None: ...
+
+    def total(self) -> dict[str, int]:
+        return dict.fromkeys(FAMILIES, 0)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
+    from aot_cache.runtime import loader
+
+    monkeypatch.setattr(loader, "arm", lambda _: None)  # there is nothing to be hooked into
+    return Graphs(monkeypatch)
+
+
+def test_every_first_call_is_inside_a_capture(graphs: Graphs) -> None:
+    from aot_cache.rehearsal.serve import Stage
+
+    stage, case = Stage("cuda", Quiet(), None), declare(n=Values(1, 2, 3))(lambda n: Call(torch.sin, torch.empty(n)))
+    found = [stage.run(case, {"n": n}) for n in (1, 2, 3)]
+    assert [point.status for point in found] == ["hit"] * 3 and all(point.captured for point in found)
+    assert graphs.captured == 3 and not stage.not_captured
+
+
+def test_a_call_that_no_capture_takes_is_made_outside(graphs: Graphs) -> None:
+    """Tried once; a server makes it outside, too. Its state is as it was before the capture broke off."""
+    from aot_cache.rehearsal.serve import Stage
+
+    total = torch.zeros(1)
+
+    def reading(x: torch.Tensor) -> float:
+        total.add_(1)
+        return float(x.sum().item() + total.item())
+
+    stage, case = Stage("cuda", Quiet(), None), declare(n=Values(1, 2))(lambda n: Call(reading, torch.empty(n)))
+    found = [stage.run(case, {"n": n}) for n in (1, 2)]
+    assert [(point.status, point.captured) for point in found] == [("hit", False)] * 2, found
+    assert "not permitted when stream is capturing" in stage.not_captured[case.name] and graphs.captured == 1
+
+
+def test_what_raises_everywhere_is_not_blamed_on_captures(graphs: Graphs) -> None:
+    from aot_cache.rehearsal.serve import Stage
+
+    def broken(x: torch.Tensor) -> None:
+        raise ValueError("always")
+
+    stage, case = Stage("cuda", Quiet(), None), declare(n=Values(1))(lambda n: Call(broken, torch.empty(n)))
+    found = stage.run(case, {"n": 1})
+    assert found.status == "cannot run" and "ValueError: always" in found.why and not stage.not_captured

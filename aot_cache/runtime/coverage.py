@@ -99,9 +99,9 @@ def _units(bundle: Bundle, details: Mapping[str, Json]) -> Iterator[_Unit]:
         unchosen = report.unchosen.get(f"{name} {tuning['key']}", "")
         yield _Unit(name, more["reached"], missing(name) or unchosen)
     sets = [graphs for graphs in loader.loaded_graphs() if graphs.bundle is bundle]
-    for number, (graph, more) in enumerate(zip(bundle.manifest["graphs"], details["graphs"])):
+    for graph, more in zip(bundle.manifest["graphs"], details["graphs"]):
         name = f"{graph['module']}:{graph['function']}"
-        why = sets[0].missing(number) if sets else "torch._dynamo is not imported: nothing is compiled yet"
+        why = sets[0].missing(name) if sets else "torch._dynamo is not imported: nothing is compiled yet"
         yield _Unit(name, more["reached"], why)
     for failed in details["failed"]:
         yield _Unit(str(failed.get("kernel", "")), {}, "it did not compile")

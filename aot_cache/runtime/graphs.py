@@ -72,6 +72,7 @@ class GraphSet:
         self._users: dict[str, dict[int, dict[str, Any]]] = {}
         """Compiled graph → the globals that name it, by their id."""
         self._codes: dict[str, types.CodeType] = {}
+        self._changed: dict[str, str] | None = None
         self._numbers = itertools.count(1)
         self.on_cpu = bool(bundle.manifest["target"]["backend"] == "cpu")
         self._lock = threading.RLock()
@@ -80,24 +81,32 @@ class GraphSet:
         """Whether any compiled graph is not loaded yet."""
         return self.loaded.primed < len(self._artifacts)
 
-    def missing(self, number: int) -> str:
-        """Why a graph would not be found, as far as can be told without a call; empty when it would."""
-        graph = self._graphs[number]
-        why = self._changed_source(graph, {}) or self.loaded.stale.get(_name(graph), "")
+    def missing(self, name: str) -> str:
+        """Why a graph of the function `module:qualname` would not be found, as far as is known; empty when it would.
+
+        Sources are looked at the first time, and by `changed`: it takes a while, and many points are asked for.
+        """
+        if self._changed is None:
+            self.changed()
+        why = (self._changed or {}).get(name) or self.loaded.stale.get(name)
         return why or ("its graph is not loaded" if self.waiting() else "")
 
     def changed(self) -> dict[str, str]:
         """Function → why its source, or that of what is inlined into it, is not what was built; of modules that are imported."""
         digests: dict[str, dict[str, set[str]]] = {}
-        found = {_name(graph): self._changed_source(graph, digests) for graph in self._graphs}
-        return {name: why for name, why in found.items() if why}
+        found = [(_name(graph), self._changed_source(graph, digests)) for graph in self._graphs]
+        self._changed = {name: why for name, why in found if why}
+        return self._changed
 
     def _changed_source(self, graph: Mapping[str, Json], digests: dict[str, dict[str, set[str]]]) -> str:
-        for module, qualname, digest in [(graph["module"], graph["function"], graph["code"]), *graph["inlined"]]:
+        # Of several functions of one name, as a loop makes them, the last one is found in its module.
+        alike = {other["code"] for other in self._graphs if _name(other) == _name(graph)}
+        inlined = [(module, qualname, {digest}) for module, qualname, digest in graph["inlined"]]
+        for module, qualname, wanted in [(graph["module"], graph["function"], alike), *inlined]:
             if module not in digests:
                 digests[module] = python_code.digests(module)
             here = digests[module].get(qualname)
-            if here and digest not in here:
+            if here and not here & wanted:
                 return f"the source of {module}:{qualname} differs"
         return ""
 
