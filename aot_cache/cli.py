@@ -1,7 +1,8 @@
 """The command line: parse, call, print. Nothing is decided here that a library user could want.
 
-Exit codes: 0 all is well · 1 the plans of `diff` differ · 2 not understood · 3 and above as `errors` says, where
-`verify` adds up 8 corrupt, 16 not for this host and 32 incomplete · 130 interrupted.
+Exit codes: 0 all is well · 1 the plans of `diff` differ · 2 not understood · 3 and above as `errors` says, such as 4 something
+did not compile and 5 a rehearsal did not pass; `verify` adds up 8 corrupt, 16 not for this host and 32 incomplete · 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from aot_cache import (
     native,
     page,
     recipe,
+    rehearsed,
     render,
     render_bundle,
     report,
@@ -27,6 +29,7 @@ from aot_cache import (
 )
 from aot_cache import target as targets_table
 from aot_cache.cli_build import AsJson, build
+from aot_cache.cli_rehearse import rehearse
 from aot_cache.errors import AotCacheError, BundleCorrupt, DeclarationError
 from aot_cache.key import Part
 from aot_cache.signature import parameter_names
@@ -69,6 +72,7 @@ def _top(context: typer.Context) -> None:
 
 
 app.command()(build)
+app.command()(rehearse)
 
 
 # --- looking ----------------------------------------------------------------------------------------------------------
@@ -121,6 +125,7 @@ def verify(
     try:
         bundle = read_bundle(path)
         facts["digest"] = bundle.digest
+        facts |= rehearsed.read(path, bundle.digest).facts()
         facts["findings"] = report.findings(bundle, digest, _host_parts(bundle))
     except BundleCorrupt as error:
         facts["findings"] = [report.finding(BundleCorrupt, str(error))]

@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from aot_cache import miss_file, model_types, recipe, render, render_build, report_build, shapes
+from aot_cache import miss_file, model_types, recipe, rehearsed, render, render_build, report_build, shapes
 from aot_cache import native as native_gpu
 from aot_cache import target as targets_table
 from aot_cache.build import pipeline
 from aot_cache.build.pipeline import Built, Request
+from aot_cache.cli_rehearse import After, after_build
 from aot_cache.errors import CompileFailed, DeclarationError, TargetError
 from aot_cache.plan import Plan
 from aot_cache.signature import parameter_names
@@ -66,6 +67,10 @@ Ranks = Annotated[
     ),
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default all cores.")]
+Rehearse = Annotated[
+    bool,
+    typer.Option("--rehearse/--no-rehearse", help="Run it as a server does, where that is possible here: target cpu."),
+]
 ShowPlan = Annotated[bool, typer.Option("--show-plan", help="Print what would be built, and why; compile nothing.")]
 
 
@@ -88,6 +93,7 @@ def build(
     python: Pythons = None,
     ranks: Ranks = None,
     workers: Workers = None,
+    rehearse: Rehearse = True,
     show_plan: ShowPlan = False,
     as_json: AsJson = False,
 ) -> None:
@@ -122,7 +128,7 @@ def build(
     if show_plan:
         _show_plans(requests, facts, as_json)
     else:
-        _build_all(requests, facts, as_json)
+        _build_all(requests, facts, as_json, rehearse)
 
 
 def _options(own: Mapping[str, str | int | None], texts: Sequence[str]) -> dict[str, str]:
@@ -225,15 +231,18 @@ def _show_plans(requests: Sequence[Request], facts: dict[str, Any], as_json: boo
         raise CompileFailed("a plan of all cases", names, "the others are planned without it")
 
 
-def _build_all(requests: Sequence[Request], facts: dict[str, Any], as_json: bool) -> None:
+def _build_all(requests: Sequence[Request], facts: dict[str, Any], as_json: bool, rehearse: bool) -> None:
     done: list[Built] = []
+    after: dict[str, After] = {}
     try:
         with render.Progress() as progress:
             for request in requests:
                 progress.target = request.target.id
                 done.append(pipeline.build(request, progress))
+                if rehearse:
+                    after[request.target.id] = after_build(done[-1], request.model, progress)
     finally:  # what was built for the targets before one that cannot be built is there, and is said
-        rows = [report_build.built(one) for one in done]
+        rows = [_facts_of(one, after.get(one.target)) for one in done]
         if as_json and (rows or not sys.exc_info()[0]):
             render.document({**facts, "bundles": rows})
         elif rows:
@@ -247,3 +256,12 @@ def _build_all(requests: Sequence[Request], facts: dict[str, Any], as_json: bool
             f"{len(failed)} failed ({names})",
             "the rest is kept",
         )
+    for one in after.values():
+        if one.error is not None:
+            raise one.error
+
+
+def _facts_of(one: Built, after: After | None) -> dict[str, Any]:
+    if after is None:
+        return report_build.built(one, rehearsed.read(one.path, one.digest))
+    return report_build.built(one, after.stamp, after.facts())

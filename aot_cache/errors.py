@@ -16,6 +16,7 @@ AotCacheError
 ├── NotReady                something declared is not installed, or a sealed process missed
 ├── CacheMiss               policy `error`: a call would compile, tune or load inside a capture or after `seal()`
 ├── RankDisagreement        the ranks of a job would not do the same thing, or one of them does not answer
+├── RehearsalFailed         a bundle does not hit, or is not near eager, at a point at which it was rehearsed
 └── TuneError               tuning could not run
 
 Every message says what was wanted, what was found, and what to do. The command line prints exactly one line and
@@ -71,6 +72,12 @@ class CompileFailed(AotCacheError):
     """Raised after a build in which units failed to compile; the others were kept."""
 
     exit_code = 4
+
+
+class RehearsalFailed(AotCacheError):
+    """Raised after a rehearsal in which not all chosen points hit and were near eager, or whose process died."""
+
+    exit_code = 5
 
 
 class StoreError(AotCacheError):

@@ -166,6 +166,25 @@ def findings(facts: Facts) -> None:
         line(f"{found['kind']}: {found['what']}")
     if not facts["findings"]:
         line("ok")
+    stamp(facts)
+
+
+def stamp(facts: Facts) -> None:
+    """What was rehearsed of a bundle: a line for each device."""
+    for name, text in stamp_lines(facts):
+        line(f"{name}: {text}")
+
+
+def stamp_lines(facts: Facts) -> list[tuple[str, str]]:
+    """(what it is, text) of each line about rehearsals."""
+    out = []
+    for run in facts.get("rehearsed", ()):
+        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)
+        worst = max((case["distance"] for case in run["cases"]), default=0.0)
+        out.append(("rehearsed", f"{run['text']}, {run['date']}, within {worst:.2g} of eager ({versions})"))
+    if facts.get("stamp_ignored"):
+        out.append(("not rehearsed", facts["stamp_ignored"]))
+    return out
 
 
 def explanation(facts: Facts) -> None:

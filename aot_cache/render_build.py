@@ -7,6 +7,7 @@ from typing import Any
 
 from aot_cache.render import line, size, table, times
 from aot_cache.render_bundle import overview
+from aot_cache.render_rehearsal import trouble
 
 Facts = Mapping[str, Any]
 
@@ -39,6 +40,7 @@ def builds(rows: Sequence[Facts]) -> None:
     table(("target", *numbers[:-1], "coverage", "seconds"), cells, numbers)
     for b in rows:
         line()
+        _rehearsal(b)
         if b["nothing_to_do"]:
             line(f"{b['target']}: nothing to do, nothing has changed since this was built")
         if b["ranks"] > 1:
@@ -58,6 +60,16 @@ def builds(rows: Sequence[Facts]) -> None:
         for instruction in b["dockerfile"]:
             line(f"Dockerfile: {instruction}")
         line(f"server: {b['server']}")
+
+
+def _rehearsal(built: Facts) -> None:
+    """What the rehearsal found with which a build ended."""
+    found = built["rehearsal"]
+    if found is None:
+        return
+    if not found["passed"]:
+        line(f"{built['target']}: the bundle does not hit where it is served; it is kept: {built['path']}")
+    trouble(found)
 
 
 def _became(built: Facts) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from aot_cache import render_grid
 from aot_cache.coverage_grid import signs
-from aot_cache.render import line, size, table
+from aot_cache.render import line, size, stamp_lines, table
 from aot_cache.report import SHORT, reached_text
 
 Json = Any
@@ -140,6 +140,7 @@ def _summary(facts: Facts) -> Iterator[tuple[str, object]]:
     if "pruned" in facts:
         yield "pruned", f"{facts['pruned']} that do not fit the target"
     yield "coverage", facts["coverage"]
+    yield from stamp_lines(facts)
     for case in facts["cases"]:
         dims = " ".join(f"{dim}={values}" for dim, values in case["dims"].items())
         seen = f"{case['points']} points" if case["points"] == case["total"] else f"{case['points']} of {case['total']}"

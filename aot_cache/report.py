@@ -19,6 +19,7 @@ from aot_cache.key import Part
 from aot_cache.manifest import unit_label, whole
 from aot_cache.plan import SCHEMA, Plan, Tuning, Unit
 from aot_cache.plan import diff as plan_diff
+from aot_cache.rehearsed import NO_STAMP, Stamp
 from aot_cache.shapes import point_text
 from aot_cache.signature import Names, closure_digest, no_names, signature, value_text
 from aot_cache.store import Bundle
@@ -41,6 +42,7 @@ def bundle(
     points: bool = False,
     names: Names = no_names,
     ledger: report_ledger.Ledger | None = None,
+    stamp: Stamp = NO_STAMP,
 ) -> Facts:
     """What a bundle holds; with `kernel` or `points` also its specializations.
 
@@ -48,6 +50,7 @@ def bundle(
         kernel: list the specializations of the kernels with this in their name.
         points: list those of every kernel.
         ledger: what serving processes counted.
+        stamp: what was rehearsed of it.
 
     Raises:
         BundleCorrupt: the manifest has another form than this version writes.
@@ -76,7 +79,8 @@ def bundle(
             "complete": bool(m["complete"]),
             "pruned": len(m["pruned"]),
             "key": dict(m["toolchain"]),
-            **_common(inside, failures(m["failed"])),
+            **_common(inside, failures(m["failed"]), stamp),
+            **stamp.facts(),
             "kernels": _kernels(inside, _chosen(inside, kernel), objects),
         }
         facts["graphs"] = report_graphs.graphs(m, m["objects"])
@@ -150,18 +154,21 @@ def failures(found: Iterable[Mapping[str, Json]]) -> list[Facts]:
     return [{k: str(f[k]) for k in ("kernel", "unit", "error")} for f in found]
 
 
-def coverage(origin: str, points: int, sampled: Sequence[str], failed: int = 0) -> str:
-    """What the declared ranges promise, in words."""
+def coverage(origin: str, points: int, sampled: Sequence[str], failed: int = 0, stamp: Stamp = NO_STAMP) -> str:
+    """What the declared ranges promise, in words: `proved` only of what was rehearsed, and at all points."""
     if failed:
         return f"not proved: {failed} failed"
-    if sampled:
-        return f"sampled: {', '.join(sampled)}"
+    rehearsals = "; ".join(run.text() for run in stamp.runs)
+    if sampled and not any(run.proved for run in stamp.runs):
+        return "; ".join(filter(None, (f"sampled: {', '.join(sampled)}", rehearsals)))
+    if rehearsals:
+        return rehearsals
     if origin == "recorded" or not points:
         return "recorded: what ran, nothing else"
-    return f"proved {points} point{'s' if points > 1 else ''}"
+    return f"enumerated {points} point{'s' if points > 1 else ''}"
 
 
-def _common(found: Plan, failed: list[Facts]) -> Facts:
+def _common(found: Plan, failed: list[Facts], stamp: Stamp = NO_STAMP) -> Facts:
     points = sum(case.points for case in found.cases)
     gone = {failure["kernel"] for failure in failed}
     return {
@@ -185,7 +192,7 @@ def _common(found: Plan, failed: list[Facts]) -> Facts:
         ],
         "points": points,
         "sampled": found.sampled,
-        "coverage": coverage(found.origin, points, found.sampled, len(failed)),
+        "coverage": coverage(found.origin, points, found.sampled, len(failed), stamp),
         "failed": failed,
         "units": len(found.units),
         "kernel_count": len({unit.kernel for unit in found.units}),

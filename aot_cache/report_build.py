@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from aot_cache import report, shapes
 from aot_cache.plan import Plan, Reached
+from aot_cache.rehearsed import NO_STAMP, Stamp
 from aot_cache.signature import Names, no_names
 from aot_cache.target import Difference, Target
 
@@ -50,16 +51,29 @@ def _union(boxes: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     return shapes.describe(map(dict, points), boxes[0])
 
 
-def built(result: Built) -> Facts:
-    """What one build did, and what to write where it is used."""
+def built(result: Built, stamp: Stamp = NO_STAMP, rehearsal: Facts | None = None) -> Facts:
+    """What one build did, and what to write where it is used.
+
+    Args:
+        stamp: what was rehearsed of it.
+        rehearsal: what is shown of the one with which it ended; None where there was none.
+    """
     return {
         **result.to_json(),
         "path": str(result.path.absolute()),
         "complete": not result.failed,
-        "coverage": report.coverage("", result.points, result.sampled, len(result.failed)),
+        "coverage": _coverage(result, stamp, rehearsal),
+        **stamp.facts(),
+        "rehearsal": rehearsal,
         "dockerfile": dockerfile(result.path, result.digest),
         "server": SERVER,
     }
+
+
+def _coverage(result: Built, stamp: Stamp, rehearsal: Facts | None) -> str:
+    if not result.failed and rehearsal is not None and not rehearsal["passed"]:
+        return str(rehearsal["verdict"])
+    return report.coverage("", result.points, result.sampled, len(result.failed), stamp)
 
 
 def dockerfile(bundle: Path, digest: str) -> list[str]:

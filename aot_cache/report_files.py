@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aot_cache import report, report_ledger
+from aot_cache import rehearsed, report, report_ledger
 from aot_cache.errors import DeclarationError
 from aot_cache.plan import Plan
 from aot_cache.signature import parameter_names
@@ -22,7 +22,7 @@ def facts(path: Path, kernel: str | None, points: bool, ledger: Sequence[Path]) 
     if not _is_plan(path):
         bundle = read_bundle(path)
         found = report_ledger.read(ledger, bundle.digest) if ledger else None
-        return report.bundle(bundle, kernel, points, parameter_names, found)
+        return report.bundle(bundle, kernel, points, parameter_names, found, rehearsed.read(path, bundle.digest))
     if ledger:
         raise DeclarationError("a bundle with --ledger", f"{path} is a plan", "name the bundle that was served")
     return report.plan(Plan.read(path), path, kernel, points, parameter_names)

@@ -172,9 +172,9 @@ def test_a_build_ends_with_what_a_dockerfile_needs(sample: Sample) -> None:
     (row,) = [line.split() for line in lines if line.startswith("h200 ")]
     assert any(line.split()[:2] == ["target", "specializations"] for line in lines), "as inspect calls them"
     size = f"{sample.bundle.stat().st_size / 1000:.1f}"
-    assert row[:-1] == ["h200", "2", "0", "2", "0", "0", size, "kB", "3", "of", "3", "proved", "3", "points"]
+    assert row[:-1] == ["h200", "2", "0", "2", "0", "0", size, "kB", "3", "of", "3", "enumerated", "3", "points"]
     assert f"digest: {digest}" in lines
-    assert "proved 3 points" in said.stdout and "compiled now" in said.stdout
+    assert "enumerated 3 points" in said.stdout and "compiled now" in said.stdout
 
 
 def test_a_build_again_has_nothing_to_do(real: Run, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_kernel_that_fails_is_named_and_the_rest_kept(real: Run, run: Run) -> 
 
 def test_the_plan_can_be_seen_without_compiling(real: Run, tmp_path: Path) -> None:
     (plan,) = real("build", "--model", "tiny:good", "--show-plan", "--json").document["plans"]
-    assert (plan["units"], plan["points"], plan["coverage"]) == (2, 3, "proved 3 points")
+    assert (plan["units"], plan["points"], plan["coverage"]) == (2, 3, "enumerated 3 points")
     assert plan["kernels"][0]["kernel"] == "tiny:scale"
     assert plan["kernels"][0]["reached"] == {"twice": [{"n": "15..17"}]}
     assert plan["cases"][0]["doc"] == "Twice as much."
@@ -430,7 +430,7 @@ def test_a_gpu_is_seen_without_torch(
 def test_inspecting_a_bundle(run: Run, sample: Sample) -> None:
     said = run("inspect", sample.bundle)
     assert (said.code, said.err) == (0, "")
-    for words in ("good (traced)", "h200, NVIDIA H200", read_bundle(sample.bundle).digest, "proved 3 points"):
+    for words in ("good (traced)", "h200, NVIDIA H200", read_bundle(sample.bundle).digest, "enumerated 3 points"):
         assert words in said.out
     assert "tiny:scale" in said.out and "toolkit" not in said.out
 
@@ -663,7 +663,9 @@ def test_what_is_not_understood_is_one_line(run: Run, arguments: str) -> None:
 def test_help_names_every_command(run: Run) -> None:
     said = run()
     assert said.code == 0
-    assert all(name in said.out for name in "build inspect verify explain targets record diff tune models".split())
+    assert all(
+        name in said.out for name in "build rehearse inspect verify explain targets record diff tune models".split()
+    )
     assert run("build", "--help").code == 0
 
 

@@ -25,12 +25,13 @@ LAYERS = (
     ("plan", "recipe", "manifest", "follows"),
     ("upstream", "signature", "missed", "miss_file"),
     ("native", "model_types", "coverage_grid", "report_graphs", "report_misses", "report_sizes", "call_leaves"),
+    ("rehearsed",),
     ("report_ledger", "render_grid", "page_style"),
     ("build", "runtime", "report"),
     ("tune_graphs", "report_build", "report_files"),
     ("tune", "render"),
-    ("render_bundle", "page"),
-    ("render_build",),
+    ("rehearsal", "render_bundle", "render_rehearsal", "page"),
+    ("cli_rehearse", "render_build"),
     ("cli_build",),
     ("", "auto", "cli", "models", "engines"),  # "" is aot_cache/__init__.py
 )
@@ -166,7 +167,7 @@ def test_arrows_point_down(module: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize(("wing", "other"), [("build", "runtime"), ("runtime", "build")])
+@pytest.mark.parametrize(("wing", "other"), [("build", "runtime"), ("runtime", "build"), ("rehearsal", "build")])
 def test_the_wings_do_not_know_each_other(wing: str, other: str) -> None:
     wrong = [
         at(module, item.line)

@@ -97,7 +97,7 @@ def hostile(value: Any) -> Any:
 def test_the_page_says_what_the_bundle_is(tmp_path: Path) -> None:
     facts = facts_of(tmp_path)
     seen = Seen(page.page(facts))
-    for text in (facts["recipe"], "NVIDIA H200 (h200)", f"sha256 {facts['digest']}", "proved 4 points", "complete"):
+    for text in (facts["recipe"], "NVIDIA H200 (h200)", f"sha256 {facts['digest']}", "enumerated 4 points", "complete"):
         assert text in seen.texts
     used = "\n".join(seen.texts)
     assert all(text in used for text in report_build.dockerfile(Path(facts["path"]), facts["digest"]))

@@ -40,6 +40,7 @@ ERRORS = {  # name: (base, exit code of the command line)
     "DigestMismatch": ("StoreError", 8),
     "Incompatible": ("AotCacheError", 16),
     "NotReady": ("AotCacheError", 32),
+    "RehearsalFailed": ("AotCacheError", 5),
     "CacheMiss": ("AotCacheError", 64),
     "RankDisagreement": ("AotCacheError", 3),
     "TuneError": ("AotCacheError", 3),

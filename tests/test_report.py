@@ -195,7 +195,7 @@ def test_the_facts_of_a_bundle(tmp_path: Path) -> None:
     assert wanted.items() <= facts.items()
     assert (facts["digest"], facts["bytes"]) == (found.digest, found.path.stat().st_size)
     assert (facts["units"], facts["untuned"], facts["pruned"], facts["complete"]) == (3, 1, 0, True)
-    assert facts["coverage"] == "proved 4 points"
+    assert facts["coverage"] == "enumerated 4 points"
     assert "specializations" not in facts
 
 
@@ -331,8 +331,8 @@ def test_a_plan_with_strange_values_is_one_error() -> None:
 @pytest.mark.parametrize(
     ("origin", "points", "sampled", "text"),
     [
-        ("traced", 1112, [], "proved 1112 points"),
-        ("traced", 1, [], "proved 1 point"),
+        ("traced", 1112, [], "enumerated 1112 points"),
+        ("traced", 1, [], "enumerated 1 point"),
         ("traced", 90, ["decode.batch", "prefill.tokens"], "sampled: decode.batch, prefill.tokens"),
         ("recorded", 0, [], "recorded: what ran, nothing else"),
         ("", 0, [], "recorded: what ran, nothing else"),
@@ -439,7 +439,7 @@ def test_a_build_says_what_goes_into_the_dockerfile() -> None:
         f"ENV AOT_CACHE={there} AOT_CACHE_DIGEST={'d' * 64}",
     ]
     assert facts["server"] == "import aot_cache.auto  # before the model"
-    assert facts["coverage"] == "proved 4 points"
+    assert facts["coverage"] == "enumerated 4 points"
 
 
 def test_a_bundle_within_the_folder_is_copied_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import pickle
 import re
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +41,7 @@ from aot_cache.upstream import (
     inductor_artifact,
     inductor_events,
     inductor_target,
+    second_count,
     torch_fake,
     versions,
 )
@@ -897,3 +899,22 @@ def test_hooks_are_taken_out() -> None:
     ):
         assert what.__module__.partition(".")[0] == "torch", what
     assert UPSTREAM.is_dir()
+
+
+# --- _dynamo/callback.py, _inductor/codecache.py: the second count ----------------------------------------------------
+
+
+def test_what_the_second_count_reads() -> None:
+    """A counter that is called otherwise would be zero for ever."""
+    from torch._dynamo.callback import CallbackTrigger
+
+    sources = "".join((Path(torch.__file__).parent / "_inductor" / name).read_text() for name in _COUNTING)
+    for name in second_count._INDUCTOR:
+        need(f'counters["inductor"]["{name}"] += 1' in sources, f"Inductor no longer counts {name}")
+    common = (Path(torch.__file__).parent / "_dynamo" / "backends" / "common.py").read_text()
+    need('counters["aot_autograd"]["total"] += 1' in common, "backends/common.py no longer counts aot_autograd's total")
+    names = {trigger.name for trigger in CallbackTrigger}
+    need({"DYNAMO", "CUDAGRAPH_RECORDING"} <= names, f"callbacks are triggered by {sorted(names)}")
+
+
+_COUNTING = ("codecache.py", "async_compile.py")

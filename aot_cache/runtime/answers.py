@@ -5,6 +5,7 @@ Imported inside somebody's import of Dynamo, like `graphs`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ from aot_cache.upstream.dynamo_frames import Found, Frame
 
 Json = Any
 _REASONS = 3
+_MOST_MISSED = 65536
 
 
 class Answers:
@@ -39,6 +41,8 @@ class Answers:
     def __init__(self, guard: Guard, refuse: Callable[[Exception], None]) -> None:
         self._guard, self._refuse = guard, refuse
         self.sets: list[GraphSet] = []
+        self.missed: dict[tuple[Any, ...], str] = {}
+        """Function, case and each dimension's (name, value) of calls that missed at points that they can be told to have."""
         self._declared: dict[str, tuple[list[CallPlan], list[CasePlan]]] = {}
 
     def hook(self) -> Iterator[Callable[[], None]]:
@@ -80,7 +84,15 @@ class Answers:
             why = "no bundle with graphs is loaded"
         else:
             why = "; ".join(found[:_REASONS]) or "no graph is of this function"
+            self._remember(frame, why)
         return why, lambda: self._facts(frame)
+
+    def _remember(self, frame: Frame, why: str) -> None:
+        """What missed once is no hit to whoever asks (`will_hit`), even if Dynamo has compiled it since."""
+        with contextlib.suppress(Exception):  # the call goes on
+            for case, point in self._facts(frame)["points"].items():
+                if len(self.missed) < _MOST_MISSED:
+                    self.missed[(frame.function, case, *point.items())] = why
 
     def _facts(self, frame: Frame) -> dict[str, Json]:
         mode = _mode()

@@ -1,7 +1,8 @@
 """Whether a declared point would hit in this process: every unit that it reaches is installed. Asked before a capture.
 
-From what the bundles say of themselves; nothing is called, and nothing is looked at on the GPU. What only a call can tell
-(a guard on a value that changed since) is `aot_cache.explain`'s to say.
+From what the bundles say of themselves, the sources that are imported, and what has missed already; nothing is called, and
+nothing is looked at on the GPU. What only a call can tell (a guard on a value that changed since) is `aot_cache.explain`'s
+to say, until it has missed once.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def will_hit(what: Any, point: Mapping[str, int]) -> Hit:
                 one for one in units if any(shapes.holds(box, point) for box in one.reached.get(case["name"], ()))
             ]
             covered |= bool(reached)
-            why += [f"{one.name}: {one.missing}" for one in reached if one.missing]
+            for one in reached:
+                missing = one.missing or loader.missed_before(one.name, case["name"], point)
+                why += [f"{one.name}: {missing}"] if missing else []
     if not known:
         raise UnknownName(f"a case, compiled function or kernel {name!r} in a loaded bundle", "none has it")
     at = ", ".join(f"{dim}={value}" for dim, value in point.items())

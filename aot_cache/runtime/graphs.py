@@ -73,6 +73,7 @@ class GraphSet:
         self._users: dict[str, dict[int, dict[str, Any]]] = {}
         """Compiled graph → the globals that name it, by their id."""
         self._codes: dict[str, types.CodeType] = {}
+        self._changed: dict[str, str] | None = None
         self._numbers = itertools.count(1)
         self.on_cpu = bool(bundle.manifest["target"]["backend"] == "cpu")
         self._lock = threading.RLock()
@@ -82,10 +83,33 @@ class GraphSet:
         return self.loaded.primed < len(self._artifacts)
 
     def missing(self, name: str) -> str:
-        """Why a graph of the function `module:qualname` would not be found, as far as is known; empty when it would."""
-        if name in self.loaded.stale:
-            return self.loaded.stale[name]
-        return "its graph is not loaded" if self.waiting() else ""
+        """Why a graph of the function `module:qualname` would not be found, as far as is known; empty when it would.
+
+        Sources are looked at the first time, and by `changed`: it takes a while, and many points are asked for.
+        """
+        if self._changed is None:
+            self.changed()
+        why = (self._changed or {}).get(name) or self.loaded.stale.get(name)
+        return why or ("its graph is not loaded" if self.waiting() else "")
+
+    def changed(self) -> dict[str, str]:
+        """Function → why its source, or that of what is inlined into it, is not what was built; of modules that are imported."""
+        digests: dict[str, dict[str, set[str]]] = {}
+        found = [(_name(graph), self._changed_source(graph, digests)) for graph in self._graphs]
+        self._changed = {name: why for name, why in found if why}
+        return self._changed
+
+    def _changed_source(self, graph: Mapping[str, Json], digests: dict[str, dict[str, set[str]]]) -> str:
+        # Of several functions of one name, as a loop makes them, the last one is found in its module.
+        alike = {other["code"] for other in self._graphs if _name(other) == _name(graph)}
+        inlined = [(module, qualname, {digest}) for module, qualname, digest in graph["inlined"]]
+        for module, qualname, wanted in [(graph["module"], graph["function"], alike), *inlined]:
+            if module not in digests:
+                digests[module] = python_code.digests(module)
+            here = digests[module].get(qualname)
+            if here and not here & wanted:
+                return f"the source of {module}:{qualname} differs"
+        return ""
 
     def wanted(self, code: types.CodeType) -> bool:
         """Whether any graph may be for this code."""
@@ -168,7 +192,7 @@ class GraphSet:
         for module, qualname, digest in graph["inlined"]:
             if digest not in here[module].get(qualname, ()):
                 why = f"the source of {module}:{qualname} differs"
-                self.loaded.stale[f"{graph['module']}:{graph['function']}"] = why
+                self.loaded.stale[_name(graph)] = why
                 return why
         return ""
 
@@ -220,6 +244,10 @@ class GraphSet:
     def _library(self, source: str) -> bytes | None:
         digest = self._libraries.get(source)
         return self.bundle.object(digest) if digest is not None else None
+
+
+def _name(graph: Mapping[str, Json]) -> str:
+    return f"{graph['module']}:{graph['function']}"
 
 
 def differing(bound: Mapping[str, Json], target: Mapping[str, Json]) -> list[Part]:

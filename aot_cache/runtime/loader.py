@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,8 @@ def _missing_graphs() -> list[str]:
     if any(bundle.manifest["graphs"] for bundle in _graph_bundles):
         return ["graphs (torch._dynamo is not imported: nothing is compiled yet)"]
     sets = _answers.sets if _answers is not None else []
-    return [f"{g.loaded.graphs} graphs (CUDA is not initialised)" for g in sets if g.waiting()]
+    waiting = [f"{g.loaded.graphs} graphs (CUDA is not initialised)" for g in sets if g.waiting()]
+    return waiting + [f"{name} ({why})" for g in sets for name, why in g.changed().items()]
 
 
 def seal() -> None:
@@ -223,6 +224,11 @@ def loaded() -> list[KernelSet]:
 def loaded_graphs() -> list[Any]:
     """The `runtime.graphs.GraphSet`s in this process."""
     return list(_answers.sets) if _answers is not None else []
+
+
+def missed_before(function: str, case: str, point: Mapping[str, int]) -> str:
+    """Why a call of a compiled function has missed in this process at a declared point; empty if none has."""
+    return _answers.missed.get((function, case, *point.items()), "") if _answers is not None else ""
 
 
 def _add(path: Path, digest: str | None) -> KernelSet:

@@ -1,0 +1,191 @@
+"""Ask a fresh process that has only a bundle whether it hits: `aot-cache rehearse`. Stands above both wings.
+
+It shares nothing with the builder: real tensors, the recipe's own code, the loader as a server uses it, and a count of events
+beside the ledger's.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from aot_cache import errors, manifest, native
+from aot_cache.errors import DeclarationError, RehearsalFailed, TargetError, UnknownName
+from aot_cache.rehearsal import process
+from aot_cache.rehearsal.results import CaseResult, Missed, PointResult, Rehearsal
+from aot_cache.shapes import point_text
+from aot_cache.store import Bundle, read_bundle
+from aot_cache.upstream.versions import installed
+
+__all__ = ["CaseResult", "Missed", "PointResult", "Rehearsal", "rehearse", "versions"]
+
+Json = Any
+Progress = Callable[[str, int, int], None]
+POINTS = 64
+"""Of each case, unless somebody says otherwise."""
+
+
+def rehearse(
+    path: Path,
+    *,
+    digest: str | None = None,
+    points: int | None = POINTS,
+    cases: Sequence[str] = (),
+    tolerance: float | None = None,
+    timeout: float | None = None,
+    compiler: bool = False,
+    config: str | None = None,
+    progress: Progress = lambda *_: None,
+) -> Rehearsal:
+    """Run a bundle's declared points in a fresh process that has only the bundle and the recipe's code.
+
+    Args:
+        path: the bundle.
+        digest: the one that it must have.
+        points: of each case at most so many, a spread of them; None for all that are declared.
+        cases: names of those that are run; none for all.
+        tolerance: how far results may be from eager's; None: by dtype (see `compare`).
+        timeout: seconds that a point may take; None: any time.
+        compiler: leave a C compiler in reach, which the recipe's own code needs.
+        config: the config file that the recipe is of; None: what AOT_CACHE_CONFIG names.
+
+    Returns:
+        What was found; `passed` says whether all of it is good.
+
+    Raises:
+        StoreError: there is no such bundle, or it is not sound.
+        DeclarationError, UnknownName: the bundle has no recipe, or it is not here, or not as it was built.
+        TargetError: it is for a GPU, and none is here.
+        Incompatible: it is not for this host.
+        RehearsalFailed: the process died before it came to the first point.
+    """
+    began = time.perf_counter()
+    bundle = read_bundle(path, digest)
+    whole = manifest.whole(bundle)
+    _check(bundle, whole, cases)
+    found = _Listener(bundle, progress)
+    for rank in _ranks(whole):
+        job = {
+            "bundle": str(path.absolute()),
+            "digest": bundle.digest,
+            "cases": list(cases),
+            "points": points,
+            "tolerance": tolerance,
+            "rank": rank,
+            "ranks": whole["ranks"],
+            "config": config,
+            "compiler": compiler,
+        }
+        found.listen(job, timeout)
+    return replace(found.rehearsal(), seconds=time.perf_counter() - began)
+
+
+def versions() -> dict[str, str]:
+    """What a rehearsal's result depends on beside the bundle and the device."""
+    packages = {name: installed(name) for name in ("torch", "triton")}
+    return {"aot-cache": installed("aot_cache"), "python": platform.python_version(), **packages}
+
+
+def _check(bundle: Bundle, whole: Mapping[str, Json], cases: Sequence[str]) -> None:
+    """What is wrong before anything starts.
+
+    Raises:
+        DeclarationError: no recipe says what is to be called, or nothing was built of it.
+        UnknownName: it has no such case.
+        TargetError: the GPU is not here.
+    """
+    if not whole["spec"] or whole["origin"] != "traced":
+        do = "a recorded plan says which kernels ran, not how to call them"
+        raise DeclarationError(f"a bundle of a recipe at {bundle.path}", "one of a recorded plan", do)
+    if not (whole["units"] or whole["graphs"]):
+        raise DeclarationError(f"something to rehearse in {bundle.path}", "neither a kernel nor a graph")
+    known = [str(case["name"]) for case in whole["cases"]]
+    for name in cases:
+        if name not in known:
+            raise UnknownName(f"a case called {name!r} in {bundle.path}", f"it has {', '.join(known)}")
+    target = whole["target"]
+    if target["backend"] != "cpu" and not native.gpu_here():
+        raise TargetError(f"a {target['name']} to rehearse {bundle.path} on", "no GPU here", "run this where it serves")
+
+
+def _ranks(whole: Mapping[str, Json]) -> list[int]:
+    """The first rank stands for all, unless one of them has graphs of its own."""
+    own = any(graph["rank"] is not None for graph in whole["graphs"])
+    return list(range(whole["ranks"])) if own else [0]
+
+
+class _Listener:
+    """Puts together what the process says."""
+
+    def __init__(self, bundle: Bundle, progress: Progress) -> None:
+        self._bundle, self._progress = bundle, progress
+        self._ready: Mapping[str, Json] | None = None
+        self._cases: dict[str, CaseResult] = {}
+        self._at = "before its first point"
+        self._died = ""
+
+    def listen(self, job: Mapping[str, Json], timeout: float | None) -> None:
+        """Run one process; one that died before is the last.
+
+        Raises:
+            AotCacheError: what it raised before it came to the first point.
+        """
+        if self._died:
+            return
+        try:
+            with closing(process.events(job, timeout)) as said:
+                for event in said:
+                    getattr(self, f"_on_{event['event']}")(event)
+        except process.Died as died:
+            if self._ready is None:
+                wanted = f"the rehearsal of {self._bundle.path} to come to its first point"
+                raise RehearsalFailed(wanted, str(died), "AOT_CACHE_DEBUG=1 shows what it says") from None
+            self._died = f"the rehearsal's process did not finish: {died} ({self._at})"
+
+    def _on_error(self, event: Mapping[str, Json]) -> None:
+        raise getattr(errors, event["type"])(event["wanted"], event["found"], event["do"])
+
+    def _on_ready(self, event: Mapping[str, Json]) -> None:
+        self._ready = event
+
+    def _on_case(self, event: Mapping[str, Json]) -> None:
+        known = self._cases.get(event["name"])
+        if known is None:
+            self._cases[event["name"]] = CaseResult(event["name"], event["declared"], event["chosen"], ())
+        else:  # another rank runs the same
+            self._cases[event["name"]] = replace(known, chosen=known.chosen + event["chosen"])
+
+    def _on_at(self, event: Mapping[str, Json]) -> None:
+        self._at = f"at {', '.join(filter(None, (event['case'], point_text(event['point']))))}"
+
+    def _on_point(self, event: Mapping[str, Json]) -> None:
+        result = PointResult.from_json({name: value for name, value in event.items() if name != "event"})
+        case = self._cases[result.case]
+        self._cases[result.case] = case = replace(case, points=(*case.points, result))
+        self._progress(f"rehearse {case.name}", len(case.points), case.chosen)
+
+    def _on_done(self, event: Mapping[str, Json]) -> None:
+        self._cases[event["name"]] = replace(self._cases[event["name"]], not_captured=event["not_captured"])
+
+    def _on_end(self, event: Mapping[str, Json]) -> None:
+        self._at = "after its last point"
+
+    def rehearsal(self) -> Rehearsal:
+        """What was found."""
+        assert self._ready is not None
+        return Rehearsal(
+            path=self._bundle.path,
+            digest=self._bundle.digest,
+            device=self._ready["device"],
+            versions=versions(),
+            date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            cases=tuple(self._cases.values()),
+            not_ready=self._ready["not_ready"],
+            died=self._died,
+        )

@@ -1,0 +1,79 @@
+"""Which cases and points of a bundle are rehearsed: those that it was built for, all of them or a spread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from aot_cache import shapes
+from aot_cache.errors import DeclarationError, UnknownName
+from aot_cache.recipe import Case, Recipe
+from aot_cache.shapes import Point
+
+Json = Any
+MOST = 1_000_000
+"""Points of a case that can be asked for with `--all`."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A case with the points at which it is to be run, of so many that are declared."""
+
+    case: Case
+    points: Sequence[Point]
+    declared: int
+
+
+def choose(recipe: Recipe, built: Sequence[Mapping[str, Json]], only: Sequence[str], most: int | None) -> list[Chosen]:
+    """What is to be run, in the bundle's order; of a case that is left out no point.
+
+    Args:
+        recipe: as its code is now.
+        built: the bundle's cases: ranges may have been narrowed, and missed points added, when it was built.
+        only: names of cases; none for all.
+        most: points a case; None for all that are declared.
+
+    Raises:
+        UnknownName: the recipe has no such case.
+        DeclarationError: the case has other dimensions now, or too many points for all of them.
+    """
+    return [_chosen(_as_built(recipe, case), most, not only or case["name"] in only) for case in built]
+
+
+def _as_built(recipe: Recipe, built: Mapping[str, Json]) -> Case:
+    found = next((case for case in recipe.cases if case.name == built["name"]), None)
+    if found is None:
+        has = ", ".join(case.name for case in recipe.cases)
+        raise UnknownName(f"the bundle's case {built['name']!r} in recipe {recipe.name!r}", f"it has {has}", _AGAIN)
+    if set(found.dims) != set(built["dims"]):
+        wanted = f"case {found.name!r} with the dimensions {', '.join(built['dims']) or 'none'}, as it was built"
+        raise DeclarationError(wanted, f"it has {', '.join(found.dims) or 'none'}", _AGAIN)
+    dims = {name: shapes.parse_dimension(str(text)) for name, text in built["dims"].items()}
+    return replace(found, dims=dims, missed=tuple(built["missed"]))
+
+
+_AGAIN = "build it again: the recipe has changed"
+
+
+def _chosen(case: Case, most: int | None, wanted: bool) -> Chosen:
+    everything = case.points()
+    if not wanted:
+        return Chosen(case, (), everything.total)
+    missed = everything.points[len(everything.points) - everything.added :]
+    if most is None:
+        if everything.total > MOST:
+            raise DeclarationError(
+                f"at most {MOST} points of case {case.name!r}", f"{everything.total}", "give --points"
+            )
+        return Chosen(case, [*shapes.enumerate_points(case.dims, MOST).points, *missed], everything.total)
+    return Chosen(case, [*_spread(case.dims, most), *missed], everything.total)
+
+
+def _spread(dims: Mapping[str, shapes.Dimension], most: int) -> list[Point]:
+    """At most so many points: ends, ones and where keys change first; else, of the corners alone, evenly many."""
+    try:
+        return shapes.enumerate_points(dims, most).points
+    except DeclarationError:  # the ends of many dimensions are more points than that
+        corners = shapes.enumerate_points(dims, 2 ** len(dims)).points
+        return [corners[round(n * (len(corners) - 1) / max(1, most - 1))] for n in range(most)]

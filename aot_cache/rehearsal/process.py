@@ -1,0 +1,155 @@
+"""Start the process that has only the bundle, and listen to it: what it says, how it ends, and where it was then."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Thread
+from typing import IO, Any
+
+from aot_cache.options import CONFIG_VARIABLE
+
+Json = Any
+_KEPT = (CONFIG_VARIABLE, "AOT_CACHE_DEBUG", "AOT_CACHE_MISSES", "AOT_CACHE_UNTESTED")
+
+
+class Died(Exception):
+    """The process ended before it was done; the message says how: with which signal or code, and its last words."""
+
+
+def events(job: Mapping[str, Json], timeout: float | None) -> Generator[Mapping[str, Json], None, None]:
+    """Run the process in the current folder and yield its events.
+
+    Args:
+        timeout: seconds after which it is killed while it is at one point; None: never.
+
+    Raises:
+        Died: it ended before it was done, or was killed.
+    """
+    with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch, _started(job, Path(scratch)) as child:
+        patience = None
+        while (line := child.line(patience)) is not None:
+            event = json.loads(line)
+            yield event
+            if event["event"] in ("end", "error"):
+                return
+            patience = timeout if event["event"] == "at" else None
+        raise Died(child.last())
+
+
+def _how(code: int) -> str:
+    if code >= 0:
+        return f"it ended with code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"it was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+class _Child:
+    """The process and what it says."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self._said: queue.Queue[str | None] = queue.Queue()
+        self._last_words: deque[str] = deque(maxlen=20)
+        self._readers = [
+            Thread(target=_lines, args=(process.stdout, self._said), daemon=True),
+            Thread(target=_drain, args=(process.stderr, self._last_words), daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def line(self, timeout: float | None) -> str | None:
+        """What it says next; None when it is silent for good.
+
+        Raises:
+            Died: it said nothing for so long.
+        """
+        try:
+            return self._said.get(timeout=timeout)
+        except queue.Empty:
+            raise Died(f"it was killed after {timeout:g} s without a word") from None
+
+    def last(self) -> str:
+        """How it ended, and its last words."""
+        code = self.process.wait()
+        self._readers[1].join()
+        words = [word.strip() for word in self._last_words if word.strip()]
+        return f"{_how(code)}: {words[-1] if words else 'no word'}"
+
+    def end(self) -> None:
+        """It does not outlive this."""
+        self.process.kill()
+        self.process.wait()
+        for reader in self._readers:
+            reader.join()
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+@contextmanager
+def _started(job: Mapping[str, Json], scratch: Path) -> Iterator[_Child]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aot_cache.rehearsal.child"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(scratch, job),
+        text=True,
+    )
+    child = _Child(process)
+    try:
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):  # it is dead already, which its silence says
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.close()
+        yield child
+    finally:
+        child.end()
+
+
+def environment(scratch: Path, job: Mapping[str, Json]) -> dict[str, str]:
+    """Where nothing is but what a server has: no cache that anybody filled, no setting of ours, no C compiler.
+
+    With `compiler` one is left in reach, for the recipe's own sake.
+    """
+    kept = {name: value for name, value in os.environ.items() if name in _KEPT or not name.startswith("AOT_CACHE")}
+    for name in ("TRITON_INTERPRET", "TRITON_ALWAYS_COMPILE"):
+        kept.pop(name, None)
+    kept |= {"TRITON_CACHE_DIR": str(scratch / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
+    if not job["compiler"]:
+        kept |= {"CC": "/bin/false", "CXX": "/bin/false"}
+    if job["config"]:
+        kept[CONFIG_VARIABLE] = job["config"]
+    if job["ranks"] > 1:
+        names = {"RANK": job["rank"], "LOCAL_RANK": job["rank"]}
+        names |= {"WORLD_SIZE": job["ranks"], "LOCAL_WORLD_SIZE": job["ranks"]}
+        kept |= {name: str(value) for name, value in names.items()}
+    kept["PYTHONPATH"] = os.pathsep.join(path for path in (os.getcwd(), kept.get("PYTHONPATH", "")) if path)
+    return kept
+
+
+def _lines(stream: IO[str], into: queue.Queue[str | None]) -> None:
+    for line in stream:
+        into.put(line)
+    into.put(None)
+
+
+def _drain(stream: IO[str], into: deque[str]) -> None:
+    show = os.environ.get("AOT_CACHE_DEBUG") == "1"
+    for line in stream:
+        into.append(line)
+        if show:
+            sys.stderr.write(line)

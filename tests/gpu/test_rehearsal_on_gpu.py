@@ -1,0 +1,54 @@
+"""A rehearsal on a real GPU: first calls inside captures, of kernels and of compiled functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aot_cache import native, rehearsed
+from aot_cache.build.pipeline import Request, build
+from aot_cache.rehearsal import rehearse
+
+pytestmark = pytest.mark.timeout(600)
+ROOT = Path(__file__).resolve().parents[2]
+
+MODULE = """
+import torch
+import triton
+import triton.language as tl
+
+from aot_cache import Call, Range, Recipe, declare
+
+@triton.jit
+def scale(x, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x + at, tl.load(x + at, mask=at < n) * 2, mask=at < n)
+
+@torch.compile
+def double(x):
+    return torch.nn.functional.gelu(x) * 2
+
+def launched(x):
+    scale[(triton.cdiv(x.numel(), 64),)](x, x.numel(), BLOCK=64)
+    return x
+
+def rows(n):
+    return torch.empty(n, 16, device="cuda")
+
+kernel = declare(name="kernel", n=Range(1, 6))(lambda n: Call(launched, rows(n)))
+graph = declare(name="graph", n=Range(2, 6))(lambda n: Call(double, rows(n)))
+recipe = Recipe("both", [kernel, graph])
+"""
+
+
+def test_all_of_it_hits_inside_captures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "on_gpu.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    made = build(Request(native.native()[0], tmp_path / "store", "on_gpu:recipe"))
+    found = rehearse(made.path, points=None)
+    assert found.passed, found.reasons()
+    assert found.hits == 11 and all(point.captured for case in found.cases for point in case.points)
+    assert not any(case.not_captured for case in found.cases)
+    assert rehearsed.add(made.path, found.run()).runs[0].text() == f"proved 11 points on {found.device}"
