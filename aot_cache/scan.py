@@ -12,7 +12,7 @@ import pickletools
 import re
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class Finding:
     what: str
 
 
-def findings(graphs: list[Mapping[str, Json]], read: Callable[[str], bytes]) -> list[Finding]:
+def findings(graphs: Sequence[Mapping[str, Json]], read: Callable[[str], bytes]) -> list[Finding]:
     """Everything in `graphs` (of a manifest) that no server has.
 
     Args:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from aot_cache import shapes
+from aot_cache import scan, shapes
 from aot_cache.key import UNITS, objects_of
 from aot_cache.plan import Plan, Tuning
 from aot_cache.store import Store
@@ -55,7 +55,7 @@ def assemble(
                 "reached": unit.reached,
             }
         )
-    graphs = answer.get("graphs", [])
+    graphs = _for_servers(answer.get("graphs", []), store, failed)
     for digest in sorted({digest for graph in graphs for digest in objects_of(graph)}):
         objects[digest] = store.get(digest)
     for native in answer.get("native", []):
@@ -88,6 +88,21 @@ def assemble(
     return manifest, objects
 
 
+def _for_servers(
+    graphs: Sequence[dict[str, Json]], store: Store, failed: list[dict[str, Json]]
+) -> list[dict[str, Json]]:
+    """Graphs without those that hold something which no server has (`scan`): they are added to what failed."""
+    wrong: dict[int, list[str]] = {}
+    for finding in scan.findings(graphs, store.get):
+        wrong.setdefault(finding.graph, []).append(finding.what)
+    for number, what in sorted(wrong.items()):
+        graph = graphs[number]
+        name, why = f"{graph['module']}:{graph['function']}", f"its graph would hit nowhere: {'; '.join(what[:3])}"
+        unit = {"unit": graph["guard_state"][:16], "reached": graph["reached"]}
+        failed.append({"kernel": name, "error": why, **unit})
+    return [graph for number, graph in enumerate(graphs) if number not in wrong]
+
+
 def covered(plan: Plan, failed: Iterable[Mapping[str, Json]]) -> int:
     """How many of the visited points reach nothing that failed; 0 where a failure belongs to no point that is known.
 
@@ -99,7 +114,7 @@ def covered(plan: Plan, failed: Iterable[Mapping[str, Json]]) -> int:
     for failure in failed:
         if failure["kernel"].startswith("case "):  # a point of it, which is all that such a failure names
             lost.add((failure["kernel"].removeprefix("case "), failure["unit"]))
-        elif failure["unit"] not in reached:
+        elif failure["unit"] not in reached and "reached" not in failure:
             return 0
         for case, boxes in failure.get("reached", reached.get(failure["unit"], {})).items():
             lost.update((case, shapes.point_text(point)) for point in shapes.expand(boxes))

@@ -14,7 +14,7 @@ from aot_cache.build.groups import Look, Seen
 from aot_cache.build.one_point import Broken
 from aot_cache.recipe import Case
 from aot_cache.shapes import Point
-from aot_cache.upstream import dynamo_frames, process_settings
+from aot_cache.upstream import dynamo_frames, dynamo_inputs, inductor_artifact, process_settings
 from aot_cache.upstream.dynamo_frames import Frame
 from aot_cache.upstream.torch_fake import NEEDS_VALUES, HostMode, without_launches
 
@@ -45,10 +45,29 @@ class Looker:
                 case.call(self._points[number][self.hint_first(number, range(len(self._points[number])))[0]])
 
     def look(self, jobs: Sequence[Look]) -> Iterator[tuple[Look, Seen | Broken]]:
-        """What children saw, or why they could not run a point; each job has a child of its own."""
+        """What children saw, or why they could not run a point; each job has a child of its own.
+
+        Compiled functions run as plain Python, which is quick; where that fails (`.numpy()` of a tensor without memory),
+        the point is run again with Dynamo's graph of them.
+        """
+        failed: list[tuple[Look, Broken]] = []
+        for job, found in self._in_children(jobs, traced=False):
+            if isinstance(found, Broken):
+                failed.append((job, found))
+            else:
+                yield job, found
+        why = {id(job): broken for job, broken in failed}
+        for job, found in self._in_children([job for job, _ in failed], traced=True):
+            yield job, why[id(job)] if isinstance(found, Broken) else found
+
+    def _in_children(self, jobs: Sequence[Look], traced: bool) -> Iterator[tuple[Look, Seen | Broken]]:
         at = multiprocessing.RawArray("q", max(1, len(jobs)))
 
-        for index, found in pool.run(lambda number: self._seen(jobs[number], number, at), range(len(jobs)), fresh=True):
+        for index, found in pool.run(
+            lambda number: self._seen(jobs[number], number, at, traced),
+            range(len(jobs)),
+            fresh=True,
+        ):
             job = jobs[index]
             case = self._cases[job.group.case]
             if isinstance(found, pool.Died):
@@ -59,19 +78,21 @@ class Looker:
             one_point.put_back.setdefault(case.name, set()).update(found.put_back)
             yield job, found.broken or found
 
-    def _seen(self, job: Look, number: int, here: MutableSequence[int]) -> Seen:
-        """Run points with all compiled functions as plain Python; `here[number]` says which. Must not raise."""
+    def _seen(self, job: Look, number: int, here: MutableSequence[int], traced: bool) -> Seen:
+        """Run points, compiled functions as plain Python or as graphs; `here[number]` says which. Must not raise."""
         case, seen = self._cases[job.group.case], Seen()
 
-        def look(frame: Frame, _compile: Any) -> Any:
+        def look(frame: Frame, compile_frame: Any) -> Any:
             if frame.wrapping is None:
                 seen.skipped.add(f"{frame.module}:{frame.code.co_name}")
             else:
                 seen.calls[-1][1].append(seen_call(frame, mode_of(case)))
-            return dynamo_frames.run_without_compiling()
+            return compile_frame(None) if traced else dynamo_frames.run_without_compiling()
 
-        with dynamo_frames.hooked(look):
+        with _uncompiled() if traced else contextlib.nullcontext(), dynamo_frames.hooked(look):
             for at in (job.first, *job.points):
+                if traced:
+                    dynamo_inputs.forget()  # or what was traced at another point is not seen again
                 here[number] = at
                 seen.calls.append((at, []))
                 seen.broken = self.run(job.group.case, at)
@@ -105,6 +126,17 @@ class Looker:
             return tuple(abs(points[at][dim] - case.hint_of(dim)) for dim in case.dims)
 
         return sorted(mine, key=distance)
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Dynamo traces, and runs its graphs as they are."""
+
+    def run(_wrapper: Any, _backend: Any, graph: Any, _inputs: Any, **_: Any) -> Any:
+        return graph.forward
+
+    with dynamo_inputs.session({}, most_graphs=8), inductor_artifact.instead(run):
+        yield
 
 
 def mode_of(case: Case) -> str:

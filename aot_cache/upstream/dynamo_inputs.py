@@ -123,6 +123,11 @@ def _get(frame: Frame, path: str) -> Any:
     return eval(path, {"L": frame.f_locals})  # noqa: S307
 
 
+def forget() -> None:
+    """Let Dynamo trace again what it has traced in this process."""
+    dynamo.reset()
+
+
 def warm_up(device: str) -> None:
     """Import and set up what every compile needs, once, before children are forked."""
     from aot_cache.upstream import inductor_artifact

@@ -17,6 +17,7 @@ import torch
 from torch._higher_order_ops import utils as hop_utils
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 BUILTIN = frozenset({"aten", "prim", "prims", "_c10d_functional", "profiler", "inductor", "higher_order"})
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
@@ -30,7 +31,9 @@ class HostMode(_base):  # type: ignore[misc]  # torch's class is untyped
     """A `FakeTensorMode` for host code: operators outside of torch run what they would run on the device."""
 
     def __init__(self, device: str) -> None:
-        super().__init__(allow_non_fake_inputs=True)
+        # Loops in a graph (`while_loop`) want an environment; sizes and values stay what they are, or are refused.
+        environment = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+        super().__init__(allow_non_fake_inputs=True, shape_env=environment, static_shapes=True)
         self._key = "CUDA" if device == "cuda" else "CPU"
 
     supports_higher_order_operators = True
