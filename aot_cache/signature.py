@@ -58,6 +58,8 @@ def value_text(value: Json) -> str:
         return repr(value)
     if "named" in value:
         return f"{value['named'].rpartition(':')[2]}({', '.join(map(value_text, value['t']))})"
+    if "enum" in value:
+        return f"{value['enum'].rpartition(':')[2]}({value_text(value['value'])})"
     for tag, write in _WRITTEN.items():
         if tag in value:
             return write(value[tag])

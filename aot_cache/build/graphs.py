@@ -33,7 +33,7 @@ from aot_cache.upstream import (
     dynamo_inputs,
 )
 from aot_cache.upstream.dynamo_frames import Frame
-from aot_cache.upstream.torch_fake import NEEDS_VALUES, HostMode, without_launches
+from aot_cache.upstream.torch_fake import NEEDS_VALUES, host_mode, without_launches
 
 Progress = Callable[[str, int, int], None]
 Json = Any
@@ -123,7 +123,7 @@ class Runs:
         ]
         self._target = target
         self._device = "cpu" if target.backend == "cpu" else "cuda"
-        self._host = HostMode(self._device)  # one for all: what a recipe keeps from point to point stays usable
+        self._host = host_mode(self._device)
 
     def survey(self, progress: Progress, also: Iterable[tuple[int, int]] = ()) -> None:
         """Find the kinds of calls that the recipe makes, at points where sizes are telling, and at those in `also`.

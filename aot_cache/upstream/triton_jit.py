@@ -7,6 +7,7 @@ Seen to hold: see `versions.TRITON_SEEN`.
 from __future__ import annotations
 
 import ast
+import enum
 import hashlib
 import importlib
 import json
@@ -214,6 +215,8 @@ def encode(value: Any) -> Json:
         return value
     if type(value) is float:
         return value if math.isfinite(value) else {"float": repr(value)}
+    if isinstance(value, enum.Enum):
+        return _encode_member(value)
     if isinstance(value, tl.constexpr):
         return {"constexpr": encode(value.value)}
     if type(value) is tl.dtype:
@@ -229,10 +232,22 @@ def encode(value: Any) -> Json:
     if isinstance(value, list):
         return {"l": [encode(v) for v in value]}
     raise TraceError(
-        "a constexpr that can be written to a plan (number, string, dtype, tuple, jit function)",
+        "a constexpr that can be written to a plan (number, string, enum, dtype, tuple, jit function)",
         f"a {type(value).__module__}.{type(value).__qualname__}",
         "pass it as one of those",
     )
+
+
+def _encode_member(value: enum.Enum) -> Json:
+    """A member of an enum, by its value: combined flags are none of those that have a name."""
+    name = f"{type(value).__module__}:{type(value).__qualname__}"
+    if find(name) is not type(value):
+        raise TraceError(
+            "the enum of a constexpr to be found by its name",
+            f"nothing, or another, at {name}",
+            "define it at the top of its module",
+        )
+    return {"enum": name, "value": encode(value.value)}
 
 
 def decode(value: Json) -> Any:
@@ -251,6 +266,8 @@ def decode(value: Json) -> Any:
         return getattr(torch, value["torch"])
     if "float" in value:
         return float(value["float"])
+    if "enum" in value:
+        return find(value["enum"])(decode(value["value"]))
     if "named" in value:
         return find(value["named"])(*[decode(v) for v in value["t"]])
     if "t" in value:
