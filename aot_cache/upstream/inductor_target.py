@@ -44,9 +44,7 @@ def become(target: Target) -> None:
 
 def _stay_off_the_driver() -> None:
     """Calls that Dynamo's device interface and fake tensors make, and that end in the CUDA runtime."""
-    c: Any = torch._C
     cuda: Any = torch.cuda
-    c._cuda_getCurrentRawStream = lambda _device: 0
     cuda._exchange_device = lambda _device: 0
     cuda._maybe_exchange_device = lambda _device: 0
     cuda.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8)

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils import _device
 
 _FACTORIES = (
     *("empty", "zeros", "ones", "full", "empty_strided", "empty_permuted", "eye", "arange", "linspace", "logspace"),
     *("rand", "randn", "randint", "randperm", "empty_like", "zeros_like", "ones_like", "full_like"),
-    *("rand_like", "randn_like", "randint_like"),
+    *("rand_like", "randn_like", "randint_like", "tensor", "as_tensor", "asarray"),
 )
 _METHODS = ("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided")
-_FROM_DATA = ("tensor", "as_tensor")
 _PINNED = "_aot_cache_pinned"
 
 
@@ -26,10 +26,10 @@ def pretend() -> None:
     """Make tensors by ways around the driver in this process, for good."""
     module: Any = torch
     tensor: Any = torch.Tensor
+    torch._C._set_only_lift_cpu_tensors(True)  # data goes to CUDA by an operator, not under a device guard in C++
+    _device._device_constructors()  # what `with torch.device(...)` is about: kept from now on, of torch's own functions
     for name in _FACTORIES:
         setattr(module, name, _without_the_driver(getattr(module, name)))
-    for name in _FROM_DATA:
-        setattr(module, name, _without_the_driver(_through_the_cpu(getattr(module, name))))
     for name in _METHODS:
         setattr(tensor, name, _without_the_driver(getattr(tensor, name)))
     tensor.pin_memory = lambda self, device=None: self if is_pinned(self) else _pin(self.clone())
@@ -67,17 +67,5 @@ def _without_the_driver(make: Callable[..., Any]) -> Callable[..., Any]:
         pinned = kwargs.pop("pin_memory", False)
         out = make(*args, **_named_device(kwargs))
         return _pin(out) if pinned else out
-
-    return made
-
-
-def _through_the_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Data goes to CUDA under a device guard in C++, which CPU-only builds lack."""
-
-    @functools.wraps(make)
-    def made(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Any:
-        if device is not None and torch.device(device).type == "cuda":
-            return make(data, *args, **kwargs).to(device)
-        return make(data, *args, device=device, **kwargs)
 
     return made

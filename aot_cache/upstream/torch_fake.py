@@ -56,6 +56,8 @@ class HostMode(_base):  # type: ignore[misc]  # torch's class is untyped
         kwargs = kwargs or {}
         if func is _aten.record_stream.default:
             return None
+        if func is _aten.detach_.default and not isinstance(args[0], FakeTensor):
+            return args[0]  # a new one of `torch.tensor(..., device="meta")`, in inference mode
         if func in _PINNING:  # there is no memory that could be pinned
             func, args, kwargs = _aten.clone.default, args[:1], {}
         elif kwargs.get("pin_memory"):

@@ -5,12 +5,14 @@ Seen to hold: see `versions.TORCH_SEEN`.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from aot_cache.upstream import torch_factories
+from aot_cache.upstream.torch_fake import HostMode
 from aot_cache.upstream.torch_tensor import VirtualTensor, become
 
 _WITHOUT_VALUES = (FakeTensor, VirtualTensor)
@@ -28,6 +30,8 @@ def for_fake_tensors() -> None:
     _truncate_without_looking()
     _move_modules_by_name()
     _swap_fake_tensors()
+    _copy_fake_tensors()
+    _set_fake_data()
 
 
 def _truncate_without_looking() -> None:
@@ -66,10 +70,50 @@ def _swap_fake_tensors() -> None:
         if not isinstance(one, FakeTensor) or not isinstance(other, FakeTensor):
             original(one, other)
             return
-        torch._C._swap_tensor_impl(one, other)
-        one.__dict__, other.__dict__ = other.__dict__, one.__dict__
+        _swap(one, other)
 
     utils.swap_tensors = swap
+
+
+def _swap(one: torch.Tensor, other: torch.Tensor) -> None:
+    torch._C._swap_tensor_impl(one, other)
+    one.__dict__, other.__dict__ = other.__dict__, one.__dict__
+
+
+def _copy_fake_tensors() -> None:
+    """`copy.deepcopy` would copy the storage, which is none, and all that a tensor refers to, the fake mode too."""
+    fake: Any = FakeTensor
+    plain = fake.__deepcopy__
+
+    def deepcopied(self: torch.Tensor, memo: dict[int, Any]) -> Any:
+        if not isinstance(self.fake_mode, HostMode):  # type: ignore[attr-defined]
+            return plain(self, memo)
+        if id(self) not in memo:
+            with self.fake_mode, torch.no_grad():  # type: ignore[attr-defined]
+                made = self.detach().clone()
+            extras = {name: value for name, value in self.__dict__.items() if name not in made.__dict__}
+            made.__dict__.update(copy.deepcopy(extras, memo))
+            memo[id(self)] = made.requires_grad_(self.requires_grad)
+        return memo[id(self)]
+
+    fake.__deepcopy__ = deepcopied
+
+
+def _set_fake_data() -> None:
+    """`parameter.data = ...` copies what C++ knows of a tensor: not the device that a fake one is said to be on."""
+    fake: Any = FakeTensor
+    plain: Any = torch.Tensor.data
+
+    def set_data(self: torch.Tensor, value: torch.Tensor) -> None:
+        if not isinstance(value, FakeTensor):
+            plain.__set__(self, value)
+            return
+        wanted, before = self.requires_grad, dict(self.__dict__)
+        _swap(self, value.detach())
+        self.__dict__.update({name: kept for name, kept in before.items() if name not in self.__dict__})
+        self.requires_grad_(wanted)
+
+    fake.data = property(plain.__get__, set_data)
 
 
 def _set_virtual_data() -> None:
