@@ -16,8 +16,9 @@ from torch.utils import _device
 _FACTORIES = (
     *("empty", "zeros", "ones", "full", "empty_strided", "empty_permuted", "eye", "arange", "linspace", "logspace"),
     *("rand", "randn", "randint", "randperm", "empty_like", "zeros_like", "ones_like", "full_like"),
-    *("rand_like", "randn_like", "randint_like", "tensor", "as_tensor", "asarray"),
+    *("rand_like", "randn_like", "randint_like", "asarray"),
 )
+_FROM_DATA = ("tensor", "as_tensor")
 _METHODS = ("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided")
 _PINNED = "_aot_cache_pinned"
 
@@ -30,6 +31,8 @@ def pretend() -> None:
     _device._device_constructors()  # what `with torch.device(...)` is about: kept from now on, of torch's own functions
     for name in _FACTORIES:
         setattr(module, name, _without_the_driver(getattr(module, name)))
+    for name in _FROM_DATA:
+        setattr(module, name, _without_the_driver(_through_the_cpu(getattr(module, name))))
     for name in _METHODS:
         setattr(tensor, name, _without_the_driver(getattr(tensor, name)))
     tensor.pin_memory = lambda self, device=None: self if is_pinned(self) else _pin(self.clone())
@@ -67,5 +70,17 @@ def _without_the_driver(make: Callable[..., Any]) -> Callable[..., Any]:
         pinned = kwargs.pop("pin_memory", False)
         out = make(*args, **_named_device(kwargs))
         return _pin(out) if pinned else out
+
+    return made
+
+
+def _through_the_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Without a compiler there is no device guard at all, and these take one."""
+
+    @functools.wraps(make)
+    def made(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Any:
+        if device is not None and torch.device(device).type == "cuda":
+            return make(data, *args, **kwargs).to(device)
+        return make(data, *args, device=device, **kwargs)
 
     return made
