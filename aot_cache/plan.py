@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aot_cache.errors import DeclarationError
+from aot_cache.key import function_of, told_apart, variant
 from aot_cache.store import write_atomic
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Unit:
     """One specialization of one kernel.
 
     Args:
-        kernel: `module:qualname`.
+        kernel: `module:qualname`; where several kernels have that name, with what tells them apart (`key.variant`).
         source: digest of the kernel's source closure.
         specialization: Triton's (type, value) for each parameter, encoded.
         options: launch options in the order in which they were passed.
@@ -52,7 +53,7 @@ class Unit:
     def id(self) -> str:
         """Short, stable name of what is compiled (source included, target not)."""
         options = list(self.options.items())  # their order is part of Triton's key
-        return _digest([self.kernel, self.source, self.specialization, options, self.overrides])[:16]
+        return _digest([function_of(self.kernel), self.source, self.specialization, options, self.overrides])[:16]
 
     def launched_without_tuner(self) -> bool:
         return not self.via or [-1, -1] in self.via
@@ -265,6 +266,8 @@ def merge(plans: Iterable[Plan]) -> Plan:
     targets = sorted({p.target for p in parts})
     if len(targets) > 1:
         raise DeclarationError("recordings of one target", f"{', '.join(targets)}")
+    for plan in parts:
+        _rename(plan, {name: variant(function_of(name), source) for name, source in _sources(plan).items()})
     out = Plan(parts[0].recipe, parts[0].target, parts[0].origin, parts[0].triton)
     units: dict[str, Unit] = {}
     tunings: dict[str, int] = {}
@@ -284,7 +287,25 @@ def merge(plans: Iterable[Plan]) -> Plan:
             same.via = [list(v) for v in sorted({tuple(v) for v in [*same.via, *unit.via]})]
         out.closures.update(plan.closures)
     out.units = list(units.values())
-    return out
+    return named(out)
+
+
+def named(plan: Plan) -> Plan:
+    """Call the kernels of `plan`, which are called by all that they are, as short as they can be told apart."""
+    _rename(plan, told_apart(plan.closures))
+    return plan
+
+
+def _sources(plan: Plan) -> dict[str, str]:
+    """Kernel → digest of its source closure, as far as a unit of it tells."""
+    return {unit.kernel: unit.source for unit in plan.units}
+
+
+def _rename(plan: Plan, names: Mapping[str, str]) -> None:
+    named: list[Unit | Tuning] = [*plan.units, *plan.tunings]
+    for one in named:
+        one.kernel = names.get(one.kernel, one.kernel)
+    plan.closures = {names.get(name, name): closure for name, closure in plan.closures.items()}
 
 
 def extended(plan: Plan, parts: Iterable[Plan]) -> Plan:

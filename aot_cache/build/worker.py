@@ -114,11 +114,12 @@ def _kernels(job: dict[str, Json], target: Any, send: Any, progress: Any) -> Non
     from aot_cache.upstream import triton_launcher
 
     recipe, misses, compiled, refused = None, [], [], []
+    unclear: dict[str, str] = {}
     if job["recipe"]:
         with virtual_device.tensors():  # models make some when they are imported
             recipe, misses, _ = _recipe(job)
         traced = trace.trace(recipe, target.id, progress, job["workers"])
-        plan, compiled, refused = traced.plan, traced.compiled, traced.refused
+        plan, compiled, refused, unclear = traced.plan, traced.compiled, traced.refused, traced.unclear
         if not refused:  # else the points are numbered otherwise
             Path(job["calls"]).write_text(json.dumps(traced.calls))
     else:
@@ -145,6 +146,7 @@ def _kernels(job: dict[str, Json], target: Any, send: Any, progress: Any) -> Non
             pythons=pythons,
             progress=progress,
             workers=job["workers"],
+            unclear=unclear,
         )
     if misses:
         missed.settle(outcome, Store(job["store"]), target)
