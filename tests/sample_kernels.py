@@ -295,10 +295,9 @@ one_more, two_more = make_adder(1), make_adder(2)
 
 
 def run_factory(n: int, device: str) -> None:
-    """Two kernels of one name, and at one size a third that is the first again."""
     x = torch.empty(n, device=device)
-    for kernel in (one_more, two_more, make_adder(1)) if n == 3 else (one_more, two_more):
-        kernel[(1,)](x, BLOCK=16)
+    one_more[(1,)](x, BLOCK=16)
+    two_more[(1,)](x, BLOCK=16)
 
 
 _made: dict[str, Any] = {}

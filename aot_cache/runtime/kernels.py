@@ -54,6 +54,7 @@ class _OnDevice:
         self.installer = installer
         self.kernels: list[Any] = []
         self.units: list[list[Json]] = []
+        self.numbers: set[int] = set()
 
 
 class KernelSet:
@@ -123,9 +124,10 @@ class KernelSet:
                 self.report.devices.append(device)
             found = self._functions(missing)
             self.bundle.require_sound()  # all of it, or nothing is installed
-            new = 0
+            before = self.report.installed
             for number, functions in found.items():
-                new += self._install_fitting(functions, number, device)
+                self._install_fitting(functions, number, device)
+            new = self.report.installed - before
             self.report.pending = [self._names[n] for n in range(len(self._names)) if not self._known(n)]
             self._ledger.note("installed", "", torch_capture.capturing(), new)
             return new
@@ -148,8 +150,10 @@ class KernelSet:
             modules = place.installer.prime(place.kernels, place.units)
             if modules:
                 self._ledger.note("primed", "", torch_capture.capturing(), modules)
-            places = self._devices.values()
-            self.report.primed = sum(triton_kernel.is_loaded(kernel) for p in places for kernel in p.kernels)
+            self.report.primed = 0
+            for one in self._devices.values():  # a factory's kernel may be there more than once
+                loaded = {id(unit) for unit, kernel in zip(one.units, one.kernels) if triton_kernel.is_loaded(kernel)}
+                self.report.primed += len(loaded)
             self.report.modules += modules
             return int(modules)
 
@@ -217,7 +221,9 @@ class KernelSet:
         found = [(unit, key) for unit, key in keyed if key is not None]
         place.kernels += place.installer.install(function, found)
         place.units += [unit for unit, _ in found]
-        self.report.installed += len(units)
+        if number not in place.numbers:
+            place.numbers.add(number)
+            self.report.installed += len(units)
         if number not in self._chosen:
             self._chosen.add(number)
             self._choose(function, number)

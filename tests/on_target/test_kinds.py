@@ -46,12 +46,13 @@ def traced_host(host: Host, *numbers: int, **more: Any) -> Plan:
     return traced(lambda n: Call(host, n, "cuda"), n=Values(*numbers), **more)
 
 
-def key_of(unit: Unit) -> Asked:
+def key_of(unit: Unit, plan: Plan) -> Asked:
     """Triton's key of a unit, as the loader computes it."""
     specialization = [triton_jit.decode(pair) for pair in unit.specialization]
-    return function_of(unit.kernel), triton_jit.memory_key(
-        specialization, {k: triton_jit.decode(v) for k, v in unit.options.items()}
-    )
+    options = {k: triton_jit.decode(v) for k, v in unit.options.items()}
+    name = function_of(unit.kernel)
+    amount = plan.closures[unit.kernel][name]["refs"].get("AMOUNT")  # the factory's only one
+    return " ".join(filter(None, [name, amount])), triton_jit.memory_key(specialization, options)
 
 
 def points_of(unit: Unit | Tuning) -> set[int]:
@@ -60,10 +61,8 @@ def points_of(unit: Unit | Tuning) -> set[int]:
 
 def reached(plan: Plan) -> dict[Asked, set[int]]:
     """Key → the points that reach it."""
-    out: dict[Asked, set[int]] = {}
-    for unit in plan.units:
-        out.setdefault(key_of(unit), set()).update(points_of(unit))
-    assert len({(unit.source, key_of(unit)) for unit in plan.units}) == len(plan.units), "two units have one key"
+    out = {key_of(unit, plan): points_of(unit) for unit in plan.units}
+    assert len(out) == len(plan.units), "two units have one key"
     return out
 
 
@@ -245,7 +244,7 @@ def test_pruning_may_look_at_what_the_key_lacks() -> None:
         for number, candidate in unit.via:
             assert plan.tunings[number].candidates[candidate]["BLOCK"] == unit.specialization[2]["t"][1]
     asked = {key for n in (5, 50) for key in asked_for(lambda n=n: host(n, "cpu"), tuner)}
-    assert {key_of(unit) for unit in plan.units} >= asked
+    assert {key_of(unit, plan) for unit in plan.units} >= asked
 
 
 def test_configs_that_are_made_while_pruning() -> None:
