@@ -37,7 +37,7 @@ def function_of(kernel: str) -> str:
 
 def told_apart(variants: Iterable[str]) -> dict[str, str]:
     """Variant → what the kernel is called: by its function's name alone where no other one has that."""
-    known = sorted(set(variants))
+    known = {name for name in variants if name != function_of(name)}
     count = Counter(map(function_of, known))
     return {name: function_of(name) if count[function_of(name)] == 1 else name for name in known}
 

@@ -244,8 +244,8 @@ class Difference:
 def diff(left: Plan, right: Plan) -> Difference:
     """Compare what is launched, whatever points reach it."""
     units_left, units_right = {u.id: u for u in left.units}, {u.id: u for u in right.units}
-    tunings_left = {_tuning_identity(t): t for t in left.tunings}
-    tunings_right = {_tuning_identity(t): t for t in right.tunings}
+    tunings_left = {_tuning_identity(t, function_of(t.kernel)): t for t in left.tunings}
+    tunings_right = {_tuning_identity(t, function_of(t.kernel)): t for t in right.tunings}
     return Difference(
         [u for i, u in units_left.items() if i not in units_right],
         [u for i, u in units_right.items() if i not in units_left],
@@ -267,14 +267,14 @@ def merge(plans: Iterable[Plan]) -> Plan:
     if len(targets) > 1:
         raise DeclarationError("recordings of one target", f"{', '.join(targets)}")
     for plan in parts:
-        _rename(plan, {name: variant(function_of(name), source) for name, source in _sources(plan).items()})
+        _rename(plan, {unit.kernel: variant(function_of(unit.kernel), unit.source) for unit in plan.units})
     out = Plan(parts[0].recipe, parts[0].target, parts[0].origin, parts[0].triton)
     units: dict[str, Unit] = {}
     tunings: dict[str, int] = {}
     for plan in parts:
         renumber = {-1: -1}
         for number, tuning in enumerate(plan.tunings):
-            identity = _tuning_identity(tuning)
+            identity = _tuning_identity(tuning, tuning.kernel)
             if identity not in tunings:
                 tunings[identity] = len(out.tunings)
                 out.tunings.append(tuning)
@@ -292,13 +292,9 @@ def merge(plans: Iterable[Plan]) -> Plan:
 
 def named(plan: Plan) -> Plan:
     """Call the kernels of `plan`, which are called by all that they are, as short as they can be told apart."""
-    _rename(plan, told_apart(plan.closures))
+    kernels = [unit.kernel for unit in plan.units] + [tuning.kernel for tuning in plan.tunings]
+    _rename(plan, told_apart([*kernels, *plan.closures]))
     return plan
-
-
-def _sources(plan: Plan) -> dict[str, str]:
-    """Kernel → digest of its source closure, as far as a unit of it tells."""
-    return {unit.kernel: unit.source for unit in plan.units}
 
 
 def _rename(plan: Plan, names: Mapping[str, str]) -> None:
@@ -319,8 +315,8 @@ def extended(plan: Plan, parts: Iterable[Plan]) -> Plan:
     return out
 
 
-def _tuning_identity(tuning: Tuning) -> str:
-    return _digest([tuning.kernel, tuning.tuner, tuning.key, tuning.candidates])
+def _tuning_identity(tuning: Tuning, kernel: str) -> str:
+    return _digest([kernel, tuning.tuner, tuning.key, tuning.candidates])
 
 
 def _digest(value: Json) -> str:
