@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,23 @@ Json = Any
 def digest(value: Json) -> str:
     """sha256 of a value's canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def variant(function: str, source: str) -> str:
+    """The name of one of several kernels of one function's name: `module:qualname@` and the start of its source's digest."""
+    return f"{function}@{source[:12]}"
+
+
+def function_of(kernel: str) -> str:
+    """`module:qualname` of a kernel, without what tells it from others of that name."""
+    return kernel.partition("@")[0]
+
+
+def told_apart(variants: Iterable[str]) -> dict[str, str]:
+    """Variant → what the kernel is called: by its function's name alone where no other one has that."""
+    known = {name for name in variants if name != function_of(name)}
+    count = Counter(map(function_of, known))
+    return {name: function_of(name) if count[function_of(name)] == 1 else name for name in known}
 
 
 def toolchain_parts(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aot_cache.errors import DeclarationError
+from aot_cache.key import function_of, told_apart, variant
 from aot_cache.shapes import point_text
 from aot_cache.store import write_atomic
 
@@ -32,7 +33,7 @@ class Unit:
     """One specialization of one kernel.
 
     Args:
-        kernel: `module:qualname`.
+        kernel: `module:qualname`; where several kernels have that name, with what tells them apart (`key.variant`).
         source: digest of the kernel's source closure.
         specialization: Triton's (type, value) for each parameter, encoded.
         options: launch options in the order in which they were passed.
@@ -53,7 +54,7 @@ class Unit:
     def id(self) -> str:
         """Short, stable name of what is compiled (source included, target not)."""
         options = list(self.options.items())  # their order is part of Triton's key
-        return _digest([self.kernel, self.source, self.specialization, options, self.overrides])[:16]
+        return _digest([function_of(self.kernel), self.source, self.specialization, options, self.overrides])[:16]
 
     def launched_without_tuner(self) -> bool:
         return not self.via or [-1, -1] in self.via
@@ -332,8 +333,8 @@ class Difference:
 def diff(left: Plan, right: Plan) -> Difference:
     """Compare what is launched, whatever points reach it."""
     units_left, units_right = {u.id: u for u in left.units}, {u.id: u for u in right.units}
-    tunings_left = {_tuning_identity(t): t for t in left.tunings}
-    tunings_right = {_tuning_identity(t): t for t in right.tunings}
+    tunings_left = {_tuning_identity(t, function_of(t.kernel)): t for t in left.tunings}
+    tunings_right = {_tuning_identity(t, function_of(t.kernel)): t for t in right.tunings}
     return Difference(
         [u for i, u in units_left.items() if i not in units_right],
         [u for i, u in units_right.items() if i not in units_left],
@@ -354,6 +355,8 @@ def merge(plans: Iterable[Plan]) -> Plan:
     targets = sorted({p.target for p in parts})
     if len(targets) > 1:
         raise DeclarationError("recordings of one target", f"{', '.join(targets)}")
+    for plan in parts:
+        _rename(plan, {unit.kernel: variant(function_of(unit.kernel), unit.source) for unit in plan.units})
     out = Plan(parts[0].recipe, parts[0].target, parts[0].origin, parts[0].triton)
     out.failed = each_once(failed for plan in parts for failed in plan.failed)
     units: dict[str, Unit] = {}
@@ -361,7 +364,7 @@ def merge(plans: Iterable[Plan]) -> Plan:
     for plan in parts:
         renumber = {-1: -1}
         for number, tuning in enumerate(plan.tunings):
-            identity = _tuning_identity(tuning)
+            identity = _tuning_identity(tuning, tuning.kernel)
             if identity not in tunings:
                 tunings[identity] = len(out.tunings)
                 out.tunings.append(tuning)
@@ -374,7 +377,21 @@ def merge(plans: Iterable[Plan]) -> Plan:
             same.via = [list(v) for v in sorted({tuple(v) for v in [*same.via, *unit.via]})]
         out.closures.update(plan.closures)
     out.units = list(units.values())
-    return out
+    return named(out)
+
+
+def named(plan: Plan) -> Plan:
+    """Call the kernels of `plan`, which are called by all that they are, as short as they can be told apart."""
+    kernels = [unit.kernel for unit in plan.units] + [tuning.kernel for tuning in plan.tunings]
+    _rename(plan, told_apart([*kernels, *plan.closures]))
+    return plan
+
+
+def _rename(plan: Plan, names: Mapping[str, str]) -> None:
+    named: list[Unit | Tuning] = [*plan.units, *plan.tunings]
+    for one in named:
+        one.kernel = names.get(one.kernel, one.kernel)
+    plan.closures = {names.get(name, name): closure for name, closure in plan.closures.items()}
 
 
 def each_once(failed: Iterable[FailedCase]) -> list[FailedCase]:
@@ -396,8 +413,8 @@ def extended(plan: Plan, parts: Iterable[Plan]) -> Plan:
     return out
 
 
-def _tuning_identity(tuning: Tuning) -> str:
-    return _digest([tuning.kernel, tuning.tuner, tuning.key, tuning.candidates])
+def _tuning_identity(tuning: Tuning, kernel: str) -> str:
+    return _digest([kernel, tuning.tuner, tuning.key, tuning.candidates])
 
 
 def _digest(value: Json) -> str:

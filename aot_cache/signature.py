@@ -18,6 +18,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from aot_cache.key import function_of
 from aot_cache.plan import Unit
 
 Json = Any
@@ -58,6 +59,8 @@ def value_text(value: Json) -> str:
         return repr(value)
     if "named" in value:
         return f"{value['named'].rpartition(':')[2]}({', '.join(map(value_text, value['t']))})"
+    if "enum" in value:
+        return f"{value['enum'].rpartition(':')[2]}({value_text(value['value'])})"
     for tag, write in _WRITTEN.items():
         if tag in value:
             return write(value[tag])
@@ -103,9 +106,10 @@ def _module_text(module: str) -> str:
 
 def parameter_names(kernel: str, closure: Mapping[str, Json]) -> Sequence[str]:
     """A kernel's parameters, from the source that is installed here; none unless it is the source it was built from."""
-    module, _, qualname = kernel.partition(":")
+    function = function_of(kernel)
+    module, _, qualname = function.partition(":")
     text = _module_text(module)
-    wanted = str(closure[kernel]["src"]) or "-"
+    wanted = str(closure[function]["src"]) or "-"
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):

@@ -19,10 +19,11 @@ from typing import Any
 from aot_cache import recipe as recipes
 from aot_cache import shapes, tune_graphs
 from aot_cache.errors import TuneError
-from aot_cache.key import objects_of
+from aot_cache.key import function_of, objects_of, variant
 from aot_cache.manifest import split, whole
 from aot_cache.runtime import loader
 from aot_cache.runtime.kernels import KernelSet, Report
+from aot_cache.signature import closure_digest
 from aot_cache.store import read_bundle, write_bundle
 from aot_cache.upstream import torch_capture
 
@@ -156,7 +157,9 @@ def _measure(
     for number in numbers:
         tuning = manifest["tunings"][number]
         results[number] = _Times()
-        names[triton_tuning.identity(kernels.name_of(tuning), tuning["tuner"], tuning["key"])] = number
+        kernel = manifest["kernels"][tuning["kernel"]]
+        name = variant(function_of(kernel["name"]), closure_digest(kernel["closure"]))
+        names[triton_tuning.identity(name, tuning["tuner"], tuning["key"])] = number
     fitting = {n: _fitting(manifest, n) for n in results}
     current = ""
 
@@ -181,7 +184,7 @@ def _measure(
         case, point = tune_graphs.case_of(recipe, case_name), json.loads(text)
         for number in wanted:
             tuning = manifest["tunings"][number]
-            triton_tuning.forget(kernels.name_of(tuning), tuning["tuner"], tuning["key"])
+            triton_tuning.forget(function_of(kernels.name_of(tuning)), tuning["tuner"], tuning["key"])
         current = f"{case_name}: " + ", ".join(f"{k}={v}" for k, v in point.items())
         with case.modes(), triton_tuning.benchmarking(allowed, measured):
             case.call(point)()

@@ -253,6 +253,15 @@ class Mode(enum.IntEnum):
     TWO = 2
 
 
+def run_enum(n: int, device: str) -> None:
+    fill[(1,)](torch.empty(64, device=device), n, BLOCK=Block.SMALL if n % 2 else Block.LARGE)
+
+
+class Block(enum.IntEnum):
+    SMALL = 16
+    LARGE = 32
+
+
 def block_of(number: int) -> int:
     """Two blocks, by whether the number is odd."""
     return 16 + 16 * (number % 2)
@@ -280,6 +289,15 @@ def make_adder(amount: int) -> Any:
         tl.store(x + at, tl.load(x + at) + AMOUNT)
 
     return adder
+
+
+one_more, two_more = make_adder(1), make_adder(2)
+
+
+def run_factory(n: int, device: str) -> None:
+    x = torch.empty(n, device=device)
+    one_more[(1,)](x, BLOCK=16)
+    two_more[(1,)](x, BLOCK=16)
 
 
 _made: dict[str, Any] = {}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from one_module import built_for_h200
 
 from aot_cache import manifest
 from aot_cache import target as targets
@@ -405,6 +406,45 @@ def test_a_plan_with_calls_is_not_complete_without_their_graphs(bad: Project, tm
     except AotCacheError as error:  # to refuse it is right as well
         built, refused = None, str(error)
     assert refused or (built is not None and (built.graphs or built.failed))
+
+
+FACTORY = """
+import torch, triton, triton.language as tl
+from aot_cache import Call, Recipe, Values, declare
+
+class Table:
+    def __init__(self, value): self.values = {"a": value}
+
+def factory(table, plain):
+    PLAIN = tl.constexpr(plain)
+    @triton.constexpr_function
+    def taken(): return table.values["a"]
+    @triton.jit
+    def unclear(x, B: tl.constexpr): tl.store(x + tl.arange(0, B), taken())
+    @triton.jit
+    def clear(x, B: tl.constexpr): tl.store(x + tl.arange(0, B), PLAIN)
+    return unclear, clear
+
+made = *factory(Table(1.0), 1.0), *factory(Table(2.0), 2.0)
+LATE = torch.full((16,), 1.0, device="cuda:0")  # models' modules make some when they are imported
+
+def host(n):
+    for kernel in made:
+        kernel[(1,)](LATE, B=16)
+
+recipe = Recipe("factory", [declare(name="one", n=Values(1, 2))(lambda n: Call(host, n))])
+"""
+
+
+def test_kernels_that_nothing_tells_apart_are_not_built(tmp_path: Path) -> None:
+    """The others of that factory are, and the bundle says that it is not all."""
+    built = built_for_h200(tmp_path, "factory_project", FACTORY)
+    ((kernel, why),) = {(failure["kernel"], failure["error"]) for failure in built.failed}
+    assert kernel == "factory_project:factory.<locals>.unclear" and "table.values in" in why
+    whole = manifest.whole(read_bundle(built.path))
+    assert not whole["complete"] and built.units == 2 and built.covered == 0
+    assert len({unit["object"] for unit in whole["units"]}) == 2, "each with its own constant"
+    assert all("<locals>.clear@" in kernel["name"] for kernel in whole["kernels"] if "unclear" not in kernel["name"])
 
 
 def test_a_store_that_is_no_folder(bad: Project, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aot_cache.errors import DeclarationError, StoreUnwritable
+from aot_cache.key import function_of
 from aot_cache.plan import CallPlan, CasePlan, Plan, Tuning, Unit, diff, merge
 from aot_cache.recipe import Call, Case
 from aot_cache.shapes import Range, Values, enumerate_points
@@ -261,17 +262,34 @@ def test_points_and_choices_make_no_difference() -> None:
 
 
 def launches(plan: Plan) -> set[tuple[str, str]]:
-    """(unit, through which candidate of which tuning), free of numbers."""
-    return {
-        (
-            unit.id,
-            ""
-            if t < 0
-            else json.dumps([plan.tunings[t].id, plan.tunings[t].candidates, plan.tunings[t].candidates[c]]),
+    """(unit, through which candidate of which tuning), free of numbers and of how kernels of one name are told apart."""
+
+    def through(tuning: Tuning, candidate: int) -> str:
+        identity = [function_of(tuning.kernel), tuning.tuner, tuning.key, tuning.candidates]
+        return json.dumps([*identity, tuning.candidates[candidate]])
+
+    return {(unit.id, "" if t < 0 else through(plan.tunings[t], c)) for unit in plan.units for t, c in unit.via}
+
+
+def test_merging_tells_kernels_of_one_name_apart() -> None:
+    """Two processes that each saw one of a factory's kernels."""
+
+    def part(source: str) -> Plan:
+        units = [Unit("m:f.<locals>.k", source * 32, [], {}, via=[[0, 0]])]
+        return Plan(
+            "r",
+            "h200",
+            units=units,
+            tunings=[Tuning("m:f.<locals>.k", 0, [], [{}])],
+            closures={"m:f.<locals>.k": source},
         )
-        for unit in plan.units
-        for t, c in unit.via
-    }
+
+    merged = merge([part("a"), part("b"), part("a")])
+    names = [f"m:f.<locals>.k@{source * 12}" for source in "ab"]
+    assert [unit.kernel for unit in merged.units] == names == [tuning.kernel for tuning in merged.tunings]
+    assert merged.closures == dict(zip(names, "ab")) and [unit.via for unit in merged.units] == [[[0, 0]], [[1, 0]]]
+    assert not diff(merged, part("b")).only_right and not diff(merged, part("b")).tunings_right
+    assert merge([part("a"), part("a")]).units == merge([part("a")]).units == part("a").units
 
 
 @given(parts=st.lists(plans(target="h200"), min_size=1, max_size=3))

@@ -50,6 +50,7 @@ CONDITIONAL = {
     "triton.backends.nvidia.driver.compile_module_from_file": "from 3.8",
     "triton.runtime.build.compile_module_from_file": "from 3.8",
     "torch._C._cuda_getCurrentRawStream": "where torch is built with CUDA; where not, ours is the only one",
+    "torch._C._cuda_getDevice": "where torch is built with CUDA; where not, ours is the only one",
 }
 
 
@@ -828,11 +829,16 @@ def test_what_pretending_replaces_is_there() -> None:
     """A name that torch.cuda no longer has would be replaced without any effect."""
     tree = ast.parse((UPSTREAM / "torch_cuda.py").read_text())
     tables = [n for n in ast.walk(tree) if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "answers"]
-    assert len(tables) == 1
-    assert isinstance(tables[0].value, ast.Dict)
-    names = [key.value for key in tables[0].value.keys if isinstance(key, ast.Constant)]
-    assert len(names) > 15
+    names, more = [
+        [key.value for key in table.value.keys if isinstance(key, ast.Constant)]
+        for table in tables
+        if isinstance(table.value, ast.Dict)
+    ]
+    assert len(names) > 15 and len(more) > 10
     missing = [name for name in names if not hasattr(torch.cuda, str(name))]
+    lacking = {str(name) for name in more if not hasattr(torch.accelerator, str(name))}
+    added_later = {"get_device_capability", "get_memory_info"}
+    need(lacking <= added_later, f"torch.accelerator no longer has {sorted(lacking - added_later)}")
     need(not missing, f"torch.cuda no longer has {missing}, which torch_cuda.pretend replaces")
     need(callable(torch._C._ensureCUDADeviceGuardSet), "torch._C._ensureCUDADeviceGuardSet is gone")
     need(hasattr(torch.version, "cuda") and hasattr(torch.version, "hip"), "torch.version has no cuda and hip")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,11 +57,19 @@ def compile_plan(
     pythons: list[triton_launcher.Python],
     progress: Progress,
     workers: int | None = None,
+    unclear: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """Compile what the store lacks. A unit that fails is listed in `failed`; the rest goes on."""
+    """Compile what the store lacks. A unit that fails is listed in `failed`; the rest goes on.
+
+    Args:
+        unclear: kernel → why it is not compiled (see `trace.Traced`).
+    """
+    unclear = unclear or {}
     shared = toolchain(target, line_info)
     keys = [
-        key.unit_key(key.unit_parts(u.kernel, u.source, u.specialization, u.options, u.overrides, shared))
+        key.unit_key(
+            key.unit_parts(key.function_of(u.kernel), u.source, u.specialization, u.options, u.overrides, shared)
+        )
         for u in plan.units
     ]
     outcome = Outcome(keys, [_memory_key(unit) for unit in plan.units], toolchain=shared)
@@ -76,10 +84,13 @@ def compile_plan(
     missing = [
         number
         for unit_key, number in sorted(first.items())
-        if plan.units[number].kernel in stale or not _stored(store, unit_key)
+        if plan.units[number].kernel in {*stale, *unclear} or not _stored(store, unit_key)
     ]
 
     def run(number: int) -> _Result:
+        if plan.units[number].kernel in unclear:
+            return _Result(error=unclear[plan.units[number].kernel])
+
         def known(ir: str) -> Json:
             record = store.get_record(IR, _ir_key(plan.units[number], ir, shared))
             return record if record is not None and store.has(record["object"]) else None
@@ -100,7 +111,7 @@ def compile_plan(
 
 def _differs(name: str, plan: Plan) -> str:
     """How a kernel that is here differs from the plan's; empty when it does not, or is not here at all."""
-    function = triton_jit.unwrap(triton_jit.find(name))
+    function = triton_jit.unwrap(triton_jit.find(key.function_of(name)))
     return triton_jit.closure_differs(function, plan.closures[name]) if function is not None else ""
 
 
@@ -124,7 +135,7 @@ class _Result:
 
 
 def _ir_key(unit: Unit, ir: str, shared: dict[str, Json]) -> str:
-    return key.digest({**shared, "kernel": unit.kernel, "source": unit.source, "ir": ir})
+    return key.digest({**shared, "kernel": key.function_of(unit.kernel), "source": unit.source, "ir": ir})
 
 
 def _stored(store: Store, unit_key: str) -> bool:
@@ -156,17 +167,19 @@ def _compile(
 
 
 def _function(unit: Unit, plan: Plan, recipe: Recipe | None) -> Any:
-    function = triton_jit.unwrap(triton_jit.find(unit.kernel))
-    if function is not None and triton_jit.name_of(function) == unit.kernel:
+    name, closure = key.function_of(unit.kernel), plan.closures[unit.kernel]
+    function = triton_jit.unwrap(triton_jit.find(name))
+    if function is not None and triton_jit.name_of(function) != name:
+        function = None
+    if recipe is None or (function is not None and not triton_jit.closure_differs(function, closure)):
         return function
-    if recipe is None:
-        return None
     # Made inside a function: run the host code that makes it. No declared point may reach a unit that was missed.
     others = (other.reached for other in plan.units if other.kernel == unit.kernel and other.reached)
-    for name, boxes in (unit.reached or next(others, {})).items():
-        case = next(c for c in recipe.cases if c.name == name)
-        return functions_at(case, shapes.expand(boxes[:1])[0]).get(unit.kernel)
-    return None
+    for case_name, boxes in (unit.reached or next(others, {})).items():
+        case = next(c for c in recipe.cases if c.name == case_name)
+        made = functions_at(case, shapes.expand(boxes[:1])[0])
+        return made.get(key.variant(name, unit.source), function)
+    return function
 
 
 def _keep(store: Store, unit: Unit, unit_key: str, result: _Result, outcome: Outcome, shared: dict[str, Json]) -> None:

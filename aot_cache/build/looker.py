@@ -16,7 +16,7 @@ from aot_cache.recipe import Case
 from aot_cache.shapes import Point
 from aot_cache.upstream import dynamo_frames, dynamo_inputs, inductor_artifact, process_settings
 from aot_cache.upstream.dynamo_frames import Frame
-from aot_cache.upstream.torch_fake import NEEDS_VALUES, HostMode, without_launches
+from aot_cache.upstream.torch_fake import NEEDS_VALUES, host_mode, without_launches
 
 
 class Looker:
@@ -29,7 +29,7 @@ class Looker:
 
     def __init__(self, cases: Sequence[Case], points: Sequence[Sequence[Point]], device: str) -> None:
         self._cases, self._points, self._device = cases, points, device
-        self._host = HostMode(device)  # one for all: what a recipe keeps from point to point stays usable
+        self._host = host_mode(device)
         self._modules: frozenset[str] = frozenset()
         self.skipped: set[str] = set()
         self.late_modules: dict[str, str] = {}

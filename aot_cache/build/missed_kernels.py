@@ -11,7 +11,7 @@ from typing import Any
 from aot_cache.build.bundles import misfit
 from aot_cache.build.compile import Outcome
 from aot_cache.errors import TraceError, one_line
-from aot_cache.key import UNITS
+from aot_cache.key import UNITS, function_of
 from aot_cache.miss_file import LOAD, TUNING, Miss
 from aot_cache.plan import Plan, Unit, extended
 from aot_cache.store import Store
@@ -86,7 +86,8 @@ def _closure(unit: Unit, closures: Mapping[str, Json]) -> Json:
         TraceError: it is not here, is of other source, or a value in the unit is none that we write.
         Exception: importing what is named, or decoding what is written, raises.
     """
-    found = closures.get(unit.kernel)
+    here = [closure for kernel, closure in closures.items() if function_of(kernel) == unit.kernel]
+    found = next((one for one in here if triton_jit.closure_digest(one) == unit.source), next(iter(here), None))
     if found is None:
         function = triton_jit.unwrap(triton_jit.find(unit.kernel))
         if function is None or triton_jit.name_of(function) != unit.kernel:

@@ -16,6 +16,7 @@ from aot_cache import shapes
 from aot_cache.build import one_point, pool, stamp, virtual_device
 from aot_cache.build.one_point import Broken
 from aot_cache.build.recorded import Call
+from aot_cache.key import told_apart
 from aot_cache.plan import CasePlan, Plan, Tuning, Unit
 from aot_cache.recipe import Case, Recipe
 from aot_cache.shapes import Enumeration, Point
@@ -40,6 +41,7 @@ class _Block:
     tuning_marks: list[list[int]] = field(default_factory=list)
     via: list[list[tuple[int, int]]] = field(default_factory=list)
     closures: dict[str, Json] = field(default_factory=dict)
+    hidden: dict[str, set[tuple[tuple[str, int], ...]]] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
     calls: list[list[Call]] = field(default_factory=list)
     """The calls of compiled functions at each point."""
@@ -55,6 +57,7 @@ class Traced:
         plan: the units.
         calls: case → the calls of compiled functions at each of its points.
         refused: (case, point, why) of the missed points that the recipe's code cannot run at.
+        unclear: kernel → why it may be any of several: none of those is built.
 
     Of the cases that failed (`plan.failed`) nothing is in `calls`.
     """
@@ -62,6 +65,7 @@ class Traced:
     plan: Plan
     calls: dict[str, list[list[Call]]]
     refused: list[tuple[str, Point, str]]
+    unclear: dict[str, str] = field(default_factory=dict)
 
     @property
     def compiled(self) -> list[str]:
@@ -129,7 +133,7 @@ def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None =
     plan.note_put_back(put_back)
     plan.failed = [broken.failed for broken in _first(failed)]
     gone = {case.case for case in plan.failed}
-    return Traced(plan, {name: found for name, found in calls.items() if name not in gone}, refused)
+    return Traced(plan, {name: found for name, found in calls.items() if name not in gone}, refused, merged.unclear())
 
 
 def _first(failed: Mapping[int, Mapping[int, Broken]]) -> list[Broken]:
@@ -144,7 +148,6 @@ def _blocks(points: Enumeration) -> Iterator[tuple[int, int]]:
     yield from ((at, at + 1) for at in range(declared, len(points.points)))
 
 
-_closures: dict[str, Json] = {}
 _before: set[str] = set()
 late_modules: dict[str, str] = {}
 """Module → file of what host code imported while it ran, in children whose imports are theirs: a build depends on it."""
@@ -179,14 +182,11 @@ def _fill(block: _Block, case: Case, every: Sequence[Point], mine: range, index:
     block.units, block.tunings = log.units, log.tunings
     block.unit_marks, block.tuning_marks = log.seen_units, log.seen_tunings
     block.via = [sorted(v) for v in log.via]
-    for name, function in log.functions.items():
-        if name not in _closures:
-            _closures[name] = triton_jit.closure(function)
-        block.closures[name] = _closures[name]
+    block.closures, block.hidden = log.closures, log.hidden
 
 
 def functions_at(case: Case, point: Point) -> dict[str, Any]:
-    """The kernels that `case` launches at `point`, by name: the way to kernels that are made inside functions."""
+    """The kernels that `case` launches at `point`, by identity: the way to kernels that are made inside functions."""
     log = LaunchLog()
     with instead_of_launching(log), virtual_device.tensors(), case.modes():
         broken = one_point.run(case, point)
@@ -206,6 +206,7 @@ class _Merged:
         self._tunings: dict[str, dict[str, Json]] = {}
         self._tuning_marks: dict[str, dict[int, list[int]]] = {}
         self._closures: dict[str, Json] = {}
+        self._hidden: dict[str, set[tuple[tuple[str, int], ...]]] = {}
 
     def add(self, block: _Block) -> None:
         names = [json.dumps(t) for t in block.tunings]
@@ -218,22 +219,39 @@ class _Merged:
             self._unit_marks.setdefault(name, {}).setdefault(block.case, []).extend(marks)
             self._via.setdefault(name, set()).update((names[t] if t >= 0 else "", c) for t, c in via)
         self._closures.update(block.closures)
+        for kernel, hidden in block.hidden.items():
+            self._hidden.setdefault(kernel, set()).update(hidden)
+
+    def unclear(self) -> dict[str, str]:
+        """Kernels of one name that differ in what has no written form: one may not stand for the other."""
+        called, out = told_apart(self._closures), {}
+        for kernel, found in self._hidden.items():
+            if len(found) > 1:
+                what = ", ".join(sorted({name for hidden in found for name, _ in hidden}))
+                out[called[kernel]] = f"{len(found)} kernels of this name cannot be told apart: they differ in {what}"
+        return out
 
     def plan(self) -> Plan:
-        tuning_order = sorted(self._tunings)
-        number_of = {name: number for number, name in enumerate(tuning_order)}
-        digests = {name: triton_jit.closure_digest(c) for name, c in self._closures.items()}
+        called = told_apart(self._closures)
+
+        def told(known: dict[str, dict[str, Json]]) -> dict[str, dict[str, Json]]:
+            """In order, by the names that people read."""
+            renamed = {name: {**one, "kernel": called[one["kernel"]]} for name, one in known.items()}
+            return dict(sorted(renamed.items(), key=lambda item: json.dumps(item[1])))
+
+        told_tunings = told(self._tunings)
+        number_of = {name: number for number, name in enumerate(told_tunings)}
         units = [
             Unit(
-                source=digests[self._units[name]["kernel"]],
+                source=triton_jit.closure_digest(self._closures[self._units[name]["kernel"]]),
                 via=[list(v) for v in sorted((number_of.get(t, -1), c) for t, c in self._via[name])],
                 reached=self._reached(self._unit_marks[name]),
-                **self._units[name],
+                **unit,
             )
-            for name in sorted(self._units)
+            for name, unit in told(self._units).items()
         ]
         tunings = [
-            Tuning(reached=self._reached(self._tuning_marks[name]), **self._tunings[name]) for name in tuning_order
+            Tuning(reached=self._reached(self._tuning_marks[name]), **tuning) for name, tuning in told_tunings.items()
         ]
         return Plan(
             self._recipe.name,
@@ -243,7 +261,7 @@ class _Merged:
             [CasePlan.of(case, e) for case, e in zip(self._recipe.cases, self._enumerations)],
             units,
             tunings,
-            dict(sorted(self._closures.items())),
+            {called[name]: closure for name, closure in sorted(self._closures.items())},
         )
 
     def _reached(self, marks: dict[int, list[int]]) -> dict[str, list[dict[str, str]]]:

@@ -29,7 +29,7 @@ def become(target: Target) -> None:
     """
     if target.backend == "cpu":
         raise TargetError("a GPU target", "cpu: Triton compiles for GPUs only", "name a GPU target (aot-cache targets)")
-    from aot_cache.upstream import dynamo_off, torch_cuda, torch_guard, torch_shortcuts, triton_driver
+    from aot_cache.upstream import dynamo_off, torch_cuda, torch_guard, torch_modules, torch_shortcuts, triton_driver
 
     def note(function: Any, args: Any, kwargs: Any) -> None:
         from aot_cache.build import recorded
@@ -41,6 +41,7 @@ def become(target: Target) -> None:
         torch_guard.ensure()
     torch_shortcuts.install()
     torch_cuda.pretend(target)
+    torch_modules.for_virtual_tensors()
     triton_driver.pretend(target)
 
 

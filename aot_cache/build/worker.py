@@ -115,10 +115,12 @@ def _kernels(job: dict[str, Json], target: Any, send: Any, progress: Any) -> Non
     from aot_cache.upstream import triton_launcher
 
     recipe, misses, compiled, refused = None, [], [], []
+    unclear: dict[str, str] = {}
     if job["recipe"]:
-        recipe, misses, _ = _recipe(job)
+        with virtual_device.tensors():  # models make some when they are imported
+            recipe, misses, _ = _recipe(job)
         traced = trace.trace(recipe, target.id, progress, job["workers"])
-        plan, compiled, refused = traced.plan, traced.compiled, traced.refused
+        plan, compiled, refused, unclear = traced.plan, traced.compiled, traced.refused, traced.unclear
         if not refused:  # else the points are numbered otherwise
             Path(job["calls"]).write_text(json.dumps(traced.calls))
     else:
@@ -135,16 +137,18 @@ def _kernels(job: dict[str, Json], target: Any, send: Any, progress: Any) -> Non
         return
     pythons = [triton_launcher.this_python(), *map(triton_launcher.other_python, job["pythons"])]
     pythons = list({p.suffix: p for p in pythons}.values())
-    outcome = compiler.compile_plan(
-        plan,
-        recipe,
-        target,
-        Store(job["store"]),
-        line_info=job["line_info"],
-        pythons=pythons,
-        progress=progress,
-        workers=job["workers"],
-    )
+    with virtual_device.tensors():  # a plan's kernels are imported by their names only now
+        outcome = compiler.compile_plan(
+            plan,
+            recipe,
+            target,
+            Store(job["store"]),
+            line_info=job["line_info"],
+            pythons=pythons,
+            progress=progress,
+            workers=job["workers"],
+            unclear=unclear,
+        )
     if misses:
         missed.settle(outcome, Store(job["store"]), target)
         plan.write(Path(job["plan_out"]))
@@ -173,12 +177,15 @@ def _graphs(job: dict[str, Json], target: Any, send: Any, progress: Any) -> None
     from aot_cache.build.recorded import Recorded
     from aot_cache.plan import FailedCase, Plan, each_once
     from aot_cache.store import Store
+    from aot_cache.upstream import torch_fake
 
-    recipe, misses, why = _recipe(job)
+    device = "cpu" if target.backend == "cpu" else "cuda"
+    recipes.set_device(device)
+    with torch_fake.importing(device):
+        recipe, misses, why = _recipe(job)
     failed_before = [FailedCase(**failed) for failed in job["failed_cases"]]
     gone = {failed.case for failed in failed_before}
     names = [case.name for case in recipe.cases if case.name not in gone]
-    recipes.set_device("cpu" if target.backend == "cpu" else "cuda")
     plan = Plan.read(Path(job["plan_out"])) if Path(job["plan_out"]).exists() else graphs.empty_plan(recipe, target.id)
     calls = Path(job["calls"])
     known = Recorded(json.loads(calls.read_text()) if calls.exists() else {})

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from aot_cache.key import function_of
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
 from aot_cache.upstream import torch_capture
@@ -53,6 +54,7 @@ class _OnDevice:
         self.installer = installer
         self.kernels: list[Any] = []
         self.units: list[list[Json]] = []
+        self.numbers: set[int] = set()
 
 
 class KernelSet:
@@ -72,6 +74,12 @@ class KernelSet:
             self._tunings.setdefault(tuning["kernel"], []).append(tuning)
         self._devices: dict[int, _OnDevice] = {}
         self._done: set[tuple[int, int, int]] = set()  # (pid, device, kernel number)
+        self._made: dict[str, list[int]] = {}
+        """Functions that no module has by name → the kernels of that name: a factory makes several."""
+        for number, name in enumerate(self._names):
+            if "<locals>" in name or name != function_of(name):
+                self._made.setdefault(function_of(name), []).append(number)
+        self._hidden: dict[int, tuple[Any, ...]] = {}
         self._chosen: set[int] = set()
         self._lock = threading.RLock()
 
@@ -86,11 +94,12 @@ class KernelSet:
 
     def choose_now(self, tuning: Mapping[str, Json], config: Mapping[str, Json]) -> None:
         """Put a choice that was just measured in place of the default."""
-        from aot_cache.upstream import triton_jit, triton_kernel
+        from aot_cache.upstream import triton_kernel
 
-        function = triton_jit.unwrap(triton_jit.find(self.name_of(tuning), loaded_only=True))
-        if function is not None:
-            triton_kernel.choose(function, tuning["tuner"], tuning["key"], config, replace=True)
+        number = tuning["kernel"]
+        for function in self._functions([number]).get(number, ()):
+            if not self._differs(function, number):
+                triton_kernel.choose(function, tuning["tuner"], tuning["key"], config, replace=True)
 
     def waiting(self, device: int) -> bool:
         """Whether any kernel of this bundle is not yet installed on `device`."""
@@ -115,20 +124,20 @@ class KernelSet:
                 self.report.devices.append(device)
             found = self._functions(missing)
             self.bundle.require_sound()  # all of it, or nothing is installed
-            new = 0
+            before = self.report.installed
             for number, functions in found.items():
-                for function in functions:
-                    new += self._install_kernel(function, number, device)
+                self._install_fitting(functions, number, device)
+            new = self.report.installed - before
             self.report.pending = [self._names[n] for n in range(len(self._names)) if not self._known(n)]
             self._ledger.note("installed", "", torch_capture.capturing(), new)
             return new
 
     def adopt(self, function: Any, name: str, device: int) -> bool:
         """Install the units of a kernel that is made anew inside a function, for this one; True when there are any."""
-        if "<locals>" not in name or name not in self._names or device not in self._devices:
+        if name not in self._made or device not in self._devices:
             return False
         with self._lock:
-            return self._install_kernel(function, self._names.index(name), device) > 0
+            return sum(self._install_fitting([function], number, device) for number in self._made[name]) > 0
 
     def prime(self, device: int) -> int:
         """Load what is installed onto the current device, which must be `device`; returns how many modules."""
@@ -141,8 +150,10 @@ class KernelSet:
             modules = place.installer.prime(place.kernels, place.units)
             if modules:
                 self._ledger.note("primed", "", torch_capture.capturing(), modules)
-            places = self._devices.values()
-            self.report.primed = sum(triton_kernel.is_loaded(kernel) for p in places for kernel in p.kernels)
+            self.report.primed = 0
+            for one in self._devices.values():  # a factory's kernel may be there more than once
+                loaded = {id(unit) for unit, kernel in zip(one.units, one.kernels) if triton_kernel.is_loaded(kernel)}
+                self.report.primed += len(loaded)
             self.report.modules += modules
             return int(modules)
 
@@ -153,36 +164,66 @@ class KernelSet:
         from aot_cache.upstream import triton_jit, triton_kernel
 
         out: dict[int, list[Any]] = {}
-        local: dict[str, int] = {}
+        made: set[str] = set()
         for number in numbers:
-            name = self._names[number]
+            name = function_of(self._names[number])
             function = triton_jit.unwrap(triton_jit.find(name, loaded_only=True))
-            if function is not None and triton_jit.name_of(function) == name:
+            if name in self._made:
+                made.add(name)
+            elif function is not None and triton_jit.name_of(function) == name:
                 out[number] = [function]
-            elif "<locals>" in name:
-                local[name] = number
-        if local:
-            for name, functions in triton_kernel.functions_in_memory(set(local)).items():
-                out[local[name]] = functions
+        if made:
+            for name, functions in triton_kernel.functions_in_memory(made).items():
+                out |= {number: functions for number in self._made[name] if number in numbers}
         return out
 
-    def _install_kernel(self, function: Any, number: int, device: int) -> int:
+    def _differs(self, function: Any, number: int) -> str:
+        """How a function is not the one that a kernel of the bundle was built from; empty when it is."""
         from aot_cache.upstream import triton_jit
 
+        return triton_jit.closure_differs(function, self.bundle.manifest["kernels"][number]["closure"])
+
+    def _install_fitting(self, functions: list[Any], number: int, device: int) -> int:
+        """Install a kernel's units for those of `functions`, which all have its name, that it was built from."""
         name = self._names[number]
-        manifest = self.bundle.manifest
-        differs = triton_jit.closure_differs(function, manifest["kernels"][number]["closure"])
-        self._done.add((os.getpid(), device, number))
-        if differs:
-            self.report.stale[name] = differs
+        differs = {id(function): self._differs(function, number) for function in functions}
+        fitting = [function for function in functions if not differs[id(function)]]
+        others = [n for n in self._made.get(function_of(name), ()) if n != number]
+        strange = [f for f in functions if f not in fitting and all(self._differs(f, other) for other in others)]
+        why = self._unclear(fitting, number) or next((differs[id(f)] for f in strange if not fitting), "")
+        if fitting or why:
+            self._done.add((os.getpid(), device, number))
+        if why:
+            self.report.stale[name] = why
             return 0
+        if fitting:
+            self.report.stale.pop(name, None)
+        return sum(self._install_kernel(function, number, device) for function in fitting)
+
+    def _unclear(self, functions: list[Any], number: int) -> str:
+        """Why it cannot be said which of these is the one that was built; empty when all that they are is in words."""
+        from aot_cache.upstream import triton_names
+
+        found = {triton_names.hidden(function) for function in functions}
+        found |= {self._hidden[number]} if number in self._hidden else set()
+        if len(found) > 1:
+            what = ", ".join(sorted({name for hidden in found for name, _ in hidden}))
+            return f"{len(found)} kernels of this name cannot be told apart: they differ in {what}"
+        for hidden in found:
+            self._hidden[number] = hidden
+        return ""
+
+    def _install_kernel(self, function: Any, number: int, device: int) -> int:
+        manifest = self.bundle.manifest
         place = self._devices[device]
         units = [(n, manifest["units"][n]) for n in self._units.get(number, [])]
         keyed = [(unit, unit[4] if unit[4] is not None else self._late_key(n)) for n, unit in units]
         found = [(unit, key) for unit, key in keyed if key is not None]
         place.kernels += place.installer.install(function, found)
         place.units += [unit for unit, _ in found]
-        self.report.installed += len(units)
+        if number not in place.numbers:
+            place.numbers.add(number)
+            self.report.installed += len(units)
         if number not in self._chosen:
             self._chosen.add(number)
             self._choose(function, number)

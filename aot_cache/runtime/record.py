@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from aot_cache.errors import DeclarationError
-from aot_cache.plan import Plan, Tuning, Unit, merge
+from aot_cache.plan import Plan, Tuning, Unit, merge, named
 from aot_cache.upstream import after_import, torch_capture
 
 FOLDER_VARIABLE = "AOT_CACHE_RECORD_TO"
@@ -52,7 +52,7 @@ class Recording:
         from aot_cache.upstream import triton_jit
 
         log = self._log
-        closures = {name: triton_jit.closure(function) for name, function in sorted(log.functions.items())}
+        closures = {name: log.closures[name] for name in sorted(log.functions)}
         digests = {name: triton_jit.closure_digest(document) for name, document in closures.items()}
         units = [
             Unit(source=digests[unit["kernel"]], via=[list(v) for v in sorted(via)], **unit)
@@ -60,7 +60,7 @@ class Recording:
         ]
         tunings = [Tuning(**tuning) for tuning in log.tunings]
         target = _target_id() if units else "none"
-        return Plan(self._name, target, "recorded", triton.__version__, [], units, tunings, closures)
+        return named(Plan(self._name, target, "recorded", triton.__version__, [], units, tunings, closures))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aot_cache.upstream import inductor_attention
+from aot_cache.upstream import inductor_attention, torch_modules
 
 _NAME = 96
 
@@ -30,6 +30,7 @@ def become(target: Target) -> None:
         torch_cuda.pretend(target, tensors=False)
         triton_driver.pretend(target)
         _stay_off_the_driver()
+    torch_modules.for_fake_tensors()
     from torch._inductor import config
 
     config.compile_threads = 1  # a graph is compiled in one forked child; its kernels are not spread further
@@ -43,9 +44,7 @@ def become(target: Target) -> None:
 
 def _stay_off_the_driver() -> None:
     """Calls that Dynamo's device interface and fake tensors make, and that end in the CUDA runtime."""
-    c: Any = torch._C
     cuda: Any = torch.cuda
-    c._cuda_getCurrentRawStream = lambda _device: 0
     cuda._exchange_device = lambda _device: 0
     cuda._maybe_exchange_device = lambda _device: 0
     cuda.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8)
@@ -53,6 +52,8 @@ def _stay_off_the_driver() -> None:
     from torch._subclasses import fake_tensor
 
     module: Any = fake_tensor
+    # Else a fake mode would compute constants (`torch.tensor(3, device="cuda")`) on the GPU that is said to be there.
+    module.FakeTensorMode.avoid_device_init = property(lambda _mode: True, lambda _mode, _value: None)
     if hasattr(module, "init_gpu_context"):  # to torch 2.11: makes a context
         module.init_gpu_context = lambda *_: None
 

@@ -12,43 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aot_cache.upstream import torch_factories, torch_random, torch_streams
+
 if TYPE_CHECKING:
     from aot_cache.target import Target
 
 ASSUMED_CUDA = "13.0"
 ASSUMED_ROCM = "7.1"
 """`torch.version` of a serving image; a CPU-only builder has none, and libraries read it."""
-
-
-class _Context:
-    """Stands for `torch.cuda.device` and `torch.cuda.stream`: there is one device and one stream."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __enter__(self) -> _Context:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-class _Stream(_Context):
-    """Stands for a stream and for an event."""
-
-    cuda_stream = 0
-    stream_id = 0
-    device_index = 0
-    device = torch.device("cuda", 0)
-
-    def synchronize(self) -> None: ...
-    def wait_stream(self, _: Any) -> None: ...
-    def wait_event(self, _: Any) -> None: ...
-    def record(self, *_: Any) -> None: ...
-    def record_event(self, *_: Any) -> _Stream:
-        return self
-
-    def query(self) -> bool:
-        return True
+_ALLOCATED = ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved")
 
 
 def device_properties(target: Target) -> SimpleNamespace:
@@ -95,16 +67,16 @@ def pretend(target: Target, tensors: bool = True) -> None:
         "mem_get_info": lambda _device=None: (target.memory_bytes, target.memory_bytes),
         "synchronize": lambda _device=None: None,
         "empty_cache": lambda: None,
-        "current_stream": lambda _device=None: _Stream(),
-        "default_stream": lambda _device=None: _Stream(),
         "is_current_stream_capturing": lambda: False,
         "init": lambda: None,
         "_lazy_init": lambda: None,
-        "device": _Context,
-        "stream": _Context,
-        "StreamContext": _Context,
-        "Stream": _Stream,
-        "Event": _Stream,
+        "device": torch_streams.Context,
+        "device_of": torch_streams.Context,
+        "ipc_collect": lambda: None,
+        "memory_stats": lambda _device=None: {},
+        "reset_peak_memory_stats": lambda _device=None: None,
+        "reset_max_memory_allocated": lambda _device=None: None,
+        **dict.fromkeys(_ALLOCATED, lambda _device=None: 0),
     }
     for name, answer in answers.items():
         setattr(cuda, name, answer)
@@ -116,22 +88,46 @@ def pretend(target: Target, tensors: bool = True) -> None:
         version.cuda = ASSUMED_CUDA
     # A CUDA build without a GPU has a real device guard that fails; torch has a no-op one for fake tensors.
     torch._C._ensureCUDADeviceGuardSet()
+    c: Any = torch._C
+    c._cuda_getDevice = lambda: 0
+    torch_streams.pretend()
+    _be_the_accelerator(target)
+    torch_random.pretend()
     if tensors:
-        _make_tensors_through_cpu()
+        torch_factories.pretend()
+        _move_tensors()
 
 
-def _make_tensors_through_cpu() -> None:
-    """Ways to a CUDA tensor that take a device guard in C++ before they dispatch, which CPU-only builds lack."""
-    module: Any = torch
-    for name in ("tensor", "as_tensor"):
-        original = getattr(torch, name)
+def _be_the_accelerator(target: Target) -> None:
+    """`torch.accelerator`, which is for host code that knows no backend."""
+    answers: dict[str, Any] = {
+        "current_accelerator": lambda check_available=False: torch.device("cuda"),
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device_index": lambda: 0,
+        "current_device_idx": lambda: 0,
+        "set_device_index": lambda _device: None,
+        "set_device_idx": lambda _device: None,
+        "device_index": torch_streams.Context,
+        # Functions of their own: Dynamo has a rule for each of torch's, and takes no two for one.
+        "current_stream": lambda _device=None: torch_streams.current(),
+        "set_stream": lambda stream: torch_streams.set_current(stream),
+        "synchronize": lambda _device=None: None,
+        "empty_cache": lambda: None,
+        "get_device_capability": lambda _device=None: target.capability,
+        "get_memory_info": lambda _device=None: (target.memory_bytes, target.memory_bytes),
+        "memory_stats": lambda _device=None: {},
+        "reset_peak_memory_stats": lambda _device=None: None,
+        "reset_accumulated_memory_stats": lambda _device=None: None,
+        **dict.fromkeys(_ALLOCATED, lambda _device=None: 0),
+    }
+    for name, answer in answers.items():
+        if hasattr(torch.accelerator, name):  # each version has some more
+            setattr(torch.accelerator, name, answer)
 
-        def make(data: Any, *, _original: Any = original, device: Any = None, **kwargs: Any) -> Any:
-            if _is_cuda(device):
-                return _original(data, **kwargs).to(device)
-            return _original(data, device=device, **kwargs)
 
-        setattr(module, name, make)
+def _move_tensors() -> None:
+    """Ways to another device that take a device guard in C++ before they dispatch, which CPU-only builds lack."""
     built: Any = torch.backends.cuda.is_built
     if not built():
         _move_without_a_guard()
@@ -171,9 +167,6 @@ def _parse_to(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     kwargs = {k: v for k, v in kwargs.items() if k != "copy"}
     if args and isinstance(args[0], torch.Tensor):  # to(other)
         return args[0].device, args[0].dtype, None, None
+    args, kwargs = torch_factories.named(args, kwargs)
     parsed: tuple[Any, Any, Any, Any] = torch._C._nn._parse_to(*args, **kwargs)
     return parsed
-
-
-def _is_cuda(device: Any) -> bool:
-    return device is not None and torch.device(device).type == "cuda"

@@ -11,14 +11,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
 from torch._higher_order_ops import utils as hop_utils
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
+_aten: Any = torch.ops.aten
+_PINNING = (_aten._pin_memory.default, _aten.pin_memory.default)
+_TO = tuple(getattr(_aten.to, name) for name in _aten.to.overloads())
 BUILTIN = frozenset({"aten", "prim", "prims", "_c10d_functional", "profiler", "inductor", "higher_order"})
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 """What torch raises where host code reads the values of a tensor that has none."""
@@ -46,6 +57,19 @@ class HostMode(_base):  # type: ignore[misc]  # torch's class is untyped
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is _aten.record_stream.default:
+            return None
+        if func is _aten.detach_.default and not isinstance(args[0], FakeTensor):
+            return args[0]  # a new one of `torch.tensor(..., device="meta")`, in inference mode
+        if func in _PINNING:  # there is no memory that could be pinned
+            func, args, kwargs = _aten.clone.default, args[:1], {}
+        elif kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        if func in _TO:  # inference mode hands it over whole, and a constant would be moved for real
+            with self:
+                return func.decompose(*args, **kwargs)
+        if func is _GROUPED_MM and args[0].dtype != torch.bfloat16:
+            return _grouped_mm(*args)
         if getattr(func, "namespace", "aten") not in BUILTIN:
             implementation = self._implementation(func)
             if implementation is not None:
@@ -59,6 +83,41 @@ class HostMode(_base):  # type: ignore[misc]  # torch's class is untyped
             if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key):
                 return lambda *args, **kwargs: func.redispatch(keys, *args, **kwargs)
         return None
+
+
+_GROUPED_MM = _aten._grouped_mm.default
+
+
+def _grouped_mm(a: Any, b: Any, *_: Any) -> Any:
+    """The product of groups of rows [s, k] and matrices [g, k, n]: [s, n]. Upstream's rule refuses what the CPU multiplies."""
+    return a.new_empty(a.shape[0], b.shape[-1])
+
+
+@cache
+def host_mode(device: str) -> HostMode:
+    """This process's one mode for host code: what a recipe keeps from its import on, or from point to point, stays usable."""
+    return HostMode(device)
+
+
+class OnTheDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its base class has an untyped hook
+    """While a recipe is imported: tensors on CUDA are fake, and all others are what they are."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        fake = any(isinstance(value, FakeTensor) for value in pytree.tree_leaves((args, kwargs)))
+        if not fake and (device is None or torch.device(device).type != "cuda"):
+            return func(*args, **kwargs)
+        with host_mode("cuda"):
+            return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def importing(device: str) -> Iterator[None]:
+    """A recipe is imported inside."""
+    mode: Any = OnTheDevice  # torch's base class is untyped
+    with mode() if device == "cuda" else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager

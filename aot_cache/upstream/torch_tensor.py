@@ -11,6 +11,7 @@ Seen to hold: see `versions.TORCH_SEEN`. Private names used: `Tensor._make_wrapp
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ _SCALARS = frozenset({_aten._local_scalar_dense.default, _aten.item.default, _at
 _TO_COPY = _aten._to_copy.default
 _COPY_ = _aten.copy_.default
 _PRIM_DEVICE = torch.ops.prim.device.default
+_RECORD_STREAM = _aten.record_stream.default
 
 
 ShortCut = Callable[[tuple[Any, ...], dict[str, Any]], "VirtualTensor | None"]
@@ -144,6 +146,14 @@ class VirtualTensor(torch.Tensor):
         _COPY_(self, source, non_blocking)
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> VirtualTensor:
+        if id(self) not in memo:
+            copied = VirtualTensor(copy.deepcopy(self.meta_), copy.deepcopy(self.known), self.device)
+            copied.__dict__.update(copy.deepcopy(extras_of(self), memo))
+            memo[id(self)] = copied.requires_grad_(self.requires_grad)
+        found: VirtualTensor = memo[id(self)]
+        return found
+
     def __len__(self) -> int:
         if self.dim() == 0:
             raise TypeError("len() of a 0-d tensor")
@@ -156,6 +166,26 @@ class VirtualTensor(torch.Tensor):
         return dispatch(func, args, kwargs or {})
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+
+_OWN = ("meta_", "values_", "shared_")
+
+
+def extras_of(tensor: torch.Tensor) -> dict[str, Any]:
+    """What others have put on a tensor: that it is a parameter, how it is loaded."""
+    return {name: value for name, value in tensor.__dict__.items() if name not in _OWN}
+
+
+def become(tensor: torch.Tensor, other: VirtualTensor) -> None:
+    """What `tensor.data = other` does: `tensor`, whatever it was, is virtual from now on, and itself to all that hold it."""
+    wanted, extras = tensor.requires_grad, extras_of(tensor)
+    if isinstance(tensor, torch.nn.Parameter):
+        extras["_is_param"] = True
+    with torch.no_grad():
+        twin = VirtualTensor(other.meta_, other.values_, other.device, other.shared_)
+    torch._C._swap_tensor_impl(tensor, twin)
+    tensor.__class__, tensor.__dict__ = VirtualTensor, {**extras, **{name: twin.__dict__[name] for name in _OWN}}
+    tensor.requires_grad_(wanted)
 
 
 class VirtualMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its base class has an untyped hook
@@ -196,6 +226,8 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func in _SCALARS:
         value = _values(args[0], "item()").item()
         return bool(value) if func is _aten.is_nonzero.default else value
+    if func is _RECORD_STREAM:
+        return None
     if func is _PRIM_DEVICE:
         return tensors[0].device
     if func.namespace not in _BUILTIN_NAMESPACES:
@@ -214,6 +246,8 @@ def _compute(
 ) -> Any:
     if func._schema.name == "aten::to":
         return _to(func, args, kwargs)
+    if kwargs.get("generator") is not None:  # its numbers are known to nobody, and it is of no device that is here
+        kwargs = {**kwargs, "generator": None}
     known = _known(func, args, kwargs, tensors, device)
     meta_kwargs = {**kwargs, "device": "meta"} if device is not None else kwargs
     try:

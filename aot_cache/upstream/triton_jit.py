@@ -6,13 +6,12 @@ Seen to hold: see `versions.TRITON_SEEN`.
 
 from __future__ import annotations
 
-import ast
+import enum
 import hashlib
 import importlib
 import json
 import math
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,18 +21,13 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction, compute_cache_key
 
 from aot_cache.errors import TraceError
-
-try:
-    from triton.runtime.jit import JITCallable
-except ImportError:  # pragma: no cover - every version in TRITON_SEEN has it
-    JITCallable = JITFunction
+from aot_cache.key import variant
+from aot_cache.upstream import triton_names
+from aot_cache.upstream.triton_names import name_of as name_of
 
 Json = Any
-
-
-def name_of(function: Any) -> str:
-    """`module:qualified.name` of a kernel or of a function that kernels call."""
-    return f"{function.fn.__module__}:{function.fn.__qualname__}"
+JITCallable = triton_names.JITCallable
+_JIT = "jit "  # what a name means that stands for a function
 
 
 def unwrap(kernel: Any) -> JITFunction | None:
@@ -85,27 +79,35 @@ def closure(function: Any) -> dict[str, Json]:
     a plain hash it can be checked in the serving process without parsing: see `closure_differs`.
 
     Returns:
-        `{function name: {"src": sha256, "refs": {dotted name: meaning}}}`.
+        `{function name: {"src": sha256, "refs": {dotted name: meaning}}}`. Of several functions of one name, which a
+        factory makes, all but the first have a number: `name#2`.
     """
     out: dict[str, Json] = {}
-    _close(function, out)
+    _close(function, out, {})
     return dict(sorted(out.items()))
 
 
-def _close(function: Any, out: dict[str, Json]) -> None:
-    name = name_of(function)
-    if name in out:
-        return
+def _close(function: Any, out: dict[str, Json], keys: dict[int, str]) -> str:
+    """Add a function, and what it calls, to `out`; returns its name there."""
+    if id(function) in keys:
+        return keys[id(function)]
+    name, number = name_of(function), 1
+    key = name
+    while key in out:
+        number += 1
+        key = f"{name}#{number}"
+    keys[id(function)] = key
     refs: dict[str, str] = {}
-    out[name] = {"src": _source_digest(function), "refs": refs}
-    for dotted in sorted(_names(function)):
-        value = _look_up(function, dotted)
-        meaning = _meaning(value)
-        if meaning is None:
-            continue
-        refs[dotted] = meaning
+    out[key] = {"src": _source_digest(function), "refs": refs}
+    for dotted in triton_names.in_source(function.src):
+        value = triton_names.look_up(function, dotted)
         if isinstance(value, JITCallable):
-            _close(value, out)
+            refs[dotted] = f"{_JIT}{_close(value, out, keys)}"
+            continue
+        meaning = triton_names.meaning(value)
+        if meaning is not None:
+            refs[dotted] = meaning
+    return key
 
 
 def closure_digest(document: dict[str, Json]) -> str:
@@ -114,91 +116,35 @@ def closure_digest(document: dict[str, Json]) -> str:
 
 def closure_differs(function: Any, document: dict[str, Json]) -> str:
     """Why `function` here is not the one of `document`; empty when it is."""
-    pending, seen = [function], set()
+    pending, seen = [(function, name_of(function))], set()
     while pending:
-        current = pending.pop()
-        name = name_of(current)
-        if name in seen:
+        current, key = pending.pop()
+        if (id(current), key) in seen:
             continue
-        seen.add(name)
-        entry = document.get(name)
+        seen.add((id(current), key))
+        name, entry = name_of(current), document.get(key)
         if entry is None:
             return f"{name} is not among the functions that it was built from"
         if _source_digest(current) != entry["src"]:
             return f"the source of {name} differs"
         for dotted, meaning in entry["refs"].items():
-            value = _look_up(current, dotted)
-            found = _meaning(value)
-            if found != meaning:
-                return f"{dotted} in {name} was {meaning} and is {found}"
+            value = triton_names.look_up(current, dotted)
+            found, wanted = triton_names.meaning(value), meaning
             if isinstance(value, JITCallable):
-                pending.append(value)
+                pending.append((value, meaning.removeprefix(_JIT)))
+                wanted = meaning.partition("#")[0]
+            if found != wanted:
+                return f"{dotted} in {name} was {wanted} and is {found}"
     return ""
+
+
+def identity(function: Any, document: dict[str, Json]) -> str:
+    """A kernel's name with what tells it from others of that name: its source, and what it sees around it."""
+    return variant(name_of(function), closure_digest(document))
 
 
 def _source_digest(function: Any) -> str:
     return hashlib.sha256(function.src.encode()).hexdigest()[:32]
-
-
-class _Names(ast.NodeVisitor):
-    def __init__(self) -> None:
-        self.found: set[str] = set()
-
-    def visit_Name(self, node: ast.Name) -> None:
-        self.found.add(node.id)
-
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        parts = [node.attr]
-        inner: ast.expr = node.value
-        while isinstance(inner, ast.Attribute):
-            parts.append(inner.attr)
-            inner = inner.value
-        if isinstance(inner, ast.Name):
-            self.found.add(".".join([inner.id, *reversed(parts)]))
-        else:
-            self.visit(inner)
-
-
-def _names(function: Any) -> set[str]:
-    visitor = _Names()
-    visitor.visit(ast.parse(function.src))
-    return visitor.found
-
-
-def _look_up(function: Any, dotted: str) -> Any:
-    first, *rest = dotted.split(".")
-    python = function.fn
-    cells = dict(zip(python.__code__.co_freevars, python.__closure__ or ()))
-    if first in cells:
-        try:
-            value = cells[first].cell_contents
-        except ValueError:
-            return None
-    else:
-        value = python.__globals__.get(first)
-    for part in rest:
-        if value is None:
-            return None
-        value = getattr(value, part, None)
-    return value
-
-
-def _meaning(value: Any) -> str | None:
-    """What a global name stands for, in words that are the same in every process; None when it cannot change code."""
-    if isinstance(value, JITCallable):
-        return f"jit {name_of(value)}"
-    if isinstance(value, (tl.constexpr, tl.dtype, bool, int, float, str)):
-        return repr(value)
-    if isinstance(value, (tuple, list)):
-        inner = [_meaning(v) for v in value]
-        return None if any(m is None for m in inner) else f"[{', '.join(str(m) for m in inner)}]"
-    if isinstance(value, ModuleType) or value is None:
-        return None
-    module = getattr(value, "__module__", "") or ""
-    if module.startswith("triton."):
-        # Which of Triton's builtins a name means can depend on the machine (fla: `exp` is a fast one or libdevice's).
-        return f"triton {module.removeprefix('triton.')}.{getattr(value, '__qualname__', '?')}"
-    return None
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -214,6 +160,8 @@ def encode(value: Any) -> Json:
         return value
     if type(value) is float:
         return value if math.isfinite(value) else {"float": repr(value)}
+    if isinstance(value, enum.Enum):
+        return _encode_member(value)
     if isinstance(value, tl.constexpr):
         return {"constexpr": encode(value.value)}
     if type(value) is tl.dtype:
@@ -229,10 +177,22 @@ def encode(value: Any) -> Json:
     if isinstance(value, list):
         return {"l": [encode(v) for v in value]}
     raise TraceError(
-        "a constexpr that can be written to a plan (number, string, dtype, tuple, jit function)",
+        "a constexpr that can be written to a plan (number, string, enum, dtype, tuple, jit function)",
         f"a {type(value).__module__}.{type(value).__qualname__}",
         "pass it as one of those",
     )
+
+
+def _encode_member(value: enum.Enum) -> Json:
+    """A member of an enum, by its value: combined flags are none of those that have a name."""
+    name = f"{type(value).__module__}:{type(value).__qualname__}"
+    if find(name) is not type(value):
+        raise TraceError(
+            "the enum of a constexpr to be found by its name",
+            f"nothing, or another, at {name}",
+            "define it at the top of its module",
+        )
+    return {"enum": name, "value": encode(value.value)}
 
 
 def decode(value: Json) -> Any:
@@ -251,6 +211,8 @@ def decode(value: Json) -> Any:
         return getattr(torch, value["torch"])
     if "float" in value:
         return float(value["float"])
+    if "enum" in value:
+        return find(value["enum"])(decode(value["value"]))
     if "named" in value:
         return find(value["named"])(*[decode(v) for v in value["t"]])
     if "t" in value:

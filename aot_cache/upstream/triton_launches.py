@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 from triton.runtime.autotuner import Autotuner, Heuristics
 from triton.runtime.jit import JITFunction
 
-from aot_cache.upstream import triton_jit
+from aot_cache.upstream import triton_jit, triton_names
 
 Json = Any
 
@@ -25,6 +26,9 @@ class LaunchLog:
     `units[id] = {"kernel", "specialization", "options", "overrides"}`, `tunings[id] = {"kernel", "tuner", "key",
     "candidates", "choice"}`; `seen_units[id]` and `seen_tunings[id]` are lists of marks in order, `via[id]` the set of
     (tuning id, candidate) through which a unit was launched, with (-1, -1) for a launch without a tuner.
+
+    A kernel is called by its `triton_jit.identity`: a factory's kernels have one name. `functions`, `closures` and
+    `hidden` (see `triton_names.hidden`: more than one, and they cannot be told apart) go by it.
     """
 
     def __init__(self) -> None:
@@ -34,6 +38,9 @@ class LaunchLog:
         self.seen_tunings: list[list[Any]] = []
         self.via: list[set[tuple[int, int]]] = []
         self.functions: dict[str, JITFunction] = {}
+        self.closures: dict[str, Json] = {}
+        self.hidden: dict[str, set[tuple[tuple[str, int], ...]]] = {}
+        self._names: dict[int, tuple[weakref.ref[JITFunction], str]] = {}
         self.mark: Any = None
         self._unit_ids: dict[tuple[str, str], int] = {}
         self._tuning_ids: dict[Any, int] = {}
@@ -46,7 +53,7 @@ class LaunchLog:
         """Note one launch and return its unit's id."""
         kwargs = triton_jit.launch_defaults(function, dict(kwargs))
         key, specialization, options = triton_jit.bind(function, args, kwargs)
-        name = triton_jit.name_of(function)
+        name = self._name(function)
         with self._lock:
             unit = self._unit_ids.get((name, key))
             if unit is None:
@@ -83,7 +90,7 @@ class LaunchLog:
         """Note that `tuner` chooses between `configs` under `key`, and return the tuning's id."""
         function = triton_jit.unwrap(tuner)
         assert function is not None
-        name = triton_jit.name_of(function)
+        name = self._name(function)
         ordinal = self._ordinal(tuner)
         with self._lock:
             # What pruning leaves may depend on more than the key: other candidates are another tuning.
@@ -115,6 +122,18 @@ class LaunchLog:
             kept.clear()
         for known in (self._unit_ids, self._tuning_ids, self._expansions):
             known.clear()
+
+    def _name(self, function: JITFunction) -> str:
+        kept = self._names.get(id(function))
+        if kept is not None and kept[0]() is function:
+            return kept[1]
+        closure = triton_jit.closure(function)
+        name = triton_jit.identity(function, closure)
+        with self._lock:
+            self._names[id(function)] = weakref.ref(function), name
+            self.closures[name] = closure
+            self.hidden.setdefault(name, set()).add(triton_names.hidden(function))
+        return name
 
     def _ordinal(self, tuner: Autotuner) -> int:
         if id(tuner) not in self._ordinals:

@@ -71,8 +71,10 @@ class Tuning:
                 with log.through(number, place):
                     log.launch(self.function, *launch)
         source = triton_jit.closure_digest(triton_jit.closure(self.function))
-        units = [{"source": source, **unit, "via": sorted(via)} for unit, via in zip(log.units, log.via)]
-        return {"tuning": log.tunings[number], "units": units}
+        units = [
+            {"source": source, **unit, "kernel": self.name, "via": sorted(via)} for unit, via in zip(log.units, log.via)
+        ]
+        return {"tuning": {**log.tunings[number], "kernel": self.name}, "units": units}
 
     def chosen(self) -> int | None:
         """The number of the config that the tuner has a choice of by now, or None."""

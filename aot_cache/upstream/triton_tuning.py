@@ -23,15 +23,16 @@ Measured = Callable[[str, int, list[Json], dict[str, Json], list[float]], None]
 def benchmarking(allowed: Allowed, measured: Measured) -> Iterator[None]:
     """While active, tuners whose choice is forgotten benchmark only the candidates that are `allowed`.
 
-    Both callbacks get (kernel, tuner, key, config as encoded launch arguments); `measured` also the times in
-    milliseconds: median, 20th and 80th percentile.
+    Both callbacks get (kernel's `triton_jit.identity`, tuner, key, config as encoded launch arguments); `measured` also
+    the times in milliseconds: median, 20th and 80th percentile.
     """
     original: Any = Autotuner._bench
 
     def bench(self: Autotuner, *args: Any, config: Any, **meta: Any) -> list[float]:
         function = triton_jit.unwrap(self)
         assert function is not None
-        name, ordinal = triton_jit.name_of(function), triton_launches.tuner_ordinal(self)
+        name = triton_jit.identity(function, triton_jit.closure(function))
+        ordinal = triton_launches.tuner_ordinal(self)
         key = [triton_jit.encode(k) for k in triton_jit.tuning_key(self, args, meta)]
         encoded = {k: triton_jit.encode(v) for k, v in triton_jit.config_kwargs(config).items()}
         if not allowed(name, ordinal, key, encoded):

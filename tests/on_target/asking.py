@@ -11,11 +11,13 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 Asked = tuple[str, str]
-"""(module:qualname of a kernel, Triton's key in memory)."""
+"""(name of a kernel, see `name_of`, Triton's key in memory)."""
 
 
 def name_of(function: JITFunction) -> str:
-    return f"{function.fn.__module__}:{function.fn.__qualname__}"
+    """`module:qualname`, and what a factory has put around it: its kernels have one name."""
+    name = f"{function.fn.__module__}:{function.fn.__qualname__}"
+    return " ".join([name, *(repr(cell.cell_contents) for cell in function.fn.__closure__ or ())])
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from aot_cache.errors import BundleCorrupt
 from aot_cache.runtime.kernels import KernelSet
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import read_bundle
+from aot_cache.upstream import triton_kernel, triton_names
 
 pytestmark = pytest.mark.usefixtures("device")
 ROOT = Path(__file__).parents[2]
@@ -224,6 +225,47 @@ def test_kernels_that_are_made_later_are_pending(built: Built) -> None:
     assert ready(kernels) == built.units - first == len(asked)
     assert kernels.report.pending == [] and not kernels.waiting(0)
     assert asked <= set(in_memory())
+
+
+def test_a_factorys_kernels_are_each_their_own(kernels: KernelSet, device: Device) -> None:
+    """The two that were built, one of them made again later, and one that nobody declared."""
+    names = [kernel["name"] for kernel in kernels.bundle.manifest["kernels"]]
+    assert sum("adder@" in name for name in names) == 2
+    one, two = (set(kernel.device_caches[0][0].values()) for kernel in (sample.one_more, sample.two_more))
+    assert one and two and {k.hash for k in one}.isdisjoint(k.hash for k in two), "the binaries are two"
+    name = "sample_kernels:make_adder.<locals>.adder"
+    again, third = sample.make_adder(2), sample.make_adder(3)
+    assert kernels.adopt(again, name, 0) and not kernels.adopt(third, name, 0)
+    assert {k.hash for k in again.device_caches[0][0].values()} == {k.hash for k in two}
+    assert not third.device_caches[0][0]
+    assert kernels.report.installed == kernels.report.units
+
+
+def test_one_of_a_factorys_kernels_may_come_later(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = triton_kernel.functions_in_memory
+
+    def without_the_second(names: set[str]) -> dict[str, list[JITFunction]]:
+        return {name: [f for f in found if "[2]" not in name_of(f)] for name, found in everything(names).items()}
+
+    kernels = KernelSet(read_bundle(built.path), Ledger())
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_kernel, "functions_in_memory", without_the_second)
+        ready(kernels)
+    (waiting,) = [name for name in kernels.report.pending if "adder" in name]
+    assert kernels.report.stale == {} and kernels.waiting(0) and not sample.two_more.device_caches[0][0]
+    assert ready(kernels) and waiting not in kernels.report.pending and sample.two_more.device_caches[0][0]
+
+
+def test_kernels_that_nothing_tells_apart_are_not_installed(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two that look the same may be of other code: none is taken, and it is said why."""
+    also = sample.make_adder(1)
+    monkeypatch.setattr(triton_names, "hidden", lambda function: (("table in adder", int(function is also)),))
+    kernels = KernelSet(read_bundle(built.path), Ledger())
+    ready(kernels)
+    ((name, why),) = kernels.report.stale.items()
+    assert "adder@" in name and "table in adder" in why
+    assert not sample.one_more.device_caches[0][0] and not also.device_caches[0][0]
+    assert sample.two_more.device_caches[0][0]
 
 
 def test_odd_objects_in_memory_do_no_harm(built: Built) -> None:

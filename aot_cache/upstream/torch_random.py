@@ -1,0 +1,37 @@
+"""Random generators of a device that is not there: the CPU's stand for them, and nobody sees a number of theirs.
+
+Seen to hold: see `versions.TORCH_SEEN`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_PLAIN: Any = torch.Generator
+
+
+class Generator(_PLAIN):  # type: ignore[misc]  # torch's class is untyped
+    """A generator that says of itself that it is CUDA's."""
+
+    def __new__(cls, device: Any = "cpu") -> Any:
+        place = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if place.type != "cuda":
+            return _PLAIN(place)
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+
+def pretend() -> None:
+    """Give this process the generators of one device, for good."""
+    module: Any = torch
+    module.Generator = Generator
+    cuda: Any = torch.cuda
+    cuda.default_generators = (Generator("cuda"),)
