@@ -5,17 +5,20 @@ One process writes and reads here; what a call leads to is changed in between, a
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import importlib
 import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from dynamo_calls import compiled_by_dynamo
 
-from aot_cache.upstream import dynamo_guards
+from aot_cache.upstream import dynamo_guards, guard_lookups
 
 
 @pytest.fixture(autouse=True)
@@ -136,3 +139,55 @@ def test_what_a_call_leads_to_is_compared_with_what_was_written_down(what: str) 
     else:
         found = why(frame.f_globals)
     assert found, "a call that would compute something else is given this graph"
+
+
+def test_tables_that_are_looked_up_by_key_are_only_looked_up() -> None:
+    """`guard_lookups` leaves out guards on a table's other entries: the library's own source may not go through it."""
+    pytest.importorskip("transformers")
+    for module, name in guard_lookups.LOOKED_UP:
+        package = Path(importlib.import_module(module.partition(".")[0]).__file__ or "").parent
+        users = [path for path in package.rglob("*.py") if name in path.read_text()]
+        assert users
+        for path in users:
+            tree = ast.parse(path.read_text())
+            inside = {id(child): parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load):
+                    parent = inside[id(node)]
+                    by_key = isinstance(parent, ast.Attribute) and parent.attr == "get"
+                    assert by_key or isinstance(parent, ast.Subscript), f"{path}:{node.lineno} goes through {name}"
+
+
+REGISTRY = """
+class Registry(dict):
+    def get(self, model):
+        return super().get(str(model)) or {}
+
+_CAN_RECORD_REGISTRY = Registry()
+_CAN_RECORD_REGISTRY["before"] = {"k": 2}
+_CAN_RECORD_REGISTRY["mine"] = {"k": 3}
+"""
+
+
+def test_other_entries_of_such_a_table_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard_lookups, "LOOKED_UP", ((other.__name__, "_CAN_RECORD_REGISTRY"),))
+    exec(REGISTRY, vars(other))  # noqa: S102 - the source is above
+    call = lambda x: x * other._CAN_RECORD_REGISTRY.get("mine")["k"]  # noqa: E731
+    kept = compiled_by_dynamo(call, torch.ones(3))
+    ((made, frame),) = kept.frames
+
+    def why() -> str:
+        recorded = kept.identities[0], kept.values[0]
+        return dynamo_guards.build(made.guards, *recorded, call.__code__, frame.f_globals, {"x": torch.ones(3)})[1]
+
+    table = other._CAN_RECORD_REGISTRY
+    assert why() == ""
+    table["another"] = {"k": 5}
+    del table["before"]
+    assert why() == "", "a table with other entries besides"
+    table["mine"]["k"] = 4
+    assert why(), "an entry that was looked up has changed"
+    table["mine"]["k"] = 3
+    assert why() == ""
+    del table["mine"]
+    assert why(), "an entry that was looked up is gone"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import sys
 import threading
 import types
 from collections.abc import Mapping
@@ -190,6 +191,8 @@ class GraphSet:
             return self._changed_settings(graph["settings"], found)
         here = {module: python_code.digests(module) for module in {module for module, _, _ in graph["inlined"]}}
         for module, qualname, digest in graph["inlined"]:
+            if module not in sys.modules:  # the graph of another model that calls its forward in the same way
+                return f"{module} is not imported"
             if digest not in here[module].get(qualname, ()):
                 why = f"the source of {module}:{qualname} differs"
                 self.loaded.stale[_name(graph)] = why

@@ -28,7 +28,7 @@ from torch._guards import Guard, GuardsSet, Source, TracingContext, tracing
 from torch._library import custom_ops
 from torch._subclasses.fake_tensor import FakeTensor
 
-from aot_cache.upstream import guard_facts
+from aot_cache.upstream import guard_facts, guard_lookups
 from aot_cache.upstream.guard_facts import LIVENESS, NAMELESS, Unreachable
 
 Json = Any
@@ -63,7 +63,8 @@ def writing() -> Iterator[Written]:
     def serialize_guards(self: Any, builder: Any, sorted_guards: Sequence[Guard], output_graph: Any) -> Any:
         kept = [guard for guard in sorted_guards if not guard_facts.kinds_of(guard) <= LIVENESS]
         written.identities, written.values, written.nameless = [], [], []
-        in_order = {source.name for source in output_graph.guard_on_key_order}
+        kept = guard_lookups.by_key(kept, builder)
+        in_order = {source.name for source in guard_lookups.in_order(output_graph.guard_on_key_order, builder)}
         for guard in kept:
             guard._unserializable = _SERIALIZABLE  # a class within a function: it has a name here
             _write(guard, _value(builder, guard), guard.name in in_order, written)
@@ -71,7 +72,9 @@ def writing() -> Iterator[Written]:
 
     def pickle_guards_state(state: Any, builder: Any) -> Any:
         every = [_bare(guard) for guard in state.output_graph.guards]
-        graph = replace(state.output_graph, _guards=GuardsSet(_ordered(every)), local_scope={}, global_scope={})
+        in_order = guard_lookups.in_order(state.output_graph.guard_on_key_order, builder)
+        graph = replace(state.output_graph, _guards=GuardsSet(_ordered(every)), guard_on_key_order=in_order)
+        graph = replace(graph, local_scope={}, global_scope={})
         for guard in every:
             guard._hash = None  # of an address
         state = replace(state, output_graph=graph)

@@ -1,0 +1,64 @@
+"""Guards on tables that are only looked into by key, without those on the table's other entries.
+
+Dynamo guards a dict by all its keys and their places. A registry that a library fills as models are made then holds for one
+choice and order of models, which is that of the builder and of no server that has another model besides. Where a library
+looks such a table up by key only, the entries that were looked up are guarded by their keys.
+
+Upstream: `torch/_dynamo/source.py` (`ConstDictKeySource`, `DictGetItemSource`, `DictSubclassGetItemSource`).
+Seen to hold: see `versions`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch._dynamo.source import ConstDictKeySource, DictGetItemSource, DictSubclassGetItemSource
+from torch._guards import Guard, Source
+
+LOOKED_UP = (("transformers.utils.output_capturing", "_CAN_RECORD_REGISTRY"),)
+"""(module, name) of the tables; that they are never gone through is a contract test, of the library's own source."""
+
+_OF_ALL = frozenset({"SEQUENCE_LENGTH", "DICT_KEYS_MATCH", "DICT_LENGTH", "MAPPING_KEYS_CHECK"})
+_ITEMS = (DictGetItemSource, DictSubclassGetItemSource)
+
+
+def by_key(guards: Iterable[Guard], builder: Any) -> list[Guard]:
+    """`guards` as they hold whatever else such a table has; `builder` reads expressions."""
+    return [lean for guard in guards for lean in _lean(guard, builder)]
+
+
+def in_order(sources: Iterable[Source], builder: Any) -> set[Source]:
+    """`sources` of dicts whose order counts, without such tables."""
+    return {source for source in sources if not _is_table(source, builder)}
+
+
+def _lean(guard: Guard, builder: Any) -> Iterator[Guard]:
+    source = guard.originating_source
+    if guard.create_fn_name() in _OF_ALL and _is_table(source, builder):
+        return
+    if isinstance(source, ConstDictKeySource) and _is_table(source.base, builder):
+        return
+    lean = _by_key(source, builder)
+    yield guard if lean is source else replace(guard, originating_source=lean, _hash=None)
+
+
+def _by_key(source: Any, builder: Any) -> Any:
+    """`source`, with an entry of a table by its key in place of the key's number."""
+    base = getattr(source, "base", None)
+    if not isinstance(base, Source):
+        return source
+    if isinstance(source, _ITEMS) and isinstance(source.index, ConstDictKeySource) and _is_table(base, builder):
+        return replace(source, index=builder.get(source.index))
+    lean = _by_key(base, builder)
+    return source if lean is base else replace(source, base=lean)
+
+
+def _is_table(source: Source, builder: Any) -> bool:
+    for module, name in LOOKED_UP:
+        owner = sys.modules.get(module)
+        if owner is not None and source.name.endswith((f".{name}", f"[{name!r}]")):
+            return builder.get(source) is vars(owner).get(name)
+    return False
