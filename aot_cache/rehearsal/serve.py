@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from aot_cache.recipe import Call, Case
@@ -68,7 +68,7 @@ class Stage:
         if outcome.misses:
             shared.put_back()
             return {**counts, **self._missed(case, made, outcome)}
-        return {**counts, **self._against_eager(case, made, shared, outcome)}
+        return {**counts, **self._against_eager(case, point, made, shared, outcome)}
 
     # --- through the bundle -------------------------------------------------------------------------------------------
 
@@ -120,11 +120,13 @@ class Stage:
 
     # --- beside eager -------------------------------------------------------------------------------------------------
 
-    def _against_eager(self, case: Case, made: Pair, shared: Shared, outcome: _Outcome) -> dict[str, Any]:
+    def _against_eager(self, case: Case, point: Point, made: Pair, shared: Shared, outcome: _Outcome) -> dict[str, Any]:
         import torch
 
         mine = _kept(outcome.result, made.bundle, bool(shared))
         shared.put_back()
+        # Made again: what a recipe sets back with its arguments may be no tensor (how full a static cache is).
+        made = replace(made, eager=arguments.make(case, point, self._device))
         try:
             with case.modes(self._device), torch.compiler.set_stance("force_eager"):
                 wanted = _plainly(made.eager)

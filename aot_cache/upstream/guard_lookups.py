@@ -31,8 +31,8 @@ def by_key(guards: Iterable[Guard], builder: Any) -> list[Guard]:
 
 
 def in_order(sources: Iterable[Source], builder: Any) -> set[Source]:
-    """`sources` of dicts whose order counts, without such tables."""
-    return {source for source in sources if not _is_table(source, builder)}
+    """`sources` of dicts whose order counts, without such tables; what is in a table by its key."""
+    return {_by_key(source, builder) for source in sources if not _is_table(source, builder)}
 
 
 def _lean(guard: Guard, builder: Any) -> Iterator[Guard]:
