@@ -89,7 +89,13 @@ def serve(code: str, **environment: str) -> Served:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("AOT_CACHE")}
     done = subprocess.run(
         [sys.executable, "-c", SERVER % code.replace("\n", "\n        ")],
-        env={**clean, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment},
+        env={
+            **clean,
+            "PYTHONPATH": str(ROOT),
+            "CUDA_VISIBLE_DEVICES": "",
+            "AOT_CACHE_UNTESTED": "1",  # as in tests/conftest.py
+            **environment,
+        },
         cwd=ROOT,
         capture_output=True,
         text=True,

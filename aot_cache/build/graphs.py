@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from aot_cache import key, shapes
+from aot_cache import key, shapes, shipped
 from aot_cache.build import pool, stamp
 from aot_cache.build.calls import Kind, Survey, follows
 from aot_cache.build.graph_job import Job
@@ -306,13 +306,13 @@ class Runs:
             raise TraceError(
                 f"case {case.name!r} to run at {where}",
                 f"{_place(error)} reads the values of a tensor ({error})",
-                "hand the number in as an argument",
+                shipped.what_to_do(case.make, "hand the number in as an argument"),
             ) from error
         except Exception as error:
             raise DeclarationError(
                 f"case {case.name!r} to run at {where}",
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} ({_place(error)})",
-                "fix the recipe, or narrow its range",
+                shipped.what_to_do(case.make),
             ) from error
 
     def _compile(self, kind: Kind, kinds: list[Kind], store: Store) -> _Answer:

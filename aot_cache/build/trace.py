@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 
-from aot_cache import shapes
+from aot_cache import shapes, shipped
 from aot_cache.build import pool, virtual_device
 from aot_cache.build.recorded import Call
 from aot_cache.errors import AotCacheError, DeclarationError, TraceError
@@ -160,7 +160,8 @@ def _run_point(case: Case, point: Point) -> AotCacheError | None:
     try:
         case.call(point)()
     except TraceError as error:
-        return type(error)(f"{error.wanted}, in case {case.name!r} at {_where(point)}", error.found, error.do)
+        do = shipped.what_to_do(case.make, error.do)
+        return type(error)(f"{error.wanted}, in case {case.name!r} at {_where(point)}", error.found, do)
     except AotCacheError as error:
         return error
     except Exception as error:
@@ -168,7 +169,7 @@ def _run_point(case: Case, point: Point) -> AotCacheError | None:
         return DeclarationError(
             f"case {case.name!r} to run at {_where(point)}",
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} ({frame.filename}:{frame.lineno})",
-            "fix the recipe, or narrow its range",
+            shipped.what_to_do(case.make),
         )
     return None
 

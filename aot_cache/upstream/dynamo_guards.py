@@ -7,7 +7,7 @@ with a name for what they compared (`python_code.identity`). In the serving proc
 that may use them, from that call: what was recorded is compared with what was written down, and identity guards become
 identity guards again, on what is there then. So thread counts, inference tensors and dispatch keys are the caller's own.
 
-Seen to hold: see `versions.TORCH_SEEN`.
+Upstream: `torch/_dynamo/guards.py` (`CheckFunctionManager`, `GuardsStatePickler`, `GuardBuilder`), `torch/_guards.py` (`Guard`).
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Nothing here depends on where a function stands: no path, no line. CPython's `marshal` (`Python/marshal.c`) is written
 in version 2, whose output does not depend on reference counts or interning, so that equal code gives equal bytes.
+
+Upstream: CPython's `Python/marshal.c` and its code objects; `torch/_dynamo/eval_frame.py` (`OptimizedModule`).
 """
 
 from __future__ import annotations

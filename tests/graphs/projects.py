@@ -95,7 +95,7 @@ class Project:
 def _environment() -> dict[str, str]:
     ours = ("AOT_CACHE", "TORCHINDUCTOR_", "TORCH_COMPILE", "TORCHDYNAMO_", "TRITON_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return {**kept, "CUDA_VISIBLE_DEVICES": ""}
+    return {**kept, "CUDA_VISIBLE_DEVICES": "", "AOT_CACHE_UNTESTED": "1"}  # as in tests/conftest.py
 
 
 # --- what a fact says -------------------------------------------------------------------------------------------------
