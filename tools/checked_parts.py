@@ -19,7 +19,7 @@ CONTRACTS, RECIPES = "contracts", "shipped recipes"
 PARTS: Mapping[str, tuple[str, ...]] = {
     CONTRACTS: ("-m", "contract"),  # and the files that have such a mark, see `_arguments`
     "virtual device": ("tests/on_target",),
-    "graph hits": ("tests/graphs/test_graph_hits.py", "-k", "hits or serves or values or everything_declared or layers"),
+    "graph hits": ("tests/graphs/test_graph_hits.py", "-k", "first_call or next_call or values_are or everything or layers"),
     "odd graphs": ("tests/test_odd_graphs.py",),
     "guards": ("tests/test_dynamo_guards.py", "tests/test_guard.py"),
     RECIPES: ("tests/models",),
