@@ -27,8 +27,8 @@ IMPORTED = """
 import json, sys
 from aot_cache.upstream.after_import import after_import
 whole = []
-for name in ("torch._dynamo", "triton"):
-    after_import(name, lambda name=name: whole.append(hasattr(sys.modules[name], "__version__" if name == "triton" else "optimize")))
+for name, last in (("torch._dynamo", "optimize"), ("triton", "__version__")):
+    after_import(name, lambda name=name, last=last: whole.append(hasattr(sys.modules[name], last)))
 before = list(whole)
 import torch._dynamo, triton
 print(json.dumps([before, whole]))

@@ -119,7 +119,7 @@ def relies_on(module: str) -> str:
 def serving() -> set[str]:
     """The modules of upstream/ that a serving process imports: those of runtime/, and what they import."""
     found: set[str] = set()
-    todo = [path for path in (ROOT / "aot_cache" / "runtime").rglob("*.py")]
+    todo = list((ROOT / "aot_cache" / "runtime").rglob("*.py"))
     while todo:
         new = _imported(todo.pop()) - found
         found |= new
