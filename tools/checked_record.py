@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from checked_environments import ROOT
-from checked_parts import CONTRACTS, PARTS, RECIPES
+from checked_parts import CONTRACTS, NEEDED, PARTS, RECIPES
 
 from aot_cache import tested
 
@@ -79,7 +79,7 @@ def _by_pair(runs: Sequence[dict[str, Json]]) -> list[list[dict[str, Json]]]:
 
 
 def _is_whole(runs: Sequence[dict[str, Json]]) -> bool:
-    return any(set(PARTS) <= set(run["parts"]) for run in runs)
+    return set(NEEDED) <= {part for run in runs for part in run["parts"]}
 
 
 def _pair(runs: Sequence[dict[str, Json]]) -> dict[str, Json]:
