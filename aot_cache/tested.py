@@ -91,7 +91,7 @@ class Table:
         found = self._of(torch, triton)
         if not found:
             known = ", ".join(dict.fromkeys(pair.text if triton else pair.torch for pair in self.pairs))
-            return f"never tested with {_named(torch, triton)} (tested: {known})"
+            return f"never tested with {_named(torch, triton)} (tested: {known or 'none'})"
         if all(pair.failed or pair.broken for pair in found):
             failed = sorted({part for pair in found for part in (*pair.failed, *pair.broken)})
             return f"tests fail with {_named(torch, triton)}: {', '.join(failed)}"
