@@ -41,7 +41,7 @@ class Pair:
     Args:
         transformers: releases with which the shipped recipes' tests passed there.
         broken: modules of `upstream/` whose contract does not hold.
-        failed: other parts of the tests that failed, such as `graph hits`.
+        failed: other parts of the tests that failed, such as `graph hits`, or that nobody ran: `graph hits (not run)`.
     """
 
     torch: str
@@ -83,7 +83,7 @@ class Table:
         return ""
 
     def doubt(self, torch: str, triton: str, transformers: str = "") -> str:
-        """What speaks against trusting these releases together: that nobody tested them, or that tests fail; else empty.
+        """What speaks against trusting these releases together: nobody tested them, or tests did not pass; else empty.
 
         Args:
             triton, transformers: empty where they have no part in it.
@@ -94,7 +94,7 @@ class Table:
             return f"never tested with {_named(torch, triton)} (tested: {known or 'none'})"
         if all(pair.failed or pair.broken for pair in found):
             failed = sorted({part for pair in found for part in (*pair.failed, *pair.broken)})
-            return f"tests fail with {_named(torch, triton)}: {', '.join(failed)}"
+            return f"tests did not pass with {_named(torch, triton)}: {', '.join(failed)}"
         known_there = {minor(release) for pair in found for release in pair.transformers}
         if transformers and minor(transformers) not in known_there:
             tested = ", ".join(sorted(known_there, key=_number)) or "none"

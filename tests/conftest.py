@@ -43,6 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for mark in item.iter_markers("contract"):
             item.user_properties += [("contract", module) for module in mark.args]
+        if "AOT_TESTS_PATIENCE" in os.environ:  # it runs beside something else, where slow is no failure
+            item.add_marker(pytest.mark.timeout(float(os.environ["AOT_TESTS_PATIENCE"])), append=False)
         if GPU_TESTS in item.path.parents:
             item.add_marker("gpu")
     marked = [item for item in items if item.get_closest_marker("gpu")]

@@ -393,7 +393,7 @@ TESTED = (
     "tested.table = lambda: tested.Table({'dynamo_guards': M, 'triton_jit': M}, (%s,)); "
 )
 UNTOLD = "never tested with torch"
-FAILS = "tests fail with torch"
+FAILS = "tests did not pass with torch"
 RELEASES = {  # what was tested; what is said of kernels, and of graphs for the CPU, which have nothing of Triton's
     "these": ("P(T, R)", "", ""),
     "both, but not together": ("P(T, '0.1'), P('0.1', R)", UNTOLD, ""),

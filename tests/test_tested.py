@@ -65,8 +65,8 @@ def test_only_what_is_older_or_known_not_to_hold_is_refused(torch: str, triton: 
         ("2.11.0", "3.6.0", "5.17.0", "transformers 5.17.0 (tested there: 5.24)"),
         ("2.11.0", "3.9.0", "", "never tested with torch 2.11.0 × triton 3.9.0 (tested: 2.9 × 3.4, 2.11 × 3.6"),
         ("2.17.0", "", "", "never tested with torch 2.17.0 (tested: 2.9, 2.11, 2.12"),
-        ("2.15.0", "3.9.0", "", "tests fail with torch 2.15.0 × triton 3.9.0: graph hits"),
-        ("2.14.0", "3.8.0", "", "tests fail with torch 2.14.0 × triton 3.8.0: inductor_target"),
+        ("2.15.0", "3.9.0", "", "tests did not pass with torch 2.15.0 × triton 3.9.0: graph hits"),
+        ("2.14.0", "3.8.0", "", "tests did not pass with torch 2.14.0 × triton 3.8.0: inductor_target"),
     ],
 )
 def test_what_nobody_tested_is_said_in_one_line(torch: str, triton: str, transformers: str, words: str) -> None:

@@ -23,6 +23,7 @@ README = ROOT / "README.md"
 UPSTREAM = ROOT / "aot_cache" / "upstream"
 NO_ROOMS = ("__init__", "versions")
 """Files of upstream/ that rely on nothing of torch or Triton."""
+NOT_RUN = "(not run)"
 _BEGIN, _END = "<!-- written by tools/check_torch --readme -->\n", "<!-- until here -->\n"
 
 
@@ -61,9 +62,8 @@ def _number(version: str) -> tuple[int, ...]:
 
 def table(runs: Sequence[dict[str, Json]]) -> dict[str, Json]:
     """What `aot_cache/tested.json` holds: see `aot_cache.tested`."""
-    pairs = [_pair(same) for same in _by_pair(runs) if _is_whole(same)]
-    good = [same for same in _by_pair(runs) if _is_whole(same)]
-    return {"pairs": pairs, "modules": {name: _module(name, good) for name in modules()}}
+    pairs = [same for same in _by_pair(runs) if CONTRACTS in _parts(same)]
+    return {"pairs": [_pair(same) for same in pairs], "modules": {name: _module(name, pairs) for name in modules()}}
 
 
 def modules() -> list[str]:
@@ -78,8 +78,8 @@ def _by_pair(runs: Sequence[dict[str, Json]]) -> list[list[dict[str, Json]]]:
     return list(pairs.values())
 
 
-def _is_whole(runs: Sequence[dict[str, Json]]) -> bool:
-    return set(NEEDED) <= {part for run in runs for part in run["parts"]}
+def _parts(runs: Sequence[dict[str, Json]]) -> set[str]:
+    return {part for run in runs for part in run["parts"]}
 
 
 def _pair(runs: Sequence[dict[str, Json]]) -> dict[str, Json]:
@@ -91,7 +91,7 @@ def _pair(runs: Sequence[dict[str, Json]]) -> dict[str, Json]:
         "triton": tested.minor(runs[0]["triton"]),
         "transformers": [tested.minor(run["transformers"]) for run in recipes if not run["parts"][RECIPES]["failed"]],
         "broken": [name for name in modules() if _counts(name, runs)["failed"]],
-        "failed": sorted(others),
+        "failed": sorted(others) + [f"{part} {NOT_RUN}" for part in NEEDED if part not in _parts(runs)],
     }
 
 
@@ -171,7 +171,8 @@ def readme_block(runs: Sequence[dict[str, Json]]) -> str:
     """The README's table of what was tested, between its two comments."""
     found = tested.read(json.dumps(table(runs)))
     good = [pair for pair in found.pairs if not (pair.broken or pair.failed)]
-    bad = [f"{pair.text} ({', '.join((*pair.broken, *pair.failed))})" for pair in found.pairs if pair not in good]
+    bad = [f"{p.text} ({', '.join((*p.broken, *p.failed))})" for p in found.pairs if p not in good and not _is_unrun(p)]
+    unrun = [f"{pair.text} (contracts pass)" for pair in found.pairs if _is_unrun(pair)]
     oldest = [min((getattr(p, what) for p in found.pairs), key=_number, default="none") for what in ("torch", "triton")]
     releases = found.transformers()
     failing = sorted({_releases(run)[2] for run in runs if run["parts"].get(RECIPES, {}).get("failed")})
@@ -180,7 +181,7 @@ def readme_block(runs: Sequence[dict[str, Json]]) -> str:
         [
             "torch × triton, without a GPU",
             ", ".join(pair.text for pair in good),
-            "any other: a line of warning, under `strict` an error",
+            ", ".join([*unrun, "any other: a line of warning, under `strict` an error"]),
             "; ".join([f"torch < {oldest[0]}, triton < {oldest[1]}: refused", *bad]),
         ],
         [
@@ -194,6 +195,11 @@ def readme_block(runs: Sequence[dict[str, Json]]) -> str:
     ]
     passed = [["tests passed under torch", "triton", "transformers", "Python", *PARTS], *overview(runs)[1:]]
     return f"{_BEGIN}{_markdown(rows)}\n{_markdown(passed)}{_END}"
+
+
+def _is_unrun(pair: tested.Pair) -> bool:
+    """Whether nothing failed, and something that counts was not run."""
+    return bool(pair.failed) and not pair.broken and all(part.endswith(NOT_RUN) for part in pair.failed)
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
