@@ -72,7 +72,7 @@ def with_transformers(base: Environment, release: str, cache: Path) -> Environme
     """`base` with another transformers, which is installed into a folder of its own."""
     folder = cache / f"transformers-{release}-{base.python.resolve().name}"
     if not (folder / "transformers").is_dir():
-        _pip(base, "--no-deps", "--target", str(folder), _pinned("transformers", release))
+        _pip(base, "--target", str(folder), _pinned("transformers", release))  # with what it wants; torch is none of it
     return Environment(base.python, (folder,))
 
 
