@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from importlib import metadata
 from typing import Any
 
-from aot_cache import options
+from aot_cache import options, shipped
 from aot_cache.errors import AotCacheError, DeclarationError, UnknownName
 from aot_cache.shapes import Dimension, Enumeration, Point, describe, enumerate_points
 
@@ -294,11 +294,11 @@ def load(spec: str) -> Recipe:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         wanted = f"the module {module_name!r} of recipe {name!r}"
-        raise UnknownName(wanted, f"no module named {error.name!r}", "install it, or set PYTHONPATH") from error
+        do = shipped.to_do_in(module_name, "install it, or set PYTHONPATH")
+        raise UnknownName(wanted, f"no module named {error.name!r}", do) from error
     except Exception as error:
-        raise DeclarationError(
-            f"recipe {name!r} to import", f"{type(error).__name__}: {error}", "fix the recipe's module"
-        ) from error
+        do = shipped.to_do_in(module_name, "fix the recipe's module")
+        raise DeclarationError(f"recipe {name!r} to import", f"{type(error).__name__}: {error}", do) from error
     for part in attribute.split("."):
         found = getattr(found, part, None)
     found, kept = _made(found, name, given)
@@ -322,4 +322,5 @@ def _made(found: Any, name: str, given: Mapping[str, str]) -> tuple[Any, dict[st
     except AotCacheError:
         raise
     except Exception as error:
-        raise DeclarationError(f"recipe {name!r} to be made", f"{type(error).__name__}: {error}") from error
+        do = shipped.what_to_do(found, "")
+        raise DeclarationError(f"recipe {name!r} to be made", f"{type(error).__name__}: {error}", do) from error

@@ -38,6 +38,8 @@ def builds(rows: Sequence[Facts]) -> None:
         for b in rows
     ]
     table(("target", *numbers[:-1], "coverage", "seconds"), cells, numbers)
+    for doubt in sorted({b["untested"] for b in rows if b["untested"]}):
+        line(f"warning: {doubt}")
     for b in rows:
         line()
         _rehearsal(b)

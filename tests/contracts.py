@@ -13,6 +13,8 @@ import torch
 import triton
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = float(os.environ.get("AOT_TESTS_PATIENCE", "100"))
+"""Seconds for one process; `tools/check_torch` has more, as it often runs beside something else."""
 UPSTREAM = ROOT / "aot_cache" / "upstream"
 
 
@@ -33,6 +35,6 @@ def python(code: str, environment: dict[str, str], *arguments: str) -> subproces
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE,
         check=False,
     )

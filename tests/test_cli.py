@@ -268,6 +268,32 @@ def test_every_option_arrives(run: Run, stub: Pipeline) -> None:
     assert (asked.line_info, asked.workers, asked.pythons) == (True, 3, ("p1", "p2"))
 
 
+def test_releases_that_nobody_tested_are_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    doubt = "never tested with torch 9.9.0 × triton 9.9.0 × transformers 9.9.0 (tested there: none)"
+
+    def build(request: Request, progress: Callable[[str, int, int], None]) -> Built:
+        return Built(request.target.id, Path("b"), "d" * 64, 9, 1, 0, 1, 0, [], [], 1, 0.1, untested=doubt)
+
+    monkeypatch.setattr(pipeline, "build", build)
+    said = run("build", "--model", "tiny:good", "--target", "h200", "--target", "a100")
+    assert [line for line in said.out.splitlines() if "never tested" in line] == [f"warning: {doubt}"]
+    said = run("build", "--model", "tiny:good", "--target", "h200", "--json")
+    assert json.loads(said.out)["bundles"][0]["untested"] == doubt
+
+
+@pytest.mark.parametrize(
+    ("inputs", "found"),
+    [
+        ({"packages": {"torch": "", "transformers": ""}, "files": {}}, True),
+        ({"packages": {"torch": ""}, "files": {"/a/transformers/__init__.py": ""}}, True),
+        ({"packages": {"torch": ""}, "files": {"/a/my_transformers/__init__.py": "", "/transformers/x.py": ""}}, False),
+        ({}, False),
+    ],
+)
+def test_transformers_counts_where_the_recipe_imported_it(inputs: dict[str, Any], found: bool) -> None:
+    assert pipeline._imported("transformers", inputs) is found
+
+
 MISS = {
     "aot-cache miss": 1,
     "kind": "graph",

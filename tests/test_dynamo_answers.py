@@ -11,6 +11,8 @@ import torch
 from aot_cache.upstream import dynamo_answers
 from aot_cache.upstream.torch_fake import HostMode
 
+pytestmark = pytest.mark.contract("dynamo_answers")
+
 SIZES = (64, 7, 2, 33, 64)
 
 

@@ -20,8 +20,8 @@ PACKAGE = ROOT / "aot_cache"
 
 # Arrows point down: a module imports what stands on an earlier line, and its own room; for types alone, anything.
 LAYERS = (
-    ("errors",),
-    ("store", "shapes", "key", "target", "options"),
+    ("errors", "tested"),
+    ("store", "shapes", "key", "target", "options", "shipped"),
     ("plan", "recipe", "manifest", "follows"),
     ("upstream", "signature", "missed", "miss_file"),
     ("native", "model_types", "coverage_grid", "report_graphs", "report_misses", "report_sizes", "call_leaves"),

@@ -17,6 +17,8 @@ import aot_cache
 from aot_cache.errors import CacheMiss
 from aot_cache.runtime import loader, policy
 
+pytestmark = pytest.mark.contract("inductor_miss")
+
 
 @pytest.fixture(autouse=True)
 def _armed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -12,6 +12,7 @@ import torch
 
 from aot_cache.upstream import inductor_later, inductor_source
 
+pytestmark = pytest.mark.contract("inductor_source", "inductor_later")
 ROOT = Path(__file__).parents[1]
 
 HEADER = """# AOT ID: ['0_inference']

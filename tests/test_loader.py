@@ -89,7 +89,13 @@ def serve(code: str, **environment: str) -> Served:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("AOT_CACHE")}
     done = subprocess.run(
         [sys.executable, "-c", SERVER % code.replace("\n", "\n        ")],
-        env={**clean, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment},
+        env={
+            **clean,
+            "PYTHONPATH": str(ROOT),
+            "CUDA_VISIBLE_DEVICES": "",
+            "AOT_CACHE_UNTESTED": "1",  # as in tests/conftest.py
+            **environment,
+        },
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -379,16 +385,61 @@ def test_graphs_of_another_host_are_refused_once(
     assert served.stats["total"]["rejected_bundle"] == 1
 
 
-@pytest.mark.parametrize("allowed", ["", "1"])
-def test_graphs_under_a_torch_that_nobody_looked_at(bundle: Path, tmp_path: Path, allowed: str) -> None:
-    code = "from aot_cache.runtime import finding; finding.TORCH_SEEN = ('1.0',); " + DYNAMO
-    served = serve(code, **with_graphs(bundle, tmp_path), AOT_CACHE_UNTESTED=allowed)
-    assert served.error is None
-    if allowed:
-        assert served.warnings == [] and len(served.stats["graphs"]) == 1
-    else:
-        (warning,) = served.warnings
-        assert "1.0" in warning and "AOT_CACHE_UNTESTED=1" in warning and served.stats["graphs"] == []
+# --- releases -----------------------------------------------------------------------------------------------------------
+
+TESTED = (
+    "from aot_cache import tested; P, M = tested.Pair, tested.Module('what', True, (), ()); new = '99.1'; "
+    "T, R = (tested.minor(tested.installed(name)) for name in ('torch', 'triton')); "
+    "tested.table = lambda: tested.Table({'dynamo_guards': M, 'triton_jit': M}, (%s,)); "
+)
+UNTOLD = "never tested with torch"
+FAILS = "tests did not pass with torch"
+RELEASES = {  # what was tested; what is said of kernels, and of graphs for the CPU, which have nothing of Triton's
+    "these": ("P(T, R)", "", ""),
+    "both, but not together": ("P(T, '0.1'), P('0.1', R)", UNTOLD, ""),
+    "older": ("P('0.1', '0.1')", UNTOLD, UNTOLD),
+    "newer": ("P(new, new)", "99.1 is the oldest", "99.1 is the oldest"),
+    "these, and graphs fail": ("P(T, R, broken=('dynamo_guards',))", FAILS, "dynamo_guards of aot_cache.upstream"),
+    "these, and kernels fail": ("P(T, R, broken=('triton_jit',))", "triton_jit of aot_cache.upstream", FAILS),
+}
+
+
+def is_harmless(words: str) -> bool:
+    """Whether what is said is only said; the bundle is refused otherwise."""
+    return words in ("", UNTOLD, FAILS)
+
+
+@pytest.mark.parametrize("what", RELEASES)
+def test_kernels_where_other_releases_were_tested(bundle: Path, what: str) -> None:
+    pairs, words, _ = RELEASES[what]
+    code = TESTED % pairs + "import aot_cache; [aot_cache.load(facts['path']) for _ in 'ab']"
+    served = serve(f"facts['path'] = {str(bundle)!r}; {code}", AOT_CACHE_UNTESTED="")
+    assert served.error is None and len(served.stats["bundles"]) == 2 * is_harmless(words)
+    assert len(set(served.warnings)) == bool(words) and all(words in warning for warning in served.warnings)
+    assert len(served.warnings) <= 1 or not is_harmless(words)  # said once, however many are loaded
+
+
+@pytest.mark.parametrize("what", ["these", "both, but not together", "newer"])
+def test_strict_leaves_nothing_to_chance(bundle: Path, what: str) -> None:
+    pairs, words, _ = RELEASES[what]
+    served = serve(
+        TESTED % pairs + "import aot_cache.auto", AOT_CACHE=str(bundle), AOT_CACHE_STRICT="1", AOT_CACHE_UNTESTED=""
+    )
+    assert (served.error is None) if not words else (served.error[0] == "Incompatible" and words in served.error[1])
+
+
+@pytest.mark.parametrize("what", RELEASES)
+def test_graphs_where_other_releases_were_tested(bundle: Path, tmp_path: Path, what: str) -> None:
+    pairs, _, words = RELEASES[what]
+    served = serve(TESTED % pairs + DYNAMO, **with_graphs(bundle, tmp_path), AOT_CACHE_UNTESTED="")
+    assert served.error is None and len(served.stats["graphs"]) == is_harmless(words)
+    assert (words in served.warnings[-1]) if words else served.warnings == []
+
+
+def test_who_takes_it_upon_himself_hears_nothing(bundle: Path, tmp_path: Path) -> None:
+    for what in ("older", "newer"):
+        served = serve(TESTED % RELEASES[what][0] + DYNAMO, **with_graphs(bundle, tmp_path), AOT_CACHE_UNTESTED="1")
+        assert served.error is None and served.warnings == [] and len(served.stats["graphs"]) == 1
 
 
 # --- ready, seal, stats -----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from contracts import need, parameters
@@ -21,6 +22,7 @@ def text(function: Any) -> str:
     return " ".join(inspect.getsource(function).split())
 
 
+@pytest.mark.contract("triton_miss")
 def test_a_launch_that_misses_is_packed_and_then_compiled() -> None:
     source = text(JITFunction.run)
     packed = source.find("self._pack_args(backend, kwargs, bound_args, specialization, options)")
@@ -31,6 +33,7 @@ def test_a_launch_that_misses_is_packed_and_then_compiled() -> None:
     need(parameters(JITFunction._do_compile) == wanted, "what JITFunction._do_compile takes")
 
 
+@pytest.mark.contract("triton_miss")
 def test_how_a_kernel_is_launched() -> None:
     """A stand-in is called as a kernel is: grid, six things of the launch, the arguments by their place."""
     source = text(JITFunction.run)
@@ -40,12 +43,14 @@ def test_how_a_kernel_is_launched() -> None:
     need("kernel.launch_metadata(grid, stream, *bound_args.values())" in source, "a kernel is asked for its metadata")
 
 
+@pytest.mark.contract("triton_miss")
 def test_a_kernel_is_loaded_once() -> None:
     source = text(CompiledKernel._init_handles)
     need("if self.module is not None: return" in source, "CompiledKernel._init_handles loads what is loaded")
     need("self._init_handles()" in text(CompiledKernel.run.fget), "a launch does not load by _init_handles")
 
 
+@pytest.mark.contract("triton_tuner_miss")
 def test_how_an_autotuner_chooses() -> None:
     source = text(Autotuner.run)
     steps = ["if key not in self.cache:", "self.prune_configs(kwargs)", "self._bench(*args, config=config, **kwargs)"]
@@ -58,6 +63,7 @@ def test_how_an_autotuner_chooses() -> None:
     )
 
 
+@pytest.mark.contract("torch_capture")
 def test_where_captures_begin_and_end() -> None:
     graph: Any = torch.cuda.CUDAGraph
     need(parameters(graph.capture_begin)[1:3] == ["pool", "capture_error_mode"], "what capture_begin takes")
@@ -71,6 +77,7 @@ def test_where_captures_begin_and_end() -> None:
         need("self.capture_end_pre()" in text(graph.capture_end), "capture_end does not go through capture_end_pre")
 
 
+@pytest.mark.contract("unwrapping")
 def test_the_function_under_a_compiled_module() -> None:
     class Layer(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -81,6 +88,7 @@ def test_the_function_under_a_compiled_module() -> None:
     need(unwrapping.code_of(compiled) is Layer.forward.__code__, "OptimizedModule._orig_mod is not the module")
 
 
+@pytest.mark.contract("torch_ranks")
 def test_the_store_of_a_job() -> None:
     need(callable(distributed_c10d._get_default_store), "distributed_c10d._get_default_store is gone")
     store: Any = dist.HashStore()

@@ -149,6 +149,7 @@ def test_the_order_of_a_set_is_nothing(values: frozenset[Any], order: Any) -> No
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.contract("python_code")
 def test_code_comes_back_from_its_bytes() -> None:
     code = code_of("def f(x): return [g(n, 'word') for n in range(x)] + [(lambda y: y * K)(x)]", "/home/me/model.py")
     data = dump(code, {}, "<model>")
@@ -200,6 +201,7 @@ def test_equal_names_make_equal_bytes() -> None:
     assert one == other and dump(first, {}, "") != dump(second, {}, "")
 
 
+@pytest.mark.contract("python_code")
 def test_who_else_holds_a_constant_is_not_in_the_bytes() -> None:
     """marshal's later versions write references for objects that several hold, and mark text that is interned."""
     source = 'def f(x): return (x, "some words", "some words too", ("some words", 12345.5), 10 ** 20)'
@@ -372,6 +374,7 @@ def evaluated(expression: str) -> Any:
 
 
 @pytest.mark.parametrize("expression", NAMED)
+@pytest.mark.contract("python_code")
 def test_what_has_a_name(expression: str) -> None:
     found = identity(evaluated(expression))
     assert found.startswith(NAMED[expression])
@@ -383,6 +386,7 @@ def test_what_has_no_name(what: str) -> None:
     assert identity(NAMELESS[what]) == ""
 
 
+@pytest.mark.contract("python_code")
 def test_an_optimized_module_has_no_name() -> None:
     import torch
 

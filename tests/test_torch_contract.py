@@ -30,6 +30,7 @@ from torch._dynamo.types import ConvertFrameReturn, GuardedCode, wrap_guarded_co
 from torch._guards import CompileId, Guard
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from aot_cache import tested
 from aot_cache.upstream import (
     dynamo_answers,
     dynamo_frames,
@@ -43,11 +44,10 @@ from aot_cache.upstream import (
     inductor_target,
     second_count,
     torch_fake,
-    versions,
 )
 from aot_cache.upstream.dynamo_frames import Frame
 
-OLDEST = versions.minor(torch.__version__) == "2.11"
+HAS_NO_REASON = tested.minor(torch.__version__) in ("2.11", "2.12")
 inductor: Any = torch._inductor.config
 functorch: Any = torch._functorch.config
 
@@ -60,13 +60,10 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def test_this_release_is_in_the_table() -> None:
-    need(versions.minor(torch.__version__) in versions.TORCH_SEEN, "it is not in versions.TORCH_SEEN")
-
-
 # --- _dynamo/convert_frame.py -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.contract("dynamo_frames")
 def test_compile_is_given_its_arguments_by_name() -> None:
     needed = {"code", "globals", "locals", "compiler_fn", "one_graph", "package"}
     found = inspect.signature(convert_frame._compile).parameters
@@ -80,6 +77,7 @@ def test_compile_is_given_its_arguments_by_name() -> None:
     )
 
 
+@pytest.mark.contract("dynamo_frames")
 def test_compile_is_called_by_name_in_its_module() -> None:
     """A hook replaces `convert_frame._compile`; a caller that held the function would not see it."""
     seen = []
@@ -101,6 +99,7 @@ def function(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("options", [{}, {"max_autotune": True, "epilogue_fusion": False}])
 @pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.contract("dynamo_frames")
 def test_the_chain_of_backends_leads_to_the_wrapping(fullgraph: bool, options: dict[str, Any], dynamic: Any) -> None:
     """From the callback of `torch.compile`, and from what `_compile` is handed, by `_torchdynamo_orig_backend`."""
     seen: list[Any] = []
@@ -135,6 +134,7 @@ def test_the_chain_of_backends_leads_to_the_wrapping(fullgraph: bool, options: d
     need(seen[0].fullgraph is fullgraph, "_compile's one_graph is not fullgraph")
 
 
+@pytest.mark.contract("dynamo_frames")
 def test_a_mode_is_options() -> None:
     one = torch._TorchCompileInductorWrapper("max-autotune-no-cudagraphs", None, None)
     need(one.config.get("max_autotune") is True, "a mode's options are not in the wrapper's config")
@@ -143,6 +143,7 @@ def test_a_mode_is_options() -> None:
     need(parameters(type(one).__call__)[:3] == ["self", "model_", "inputs_"], "its __call__ takes other arguments")
 
 
+@pytest.mark.contract("dynamo_frames")
 def test_the_callback_of_a_frame() -> None:
     wrapper = convert_frame.CatchErrorsWrapper
     need("__call__" in vars(wrapper), "CatchErrorsWrapper has no __call__ of its own")
@@ -153,10 +154,11 @@ def test_the_callback_of_a_frame() -> None:
     need("_torchdynamo_orig_backend" in inspect.getsource(wrapper.__init__), "it does not keep what it wraps")
 
 
+@pytest.mark.contract("dynamo_frames")
 def test_what_a_callback_returns() -> None:
     fields = {field.name for field in dataclasses.fields(ConvertFrameReturn)}
     need({"frame_exec_strategy", "apply_to_code", "guarded_code"} <= fields, "ConvertFrameReturn's fields")
-    need(("skip_reason" in fields) is not OLDEST, "from torch 2.12 on ConvertFrameReturn has a skip_reason")
+    need(("skip_reason" in fields) is not HAS_NO_REASON, "from torch 2.13 on ConvertFrameReturn has a skip_reason")
     need(ConvertFrameReturn().guarded_code is None, "ConvertFrameReturn() has code")
     need(
         parameters(GuardedCode) == ["code", "guard_manager", "compile_id", "trace_annotation"],
@@ -170,6 +172,7 @@ def test_what_a_callback_returns() -> None:
     need(ours.apply_to_code is False and ours.guarded_code is None, "an answer without code is not for one call only")
 
 
+@pytest.mark.contract("dynamo_frames")
 def test_a_skipped_call_is_asked_about_again() -> None:
     """`run_without_compiling` is for this call, and for what it calls, only."""
     seen = []
@@ -185,6 +188,7 @@ def test_a_skipped_call_is_asked_about_again() -> None:
     need(seen == ["outer", "outer"], f"frames that were skipped for one call: {seen}")
 
 
+@pytest.mark.contract("dynamo_frames")
 def test_a_call_that_is_skipped_may_want_its_whole_graph() -> None:
     """Looking at calls, and explaining them, compiles nothing, whatever `fullgraph` says."""
     with hooked(dynamo_frames.instead_of_compiling(lambda *_: dynamo_frames.run_without_compiling())):
@@ -220,6 +224,7 @@ class Found:
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.contract("dynamo_frames")
 def test_code_that_is_found_goes_into_the_cache(fullgraph: bool) -> None:
     """What `before_compiling` answers runs, and is not asked for again while its guards hold."""
     found = Found()
@@ -236,6 +241,7 @@ def test_code_that_is_found_goes_into_the_cache(fullgraph: bool) -> None:
     need(convert_frame.CatchErrorsWrapper.__call__.__module__.startswith("torch"), "the hook stays")
 
 
+@pytest.mark.contract("dynamo_frames")
 def test_a_reset_forgets_what_was_found() -> None:
     """torch._dynamo.reset empties the caches of the codes in `input_codes`."""
     found = Found()
@@ -248,6 +254,7 @@ def test_a_reset_forgets_what_was_found() -> None:
     assert found.asked == 2
 
 
+@pytest.mark.contract("dynamo_package")
 def test_output_codes_are_known() -> None:
     """Dynamo must not trace into code that it made."""
     from torch._dynamo.utils import orig_code_map
@@ -259,6 +266,7 @@ def test_output_codes_are_known() -> None:
     need(orig_code_map[code] is function.__code__, "orig_code_map is no mapping")
 
 
+@pytest.mark.contract("dynamo_frames")
 def test_what_is_counted() -> None:
     heard = []
     with hooked(dynamo_frames.count(lambda kind, name: heard.append((kind, name)))):
@@ -282,6 +290,7 @@ def re_exported(x: torch.Tensor) -> torch.Tensor:
     return x * 3
 
 
+@pytest.mark.contract("dynamo_package")
 def test_dynamo_tells_a_package_all_that_it_makes() -> None:
     kept = compiled_by_dynamo(breaking, torch.ones(3))
     need(len(kept.frames) == 2, f"a graph break makes {len(kept.frames)} frames, not the function and its rest")
@@ -306,6 +315,7 @@ def test_dynamo_tells_a_package_all_that_it_makes() -> None:
     need(not first.bypassed and not rest.bypassed, "a plain function is bypassed")
 
 
+@pytest.mark.contract("dynamo_package")
 def test_dynamo_tells_a_package_its_imports() -> None:
     kept = compiled_by_dynamo(looks_elsewhere, torch.ones(3))
     ((frame, _),) = kept.frames
@@ -330,6 +340,7 @@ def _sample_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, python_module.__name__, python_module)
 
 
+@pytest.mark.contract("dynamo_package")
 def test_a_package_has_every_method_that_dynamo_calls() -> None:
     """Also those that only odd frames ask for: read from the source."""
     asked = set()
@@ -349,6 +360,7 @@ def test_a_package_has_every_method_that_dynamo_calls() -> None:
     need(made.frame.bypassed, "a bypass is not noticed")
 
 
+@pytest.mark.contract("dynamo_globals")
 def test_globals_that_are_numbered() -> None:
     """`install_global_by_id` and `install_global`: names that mean nothing in another process."""
     source = inspect.getsource(output_graph.OutputGraph.install_global_by_id)
@@ -371,6 +383,7 @@ def test_globals_that_are_numbered() -> None:
     need(dynamo_package.numbered_globals(code) == [], "names that are kept are taken for numbered ones")
 
 
+@pytest.mark.contract("dynamo_globals")
 def test_the_builtins_have_a_name_of_ours() -> None:
     owner = output_graph.OutputGraph
     need(parameters(owner.install_builtins_dict_in_fglobals) == ["self"], "install_builtins_dict_in_fglobals()")
@@ -396,6 +409,7 @@ def counting(xs: list[torch.Tensor]) -> torch.Tensor:
 # --- _dynamo/guards.py ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.contract("dynamo_guards")
 def test_which_guards_compare_by_identity() -> None:
     known = {"DICT_VERSION", "NN_MODULE", "ID_MATCH", "FUNCTION_MATCH", "CLASS_MATCH", "MODULE_MATCH"}
     known |= {"CLOSURE_MATCH", "WEAKREF_ALIVE"}
@@ -403,6 +417,7 @@ def test_which_guards_compare_by_identity() -> None:
     need(found == known, f"UNSUPPORTED_SERIALIZATION_GUARD_TYPES changed: {sorted(found ^ known)}")
 
 
+@pytest.mark.contract("dynamo_guards")
 def test_how_guards_are_filtered_and_written() -> None:
     found = inspect.signature(guards.CheckFunctionManager.__init__).parameters
     need("guard_filter_fn" in found, "CheckFunctionManager takes no guard_filter_fn")
@@ -417,6 +432,7 @@ def test_how_guards_are_filtered_and_written() -> None:
     need(fields <= {"output_graph", "shape_code_parts", "local_state"}, f"GuardsState has more: {sorted(fields)}")
 
 
+@pytest.mark.contract("dynamo_guards")
 def test_the_fields_of_a_guard() -> None:
     fields = {field.name for field in dataclasses.fields(Guard)}
     ours = {"create_fn", "guard_types", "code_list", "obj_weakref", "guarded_class_weakref", "stack", "user_stack"}
@@ -425,6 +441,7 @@ def test_the_fields_of_a_guard() -> None:
     need(fields <= known, f"a Guard has {sorted(fields - known)}: does it belong to the process that made it?")
 
 
+@pytest.mark.contract("dynamo_guards")
 def test_how_a_tensor_is_unpickled() -> None:
     wanted = ["meta_tensor", "device", "pytype", "dispatch_keys_raw", "grad"]
     unpickle = guards.GuardsStatePickler._unpickle_tensor
@@ -436,6 +453,7 @@ def test_how_a_tensor_is_unpickled() -> None:
     need("_unpickle_tensor, (" in re.sub(r"\s+", " ", source), "reducer_override does not write (function, arguments)")
 
 
+@pytest.mark.contract("dynamo_guards")
 def test_the_state_that_is_guarded_is_json() -> None:
     from torch._C._dynamo.guards import GlobalStateGuard
 
@@ -455,6 +473,7 @@ def test_the_state_that_is_guarded_is_json() -> None:
     need(set(values) <= known, f"GlobalStateGuard looks at {sorted(set(values) - known)}: whose business is it?")
 
 
+@pytest.mark.contract("dynamo_guards")
 def test_guards_are_read_again_for_a_living_call() -> None:
     kept = compiled_by_dynamo(guarded, torch.ones(3), {"k": 4})
     ((made, frame),) = kept.frames
@@ -498,6 +517,7 @@ def guarded(x: torch.Tensor, options: Any) -> torch.Tensor:
     return re_exported(x) * options["k"]
 
 
+@pytest.mark.contract("dynamo_guards")
 def test_guards_are_the_same_bytes_twice() -> None:
     """With nothing of the process in them: no stack, no path, no weak reference."""
     first = compiled_by_dynamo(guarded, torch.ones(3), {"k": 4}).frames[0][0].guards
@@ -507,6 +527,7 @@ def test_guards_are_the_same_bytes_twice() -> None:
     need(str(ROOT).encode() not in first, "guards hold the path of a file")
 
 
+@pytest.mark.contract("dynamo_guards")
 def test_keys_that_tell_tensors_apart_by_where_they_were_made() -> None:
     key = torch._C.DispatchKey
     with torch.inference_mode():
@@ -525,6 +546,7 @@ def test_keys_that_tell_tensors_apart_by_where_they_were_made() -> None:
     need(keys(torch.ones(3, device="meta")) != keys(inference), "keys do not tell devices apart")
 
 
+@pytest.mark.contract("dynamo_guards")
 def test_how_guards_are_loaded() -> None:
     need(parameters(package.load_guards_state) == ["guards_state"], "load_guards_state(guards_state)")
     need(
@@ -538,6 +560,7 @@ def test_how_guards_are_loaded() -> None:
 # --- what Dynamo is told before it traces -----------------------------------------------------------------------------
 
 
+@pytest.mark.contract("dynamo_answers", "dynamo_inputs")
 def test_dimensions_are_dynamic_within_their_bounds() -> None:
     graphs: list[Any] = []
 
@@ -571,6 +594,7 @@ def sized(x: torch.Tensor, k: int) -> torch.Tensor:
     return x * k
 
 
+@pytest.mark.contract("dynamo_inputs")
 def test_settings_of_a_session() -> None:
     before = torch._dynamo.config.recompile_limit
     with dynamo_inputs.session({}, 5):
@@ -580,12 +604,14 @@ def test_settings_of_a_session() -> None:
     need(torch._dynamo.config.recompile_limit == before, "a setting stays")
 
 
+@pytest.mark.contract("dynamo_inputs")
 def test_mark_dynamic_takes_bounds() -> None:
     needed = ["t", "index", "min", "max"]
     found = parameters(torch._dynamo.mark_dynamic)
     need(set(needed) <= set(found) and found[:2] == needed[:2], f"mark_dynamic takes {found}")
 
 
+@pytest.mark.contract("dynamo_off")
 def test_the_moment_a_compiled_function_is_called() -> None:
     """dynamo_off replaces `_callback_from_stance`, which is looked up and asked at each call."""
     need(parameters(eval_frame._callback_from_stance) == ["callback"], "_callback_from_stance(callback)")
@@ -619,6 +645,7 @@ print("fine")
     need(done.stdout.strip() == "fine", f"a compiled function is compiled, or not noticed: {done.stderr[-700:]}")
 
 
+@pytest.mark.contract("dynamo_off")
 def test_a_compiled_function_that_wants_its_whole_graph_runs_as_python() -> None:
     code = """
 from aot_cache.upstream import dynamo_off
@@ -638,6 +665,7 @@ def setting(config: Any, name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", inductor_artifact.MEASURED)
+@pytest.mark.contract("inductor_target")
 def test_choices_that_inductor_measures(name: str) -> None:
     need(setting(inductor, name) in (True, False), f"torch._inductor.config.{name} is gone, or no switch")
     with inductor.patch({name: False}):
@@ -645,12 +673,14 @@ def test_choices_that_inductor_measures(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", inductor_artifact._SETTINGS)
+@pytest.mark.contract("inductor_artifact")
 def test_settings_of_the_artifact(name: str) -> None:
     need(setting(functorch, name) in (True, False), f"torch._functorch.config.{name} is gone, or no switch")
     with functorch.patch(inductor_artifact._SETTINGS):
         need(setting(functorch, name) is True, f"torch._functorch.config.{name} cannot be switched on")
 
 
+@pytest.mark.contract("dynamo_globals")
 def test_the_settings_that_code_depends_on() -> None:
     found = json.loads(dynamo_globals.settings())
     need(found == json.loads(dynamo_globals.settings()), "Inductor's settings differ from call to call")
@@ -677,6 +707,7 @@ def test_the_settings_that_code_depends_on() -> None:
     need(set(unknown) <= gone, f"settings that do not count are not there: {sorted(set(unknown) - gone)}")
 
 
+@pytest.mark.contract("inductor_artifact")
 def test_the_artifact_of_a_graph() -> None:
     serializable = inductor_artifact.Serializable
     need(parameters(serializable.serialize_compile_artifacts) == ["fn"], "serialize_compile_artifacts(fn)")
@@ -695,6 +726,7 @@ def test_the_artifact_of_a_graph() -> None:
     )
 
 
+@pytest.mark.contract("inductor_target")
 def test_a_backend_can_be_answered_for() -> None:
     """`instead` answers for Inductor wherever it would compile; what it answers is what bytecode calls."""
     seen = []
@@ -709,6 +741,7 @@ def test_a_backend_can_be_answered_for() -> None:
     need(made.tolist() == [50] * 3, "the answer is not what runs")
 
 
+@pytest.mark.contract("inductor_target", "inductor_tuning")
 def test_how_a_kernel_is_compiled() -> None:
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
     from torch._inductor.triton_bundler import TritonBundler
@@ -730,6 +763,7 @@ def test_how_a_kernel_is_compiled() -> None:
     )
 
 
+@pytest.mark.contract("inductor_tuning")
 def test_what_is_remembered_of_kernels() -> None:
     from torch._inductor.async_compile import CompiledTritonKernels
 
@@ -740,6 +774,7 @@ def test_what_is_remembered_of_kernels() -> None:
 
 
 @pytest.mark.parametrize("hook", inductor_events._HOOKS, ids=lambda hook: hook[3])
+@pytest.mark.contract("inductor_events")
 def test_what_inductor_is_listened_to_for(hook: tuple[str, str, str, str]) -> None:
     module, owner, method, _ = hook
     place = getattr(importlib.import_module(module), owner)
@@ -750,6 +785,7 @@ def test_what_inductor_is_listened_to_for(hook: tuple[str, str, str, str]) -> No
     need({c.__name__ for c in others} <= known, f"{method} is overridden in {others}: it would not be counted")
 
 
+@pytest.mark.contract("inductor_events")
 def test_a_kernel_is_loaded_by_one_method() -> None:
     from torch._inductor.runtime import static_triton_launcher as launcher
 
@@ -763,6 +799,7 @@ def test_a_kernel_is_loaded_by_one_method() -> None:
     need("cubin_path" in text, "a kernel is not loaded from a file")
 
 
+@pytest.mark.contract("inductor_target")
 def test_the_places_where_inductor_touches_a_device() -> None:
     from torch._inductor.constant_folding import ConstantFolder
     from torch._inductor.fx_passes import joint_graph, post_grad
@@ -782,6 +819,7 @@ def test_the_places_where_inductor_touches_a_device() -> None:
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="a torch without CUDA has none of these")
+@pytest.mark.contract("inductor_target")
 def test_calls_into_the_cuda_runtime() -> None:
     for name in ("_cuda_getCurrentRawStream",):
         need(callable(getattr(torch._C, name, None)), f"torch._C.{name} is gone")
@@ -789,6 +827,7 @@ def test_calls_into_the_cuda_runtime() -> None:
         need(callable(getattr(torch.cuda, name, None)), f"torch.cuda.{name} is gone")
 
 
+@pytest.mark.contract("inductor_cpp")
 def test_libraries_of_the_cpu() -> None:
     from torch._inductor.codecache import CppCodeCache, CppPythonBindingsCodeCache
 
@@ -806,6 +845,7 @@ def test_libraries_of_the_cpu() -> None:
 # --- fake tensors -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.contract("torch_fake")
 def test_operators_go_through_dispatch() -> None:
     wanted = ["self", "func", "types", "args", "kwargs"]
     need(parameters(FakeTensorMode.dispatch) == wanted, f"FakeTensorMode.dispatch takes {wanted[1:]}")
@@ -823,6 +863,7 @@ def test_operators_go_through_dispatch() -> None:
     need(torch.ops.aten.mul.Tensor in seen, "FakeTensorMode does not hand operators to dispatch")
 
 
+@pytest.mark.contract("torch_fake")
 def test_custom_operators_run_their_own_python() -> None:
     ran = []
     library = torch.library.Library("aot_cache_fake_contract", "DEF")
@@ -846,11 +887,13 @@ def test_custom_operators_run_their_own_python() -> None:
 
 
 @pytest.mark.parametrize("read", [lambda x: x.item(), lambda x: x.nonzero(), lambda x: bool(x > 1)])
+@pytest.mark.contract("torch_fake")
 def test_values_that_a_fake_tensor_does_not_have(read: Any) -> None:
     with torch_fake.HostMode("cpu"), pytest.raises(torch_fake.NEEDS_VALUES):
         read(torch.empty(()))
 
 
+@pytest.mark.contract("torch_fake")
 def test_dynamo_traces_fake_tensors() -> None:
     graphs = []
 
@@ -863,6 +906,7 @@ def test_dynamo_traces_fake_tensors() -> None:
     need(len(graphs) == 1 and made.shape == (3, 4), "Dynamo does not trace under a fake tensor mode of ours")
 
 
+@pytest.mark.contract("torch_fake")
 def test_what_is_a_parameter() -> None:
     with torch_fake.HostMode("cpu"):
         layer = torch.nn.Linear(2, 2)
@@ -873,6 +917,7 @@ def test_what_is_a_parameter() -> None:
 # --- a device guard ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.contract("torch_guard")
 def test_the_guard_for_a_torch_without_cuda() -> None:
     from pathlib import Path
 

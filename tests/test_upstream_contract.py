@@ -2,8 +2,8 @@
 
 Two halves. The first reads upstream/'s source and looks up every name of torch and triton in it. The second holds what
 a name alone does not tell: signatures, results and who calls whom, with real kernels compiled for a GPU that is not
-here. What is compiled by torch itself is in `test_torch_contract.py`. Run both in an environment of each release in
-`versions.py`; no GPU is needed.
+here. What is compiled by torch itself is in `test_torch_contract.py`. `tools/check_torch VERSION` runs both, and all
+else that is marked `contract`, in an environment of that release; no GPU is needed.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, compute_cache_key
 
 from aot_cache import target as targets
+from aot_cache import tested
 from aot_cache.upstream import triton_driver, triton_jit, triton_launcher, triton_launches, versions
 
-TRITON = versions.minor(triton.__version__)
+TRITON = tested.minor(triton.__version__)
 H200, MI300X = targets.get("h200"), targets.get("mi300x")
 
 nvidia: Any = importlib.import_module("triton.backends.nvidia.driver")
@@ -61,13 +62,6 @@ def after(minor: str) -> bool:
         return tuple(int(part) for part in text.split("."))
 
     return number(TRITON) > number(minor)
-
-
-def test_these_releases_are_in_the_table() -> None:
-    """A release that nobody looked at: read the differences, run this file, then add it to versions.py."""
-    need(TRITON in versions.TRITON_SEEN, f"triton {TRITON} is not in versions.TRITON_SEEN")
-    torch_minor = versions.minor(torch.__version__)
-    need(torch_minor in versions.TORCH_SEEN, f"torch {torch_minor} is not in versions.TORCH_SEEN")
 
 
 # --- every name that the source says ----------------------------------------------------------------------------------
@@ -167,7 +161,10 @@ def exists(dotted: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("module", sorted(path.stem for path in UPSTREAM.glob("*.py")))
+@pytest.mark.parametrize(
+    "module",
+    [pytest.param(name, marks=pytest.mark.contract(name)) for name in sorted(p.stem for p in UPSTREAM.glob("*.py"))],
+)
 def test_every_name_that_upstream_uses_is_there(module: str) -> None:
     missing = [n for n in sorted(names_in((UPSTREAM / f"{module}.py").read_text())) if not exists(n)]
     unknown = [n for n in missing if n not in CONDITIONAL]
@@ -262,12 +259,14 @@ ARGS: tuple[Any, ...] = (tensor_at(1 << 21), tensor_at((1 << 21) + 4), 48)
 # --- runtime/jit.py ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.contract("triton_driver")
 def test_the_active_driver_can_be_set(h200: Any) -> None:
     need(driver.active is h200, "DriverConfig.active no longer answers what `_active` holds")
     driver.set_active(None)
     need(driver._active is None, "DriverConfig.set_active no longer sets `_active`")
 
 
+@pytest.mark.contract("triton_kernel")
 def test_device_caches_are_five(h200: Any) -> None:
     caches = scale.device_caches[0]
     need(isinstance(caches, tuple) and len(caches) == 5, "JITFunction.device_caches[device] is no tuple of five")
@@ -278,6 +277,7 @@ def test_device_caches_are_five(h200: Any) -> None:
     need(callable(binder), "the fifth of device_caches is not the binder")
 
 
+@pytest.mark.contract("triton_jit")
 def test_the_binder(h200: Any) -> None:
     *_, binder = scale.device_caches[0]
     bound, specialization, options = binder(*ARGS, BLOCK=64, num_warps=8, debug=False)
@@ -290,12 +290,14 @@ def test_the_binder(h200: Any) -> None:
     need(list(options) == ["num_warps", "debug"], "the binder reorders options; their order is part of Triton's key")
 
 
+@pytest.mark.contract("triton_jit")
 def test_amd_asks_for_the_size_of_storage(mi300x: Any) -> None:
     *_, binder = scale.device_caches[0]
     _, specialization, _ = binder(*ARGS, BLOCK=64)
     need(specialization[0] == ("*fp32", "DS"), "AMD's backend no longer asks whether a tensor is smaller than 2 GiB")
 
 
+@pytest.mark.contract("triton_jit", "triton_kernel")
 def test_the_key_in_memory(h200: Any) -> None:
     need(
         parameters(compute_cache_key) == ["kernel_key_cache", "specialization", "options"],
@@ -309,6 +311,7 @@ def test_the_key_in_memory(h200: Any) -> None:
     need(key == str(specialization) + str(options), "compute_cache_key is more than the two written out")
 
 
+@pytest.mark.contract("triton_jit", "triton_launches")
 def test_what_run_adds_to_the_arguments(h200: Any) -> None:
     source = inspect.getsource(triton_jit._ORIGINAL_RUN)
     added = list(dict.fromkeys(re.findall(r'kwargs\["(\w+)"\] = ', source)))
@@ -320,6 +323,7 @@ def test_what_run_adds_to_the_arguments(h200: Any) -> None:
     )
 
 
+@pytest.mark.contract("triton_jit")
 def test_pack_args(h200: Any) -> None:
     need(
         parameters(JITFunction._pack_args) == ["self", "backend", "kwargs", "bound_args", "specialization", "options"],
@@ -341,6 +345,7 @@ def test_pack_args(h200: Any) -> None:
     need(divisible == {(0,), (2,)}, f"attributes do not say what is divisible by 16, for each path: {attrs}")
 
 
+@pytest.mark.contract("triton_jit")
 def test_what_a_jit_function_tells(h200: Any) -> None:
     for name in ("fn", "src", "params", "arg_names", "debug", "pre_run_hooks", "signature", "__name__"):
         need(hasattr(scale, name), f"JITFunction has no {name}")
@@ -356,6 +361,7 @@ def test_what_a_jit_function_tells(h200: Any) -> None:
     need(scale.ASTSource is ASTSource, "create_binder no longer leaves the source class on the function")
 
 
+@pytest.mark.contract("triton_launches")
 def test_launching_goes_through_run(h200: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     need(parameters(JITFunction.run) == ["self", "args", "grid", "warmup", "kwargs"], "JITFunction.run's parameters")
     seen = []
@@ -367,6 +373,7 @@ def test_launching_goes_through_run(h200: Any, monkeypatch: pytest.MonkeyPatch) 
     )
 
 
+@pytest.mark.contract("triton_miss")
 def test_a_miss_goes_through_do_compile(h200: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     need(
         parameters(JITFunction._do_compile)[:4] == ["self", "key", "signature", "device"],
@@ -392,6 +399,7 @@ def test_a_miss_goes_through_do_compile(h200: Any, monkeypatch: pytest.MonkeyPat
     need(len(asked) == 1 and len(launched) == 2, "a launch does not take what device_caches holds under the key")
 
 
+@pytest.mark.contract("triton_jit")
 def test_types_have_names() -> None:
     for name in ("fp32", "bf16", "int32", "fp8e4nv"):
         need(tl.dtype(name).name == name, f"tl.dtype({name!r}).name is not {name!r}")
@@ -418,6 +426,7 @@ def compiled(h200: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iter
     triton_compiler.max_shared_mem.cache_clear()
 
 
+@pytest.mark.contract("triton_compile")
 def test_compile_without_a_gpu(compiled: Any) -> None:
     kernel = compiled.kernel
     need(isinstance(kernel, CompiledKernel), "triton.compile returns no CompiledKernel")
@@ -431,6 +440,7 @@ def test_compile_without_a_gpu(compiled: Any) -> None:
     need(needed <= set(document), f"the metadata lacks {sorted(needed - set(document))}, which a launch reads")
 
 
+@pytest.mark.contract("triton_compile", "triton_kernel")
 def test_the_attributes_of_a_compiled_kernel(compiled: Any) -> None:
     own = set(vars(compiled.kernel))
     known = {"metadata", "packed_metadata", "src", "hash", "name", "asm", "metadata_group", "kernel"}
@@ -451,6 +461,7 @@ def test_the_attributes_of_a_compiled_kernel(compiled: Any) -> None:
     need("launch_enter_hook is None" in lazy, "launch_metadata no longer does nothing without a hook")
 
 
+@pytest.mark.contract("triton_events", "triton_kernel")
 def test_loading(compiled: Any, h200: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """`_init_handles` makes the launcher, loads the module once, and tells the hook."""
     kernel, calls = compiled.kernel, []
@@ -494,6 +505,7 @@ def test_loading(compiled: Any, h200: Any, monkeypatch: pytest.MonkeyPatch) -> N
     kernel.module = None
 
 
+@pytest.mark.contract("triton_events")
 def test_the_listener_of_compilations(compiled: Any) -> None:
     need(len(compiled.heard) == 1, "knobs.compilation.listener is not called once for a compilation")
     event = compiled.heard[0]
@@ -503,6 +515,7 @@ def test_the_listener_of_compilations(compiled: Any) -> None:
     need([e["cache_hit"] for e in compiled.heard] == [False, True], "the listener is not told of a disk hit")
 
 
+@pytest.mark.contract("triton_compile")
 def test_errors_that_prune_a_config() -> None:
     from triton.compiler.errors import CompileTimeAssertionFailure
     from triton.runtime.errors import OutOfResources, PTXASError
@@ -513,6 +526,7 @@ def test_errors_that_prune_a_config() -> None:
     need(names == ours, f"an autotuner prunes on {sorted(names)}, upstream/triton_compile.py on {sorted(ours)}")
 
 
+@pytest.mark.contract("triton_compile")
 def test_the_toolkit() -> None:
     from triton.backends.nvidia.compiler import get_ptxas
 
@@ -520,6 +534,7 @@ def test_the_toolkit() -> None:
         need(Path(get_ptxas(arch).path).is_file(), f"get_ptxas({arch}).path is no file")
 
 
+@pytest.mark.contract("triton_compile")
 def test_the_environment_that_changes_code(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton._C.libtriton import get_cache_invalidating_env_vars
 
@@ -532,6 +547,7 @@ def test_the_environment_that_changes_code(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("target", [H200, MI300X], ids=lambda t: t.id)
+@pytest.mark.contract("triton_compile")
 def test_options(target: targets.Target) -> None:
     backend = make_backend(triton_driver.gpu_target(target))
     need(backend.binary_ext == ("cubin" if target is H200 else "hsaco"), "the backend's binary_ext")
@@ -542,6 +558,7 @@ def test_options(target: targets.Target) -> None:
 # --- runtime/driver.py and backends -----------------------------------------------------------------------------------
 
 
+@pytest.mark.contract("triton_driver")
 def test_the_virtual_driver_answers_what_a_driver_must() -> None:
     from triton.backends.driver import DriverBase
 
@@ -552,6 +569,7 @@ def test_the_virtual_driver_answers_what_a_driver_must() -> None:
 
 
 @pytest.mark.parametrize("backend", ["nvidia", "amd"])
+@pytest.mark.contract("triton_driver")
 def test_the_properties_that_drivers_report(backend: str) -> None:
     source = Path(nvidia.dirname, "..", backend, "driver.c").read_text()
     report = re.search(r'Py_BuildValue\(\s*"[^"]*",\s*("max_shared_mem".*?)\);', source, re.DOTALL)
@@ -568,6 +586,7 @@ def test_the_properties_that_drivers_report(backend: str) -> None:
 # --- C modules --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.contract("triton_launcher")
 def test_what_is_known_of_the_c_modules() -> None:
     need(Path(nvidia.dirname, "driver.c").is_file(), "triton/backends/nvidia/driver.c is not where the driver says")
     need(all(Path(path, "cuda.h").is_file() for path in nvidia.include_dirs), "cuda.h is not in include_dirs")
@@ -580,6 +599,7 @@ def test_what_is_known_of_the_c_modules() -> None:
     )
 
 
+@pytest.mark.contract("triton_launcher")
 def test_who_compiles_the_driver() -> None:
     """Exactly one of two ways, imported by name: replacing it in triton.runtime.build alone would change nothing."""
     ways = {name for name in ("compile_module_from_src", "compile_module_from_file") if hasattr(nvidia, name)}
@@ -593,6 +613,7 @@ def test_who_compiles_the_driver() -> None:
         need(first == ["src_path", "name"], f"{way} does not begin with (src_path, name)")
 
 
+@pytest.mark.contract("triton_launcher")
 def test_where_launchers_come_from() -> None:
     each = TRITON in versions.LAUNCHER_PER_SIGNATURE
     need(hasattr(nvidia, "make_launcher") == each, "versions.LAUNCHER_PER_SIGNATURE is wrong about make_launcher")
@@ -625,6 +646,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.contract("triton_launcher")
 def test_the_driver_asks_us_for_its_c_module(tmp_path: Path) -> None:
     """What `triton_launcher.serve` replaces is what the driver calls when it comes up."""
     environment = {"TRITON_LIBCUDA_PATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path), "CC": "false"}
@@ -649,6 +671,7 @@ def times(kernel_call: Callable[[], None], quantiles: Any) -> tuple[float, ...]:
 CONFIGS = [Config({"BLOCK": 64}, num_warps=4), Config({"BLOCK": 128}, num_warps=8)]
 
 
+@pytest.mark.contract("triton_tuner_miss", "triton_tuning")
 def test_what_an_autotuner_has() -> None:
     tuner = tuner_of(Plain(), CONFIGS, times)
     for name in ("cache", "keys", "arg_names", "configs", "fn", "base_fn", "cache_results"):
@@ -665,6 +688,7 @@ def test_what_an_autotuner_has() -> None:
     need(triton_jit.unwrap(heuristics) is scale, "heuristics do not lead to their kernel by fn")
 
 
+@pytest.mark.contract("triton_tuning")
 def test_the_key_of_an_autotuner() -> None:
     plain = Plain()
     tuner = tuner_of(plain, CONFIGS, times)
@@ -684,6 +708,7 @@ def test_the_key_of_an_autotuner() -> None:
     need(len(seen) == len(CONFIGS) + 1, "an autotuner does not launch each candidate once, then the choice")
 
 
+@pytest.mark.contract("triton_tuner_miss", "triton_tuning")
 def test_an_autotuner_takes_what_its_cache_holds() -> None:
     plain = Plain()
 
@@ -696,6 +721,7 @@ def test_an_autotuner_takes_what_its_cache_holds() -> None:
     need(plain.ran == [{"grid": (1,), **CONFIGS[1].all_kwargs()}], "an autotuner does not launch what its cache holds")
 
 
+@pytest.mark.contract("triton_tuning")
 def test_an_autotuner_with_one_config_left() -> None:
     """Triton 3.8 takes the only config that pruning leaves; before, it benchmarks it. The choice is the same."""
     plain, benchmarks = Plain(), []
@@ -746,6 +772,7 @@ def dispatched(action: Callable[[Any], Any], mode: Any = torch.no_grad) -> list[
     return Wrapped.seen
 
 
+@pytest.mark.contract("torch_tensor")
 def test_wrapper_tensors_have_a_geometry() -> None:
     meta = torch.empty(8, 6, dtype=torch.bfloat16, device="meta")[2:, ::2]
     wrapped = Wrapped(meta)
@@ -756,6 +783,7 @@ def test_wrapper_tensors_have_a_geometry() -> None:
     )
 
 
+@pytest.mark.contract("torch_tensor")
 def test_what_dispatch_is_handed() -> None:
     ((func, _, _),) = dispatched(lambda t: t.add_(1))
     need(func is torch.ops.aten.add_.Tensor, "Tensor.add_ does not dispatch aten.add_.Tensor")
@@ -771,6 +799,7 @@ def test_what_dispatch_is_handed() -> None:
     )
 
 
+@pytest.mark.contract("torch_tensor")
 def test_to() -> None:
     """Outside of inference mode `Tensor.to` arrives as `_to_copy`; inside, whole and under its own name."""
     ((func, _, kwargs),) = dispatched(lambda t: t.to(torch.float64))
@@ -788,6 +817,7 @@ def test_to() -> None:
         need(arguments <= known, f"aten::to.{overload} has arguments that are not handled: {sorted(arguments - known)}")
 
 
+@pytest.mark.contract("torch_tensor")
 def test_reading_a_value() -> None:
     """`item()` is one operator that asks for the number: under inference mode it keeps its own name."""
     names = {}
@@ -802,6 +832,7 @@ def test_reading_a_value() -> None:
     )
 
 
+@pytest.mark.contract("torch_tensor")
 def test_custom_operators_run_their_implementation() -> None:
     library = torch.library.Library("aot_cache_contract", "DEF")
     try:
@@ -825,6 +856,7 @@ def test_custom_operators_run_their_implementation() -> None:
 # --- torch.cuda -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.contract("torch_cuda")
 def test_what_pretending_replaces_is_there() -> None:
     """A name that torch.cuda no longer has would be replaced without any effect."""
     tree = ast.parse((UPSTREAM / "torch_cuda.py").read_text())
@@ -845,6 +877,7 @@ def test_what_pretending_replaces_is_there() -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch._C, "_CudaDeviceProperties"), reason="a CPU build of torch knows no CUDA device")
+@pytest.mark.contract("torch_cuda")
 def test_the_properties_that_torch_reports() -> None:
     from aot_cache.upstream import torch_cuda
 
@@ -856,6 +889,7 @@ def test_the_properties_that_torch_reports() -> None:
     need(real - ours <= more, f"device properties have {sorted(real - ours - more)}, which the virtual device lacks")
 
 
+@pytest.mark.contract("torch_capture")
 def test_where_a_capture_begins() -> None:
     need("capture_begin" in vars(torch.cuda.CUDAGraph), "torch.cuda.CUDAGraph has no capture_begin of its own")
     source = inspect.getsource(torch.cuda.graphs.graph.__enter__)
@@ -903,6 +937,7 @@ HOST_CODE = {
 
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
+@pytest.mark.contract("torch_cuda")
 def test_a_gpu_that_is_not_there(mode: str) -> None:
     """The virtual device's tensors live without a GPU, with a CUDA build and with a CPU build (no device guard)."""
     done = python(PRETEND, {"CUDA_VISIBLE_DEVICES": ""}, mode, json.dumps(HOST_CODE))

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import util
 
+from aot_cache import shipped
 from aot_cache.errors import AotCacheError, DeclarationError, TraceError
 from aot_cache.plan import FailedCase
 from aot_cache.recipe import Case
@@ -70,17 +71,18 @@ def broken(case: Case, point: Point, error: BaseException, needs_values: tuple[t
     wanted = f"case {case.name!r} to run at {where}"
     told: AotCacheError
     if isinstance(error, TraceError):
-        told = type(error)(f"{error.wanted}, in case {case.name!r} at {where}", error.found, error.do)
+        do = shipped.what_to_do(case.make, error.do)
+        told = type(error)(f"{error.wanted}, in case {case.name!r} at {where}", error.found, do)
         why = str(error)
     elif isinstance(error, AotCacheError):
         told, why = error, str(error)
     elif isinstance(error, needs_values):
         why = f"reads the values of a tensor ({error})"
-        told = TraceError(wanted, f"{place} {why}", "hand the number in as an argument")
+        told = TraceError(wanted, f"{place} {why}", shipped.what_to_do(case.make, "hand the number in as an argument"))
     else:
         lines = str(error).splitlines() or [""]
         why = f"{type(error).__name__}: {lines[0]}"
-        told = DeclarationError(wanted, f"{why} ({place})", "fix the recipe, or narrow its range")
+        told = DeclarationError(wanted, f"{why} ({place})", shipped.what_to_do(case.make))
     return Broken(FailedCase(case.name, point, place, why), told)
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aot_cache import key, miss_file, options, recipe
+from aot_cache import key, miss_file, options, recipe, tested
 from aot_cache.build import stamp, workers
 from aot_cache.build.bundles import assemble, covered
 from aot_cache.errors import AotCacheError
@@ -86,6 +86,8 @@ class Built:
     declared: int = 0
     covered: int = 0
     ranks: int = 1
+    untested: str = ""
+    """What speaks against trusting the releases of torch, Triton and transformers that built it."""
 
     def to_json(self) -> dict[str, Json]:
         return {**self.__dict__, "path": str(self.path)}
@@ -217,4 +219,11 @@ def _finish(request: Request, store: Store, plan: Plan, answer: Mapping[str, Jso
         covered=covered(plan, manifest["failed"]),
         ranks=plan.ranks,
         put_back={case.name: case.put_back for case in plan.cases if case.put_back},
+        untested=tested.doubt_here(request.target.backend == "cpu", _imported("transformers", answer["inputs"])),
     )
+
+
+def _imported(package: str, inputs: Mapping[str, Json]) -> bool:
+    """Whether a build imported a package: one that an installer recorded, or any other."""
+    files = (Path(path) for path in inputs.get("files", ()))
+    return package in inputs.get("packages", ()) or any(f.parts[-2:] == (package, "__init__.py") for f in files)

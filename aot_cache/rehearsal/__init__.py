@@ -21,7 +21,7 @@ from aot_cache.rehearsal import process
 from aot_cache.rehearsal.results import CaseResult, Missed, PointResult, Rehearsal
 from aot_cache.shapes import point_text
 from aot_cache.store import Bundle, read_bundle
-from aot_cache.upstream.versions import installed
+from aot_cache.tested import installed
 
 __all__ = ["CaseResult", "Missed", "PointResult", "Rehearsal", "rehearse", "versions"]
 

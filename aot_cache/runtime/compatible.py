@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from aot_cache.key import Part
+from aot_cache.tested import installed
 from aot_cache.upstream import torch_capture
-from aot_cache.upstream.versions import installed
 
 Json = Any
 NO_GPU = "no GPU looked at"

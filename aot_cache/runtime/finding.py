@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+from aot_cache import tested
 from aot_cache.errors import BundleMissing, Incompatible
 from aot_cache.runtime import compatible, ranks
 from aot_cache.store import Bundle, read_bundle
+from aot_cache.tested import UNTESTED, installed
 from aot_cache.upstream import torch_capture
-from aot_cache.upstream.versions import TORCH_SEEN, TRITON_SEEN, installed, minor
 
-UNTESTED = "AOT_CACHE_UNTESTED"
-"""Set to 1 to load under a Triton release that this version was not tested with."""
 _FORM = (
     "target",
     "toolchain",
@@ -88,13 +86,8 @@ def check_form(bundle: Bundle) -> None:
 
 def check(bundle: Bundle, look_at_gpu: bool) -> None:
     """Raises Incompatible when a bundle's kernels are not for this host."""
-    release = minor(installed("triton"))
-    if bundle.manifest["units"] and release not in TRITON_SEEN and release and os.environ.get(UNTESTED) != "1":
-        raise Incompatible(
-            f"a Triton that this aot-cache was tested with ({', '.join(TRITON_SEEN)})",
-            f"{installed('triton')}",
-            f"update aot-cache, or set {UNTESTED}=1",
-        )
+    if bundle.manifest["units"] and installed("triton"):
+        _check_releases(bundle, tested.KERNELS)
     differing = compatible.differing(compatible.parts(bundle.manifest, look_at_gpu=look_at_gpu))
     if differing:
         raise Incompatible(
@@ -104,12 +97,23 @@ def check(bundle: Bundle, look_at_gpu: bool) -> None:
         )
 
 
-def check_torch(path: Path) -> None:
-    """Raises Incompatible when graphs cannot be promised to work with the torch that is installed."""
-    release = minor(installed("torch"))
-    if release not in TORCH_SEEN and os.environ.get(UNTESTED) != "1":
-        raise Incompatible(
-            f"a torch that this aot-cache was tested with ({', '.join(TORCH_SEEN)}) for the graphs of {path}",
-            installed("torch"),
-            f"update aot-cache, or set {UNTESTED}=1",
-        )
+def check_torch(bundle: Bundle) -> None:
+    """Raises Incompatible when a bundle's graphs are known not to work with what is installed."""
+    _check_releases(bundle, tested.GRAPHS)
+
+
+def _check_releases(bundle: Bundle, what: str) -> None:
+    why = tested.refused_here(what, _on_cpu(bundle))
+    if why:
+        wanted = f"releases under which the {what} of {bundle.path} can be served"
+        raise Incompatible(wanted, why, f"update aot-cache, or set {UNTESTED}=1 to try")
+
+
+def doubt(bundle: Bundle) -> str:
+    """What speaks against trusting what is installed with this bundle, in one line; empty where it was tested."""
+    said = tested.doubt_here(_on_cpu(bundle))
+    return f"{said}; it may miss, or compile where it should not; {UNTESTED}=1 takes that upon you" if said else ""
+
+
+def _on_cpu(bundle: Bundle) -> bool:
+    return bool(bundle.manifest["target"]["backend"] == "cpu")

@@ -32,6 +32,8 @@ _answers: Any = None
 """`runtime.answers.Answers`, once Dynamo is imported."""
 _folders: list[tuple[Path, str | None]] = []
 """Folders of which the bundle for this GPU is taken once the GPU is known."""
+_doubts: set[str] = set()
+"""What was said already."""
 _lock = threading.RLock()
 _strict = False
 
@@ -236,6 +238,7 @@ def _add(path: Path, digest: str | None) -> KernelSet:
     finding.check_form(bundle)
     kernels = KernelSet(bundle, LEDGER)
     finding.check(kernels.bundle, look_at_gpu=False)
+    _heed(finding.doubt(bundle))
     with _lock:
         _sets.append(kernels)
         if bundle.manifest["graphs"]:
@@ -243,6 +246,15 @@ def _add(path: Path, digest: str | None) -> KernelSet:
             if _answers is not None:  # Dynamo is here already
                 _add_graphs()
     return kernels
+
+
+def _heed(doubt: str) -> None:
+    """Warn of releases that nobody tested, once in a process; an error where nothing may be left to chance."""
+    if doubt and _strict:
+        raise Incompatible("releases that this aot-cache was tested with", doubt, "")
+    if doubt and doubt not in _doubts:
+        _doubts.add(doubt)
+        _warn(f"aot-cache: {doubt}")
 
 
 def _choose_from_folders() -> None:
@@ -268,7 +280,7 @@ def _add_graphs() -> None:
 
     while _graph_bundles:
         bundle = _graph_bundles.pop(0)
-        finding.check_torch(bundle.path)
+        finding.check_torch(bundle)
         parts = differing(bundle.manifest["graph_key"], bundle.manifest["target"])
         if parts:
             do = "build for it (aot-cache build)"

@@ -1,5 +1,5 @@
 """The only rooms that touch private names of torch and triton, one module a subject.
 
-`versions.py` holds the table of versions for which each was seen to hold; `tests/test_upstream_contract.py` fails loudly
-when upstream moves.
+Each says under "Upstream" what it relies on. Tests with the mark `contract` hold that, and fail loudly when upstream moves;
+`tools/check_torch` runs them under other releases, and writes into `versions.json` where they passed.
 """

@@ -1,4 +1,8 @@
-"""Run something when a module has been imported, without importing it."""
+"""Run something when a module has been imported, without importing it.
+
+Upstream: CPython's import system (`sys.meta_path`, `importlib.abc.Loader`); that a module of torch or Triton is whole when
+its import has ended.
+"""
 
 from __future__ import annotations
 

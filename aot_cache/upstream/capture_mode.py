@@ -2,6 +2,8 @@
 
 The driver asks each thread what it minds (`cuThreadExchangeStreamCaptureMode`, `hipThreadExchangeStreamCaptureMode`, both
 public); torch does the same around its own allocations (`c10/cuda/CUDAGraphsC10Utils.h`, `CUDAStreamCaptureModeGuard`).
+
+Upstream: `torch/version.py` (`hip`), through `torch_capture`; beside it the drivers' public functions alone.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ torch makes a handle at a thread's first use of a library on a device, and cuBLA
 (`aten/src/ATen/cuda/CublasHandlePool.cpp`, `aten/src/ATen/cudnn/Handle.cpp`). Measured on an H200, torch 2.11: inside a
 capture the first matrix product, convolution or attention fails without this; random numbers of the default generator
 need nothing; FFT plans and linear algebra solvers (cuFFT, cuSOLVER) are not made here.
+
+Upstream: `torch/backends/cudnn/__init__.py` (`is_available`, `enabled`), and which operators use which library.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Dynamo has written down the outputs' sizes as formulas of the inputs'; they are 
 operators gave at two points, and not at all where they were wrong once, or where outputs are inputs or views of them.
 
 Upstream: `torch/_dynamo/output_graph.py` (`example_value`), `torch/fx/experimental/symbolic_shapes.py`
-(`ShapeEnv.bound_sympy`). Seen to hold: see `versions.TORCH_SEEN`.
+(`ShapeEnv.bound_sympy`).
 """
 
 from __future__ import annotations

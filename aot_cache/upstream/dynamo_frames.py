@@ -2,7 +2,7 @@
 
 Both hooks sit on the miss path: a call whose guards hold in Dynamo's own cache never comes here.
 Upstream: `torch/_dynamo/convert_frame.py` (`CatchErrorsWrapper`, `_compile`), `torch/_dynamo/types.py`
-(`ConvertFrameReturn`, `GuardedCode`). Seen to hold: see `versions.TORCH_SEEN`.
+(`ConvertFrameReturn`, `GuardedCode`).
 """
 
 from __future__ import annotations

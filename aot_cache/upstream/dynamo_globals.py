@@ -1,7 +1,7 @@
 """The surroundings of Dynamo's bytecode: global names that it uses, modes and settings that it was made under.
 
 Upstream: `torch/_dynamo/output_graph.py` (`install_global_unsafe`, `install_resume_function_global`),
-`torch/_dynamo/package.py` (`CompilePackage.install`), `torch/_inductor/config.py`. Seen to hold: `versions.TORCH_SEEN`.
+`torch/_dynamo/package.py` (`CompilePackage.install`), `torch/_inductor/config.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch._dynamo
 from torch._dynamo import trace_rules
 
 from aot_cache.key import graph_parts
-from aot_cache.upstream.versions import installed
+from aot_cache.tested import installed
 
 Json = Any
 

@@ -8,7 +8,7 @@ written, and what it compares as text (`guard_facts`). In the serving process th
 use the graph; where the text is the same, the guard is created on what is there. Thread counts, inference tensors and
 dispatch keys are the caller's own.
 
-Seen to hold: see `versions.TORCH_SEEN`.
+Upstream: `torch/_dynamo/guards.py` (`CheckFunctionManager`, `GuardsStatePickler`, `GuardBuilder`), `torch/_guards.py` (`Guard`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 Upstream: `torch/_dynamo/decorators.py` (`mark_dynamic`), `torch.compiler.config.dynamic_sources`,
 `torch/fx/experimental/symbolic_shapes.py` (`StrictMinMaxConstraint`).
-Seen to hold: see `versions.TORCH_SEEN`.
 """
 
 from __future__ import annotations

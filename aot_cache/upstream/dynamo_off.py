@@ -1,7 +1,7 @@
 """Compiled functions as plain Python, and notice that they were called: for runs that look at something else.
 
 Upstream: `torch/_dynamo/eval_frame.py` (`_callback_from_stance`, asked at each call of a compiled function; what
-`torch.compiler.set_stance("force_eager")` answers is None). Seen to hold: see `versions.TORCH_SEEN`.
+`torch.compiler.set_stance("force_eager")` answers is None).
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Collects what Dynamo makes of one call: bytecode, guards, resume functions, and which compiled graphs they run.
 
-Stands in for `torch/_dynamo/package.py` (`CompilePackage`), whose methods Dynamo calls while it compiles a frame: ours
-keeps code objects, needs no source files, and writes nothing anywhere. Seen to hold: see `versions.TORCH_SEEN`.
+Stands in for upstream's own package, whose methods Dynamo calls while it compiles a frame: ours keeps code objects, needs no
+source files, and writes nothing anywhere.
+
+Upstream: `torch/_dynamo/package.py` (`CompilePackage`), `torch/_dynamo/output_graph.py` (what it tells a package).
 """
 
 from __future__ import annotations

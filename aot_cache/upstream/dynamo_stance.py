@@ -2,7 +2,7 @@
 
 Only setting a stance is hooked, because the stance is read at every call of a compiled function.
 Upstream: `torch/_dynamo/eval_frame.py` (`_set_stance`, `_callback_from_stance`), `torch/_dynamo/decorators.py`
-(`set_stance`). Seen to hold: see `versions.TORCH_SEEN`.
+(`set_stance`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ expression on the living call: where the text is the same, the guard is created 
 own values (tensors without memory, instances of users' classes) has to travel.
 
 Upstream: the methods of `GuardBuilder` in `torch/_dynamo/guards.py`, one for each kind of guard.
-Seen to hold: see `versions`.
+
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ choice and order of models, which is that of the builder and of no server that h
 looks such a table up by key only, the entries that were looked up are guarded by their keys.
 
 Upstream: `torch/_dynamo/source.py` (`ConstDictKeySource`, `DictGetItemSource`, `DictSubclassGetItemSource`).
-Seen to hold: see `versions`.
+
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What Inductor makes of one graph, as bytes that another process can run.
 
 Upstream: `torch/_dynamo/aot_compile_types.py` (`BundledAOTAutogradSerializableCallable`),
-`torch/_functorch/_aot_autograd/autograd_cache.py`. Seen to hold: see `versions.TORCH_SEEN`.
+`torch/_functorch/_aot_autograd/autograd_cache.py`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ softmax, which Inductor then compiles: right, and on an H200 2.4 times slower at
 what is known of the target: flash attention, first in torch's order, wherever its conditions hold; the rest is left as it is.
 
 Upstream: `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp` (`can_use_flash_attention`), `torch/_ops.py` (`py_impl`).
-Seen to hold: see `versions.TORCH_SEEN`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,9 @@ def choose_for(target: Target) -> None:
     attention: Any = torch.ops.aten.scaled_dot_product_attention.default
     flash: Any = torch.ops.aten._scaled_dot_product_flash_attention
 
-    @attention.py_impl(torch._C.DispatchKey.CompositeImplicitAutograd)  # type: ignore[untyped-decorator]
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+
+    @attention.py_impl(key)  # type: ignore[untyped-decorator]
     def _(
         q: torch.Tensor,
         k: torch.Tensor,
@@ -41,7 +42,8 @@ def choose_for(target: Target) -> None:
         enable_gqa: bool = False,
     ) -> Any:
         if not _flash_runs(q, k, v, attn_mask):
-            return attention.decompose(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            # C++'s own; `attention.decompose` would come back here.
+            return attention._op_dk(key, q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if enable_gqa and k.shape[-3] != q.shape[-3]:
             groups = q.shape[-3] // k.shape[-3]
             k, v = k.repeat_interleave(groups, -3), v.repeat_interleave(groups, -3)

@@ -4,8 +4,7 @@ An artifact holds C++ source, which upstream compiles again wherever its own cac
 holds paths. Here a library is found by the source it was made from. Whoever loads checks that the processor is the same
 kind (`dynamo_globals.cpu_isa`).
 
-Upstream: `torch/_inductor/codecache.py` (`CppCodeCache.load_async`, `_load_library`). Seen to hold: see
-`versions.TORCH_SEEN`.
+Upstream: `torch/_inductor/codecache.py` (`CppCodeCache.load_async`, `_load_library`).
 """
 
 from __future__ import annotations

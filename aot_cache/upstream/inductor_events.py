@@ -1,7 +1,6 @@
 """Be told when Inductor loads a kernel, measures one, or runs a C++ compiler. Misses only.
 
 Upstream: `torch/_inductor/runtime/static_triton_launcher.py`, `runtime/triton_heuristics.py`, `cpp_builder.py`.
-Seen to hold: see `versions.TORCH_SEEN`.
 """
 
 from __future__ import annotations

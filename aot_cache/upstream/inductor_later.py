@@ -5,7 +5,7 @@ anybody asks (`compiled.get_compiler_config()`); that imports all of `compile_fx
 `torch._inductor.debug`, which imports the compiler's intermediate form. A process whose calls all hit needs neither.
 
 Upstream: `torch/__init__.py` (`_TorchCompileInductorWrapper.get_compiler_config`), `torch/_inductor/output_code.py`
-(`CompiledFxGraph.__call__`), `torch/_inductor/debug.py`. Seen to hold: see `versions.TORCH_SEEN`.
+(`CompiledFxGraph.__call__`), `torch/_inductor/debug.py`.
 """
 
 from __future__ import annotations

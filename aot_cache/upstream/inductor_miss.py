@@ -1,7 +1,7 @@
 """Where a kernel of Inductor's would be measured, compiled or loaded at a graph's call: inside a capture it takes another way.
 
 Upstream: `torch/_inductor/runtime/triton_heuristics.py` (`CachingAutotuner.run` and what it calls while it has not exactly
-one launcher), `torch/_inductor/runtime/static_triton_launcher.py`. Seen to hold: see `versions.TORCH_SEEN`.
+one launcher), `torch/_inductor/runtime/static_triton_launcher.py`.
 """
 
 from __future__ import annotations

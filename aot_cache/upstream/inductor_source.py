@@ -3,8 +3,7 @@
 Each such module imports the compiler (lowerings, templates, memory planning), a second or more, to have at hand what few
 graphs use. What is used stays; library calls are the plain functions of torch that upstream registers under their names.
 
-Upstream: `torch/_inductor/codegen/wrapper.py` (`write_header`), `torch/_inductor/kernel/` (`ExternKernelChoice`). Seen to
-hold: see `versions.TORCH_SEEN`.
+Upstream: `torch/_inductor/codegen/wrapper.py` (`write_header`), `torch/_inductor/kernel/` (`ExternKernelChoice`).
 """
 
 from __future__ import annotations

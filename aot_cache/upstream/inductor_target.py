@@ -1,7 +1,9 @@
 """A process in which Inductor compiles for a GPU that is not there. For good: a worker process of the builder only.
 
 Upstream: `torch/_inductor` (`compile_fx`, `runtime/triton_heuristics.py`, `fx_passes`), `torch/_dynamo/device_interface.py`,
-`torch/_subclasses/fake_tensor.py`. Seen to hold: see `versions.TORCH_SEEN`; what had to be virtual, and why, is in design.md
+`torch/_subclasses/fake_tensor.py`.
+
+What had to be virtual, and why, is in design.md
 section 5 and below.
 """
 

@@ -4,7 +4,7 @@ Upstream measures at a kernel's first call, and keeps what was fastest (`Caching
 a capture, so that a kernel is loaded with one config, the chosen one or the first, unless somebody means to tune.
 
 Upstream: `torch/_inductor/triton_bundler.py` (`TritonBundler`), `torch/_inductor/runtime/triton_heuristics.py`
-(`CachingAutotuner`). Seen to hold: see `versions.TORCH_SEEN`.
+(`CachingAutotuner`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ it. The next case would be traced under it, and its guards would ask a server fo
 point starts from what was so before it. What *importing* a module sets is kept: it is so in a server that imports it, too.
 
 Upstream: `torch/utils/_config_module.py` (`get_config_copy`, `__setattr__`), `torch/_dynamo/eval_frame.py` (`_stance`),
-`torch/__init__.py` (`_GLOBAL_DEVICE_CONTEXT`), `torch/backends`. Seen to hold: see `versions.TORCH_SEEN`.
+`torch/__init__.py` (`_GLOBAL_DEVICE_CONTEXT`), `torch/backends`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Code objects and other values as text: digests of what a function does, names of what `is` and `==` compare.
 
 Nothing here depends on where a function stands: no path, no line.
+
+Upstream: CPython's code objects; `torch/_dynamo/eval_frame.py` (`OptimizedModule`).
 """
 
 from __future__ import annotations

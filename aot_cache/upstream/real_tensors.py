@@ -1,6 +1,6 @@
 """Memory of real tensors: what a recipe leaves unset is filled, and which memory a tensor lies in.
 
-Upstream: `torch/utils/_python_dispatch.py` (`TorchDispatchMode`). Seen to hold: see `versions.TORCH_SEEN`.
+Upstream: `torch/utils/_python_dispatch.py` (`TorchDispatchMode`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What torch knows of CUDA's state, asked without initialising it; which captures are under way, and when they begin and end.
 
-Seen to hold: see `versions.TORCH_SEEN`. Upstream: `torch/cuda/graphs.py` (`CUDAGraph.capture_begin`, `capture_end`),
+Upstream: `torch/cuda/graphs.py` (`CUDAGraph.capture_begin`, `capture_end`),
 through which `torch.cuda.graph`, `make_graphed_callables` and Inductor's `cudagraph_trees` go as well.
 """
 

@@ -2,7 +2,8 @@
 
 Only ever called in a worker process of the builder, before anything else is imported there: libraries decide at import
 (fla fixes warps and Hopper flags, transformers asks `is_available()`). torch itself must not reach the driver.
-Seen to hold: see `versions.TORCH_SEEN`.
+
+Upstream: `torch/cuda/__init__.py` (what it answers about a device, `_lazy_init`), `torch/_C` (its streams).
 """
 
 from __future__ import annotations

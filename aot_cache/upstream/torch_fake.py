@@ -4,7 +4,7 @@ torch's `FakeTensorMode` gives a custom operator's *shape rule*. Host code that 
 operator itself: what it calls inside may be compiled, too (a compiled function in an opaque custom op). Tensors of our
 own (`torch_tensor.VirtualTensor`) are faster, and Dynamo does not trace them.
 
-Upstream: `torch/_subclasses/fake_tensor.py`. Seen to hold: see `versions.TORCH_SEEN`.
+Upstream: `torch/_subclasses/fake_tensor.py`.
 """
 
 from __future__ import annotations

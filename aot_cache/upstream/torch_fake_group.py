@@ -1,7 +1,6 @@
 """A job of several ranks in a process that is alone: what host code asks of `torch.distributed` while it is traced.
 
-Upstream: `torch/testing/_internal/distributed/fake_pg.py` (backend `fake`: collectives return at once). Seen to hold: see
-`versions.TORCH_SEEN`.
+Upstream: `torch/testing/_internal/distributed/fake_pg.py` (backend `fake`: collectives return at once).
 """
 
 from __future__ import annotations

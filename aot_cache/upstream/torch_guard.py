@@ -3,7 +3,7 @@
 Such a torch refuses in C++ to index a CUDA tensor, or to make a Parameter of one, even where the tensor has no memory:
 nothing is registered that would switch devices. A CUDA build has a guard for this very case, and so this makes one of
 torch's own no-op class: one line of C++, compiled where it is needed (1.5 s), with the compiler that Triton needs anyway.
-Upstream: `c10/core/impl/DeviceGuardImplInterface.h` (`NoOpDeviceGuardImpl`). Seen to hold: see `versions.TORCH_SEEN`.
+Upstream: `c10/core/impl/DeviceGuardImplInterface.h` (`NoOpDeviceGuardImpl`).
 """
 
 from __future__ import annotations

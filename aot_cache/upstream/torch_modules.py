@@ -1,6 +1,6 @@
 """What `torch.nn` does with the values, or with the identity, of tensors, for tensors that have no memory.
 
-Seen to hold: see `versions.TORCH_SEEN`.
+
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Random generators of a device that is not there: the CPU's stand for them, and nobody sees a number of theirs.
 
-Seen to hold: see `versions.TORCH_SEEN`.
+
 """
 
 from __future__ import annotations

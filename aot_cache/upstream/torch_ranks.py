@@ -1,7 +1,7 @@
 """The ranks of a job, and the store in which they found each other. Imports no torch that the process has not.
 
 Upstream: `torch/distributed/distributed_c10d.py` (`_get_default_store`), `torch/csrc/distributed/c10d/Store.hpp`
-(`multi_get`, `check`). Seen to hold: see `versions.TORCH_SEEN`.
+(`multi_get`, `check`).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ torch's rules for pointwise operators (`torch._prims_common`) take other strides
 in 3 % of random operands: those can be part of a kernel's key. Each answers None where the general way has more to say
 (values that are known, other memory formats).
 
-Seen to hold: see `versions.TORCH_SEEN`.
+Upstream: the shapes, strides and types that ATen's operators give (`aten/src/ATen/native/`).
 """
 
 from __future__ import annotations

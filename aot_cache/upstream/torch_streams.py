@@ -1,7 +1,7 @@
 """Streams and events of a device that is not there: made, waited for and told apart, while nothing runs on them.
 
 They are of torch's own classes, because C++ asks: `record_stream` takes nothing else. torch's own constructors and
-methods ask the driver, which is why each is answered here. Seen to hold: see `versions.TORCH_SEEN`.
+methods ask the driver, which is why each is answered here.
 """
 
 from __future__ import annotations

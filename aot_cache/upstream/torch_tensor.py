@@ -5,8 +5,8 @@ against 1-2 ms here (2 cores, torch 2.13). Every declared point is run, so that 
 proved. Two more reasons: index tensors keep their *values* (host code reads varlen `cu_seqlens`), and custom ops run
 their real implementation, which is where their kernels are launched, not their fake one.
 
-Seen to hold: see `versions.TORCH_SEEN`. Private names used: `Tensor._make_wrapper_subclass`, `torch._C` dispatch queries,
-`torch.utils._python_dispatch.TorchDispatchMode`.
+Upstream: `torch/_tensor.py` (`Tensor._make_wrapper_subclass`), `torch/_C` (its dispatch queries),
+`torch/utils/_python_dispatch.py` (`TorchDispatchMode`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Compile one specialization for a target, without a GPU.
 
-Upstream: `triton/compiler/compiler.py` (`compile`, `CompiledKernel`). Seen to hold: see `versions.TRITON_SEEN`.
+Upstream: `triton/compiler/compiler.py` (`compile`, `CompiledKernel`).
 """
 
 from __future__ import annotations

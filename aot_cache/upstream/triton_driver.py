@@ -1,6 +1,6 @@
 """A Triton driver for a device that is not there.
 
-Seen to hold: see `versions.TRITON_SEEN`. Upstream: `triton/backends/driver.py` (`GPUDriver`), `triton/runtime/driver.py`
+Upstream: `triton/backends/driver.py` (`GPUDriver`), `triton/runtime/driver.py`
 (`driver.set_active`).
 """
 

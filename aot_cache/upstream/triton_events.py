@@ -1,7 +1,6 @@
 """Be told when Triton compiles, reads its disk cache, tunes, loads a module or runs a C compiler. Misses only.
 
 Upstream: `triton/knobs.py` (`compilation.listener`, `runtime.kernel_load_end_hook`), `triton/runtime/autotuner.py`.
-Seen to hold: see `versions.TRITON_SEEN`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Triton's kernels as data: names, source closures, and specializations that can be written down and read back.
 
 Upstream: `triton/runtime/jit.py` (`JITFunction`, `create_function_from_signature`, `compute_cache_key`, `_pack_args`).
-Seen to hold: see `versions.TRITON_SEEN`.
 """
 
 from __future__ import annotations

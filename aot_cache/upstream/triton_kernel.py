@@ -1,7 +1,7 @@
 """Put compiled kernels into Triton's in-memory cache, as if this process had compiled them.
 
 Upstream: `triton/compiler/compiler.py` (`CompiledKernel.__init__`, `_init_handles`), `triton/runtime/jit.py`
-(`device_caches`), `triton/backends/nvidia/driver.py` (launchers). Seen to hold: see `versions.TRITON_SEEN`.
+(`device_caches`), `triton/backends/nvidia/driver.py` (launchers).
 
 Written for speed where it is once a unit: a server loads hundreds, and the driver's own share is 40 microseconds each.
 What units have in common (source, metadata, launcher, and the module where the binary is the same) is made once.
@@ -25,8 +25,9 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from aot_cache.store import Bundle
+from aot_cache.tested import minor
 from aot_cache.upstream import triton_events, triton_jit, triton_launches
-from aot_cache.upstream.versions import UNLOADS_ON_DELETE, minor
+from aot_cache.upstream.versions import UNLOADS_ON_DELETE
 
 Json = Any
 

@@ -4,8 +4,9 @@ Triton 3.6 builds one launcher for each kernel signature at the kernel's first l
 launcher in `cuda_utils`, which every version builds when its driver comes up. Both are keyed by Triton itself by their C
 source, so what was built ahead is found by the hash of the source that the host's own Triton asks for.
 
-Upstream: `triton/backends/nvidia/driver.py`, `driver.c`, `triton/runtime/build.py`. Seen to hold: see
-`versions.TRITON_SEEN`. NVIDIA only: AMD's launcher holds the path of the HIP runtime of the machine that builds it.
+Upstream: `triton/backends/nvidia/driver.py`, `driver.c`, `triton/runtime/build.py`.
+
+NVIDIA only: AMD's launcher holds the path of the HIP runtime of the machine that builds it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from typing import Any
 import triton
 
 from aot_cache.errors import TargetError
-from aot_cache.upstream.versions import LAUNCHER_PER_SIGNATURE, minor
+from aot_cache.tested import minor
+from aot_cache.upstream.versions import LAUNCHER_PER_SIGNATURE
 
 LAUNCHER = "__triton_launcher"
 UTILS = "cuda_utils"

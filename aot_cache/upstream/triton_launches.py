@@ -1,7 +1,6 @@
 """Every launch of a Triton kernel, written down: instead of running it (virtual device) or beside it (recording).
 
-Upstream: `JITFunction.run`, `Autotuner.run` in `triton/runtime/jit.py` and `triton/runtime/autotuner.py`.
-Seen to hold: see `versions.TRITON_SEEN`.
+Upstream: `triton/runtime/jit.py` (`JITFunction.run`), `triton/runtime/autotuner.py` (`Autotuner.run`).
 """
 
 from __future__ import annotations

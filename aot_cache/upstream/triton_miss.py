@@ -3,7 +3,7 @@
 Every hook here is on a miss path: a launch that finds its kernel loaded never comes here.
 
 Upstream: `triton/runtime/jit.py` (`JITFunction.run`, `_pack_args`, `_do_compile`), `triton/compiler/compiler.py`
-(`CompiledKernel._init_handles`). Seen to hold: see `versions.TRITON_SEEN`.
+(`CompiledKernel._init_handles`).
 """
 
 from __future__ import annotations

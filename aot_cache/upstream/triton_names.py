@@ -1,6 +1,6 @@
 """The names in a kernel's source, and what they stand for around it.
 
-Upstream: `triton/compiler/code_generator.py` (which globals a kernel may use). Seen to hold: see `versions.TRITON_SEEN`.
+Upstream: `triton/compiler/code_generator.py` (which globals a kernel may use).
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 The way of upstream is kept (prune, measure, remember, launch), only that nothing is measured, read from disk or written
 there, and that the hook which resets tensors after a measurement does not run: it would be a launch that eager has not.
 
-Upstream: `triton/runtime/autotuner.py` (`Autotuner.run`, `prune_configs`, `_bench`, `check_disk_cache`). Seen to hold: see
-`versions.TRITON_SEEN`.
+Upstream: `triton/runtime/autotuner.py` (`Autotuner.run`, `prune_configs`, `_bench`, `check_disk_cache`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Benchmark an autotuner's candidates with Triton's own benchmark, without ever compiling one.
 
-Upstream: `triton/runtime/autotuner.py` (`Autotuner.run`, `_bench`). Seen to hold: see `versions.TRITON_SEEN`.
+Upstream: `triton/runtime/autotuner.py` (`Autotuner.run`, `_bench`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The Python function under what torch and Triton make of one. Imports neither.
 
 Upstream: `torch/_dynamo/eval_frame.py` (`OptimizedModule`; compiled functions are wrapped as `functools.wraps` does),
-`triton/runtime/jit.py`, `triton/runtime/autotuner.py` (`fn`). Seen to hold: see `versions.TORCH_SEEN`, `TRITON_SEEN`.
+`triton/runtime/jit.py`, `triton/runtime/autotuner.py` (`fn`).
 """
 
 from __future__ import annotations

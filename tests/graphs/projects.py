@@ -15,6 +15,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+PATIENCE = float(os.environ.get("AOT_TESTS_PATIENCE", "250"))
+"""Seconds for one process; `tools/check_torch` has more, as it often runs beside something else."""
 SAMPLES = ("sample_model.py", "sample_recipe.py", "sample_doomed.py")
 
 # Two modules with the same names on the same lines, and code that differs in what is inlined only.
@@ -64,7 +66,7 @@ class Project:
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=900,  # for hangs only
+            timeout=PATIENCE,
             check=False,
         )
 
@@ -84,7 +86,7 @@ class Project:
                 cwd=scratch,
                 capture_output=True,
                 text=True,
-                timeout=900,  # for hangs only
+                timeout=PATIENCE,
                 check=False,
             )
         assert done.returncode == 0, done.stderr[-4000:]
@@ -95,7 +97,7 @@ class Project:
 def _environment() -> dict[str, str]:
     ours = ("AOT_CACHE", "TORCHINDUCTOR_", "TORCH_COMPILE", "TORCHDYNAMO_", "TRITON_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return {**kept, "CUDA_VISIBLE_DEVICES": ""}
+    return {**kept, "CUDA_VISIBLE_DEVICES": "", "AOT_CACHE_UNTESTED": "1"}  # as in tests/conftest.py
 
 
 # --- what a fact says -------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from aot_cache.build import virtual_device
 from aot_cache.errors import TraceError
 from aot_cache.upstream import torch_shortcuts, torch_tensor
 
+pytestmark = pytest.mark.contract("torch_shortcuts")
+
 Made = Callable[[str, torch.dtype], torch.Tensor]
 
 PAIRS: dict[str, Callable[[Any, Any], Any]] = {

@@ -1,0 +1,39 @@
+"""What to tell whoever meets an error inside a recipe: their own they can mend, a shipped one they cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from aot_cache import tested
+
+_SHIPPED = "aot_cache.models"
+YOURS = "fix the recipe, or narrow its range"
+
+
+def is_shipped(module: str) -> bool:
+    """Whether a recipe in this module comes with aot-cache."""
+    return module == _SHIPPED or module.startswith(f"{_SHIPPED}.")
+
+
+def what_to_do(make: Callable[..., Any], yours: str = YOURS) -> str:
+    """The end of a message about an error in what the case function `make` runs."""
+    while isinstance(make, partial):
+        make = make.func
+    return to_do_in(str(getattr(make, "__module__", "")), yours)
+
+
+def to_do_in(module: str, yours: str = YOURS) -> str:
+    """The same for a recipe's module; `yours`: what is said where the recipe is the reader's own."""
+    return known_to_work() if is_shipped(module) else yours
+
+
+def known_to_work() -> str:
+    """That a recipe is shipped, and the releases with which it works, beside those that are here."""
+    table = tested.table()
+    pairs = ", ".join(pair.text for pair in table.pairs if not (pair.broken or pair.failed))
+    releases = table.transformers()
+    span = f"{releases[0]} to {releases[-1]}" if len(releases) > 1 else "".join(releases)
+    works = f"torch × triton {pairs or 'none'} and transformers {span or 'none'}"
+    return f"this recipe is aot-cache's own: it works with {works}, and here is {tested.here()}; install those, or report it"

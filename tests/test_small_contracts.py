@@ -1,0 +1,159 @@
+"""What the smaller modules of aot_cache/upstream/ take for granted, a sentence each; see `test_upstream_contract.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from contracts import need, python
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aot_cache.upstream import capture_mode, cuda_libraries
+
+
+def said(code: str) -> Any:
+    """The last line that `code` prints in a process of its own, as JSON."""
+    done = python(code, {"CUDA_VISIBLE_DEVICES": ""})
+    need(done.returncode == 0, done.stderr[-900:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+IMPORTED = """
+import json, sys
+from aot_cache.upstream.after_import import after_import
+whole = []
+for name, last in (("torch._dynamo", "optimize"), ("triton", "__version__")):
+    after_import(name, lambda name=name, last=last: whole.append(hasattr(sys.modules[name], last)))
+before = list(whole)
+import torch._dynamo, triton
+print(json.dumps([before, whole]))
+"""
+
+
+@pytest.mark.contract("after_import")
+def test_the_moment_of_an_import() -> None:
+    before, whole = said(IMPORTED)
+    need(before == [] and whole == [True, True], "Dynamo or Triton is not whole when its import has ended")
+
+
+@pytest.mark.contract("capture_mode")
+def test_the_mode_of_captures_is_exchanged_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = [0]
+
+    def exchange(mode: Any) -> int:
+        modes.append(ctypes.cast(mode, ctypes.POINTER(ctypes.c_int)).contents.value)
+        ctypes.cast(mode, ctypes.POINTER(ctypes.c_int)).contents.value = modes[-2]
+        return 0
+
+    monkeypatch.setattr(capture_mode, "_exchange", lambda rocm: exchange)
+    with capture_mode.relaxed():
+        assert modes == [0, 2]
+    assert modes == [0, 2, 0]
+    need(torch.version.hip is None or isinstance(torch.version.hip, str), "torch.version.hip says nothing of ROCm")
+
+
+@pytest.mark.contract("cuda_libraries")
+def test_which_library_calls_are_made_before_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, with the device's questions answered: the operators are those that own cuBLAS, cuBLASLt and cuDNN."""
+    called = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, device, dtype: ones(*size))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 99)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    with Noted():
+        cuda_libraries.prime()
+        cuda_libraries.prime()
+    wanted = ["aten.mm.default", "aten.addmm.default", "aten.convolution.default"]
+    found = [name for name in called if name in wanted]
+    need(found == wanted, f"a product, a product with a bias and a convolution are {called}")
+
+
+STANCE = """
+import json
+import torch
+from torch._dynamo import convert_frame
+from aot_cache.upstream import dynamo_stance
+
+@torch.compile(backend="eager", dynamic=False)
+def f(x):
+    return x + 1
+
+asked = []
+undo = dynamo_stance.ask_where_recompiling_fails(convert_frame.CatchErrorsWrapper, lambda _, frame: asked.append(1))
+f(torch.ones(3))
+with torch.compiler.set_stance("fail_on_recompile"):
+    f(torch.ones(3))
+    here = len(asked)
+    try:
+        f(torch.ones(4))
+        raised = ""
+    except RuntimeError as error:
+        raised = str(error)
+undo()
+print(json.dumps([here, len(asked), raised]))
+"""
+
+
+@pytest.mark.contract("dynamo_stance")
+def test_where_recompiling_fails() -> None:
+    hit, missed, raised = said(STANCE)
+    need(hit == 0, "a call that hits is asked about under fail_on_recompile")
+    need(missed == 1, f"a call that misses is asked about {missed} times under fail_on_recompile")
+    need("recompil" in raised, f"under fail_on_recompile it raises {raised!r}")
+
+
+ATTENTION = """
+import json, sys
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from aot_cache import target
+from aot_cache.upstream import inductor_attention
+
+inductor_attention.choose_for(target.get("h200"))
+found = []
+for width in (64, 60):
+    with FakeTensorMode(), torch.inference_mode():
+        q, k, v = (torch.empty(1, 2, 8, width, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+        graph = make_fx(torch.nn.functional.scaled_dot_product_attention, pre_dispatch=False)(q, k, v)
+    found.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.contract("inductor_attention")
+def test_which_attention_is_traced() -> None:
+    fits, does_not = said(ATTENTION)
+    flash = "aten._scaled_dot_product_flash_attention.default"
+    need(flash in fits, f"attention that the device would fuse is traced as {fits}")
+    need(flash not in does_not and does_not, f"attention that it would not fuse is traced as {does_not}")
+
+
+RANKS = """
+import json
+import torch
+import torch.distributed as dist
+from aot_cache.upstream import torch_fake_group
+torch_fake_group.join(1, 3)
+x = torch.ones(2)
+dist.all_reduce(x)
+print(json.dumps([dist.get_rank(), dist.get_world_size(), x.tolist()]))
+"""
+
+
+@pytest.mark.contract("torch_fake_group")
+def test_a_job_that_is_not_there() -> None:
+    need(said(RANKS) == [1, 3, [1.0, 1.0]], "a fake group is no job of 3 whose collectives return at once")
