@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -66,12 +67,29 @@ def compile_graph(wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs:
     asked = wrapper.config
     wrapper.config = {name: value for name, value in asked.items() if name not in MEASURED}
     try:
-        with functorch_config.patch(_SETTINGS), inductor_config.patch(_NOT_MEASURED), _without_sources():
+        with (
+            _keys_of_their_own(),
+            functorch_config.patch(_SETTINGS),
+            inductor_config.patch(_NOT_MEASURED),
+            _without_sources(),
+        ):
             compiled = backend(graph, inputs, **kwargs)
             data = Serializable.serialize_compile_artifacts(Serializable(compiled))
     finally:
         wrapper.config = asked
     return _named_alike(data)
+
+
+@contextlib.contextmanager
+def _keys_of_their_own() -> Iterator[None]:
+    """Where upstream has no key for a graph in its cache (`cond`), it takes `random.random()`. Children of a build begin with
+    the same seed, and share the cache: one would be given another's code."""
+    state = random.getstate()
+    random.seed()  # from the system
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 _TEXTS = ("runnable_graph_str", "inductor_post_grad_graph_str")

@@ -1,7 +1,4 @@
-"""What `torch.nn` does with the values, or with the identity, of tensors, for tensors that have no memory.
-
-
-"""
+"""What `torch.nn` does with the values, or with the identity, of tensors, for tensors that have no memory."""
 
 from __future__ import annotations
 

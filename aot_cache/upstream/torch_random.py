@@ -1,7 +1,4 @@
-"""Random generators of a device that is not there: the CPU's stand for them, and nobody sees a number of theirs.
-
-
-"""
+"""Random generators of a device that is not there: the CPU's stand for them, and nobody sees a number of theirs."""
 
 from __future__ import annotations
 
