@@ -360,3 +360,6 @@ def aliased_inputs(n: int) -> Call:
 
 
 recipe = Recipe("users-calls", CASES)
+NOT_CAPTURED = ("cond", "while_loop", "numpy")
+"""What reads values on the host, or needs them there."""
+captured = Recipe("users-calls", [one for one in CASES if one.name not in NOT_CAPTURED])

@@ -75,3 +75,4 @@ def case(name: str, call: Any, suffix: str = "") -> Any:
 cases = [case(name, WAYS.get(name, tokens)) for name in MAKE]
 cases += [case(name, decode, "-decode") for name in ("qwen3", "llama", "gemma3")]
 recipe = Recipe("transformers", cases)
+captured = Recipe("transformers", [one for one in cases if one.name in ("qwen3", "llama", "bert", "llama-decode")])
