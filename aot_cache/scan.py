@@ -23,6 +23,7 @@ _BUILDERS = re.compile(
     r"|aot_cache\.upstream\.(torch_fake|torch_tensor|dynamo_inputs|dynamo_package)\b)"
 )
 """Modules whose types no tensor and no object of a server has."""
+_OURS = re.compile(r"\baot_cache\.(build\.\w+|upstream\.(torch_fake|torch_tensor|dynamo_inputs|dynamo_package))\b")
 _ADDRESS = re.compile(r"\b0x[0-9a-f]{8,16}\b|_\d{12,}_c\d+\b")
 _OF_TYPES = frozenset(
     {"TYPE_MATCH", "TENSOR_MATCH", "SEQUENCE_LENGTH", "DICT_KEYS_MATCH", "EQUALS_MATCH", "CONSTANT_MATCH"}
@@ -72,12 +73,10 @@ def _in_graph(graph: Mapping[str, Json], read: Callable[[str], bytes]) -> Iterat
             yield f"imports {module}"
     yield from _in_pickle("guards", read(graph["guard_state"]))
     for digest in graph["graphs"].values():
-        yield from _in_text("compiled code", read(digest))
+        yield from _in_code("compiled code", read(digest))
     for what in ("bytecode", *graph["resumes"]):
         digest = graph["bytecode"] if what == "bytecode" else graph["resumes"][what]["code"]
-        yield from _in_text(f"bytecode {what}", read(digest))
-    for digest in graph["libraries"].values():
-        yield from _in_text("C++ library", read(digest))
+        yield from _in_code(f"bytecode {what}", read(digest))
 
 
 def _in_pickle(where: str, data: bytes) -> Iterator[str]:
@@ -98,17 +97,21 @@ def _type_of(where: str, name: str) -> Iterator[str]:
         yield f"{where} hold a {name}"
 
 
-def _in_text(where: str, data: bytes) -> Iterator[str]:
-    yield from _of_the_process(where, data.decode("latin-1"), addresses=False)  # numbers of code look like them
+def _in_code(where: str, data: bytes) -> Iterator[str]:
+    """Code depends on no folder and no address that it names (Triton notes where its libraries lay, for one)."""
+    found = _OURS.search(data.decode("latin-1"))
+    if found:
+        yield f"{where} names {found[0]}"
 
 
-def _of_the_process(where: str, text: str, addresses: bool = True) -> Iterator[str]:
-    found = _ADDRESS.search(text) if addresses else None
+def _of_the_process(where: str, text: str) -> Iterator[str]:
+    found = _ADDRESS.search(text)
     if found:
         yield f"{where} names an address ({found[0]})"
     for place in _places():
-        if place in text:
-            yield f"{where} names a folder of this machine ({place})"
+        at = text.find(place)
+        if at >= 0:
+            yield f"{where} names a folder of this machine ({text[max(0, at - 60) : at + len(place) + 40]})"
 
 
 def _places() -> list[str]:

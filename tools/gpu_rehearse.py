@@ -23,7 +23,8 @@ from gpu_check import commit, finish, machine
 
 ROOT = Path(__file__).resolve().parent.parent
 Json = Any
-QWEN = "--model qwen3.5 --spec mtp --max-batch 4 --option prefill_chunk=32".split()
+RECIPE = "aot_cache.models.qwen3_5.recipe:recipe"  # its short name is known where aot-cache is installed
+QWEN = f"--model {RECIPE} --spec mtp --max-batch 4 --option prefill_chunk=32".split()
 BUNDLES: dict[str, tuple[list[str], list[str]]] = {
     "calls": (["--model", "sample_calls:captured"], []),
     "models": (["--model", "sample_hf:captured"], []),

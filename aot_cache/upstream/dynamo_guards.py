@@ -251,15 +251,15 @@ def _plain(text: str) -> str:
     return _ADDRESS.sub(")", text.split("  # ", 1)[0].strip())
 
 
-_OBJECT_AT = re.compile(r" at 0x[0-9a-f]+(?=>)")
+_WHERE_IT_IS = re.compile(r""" at 0x[0-9a-f]+| from '[^']*'(?=>)|, file "[^"]*", line \d+""")
 _IN_SERVING = ((f"{FakeTensor.__module__}.FakeTensor'", "torch.Tensor'"), (", FakeTensor, ", ", Tensor, "))
 
 
 def _as_served(text: str) -> str:
-    """Dynamo's words for a guard of the builder as a server would have them: of tensors, and without addresses."""
+    """Dynamo's words for a guard of the builder as a server would have them: of tensors, without addresses and folders."""
     for built, served in _IN_SERVING:
         text = text.replace(built, served)
-    return _OBJECT_AT.sub("", _plain(text))
+    return _WHERE_IT_IS.sub("", _plain(text))
 
 
 @dataclass

@@ -55,7 +55,8 @@ def kinds_of(guard: Guard) -> frozenset[str]:
 
 def expression_of(guard: Guard) -> str:
     """What a guard is about, which tells it apart from all others of its kind."""
-    return f"{guard.name}.{_asked(guard, 'attr')}" if guard.create_fn_name() == "HASATTR" else str(guard.name)
+    attribute = _asked(guard, "attr") if guard.create_fn_name() == "HASATTR" else ""
+    return f"{guard.name}.{attribute}" if attribute else str(guard.name)
 
 
 def is_by_identity(guard: Guard) -> bool:
@@ -85,14 +86,15 @@ def of_value(guard: Guard, value: Any, in_order: bool) -> str | None:
     if kind == "DICT_KEYS_MATCH":
         return _keys(value, in_order)
     if kind == "HASATTR":
-        return str(hasattr(value, _asked(guard, "attr")))
+        attribute = _asked(guard, "attr")
+        return str(hasattr(value, attribute)) if attribute else "True"
     return _FACTS[kind](value)
 
 
-def _asked(guard: Guard, name: str) -> Any:
-    create = guard.create_fn
-    assert isinstance(create, functools.partial)
-    return create.keywords[name] if name in create.keywords else create.args[0]
+def _asked(guard: Guard, name: str) -> str:
+    """What a guard was made with; empty where its expression says it (`HASATTR` of torch 2.11, which names the attribute)."""
+    create: Any = guard.create_fn
+    return str(create.keywords[name]) if isinstance(create, functools.partial) else ""
 
 
 def _type(value: Any) -> str:

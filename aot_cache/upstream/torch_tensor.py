@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aot_cache.errors import DataDependent, TraceError, one_line
@@ -191,6 +192,8 @@ def become(tensor: torch.Tensor, other: VirtualTensor) -> None:
 class VirtualMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its base class has an untyped hook
     """While active, tensors made on `cuda` are virtual."""
 
+    supports_higher_order_operators = True
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # torch would wrap each dispatch in torch.compiler.disable, a fifth of a point's time
@@ -198,6 +201,9 @@ class VirtualMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its ba
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if isinstance(func, HigherOrderOperator):
+            with self:  # `flex_attention`: in plain Python it is the operators that it stands for
+                return func.py_kernels[torch._C.DispatchKey.CompositeExplicitAutograd](*args, **(kwargs or {}))
         if func.namespace not in _BUILTIN_NAMESPACES:
             with self:  # a custom op's implementation makes tensors too
                 return dispatch(func, args, kwargs or {})

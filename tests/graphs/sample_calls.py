@@ -293,8 +293,8 @@ def while_loop(n: int) -> Call:
 
 @case
 def flex_attention_with_a_score(n: int) -> Call:
-    q = torch.randn(1, 2, n + 1, 16, device=device())
-    return Call(flex, q, q, q, relative)
+    q, k, v = (torch.randn(1, 2, n + 1, 16, device=device()) for _ in range(3))
+    return Call(flex, q, k, v, relative)
 
 
 @case
