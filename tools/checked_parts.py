@@ -15,13 +15,15 @@ from xml.etree import ElementTree
 from checked_environments import ROOT, Environment
 
 TESTS = ROOT / "tests"
-CONTRACTS, RECIPES, HITS = "contracts", "shipped recipes", "graph hits"
-NEEDED = (CONTRACTS, HITS)
-"""Parts without which releases do not count as tested."""
+CONTRACTS, RECIPES = "contracts", "shipped recipes"
 PARTS: Mapping[str, tuple[str, ...]] = {
     CONTRACTS: ("-m", "contract"),  # and the files that have such a mark, see `_arguments`
     "virtual device": ("tests/on_target",),
-    HITS: ("tests/graphs/test_graph_hits.py", "-k", "first_call or next_call or values_are or everything or layers"),
+    "graph hits": (
+        "tests/graphs/test_graph_hits.py",
+        "-k",
+        "first_call or next_call or values_are or everything or layers",
+    ),
     "odd graphs": ("tests/test_odd_graphs.py",),
     "guards": ("tests/test_dynamo_guards.py", "tests/test_guard.py"),
     RECIPES: ("tests/models",),

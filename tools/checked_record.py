@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from checked_environments import ROOT
-from checked_parts import CONTRACTS, NEEDED, PARTS, RECIPES
+from checked_parts import CONTRACTS, PARTS, RECIPES
 
 from aot_cache import tested
 
@@ -91,7 +91,7 @@ def _pair(runs: Sequence[dict[str, Json]]) -> dict[str, Json]:
         "triton": tested.minor(runs[0]["triton"]),
         "transformers": [tested.minor(run["transformers"]) for run in recipes if not run["parts"][RECIPES]["failed"]],
         "broken": [name for name in modules() if _counts(name, runs)["failed"]],
-        "failed": sorted(others) + [f"{part} {NOT_RUN}" for part in NEEDED if part not in _parts(runs)],
+        "failed": sorted(others) + [f"{part} {NOT_RUN}" for part in PARTS if part not in _parts(runs)],
     }
 
 
