@@ -61,7 +61,8 @@ def findings(graphs: Sequence[Mapping[str, Json]], read: Callable[[str], bytes])
 
 def _in_graph(graph: Mapping[str, Json], read: Callable[[str], bytes]) -> Iterator[str]:
     for kind, expression, text in [*graph["identities"], *graph["values"]]:
-        if kind in _OF_TYPES and _BUILDERS.search(text):
+        about_the_call = kind in _OF_TYPES or expression.startswith("type(")
+        if about_the_call and _BUILDERS.search(text):
             yield f"guard {kind} on {expression} compares with {text}"
         yield from _of_the_process(f"guard {kind} on {expression}", f"{expression} {text}")
     for expression in graph.get("guards", ()):

@@ -43,6 +43,7 @@ def test_a_sound_graph_has_nothing() -> None:
     [
         ("values", [["TENSOR_MATCH", "L['x']", FAKE]], "guard TENSOR_MATCH on L['x'] compares with"),
         ("values", [["TYPE_MATCH", "L['xs'][0]", FAKE]], "L['xs'][0]"),
+        ("identities", [["CLASS_MATCH", "type(L['x'])", FAKE]], "type(L['x'])"),
         ("values", [["EQUALS_MATCH", "L['f']", "<function f at 0x7f2a0795afc0>"]], "names an address (0x7f2a0795afc0)"),
         ("identities", [["ID_MATCH", "G['_140436673376272_c2'].Tensor", "class torch:Tensor"]], "_140436673376272_c2"),
         ("guards", ["check_tensor(L['x'], FakeTensor, size=[2])"], "FakeTensor"),

@@ -29,7 +29,7 @@ from torch._library import custom_ops
 from torch._subclasses.fake_tensor import FakeTensor
 
 from aot_cache.upstream import guard_facts, guard_lookups
-from aot_cache.upstream.guard_facts import LIVENESS, NAMELESS, Unreachable
+from aot_cache.upstream.guard_facts import LIVENESS, NAMELESS
 
 Json = Any
 _SERIALIZABLE: Any = next(part.default for part in fields(Guard) if part.name == "_unserializable")
@@ -67,7 +67,7 @@ def writing() -> Iterator[Written]:
         in_order = {source.name for source in guard_lookups.in_order(output_graph.guard_on_key_order, builder)}
         for guard in kept:
             guard._unserializable = _SERIALIZABLE  # a class within a function: it has a name here
-            _write(guard, _value(builder, guard), guard.name in in_order, written)
+            _write(guard, guard_facts.value_of(guard, builder.get), guard.name in in_order, written)
         return serialize(self, builder, kept, output_graph)
 
     def pickle_guards_state(state: Any, builder: Any) -> Any:
@@ -92,13 +92,6 @@ def writing() -> Iterator[Written]:
         finally:
             manager.serialize_guards, module.pickle_guards_state, pickler.reducer_override = serialize, dump, reduce
             manager.UNSUPPORTED_SERIALIZATION_GUARD_TYPES = refused
-
-
-def _value(builder: Any, guard: Guard) -> Any:
-    try:
-        return builder.get(guard)
-    except Exception as error:  # `hasattr` and the like are guarded where there is nothing
-        return Unreachable(error)
 
 
 def _write(guard: Guard, value: Any, in_order: bool, written: Written) -> None:
@@ -270,10 +263,9 @@ class _Scope:
     known: dict[Any, Any] = field(default_factory=dict)
 
     def value(self, guard: Guard) -> Any:
-        try:
-            return guard.originating_source.get_value(self.names, guards._get_closure_vars(), self.known)
-        except Exception as error:  # the expression may lead through anything
-            return Unreachable(error)
+        return guard_facts.value_of(
+            guard, lambda source: source.get_value(self.names, guards._get_closure_vars(), self.known)
+        )
 
 
 def _take_host_threads(state: Any) -> None:

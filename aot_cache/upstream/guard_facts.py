@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch._dynamo import guards
+from torch._dynamo.source import TypeSource
 from torch._guards import Guard
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -62,6 +63,17 @@ def expression_of(guard: Guard) -> str:
 def is_by_identity(guard: Guard) -> bool:
     """Whether a guard that was created compares with `is`."""
     return bool(kinds_of(guard) & BY_IDENTITY) and guard.create_fn_name() != "TENSOR_MATCH"
+
+
+def value_of(guard: Guard, get: Callable[[Any], Any]) -> Any:
+    """What a guard is about, as a serving process has it; `get` follows an expression."""
+    source = guard.originating_source
+    try:
+        return type_in_serving(get(source.base)) if isinstance(source, TypeSource) else get(source)
+    except (
+        Exception
+    ) as error:  # the expression may lead through anything, and `hasattr` is guarded where there is nothing
+        return Unreachable(error)
 
 
 def of_identity(value: object) -> str:
