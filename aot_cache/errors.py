@@ -137,6 +137,13 @@ class TuneError(AotCacheError):
 _ADVICE = "Set TORCH"  # how torch ends many messages: which variables would say more
 
 
+def first_cause(error: BaseException) -> BaseException:
+    """What an error was raised from, first of all: lazy modules say only that one of their own could not be imported."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def one_line(error: BaseException) -> str:
     """An error of somebody else's as one line of at most 600 characters: its type, and its message's first and last line.
 

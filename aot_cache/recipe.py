@@ -17,7 +17,7 @@ from importlib import metadata
 from typing import Any
 
 from aot_cache import options, shipped
-from aot_cache.errors import AotCacheError, DeclarationError, UnknownName
+from aot_cache.errors import AotCacheError, DeclarationError, UnknownName, first_cause, one_line
 from aot_cache.shapes import Dimension, Enumeration, Point, describe, enumerate_points
 
 ENTRY_POINTS = "aot_cache.recipes"
@@ -295,7 +295,8 @@ def load(spec: str) -> Recipe:
     except ModuleNotFoundError as error:
         wanted = f"the module {module_name!r} of recipe {name!r}"
         do = shipped.to_do_in(module_name, "install it, or set PYTHONPATH")
-        raise UnknownName(wanted, f"no module named {error.name!r}", do) from error
+        missing = f"no module named {error.name!r}" if error.name else one_line(first_cause(error))
+        raise UnknownName(wanted, missing, do) from error
     except Exception as error:
         do = shipped.to_do_in(module_name, "fix the recipe's module")
         raise DeclarationError(f"recipe {name!r} to import", f"{type(error).__name__}: {error}", do) from error

@@ -18,7 +18,7 @@ from functools import cache
 from importlib import util
 
 from aot_cache import shipped
-from aot_cache.errors import AotCacheError, DeclarationError, TraceError
+from aot_cache.errors import AotCacheError, DeclarationError, TraceError, first_cause, one_line
 from aot_cache.plan import FailedCase
 from aot_cache.recipe import Case
 from aot_cache.shapes import Point, point_text
@@ -82,6 +82,8 @@ def broken(case: Case, point: Point, error: BaseException, needs_values: tuple[t
     else:
         lines = str(error).splitlines() or [""]
         why = f"{type(error).__name__}: {lines[0]}"
+        if isinstance(error, ImportError) and error.__cause__ is not None:
+            why += f", from {one_line(first_cause(error))}"
         told = DeclarationError(wanted, f"{why} ({place})", shipped.what_to_do(case.make))
     return Broken(FailedCase(case.name, point, place, why), told)
 
