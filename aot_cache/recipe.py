@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import os
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as _replace
@@ -293,6 +295,8 @@ def load(spec: str) -> Recipe:
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
+        if os.environ.get("AOT_CACHE_DEBUG") == "1":
+            traceback.print_exception(first_cause(error))
         wanted = f"the module {module_name!r} of recipe {name!r}"
         do = shipped.to_do_in(module_name, "install it, or set PYTHONPATH")
         missing = f"no module named {error.name!r}" if error.name else one_line(first_cause(error))
