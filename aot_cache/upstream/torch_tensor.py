@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from aot_cache.errors import DataDependent, TraceError, one_line
 
@@ -228,7 +228,7 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     device = kwargs.get("device")
     wants_cuda = device is not None and torch.device(device).type == "cuda"
     if not tensors and not wants_cuda:
-        return func(*args, **kwargs)
+        return _without_virtual(func, args, kwargs)
     if func in _SCALARS:
         value = _values(args[0], "item()").item()
         return bool(value) if func is _aten.is_nonzero.default else value
@@ -245,6 +245,17 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if source.known is not None:
             return func(source.known, **kwargs)
     return _compute(func, args, kwargs, tensors, device)
+
+
+def _without_virtual(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operator of nothing virtual; an operator of others is run with the mode on, which must not ask for it again."""
+    if func.namespace in _BUILTIN_NAMESPACES:
+        return func(*args, **kwargs)
+    implementation = _real_implementation(func)
+    if implementation is not None:
+        return implementation(*args, **kwargs)
+    with _disable_current_modes():
+        return func(*args, **kwargs)
 
 
 def _compute(

@@ -344,3 +344,14 @@ def test_views_of_views(data: st.DataObject) -> None:
         assert json.dumps(virtual.tolist()) == json.dumps(real.tolist())
         if real.numel():
             assert virtual.data_ptr() % 16 == real.storage_offset() * 8 % 16
+
+
+@pytest.mark.parametrize("key", ["CPU", "CompositeExplicitAutograd"])
+def test_an_operator_of_others_on_what_is_not_virtual_is_run_once(key: str) -> None:
+    """Libraries call some of their own while they are imported, which recipes do on the virtual device."""
+    library = torch.library.Library(f"of_others_{key.lower()}", "DEF")
+    library.define("more(Tensor x) -> Tensor")
+    called = []
+    library.impl("more", lambda x: called.append(1) or x + 1, key)
+    assert torch.equal(getattr(torch.ops, library.ns).more(torch.ones(2)), torch.full((2,), 2.0))
+    assert called == [1]
