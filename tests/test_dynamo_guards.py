@@ -122,6 +122,7 @@ CHANGED: dict[str, tuple[Callable[[Any], Any], Callable[[], None]]] = {
 
 
 @pytest.mark.parametrize("what", CHANGED)
+@pytest.mark.contract("dynamo_guards", "guard_facts")
 def test_what_a_call_leads_to_is_compared_with_what_was_written_down(what: str) -> None:
     call, change = CHANGED[what]
     kept = compiled_by_dynamo(call, torch.ones(3))
@@ -141,6 +142,7 @@ def test_what_a_call_leads_to_is_compared_with_what_was_written_down(what: str) 
     assert found, "a call that would compute something else is given this graph"
 
 
+@pytest.mark.contract("guard_lookups")
 def test_tables_that_are_looked_up_by_key_are_only_looked_up() -> None:
     """`guard_lookups` leaves out guards on a table's other entries: the library's own source may not go through it."""
     pytest.importorskip("transformers")
@@ -169,6 +171,7 @@ _CAN_RECORD_REGISTRY["mine"] = {"k": 3}
 """
 
 
+@pytest.mark.contract("guard_lookups")
 def test_other_entries_of_such_a_table_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard_lookups, "LOOKED_UP", ((other.__name__, "_CAN_RECORD_REGISTRY"),))
     exec(REGISTRY, vars(other))  # noqa: S102 - the source is above

@@ -4,8 +4,8 @@ A guard is written down as the expression that leads to a value and this text ab
 expression on the living call: where the text is the same, the guard is created on what is there, and nothing of the builder's
 own values (tensors without memory, instances of users' classes) has to travel.
 
-Upstream: the methods of `GuardBuilder` in `torch/_dynamo/guards.py`, one for each kind of guard.
-
+Upstream: `torch/_dynamo/guards.py` (the methods of `GuardBuilder`, one for each kind of guard; `_try_is_cow_tensor`,
+`_stream_is_current`), `torch/_guards.py` (`Guard.create_fn_name`, `guard_types`).
 """
 
 from __future__ import annotations
@@ -205,3 +205,6 @@ _FACTS: dict[str, Callable[[Any], str | None]] = {
     ),
     "CURRENT_STREAM_MATCH": _stream,
 }
+
+KINDS = frozenset({*_FACTS, *BY_IDENTITY, *LIVENESS, "BUILTIN_MATCH", "DICT_KEYS_MATCH", "HASATTR"})
+"""Every kind of guard that is known here: another is a graph that cannot be kept."""
