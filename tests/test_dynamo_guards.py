@@ -18,6 +18,7 @@ import pytest
 import torch
 from dynamo_calls import compiled_by_dynamo
 
+from aot_cache import tested
 from aot_cache.upstream import dynamo_guards, guard_lookups
 
 
@@ -121,7 +122,25 @@ CHANGED: dict[str, tuple[Callable[[Any], Any], Callable[[], None]]] = {
 }
 
 
-@pytest.mark.parametrize("what", CHANGED)
+NOT_GUARDED = ("a default", "an enum's value", "a class's attribute")
+"""What torch 2.11 itself has no guard on: its graphs are stale in the process that made them, too. In a bundle that is a
+server where such a value is not the builder's, with the same source."""
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param(
+            what,
+            marks=pytest.mark.xfail(
+                tested.minor(torch.__version__) == "2.11" and what in NOT_GUARDED,
+                reason="torch 2.11 does not guard on it either",
+                strict=True,
+            ),
+        )
+        for what in CHANGED
+    ],
+)
 @pytest.mark.contract("dynamo_guards", "guard_facts")
 def test_what_a_call_leads_to_is_compared_with_what_was_written_down(what: str) -> None:
     call, change = CHANGED[what]

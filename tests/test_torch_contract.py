@@ -511,23 +511,36 @@ def test_every_kind_of_guard_is_known() -> None:
 
 
 @pytest.mark.contract("guard_facts")
-def test_what_a_guard_asks_for() -> None:
-    """HASATTR is made with the attribute's name, and which name that is tells two such guards apart."""
+def test_what_a_guard_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guard HASATTR says which attribute: by a name that it is made with or, up to torch 2.11, by its expression."""
     kept = compiled_by_dynamo(asks_for_attributes, torch.ones(3))
-    recorded = " ".join(str(row) for row in kept.values[0])
-    for name in ("weight_of_a_contract", "bias_of_a_contract"):
-        need(name in recorded, f"a guard HASATTR does not say which attribute: {recorded}")
+    ((made, frame),) = kept.frames
+    asked = {name: text for kind, name, text in kept.values[0] if kind == "HASATTR"}
+    need(set(asked) == {"G['holder'].there", "G['holder'].missing"}, f"a guard HASATTR is about {sorted(asked)}")
+    need(len(set(asked.values())) == 2, f"what is there and what is not read alike: {asked}")
+
+    def holds() -> bool:
+        recorded = kept.identities[0], kept.values[0]
+        given = {"x": torch.ones(3)}
+        return not dynamo_guards.build(made.guards, *recorded, asks_for_attributes.__code__, frame.f_globals, given)[1]
+
+    need(holds(), "guards on attributes do not hold for what they were made of")
+    with monkeypatch.context() as patch:
+        patch.delattr(Holder, "there")
+        need(not holds(), "an attribute that is gone goes unnoticed")
+    monkeypatch.setattr(Holder, "missing", 1, raising=False)
+    need(not holds(), "an attribute that is new goes unnoticed")
 
 
 class Holder:
-    weight_of_a_contract = 3
+    there = 3
 
 
 holder = Holder()
 
 
 def asks_for_attributes(x: torch.Tensor) -> torch.Tensor:
-    if hasattr(holder, "weight_of_a_contract") and not hasattr(holder, "bias_of_a_contract"):
+    if hasattr(holder, "there") and not hasattr(holder, "missing"):
         return x * 2
     return x
 

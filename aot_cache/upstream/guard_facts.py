@@ -55,7 +55,8 @@ def kinds_of(guard: Guard) -> frozenset[str]:
 
 def expression_of(guard: Guard) -> str:
     """What a guard is about, which tells it apart from all others of its kind."""
-    return f"{guard.name}.{_asked(guard, 'attr')}" if guard.create_fn_name() == "HASATTR" else str(guard.name)
+    attribute = _attribute(guard)
+    return f"{guard.name}.{attribute}" if attribute else str(guard.name)
 
 
 def is_by_identity(guard: Guard) -> bool:
@@ -85,14 +86,17 @@ def of_value(guard: Guard, value: Any, in_order: bool) -> str | None:
     if kind == "DICT_KEYS_MATCH":
         return _keys(value, in_order)
     if kind == "HASATTR":
-        return str(hasattr(value, _asked(guard, "attr")))
+        attribute = _attribute(guard)
+        return str(not attribute or hasattr(value, attribute))
     return _FACTS[kind](value)
 
 
-def _asked(guard: Guard, name: str) -> Any:
-    create = guard.create_fn
-    assert isinstance(create, functools.partial)
-    return create.keywords[name] if name in create.keywords else create.args[0]
+def _attribute(guard: Guard) -> str:
+    """What a guard HASATTR asks an object for; empty up to torch 2.11, whose expression leads to the attribute itself."""
+    create: Any = guard.create_fn
+    if guard.create_fn_name() != "HASATTR" or not isinstance(create, functools.partial):
+        return ""
+    return str(create.keywords["attr"] if "attr" in create.keywords else create.args[0])
 
 
 def _type(value: Any) -> str:
