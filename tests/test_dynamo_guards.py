@@ -18,6 +18,7 @@ import pytest
 import torch
 from dynamo_calls import compiled_by_dynamo
 
+from aot_cache import tested
 from aot_cache.upstream import dynamo_guards, guard_lookups
 
 
@@ -121,14 +122,27 @@ CHANGED: dict[str, tuple[Callable[[Any], Any], Callable[[], None]]] = {
 }
 
 
-STALE_IN_2_11 = ("a default", "a default by name", "an enum's value", "a class's attribute", "a method's default")
-"""What torch 2.11's Dynamo makes no guard on: an ordinary `torch.compile` there goes on with the old value, too."""
+NOT_GUARDED = ("a default", "an enum's value", "a class's attribute")
+"""What torch 2.11 itself has no guard on: its graphs are stale in the process that made them, too. In a bundle that is a
+server where such a value is not the builder's, with the same source."""
 
 
-@pytest.mark.parametrize("what", CHANGED)
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param(
+            what,
+            marks=pytest.mark.xfail(
+                tested.minor(torch.__version__) == "2.11" and what in NOT_GUARDED,
+                reason="torch 2.11 does not guard on it either",
+                strict=True,
+            ),
+        )
+        for what in CHANGED
+    ],
+)
+@pytest.mark.contract("dynamo_guards", "guard_facts")
 def test_what_a_call_leads_to_is_compared_with_what_was_written_down(what: str) -> None:
-    if what in STALE_IN_2_11 and torch.__version__.startswith("2.11."):
-        pytest.skip("torch 2.11 makes no guard on it")
     call, change = CHANGED[what]
     kept = compiled_by_dynamo(call, torch.ones(3))
     ((made, frame),) = kept.frames
@@ -147,6 +161,7 @@ def test_what_a_call_leads_to_is_compared_with_what_was_written_down(what: str) 
     assert found, "a call that would compute something else is given this graph"
 
 
+@pytest.mark.contract("guard_lookups")
 def test_tables_that_are_looked_up_by_key_are_only_looked_up() -> None:
     """`guard_lookups` leaves out guards on a table's other entries: the library's own source may not go through it."""
     pytest.importorskip("transformers")
@@ -175,6 +190,7 @@ _CAN_RECORD_REGISTRY["mine"] = {"k": 3}
 """
 
 
+@pytest.mark.contract("guard_lookups")
 def test_other_entries_of_such_a_table_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard_lookups, "LOOKED_UP", ((other.__name__, "_CAN_RECORD_REGISTRY"),))
     exec(REGISTRY, vars(other))  # noqa: S102 - the source is above

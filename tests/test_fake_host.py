@@ -31,6 +31,7 @@ def said(target: str) -> dict[str, dict[str, str]]:
     return out
 
 
+@pytest.mark.contract("torch_fake", "torch_factories", "torch_modules", "torch_random", "torch_streams")
 @pytest.mark.parametrize("mode", ["inference", "no_grad", "grad"])
 @pytest.mark.parametrize("target", ["cpu", "h200", "mi300x"])
 def test_host_code_runs(target: str, mode: str) -> None:

@@ -59,6 +59,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.contract("process_settings")
 def test_a_setting_is_put_back(name: str) -> None:
     read, write = SETTINGS[name]
     before = read()
@@ -83,6 +84,7 @@ def test_a_setting_is_put_back_where_something_raises() -> None:
     assert torch.get_default_dtype() is torch.float32
 
 
+@pytest.mark.contract("process_settings")
 def test_both_ways_to_set_a_precision() -> None:
     """torch does not even let the old one be read after the new one was used."""
     if not hasattr(torch._C, "_get_fp32_precision_getter"):

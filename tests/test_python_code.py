@@ -149,7 +149,7 @@ def test_the_order_of_a_set_is_nothing(values: frozenset[Any], order: Any) -> No
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.contract("python_code")
+@pytest.mark.contract("python_code", "code_bytes")
 def test_code_comes_back_from_its_bytes() -> None:
     code = code_of("def f(x): return [g(n, 'word') for n in range(x)] + [(lambda y: y * K)(x)]", "/home/me/model.py")
     data = dump(code, {}, "<model>")
@@ -201,7 +201,7 @@ def test_equal_names_make_equal_bytes() -> None:
     assert one == other and dump(first, {}, "") != dump(second, {}, "")
 
 
-@pytest.mark.contract("python_code")
+@pytest.mark.contract("python_code", "code_bytes")
 def test_who_else_holds_a_constant_is_not_in_the_bytes() -> None:
     """marshal's later versions write references for objects that several hold, and mark text that is interned."""
     source = 'def f(x): return (x, "some words", "some words too", ("some words", 12345.5), 10 ** 20)'

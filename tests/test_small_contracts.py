@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import ctypes
 import json
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from contracts import need, python
+from contracts import UPSTREAM, need, python
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aot_cache.upstream import capture_mode, cuda_libraries
+from aot_cache.upstream import capture_mode, cuda_libraries, real_tensors, torch_factories
 
 
 def said(code: str) -> Any:
@@ -157,3 +159,79 @@ print(json.dumps([dist.get_rank(), dist.get_world_size(), x.tolist()]))
 @pytest.mark.contract("torch_fake_group")
 def test_a_job_that_is_not_there() -> None:
     need(said(RANKS) == [1, 3, [1.0, 1.0]], "a fake group is no job of 3 whose collectives return at once")
+
+
+# --- memory that nobody has set ---------------------------------------------------------------------------------------
+
+UNSET = {
+    "empty": lambda: torch.empty(9),
+    "empty_like": lambda: torch.empty_like(torch.ones(9)),
+    "empty_strided": lambda: torch.empty_strided((3, 3), (1, 3)),
+    "empty_permuted": lambda: torch.empty_permuted((3, 3), (1, 0)),
+    "new_empty": lambda: torch.ones(1).new_empty(9),
+    "new_empty_strided": lambda: torch.ones(1).new_empty_strided((9,), (1,)),
+    "Tensor": lambda: torch.Tensor(9),
+    "of 8 bits": lambda: torch.empty(9, dtype=torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.parametrize("what", UNSET)
+@pytest.mark.contract("real_tensors")
+def test_ways_to_memory_that_nobody_has_set(what: str) -> None:
+    """Each goes through dispatch as an operator that is known to leave memory unset."""
+    made = []
+    for seed in (1, 1, 2):
+        with real_tensors.Filling(seed):
+            made.append(UNSET[what]().float())
+    first, same, other = made
+    need(torch.equal(first, same) and not torch.equal(first, other), f"{what} is not filled by its seed: {made}")
+
+
+@pytest.mark.contract("real_tensors")
+def test_which_operators_leave_memory_unset() -> None:
+    names = {name.removeprefix("aten::").partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+    found = {name for name in names if name.startswith(("empty", "new_empty"))}
+    need(found == real_tensors._UNSET, f"other operators leave memory unset: {sorted(found ^ real_tensors._UNSET)}")
+
+
+# --- what stands for a device that is not there -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "room",
+    [
+        pytest.param(room, marks=pytest.mark.contract(room))
+        for room in ("torch_factories", "torch_modules", "torch_random", "torch_streams")
+    ],
+)
+def test_what_is_replaced_is_there(room: str) -> None:
+    """A name that torch no longer has would be replaced without any effect."""
+    found = replaced(room)
+    missing = [f"{owner.__name__}.{name}" for name, owner in found if not hasattr(owner, name)]
+    need(found and not missing, f"torch no longer has {missing}, which upstream/{room}.py replaces")
+
+
+@pytest.mark.contract("torch_factories")
+def test_what_makes_tensors() -> None:
+    for names, owner in (
+        ((*torch_factories._FACTORIES, *torch_factories._FROM_DATA), torch),
+        (torch_factories._METHODS, torch.Tensor),
+    ):
+        missing = [name for name in names if not hasattr(owner, name)]
+        need(not missing, f"torch no longer has {missing}, which make tensors")
+
+
+def replaced(room: str) -> list[tuple[str, Any]]:
+    """(name, whose it is) of what `pretend` and its like assign to."""
+    tree = ast.parse((UPSTREAM / f"{room}.py").read_text())
+    owners = {"module": torch, "cuda": torch.cuda, "tensor": torch.Tensor, "init": torch.nn.init, "utils": torch.utils}
+    if room == "torch_modules":
+        owners |= {"module": torch.nn.Module, "fake": FakeTensor}
+    return [
+        (target.attr, owners[target.value.id])
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        for target in (target.elts if isinstance(target, ast.Tuple) else [target])
+        if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id in owners
+    ]

@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from aot_cache import tested
 from aot_cache.upstream import (
+    code_bytes,
     dynamo_answers,
     dynamo_frames,
     dynamo_globals,
@@ -325,6 +326,27 @@ def test_dynamo_tells_a_package_its_imports() -> None:
         need(importlib.import_module(module) is globals()[alias], f"{alias} is not {module} among the globals")
 
 
+@pytest.mark.contract("code_bytes")
+def test_constants_of_dynamo_s_bytecode_have_bytes() -> None:
+    code = compiled_by_dynamo(keeps_constants, torch.ones(3)).frames[0][0].dynamo_code
+    assert code is not None
+    for value in (torch.device("cpu"), torch.float32):
+        need(value in code.co_consts, f"{value!r} is no constant of bytecode around a graph break: {code.co_consts}")
+    back = code_bytes.load(code_bytes.dump(code, {}, "<contract>"))
+    need(back.co_consts == code.co_consts, f"constants come back as {back.co_consts}")
+    more = (torch.device("cuda", 1), torch.float8_e4m3fn, torch.strided, torch.channels_last, (torch.int64,))
+    odd = function.__code__.replace(co_consts=more)
+    need(
+        code_bytes.load(code_bytes.dump(odd, {}, "")).co_consts == more, "torch's constants are not told by their text"
+    )
+
+
+def keeps_constants(x: torch.Tensor) -> torch.Tensor:
+    y, device, dtype = x * 2, x.device, x.dtype
+    torch._dynamo.graph_break()
+    return y.to(device, dtype)
+
+
 def looks_elsewhere(x: torch.Tensor) -> torch.Tensor:
     return python_module.scaled(x)
 
@@ -473,6 +495,56 @@ def test_the_state_that_is_guarded_is_json() -> None:
     need(set(values) <= known, f"GlobalStateGuard looks at {sorted(set(values) - known)}: whose business is it?")
 
 
+@pytest.mark.contract("guard_facts")
+def test_every_kind_of_guard_is_known() -> None:
+    """Those that `GuardBuilder` has a method for: a kind of a new release is a graph that cannot be kept."""
+    builder = vars(guards.GuardBuilder)
+    found = {name for name, method in builder.items() if name.isupper() and "guard" in parameters(method)}
+    need(len(found) > 40, f"GuardBuilder has no method for each kind of guard, only {sorted(found)}")
+    need(
+        found <= guard_facts.KINDS,
+        f"kinds of guards that guard_facts does not know: {sorted(found - guard_facts.KINDS)}",
+    )
+    source = "".join(path.read_text() for path in (Path(torch.__file__).parent / "_dynamo").rglob("*.py"))
+    asked = set(re.findall(r"\bGuardBuilder\.([A-Z_]+)\b", source))
+    need(asked <= guard_facts.KINDS, f"Dynamo asks for guards {sorted(asked - guard_facts.KINDS)}")
+
+
+@pytest.mark.contract("guard_facts")
+def test_what_a_guard_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guard HASATTR says which attribute: by a name that it is made with or, up to torch 2.11, by its expression."""
+    kept = compiled_by_dynamo(asks_for_attributes, torch.ones(3))
+    ((made, frame),) = kept.frames
+    asked = {name: text for kind, name, text in kept.values[0] if kind == "HASATTR"}
+    need(set(asked) == {"G['holder'].there", "G['holder'].missing"}, f"a guard HASATTR is about {sorted(asked)}")
+    need(len(set(asked.values())) == 2, f"what is there and what is not read alike: {asked}")
+
+    def holds() -> bool:
+        recorded = kept.identities[0], kept.values[0]
+        given = {"x": torch.ones(3)}
+        return not dynamo_guards.build(made.guards, *recorded, asks_for_attributes.__code__, frame.f_globals, given)[1]
+
+    need(holds(), "guards on attributes do not hold for what they were made of")
+    with monkeypatch.context() as patch:
+        patch.delattr(Holder, "there")
+        need(not holds(), "an attribute that is gone goes unnoticed")
+    monkeypatch.setattr(Holder, "missing", 1, raising=False)
+    need(not holds(), "an attribute that is new goes unnoticed")
+
+
+class Holder:
+    there = 3
+
+
+holder = Holder()
+
+
+def asks_for_attributes(x: torch.Tensor) -> torch.Tensor:
+    if hasattr(holder, "there") and not hasattr(holder, "missing"):
+        return x * 2
+    return x
+
+
 @pytest.mark.contract("dynamo_guards")
 def test_guards_are_read_again_for_a_living_call() -> None:
     kept = compiled_by_dynamo(guarded, torch.ones(3), {"k": 4})
@@ -527,7 +599,7 @@ def test_guards_are_the_same_bytes_twice() -> None:
     need(str(ROOT).encode() not in first, "guards hold the path of a file")
 
 
-@pytest.mark.contract("dynamo_guards")
+@pytest.mark.contract("dynamo_guards", "guard_facts")
 def test_keys_that_tell_tensors_apart_by_where_they_were_made() -> None:
     key = torch._C.DispatchKey
     with torch.inference_mode():
@@ -949,6 +1021,7 @@ def test_hooks_are_taken_out() -> None:
 # --- _dynamo/callback.py, _inductor/codecache.py: the second count ----------------------------------------------------
 
 
+@pytest.mark.contract("second_count")
 def test_what_the_second_count_reads() -> None:
     """A counter that is called otherwise would be zero for ever."""
     from torch._dynamo.callback import CallbackTrigger

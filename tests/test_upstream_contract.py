@@ -37,7 +37,7 @@ from triton.runtime.jit import JITFunction, compute_cache_key
 
 from aot_cache import target as targets
 from aot_cache import tested
-from aot_cache.upstream import triton_driver, triton_jit, triton_launcher, triton_launches, versions
+from aot_cache.upstream import triton_driver, triton_jit, triton_launcher, triton_launches, triton_names, versions
 
 TRITON = tested.minor(triton.__version__)
 H200, MI300X = targets.get("h200"), targets.get("mi300x")
@@ -50,6 +50,8 @@ CONDITIONAL = {
     "triton.backends.nvidia.driver.compile_module_from_src": "up to 3.7; later the driver compiles its file",
     "triton.backends.nvidia.driver.compile_module_from_file": "from 3.8",
     "triton.runtime.build.compile_module_from_file": "from 3.8",
+    "torch._dynamo.guards._try_is_cow_tensor": "from 2.14, with the kind of guard that asks for it",
+    "torch._dynamo.guards._stream_is_current": "from 2.15, with the kind of guard that asks for it",
     "torch._C._cuda_getCurrentRawStream": "where torch is built with CUDA; where not, ours is the only one",
     "torch._C._cuda_getDevice": "where torch is built with CUDA; where not, ours is the only one",
 }
@@ -851,6 +853,42 @@ def test_custom_operators_run_their_implementation() -> None:
         need(thrice.redispatch(keys, x).tolist() == [3, 3], "redispatch does not run a composite kernel")
     finally:
         library._destroy()
+
+
+# --- names in a kernel ------------------------------------------------------------------------------------------------
+
+
+@triton.constexpr_function
+def doubled(n):
+    return 2 * n
+
+
+@triton.jit
+def called(x):
+    return tl.exp(x) * doubled(2)
+
+
+@pytest.mark.contract("triton_names")
+def test_what_names_in_a_kernel_stand_for() -> None:
+    for function in (scale, called, doubled):
+        need(isinstance(function, triton_names.JITCallable), f"a {type(function).__name__} is no JITCallable")
+        need(inspect.isfunction(function.fn), f"a {type(function).__name__} has no Python function `fn`")
+        need(f"def {function.fn.__name__}(" in function.src, f"a {type(function).__name__} has no source `src`")
+    need({"tl.exp", "doubled"} <= set(triton_names.in_source(called.src)), "a kernel's source is not as it was written")
+    meaning = triton_names.meaning(triton_names.look_up(called, "tl.exp"))
+    need(meaning == "triton language.math.exp", f"tl.exp is {meaning}, and not known by Triton's module")
+    need(triton_names.meaning(called) == f"jit {__name__}:called", "a function of kernels has no name of its own")
+
+
+@pytest.mark.contract("triton_names")
+def test_which_globals_a_kernel_may_use() -> None:
+    """What has no meaning in words must be refused by Triton, or it could change code that is taken for the same."""
+    from triton.compiler import code_generator
+
+    source = inspect.getsource(code_generator.CodeGenerator)
+    for kind in ("ModuleType", "JITCallable", "constexpr", "triton.language"):
+        need(kind in source, f"the compiler no longer asks whether a global is of {kind}")
+    need("Cannot access global variable" in source, "the compiler lets a kernel use any global")
 
 
 # --- torch.cuda -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Code objects as bytes that another process of the same Python minor runs.
 
-CPython's `marshal` (`Python/marshal.c`) is written in version 2, whose output does not depend on reference counts or
-interning, so that equal code gives equal bytes.
+Upstream: CPython's `marshal` (`Python/marshal.c`), in version 2, whose output does not depend on reference counts or
+interning, so that equal code gives equal bytes; `torch/_dynamo/codegen.py` (devices, dtypes and enums are constants of its
+bytecode).
 """
 
 from __future__ import annotations

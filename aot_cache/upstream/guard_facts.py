@@ -4,8 +4,8 @@ A guard is written down as the expression that leads to a value and this text ab
 expression on the living call: where the text is the same, the guard is created on what is there, and nothing of the builder's
 own values (tensors without memory, instances of users' classes) has to travel.
 
-Upstream: the methods of `GuardBuilder` in `torch/_dynamo/guards.py`, one for each kind of guard.
-
+Upstream: `torch/_dynamo/guards.py` (the methods of `GuardBuilder`, one for each kind of guard; `_try_is_cow_tensor`,
+`_stream_is_current`), `torch/_guards.py` (`Guard.create_fn_name`, `guard_types`).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def kinds_of(guard: Guard) -> frozenset[str]:
 
 def expression_of(guard: Guard) -> str:
     """What a guard is about, which tells it apart from all others of its kind."""
-    attribute = _asked(guard, "attr") if guard.create_fn_name() == "HASATTR" else ""
+    attribute = _attribute(guard)
     return f"{guard.name}.{attribute}" if attribute else str(guard.name)
 
 
@@ -98,15 +98,17 @@ def of_value(guard: Guard, value: Any, in_order: bool) -> str | None:
     if kind == "DICT_KEYS_MATCH":
         return _keys(value, in_order)
     if kind == "HASATTR":
-        attribute = _asked(guard, "attr")
-        return str(hasattr(value, attribute)) if attribute else "True"
+        attribute = _attribute(guard)
+        return str(not attribute or hasattr(value, attribute))
     return _FACTS[kind](value)
 
 
-def _asked(guard: Guard, name: str) -> str:
-    """What a guard was made with; empty where its expression says it (`HASATTR` of torch 2.11, which names the attribute)."""
+def _attribute(guard: Guard) -> str:
+    """What a guard HASATTR asks an object for; empty up to torch 2.11, whose expression leads to the attribute itself."""
     create: Any = guard.create_fn
-    return str(create.keywords[name]) if isinstance(create, functools.partial) else ""
+    if guard.create_fn_name() != "HASATTR" or not isinstance(create, functools.partial):
+        return ""
+    return str(create.keywords["attr"] if "attr" in create.keywords else create.args[0])
 
 
 def _type(value: Any) -> str:
@@ -219,3 +221,6 @@ _FACTS: dict[str, Callable[[Any], str | None]] = {
     ),
     "CURRENT_STREAM_MATCH": _stream,
 }
+
+KINDS = frozenset({*_FACTS, *BY_IDENTITY, *LIVENESS, "BUILTIN_MATCH", "DICT_KEYS_MATCH", "HASATTR"})
+"""Every kind of guard that is known here: another is a graph that cannot be kept."""

@@ -4,8 +4,8 @@ Dynamo guards a dict by all its keys and their places. A registry that a library
 choice and order of models, which is that of the builder and of no server that has another model besides. Where a library
 looks such a table up by key only, the entries that were looked up are guarded by their keys.
 
-Upstream: `torch/_dynamo/source.py` (`ConstDictKeySource`, `DictGetItemSource`, `DictSubclassGetItemSource`).
-
+Upstream: `torch/_dynamo/source.py` (`ConstDictKeySource`, `DictGetItemSource`, `DictSubclassGetItemSource`, which can be
+replaced by ones of another `index`), `torch/_dynamo/guards.py` (`GuardBuilder.get`).
 """
 
 from __future__ import annotations

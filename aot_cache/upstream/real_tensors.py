@@ -1,6 +1,6 @@
 """Memory of real tensors: what a recipe leaves unset is filled, and which memory a tensor lies in.
 
-Upstream: `torch/utils/_python_dispatch.py` (`TorchDispatchMode`).
+Upstream: `torch/utils/_python_dispatch.py` (`TorchDispatchMode`), and which operators of aten leave memory unset.
 """
 
 from __future__ import annotations

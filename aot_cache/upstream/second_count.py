@@ -1,9 +1,10 @@
 """A second count of what a hit must not cause, taken from upstream's own counters and callbacks, and from the interpreter.
 
 It shares no hook with what fills the ledger (`dynamo_frames`, `inductor_events`, `triton_events`): where the two contradict
-each other, one of them is blind. Upstream: `torch/_dynamo/callback.py` (`callback_handler`), `torch/_dynamo/utils.py`
-(`counters`), `triton/knobs.py` (`runtime.jit_post_compile_hook`, `runtime.kernel_load_end_hook`). Seen to hold: see
-`versions.TORCH_SEEN`.
+each other, one of them is blind.
+
+Upstream: `torch/_dynamo/callback.py` (`callback_handler`), `torch/_dynamo/utils.py` (`counters`), `triton/knobs.py`
+(`runtime.jit_post_compile_hook`, `runtime.kernel_load_end_hook`).
 """
 
 from __future__ import annotations

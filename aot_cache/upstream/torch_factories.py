@@ -1,7 +1,9 @@
 """Ways to new tensors that ask the driver in C++ before they dispatch: pinned memory, a device by its number, CUDA itself.
 
-For host code around kernels, which nobody traces: functions of `torch` are replaced. Seen to hold: see
-`versions.TORCH_SEEN`.
+For host code around kernels, which nobody traces: functions of `torch` are replaced.
+
+Upstream: `torch` and `torch/_tensor.py` (which functions make tensors, and take `device` and `pin_memory` by name),
+`torch/utils/_device.py` (`_device_constructors`), `torch/_C` (`_set_only_lift_cpu_tensors`).
 """
 
 from __future__ import annotations

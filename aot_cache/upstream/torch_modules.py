@@ -1,4 +1,9 @@
-"""What `torch.nn` does with the values, or with the identity, of tensors, for tensors that have no memory."""
+"""What `torch.nn` does with the values, or with the identity, of tensors, for tensors that have no memory.
+
+Upstream: `torch/nn/init.py` (`_no_grad_trunc_normal_`), `torch/nn/modules/module.py` (`Module.to`, which swaps by
+`torch.utils.swap_tensors`), `torch/_subclasses/fake_tensor.py` (`FakeTensor.__deepcopy__`), `torch/_C` (`_swap_tensor_impl`,
+`Tensor.data`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Random generators of a device that is not there: the CPU's stand for them, and nobody sees a number of theirs."""
+"""Random generators of a device that is not there: the CPU's stand for them, and nobody sees a number of theirs.
+
+Upstream: `torch/_C` (`Generator`, which can be subclassed), `torch/cuda/random.py` (`torch.cuda.default_generators`).
+"""
 
 from __future__ import annotations
 

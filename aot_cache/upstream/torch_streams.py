@@ -2,6 +2,9 @@
 
 They are of torch's own classes, because C++ asks: `record_stream` takes nothing else. torch's own constructors and
 methods ask the driver, which is why each is answered here.
+
+Upstream: `torch/_C` (`Stream`, `Event`, which can be subclassed and made of numbers), `torch/cuda/streams.py`,
+`torch/cuda/__init__.py` (`StreamContext`, `current_stream`, `default_stream`, `set_stream`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The names in a kernel's source, and what they stand for around it.
 
-Upstream: `triton/compiler/code_generator.py` (which globals a kernel may use).
+Upstream: `triton/compiler/code_generator.py` (which globals a kernel may use), `triton/runtime/jit.py` (`JITCallable`: `fn`,
+`src`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 try:
     from triton.runtime.jit import JITCallable as JITCallable
-except ImportError:  # pragma: no cover - every version in TRITON_SEEN has it
+except ImportError:  # pragma: no cover - every release that was tested has it, see `aot_cache.tested`
     JITCallable = JITFunction
 
 

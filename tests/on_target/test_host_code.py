@@ -40,23 +40,27 @@ def made_on_the_cpu(code: Code, mode: Any) -> list[Any]:
         return facts(code("cpu"), "cpu")
 
 
+@pytest.mark.contract("torch_streams", "torch_random")
 @pytest.mark.parametrize("what", host_code.DEVICE)
 def test_what_is_asked_about_the_device(what: str, mode: Any) -> None:
     made(host_code.DEVICE[what], mode)
 
 
+@pytest.mark.contract("torch_modules")
 @pytest.mark.parametrize("what", {**host_code.MODULES, **host_code.INIT})
 def test_modules_and_their_weights(what: str, mode: Any) -> None:
     code = {**host_code.MODULES, **host_code.INIT}[what]
     assert made(code, mode) == made_on_the_cpu(code, mode) != []
 
 
+@pytest.mark.contract("torch_factories")
 @pytest.mark.parametrize("what", host_code.NUMBERED)
 def test_a_device_by_its_number(what: str, mode: Any) -> None:
     ((shape, _, _, place, _),) = made(host_code.NUMBERED[what], mode)
     assert (shape, place) == ((4, 4), "here")
 
 
+@pytest.mark.contract("torch_factories")
 @pytest.mark.parametrize("what", {**host_code.PINNED, **host_code.FROM_DATA})
 def test_pinned_memory(what: str, mode: Any) -> None:
     with virtual_device.tensors(), mode():
@@ -81,5 +85,6 @@ def test_time_is_not_made_up() -> None:
         start.elapsed_time(end)
 
 
+@pytest.mark.contract("torch_streams", "torch_random")
 def test_streams_of_the_cpu_stay_torchs() -> None:
     assert torch.Stream(device="cpu").device.type == "cpu" and torch.Generator().device.type == "cpu"

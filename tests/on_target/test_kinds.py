@@ -341,6 +341,7 @@ def around(first: Any, second: Any) -> Any:
     return outer
 
 
+@pytest.mark.contract("triton_names")
 def test_functions_of_one_name_inside_a_kernel() -> None:
     """What a kernel calls has one name, too: in which order decides its code."""
     one, two = helper(1), helper(2)
@@ -390,6 +391,7 @@ def test_kernels_that_nothing_tells_apart(block: int, monkeypatch: pytest.Monkey
     assert unclear(0) == {} == unclear(1)
 
 
+@pytest.mark.contract("triton_names")
 def test_what_a_module_has_by_name_hides_nothing() -> None:
     def factory(known: Any) -> Any:
         @triton.constexpr_function
