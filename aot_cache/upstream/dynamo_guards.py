@@ -251,7 +251,8 @@ def _plain(text: str) -> str:
     return _ADDRESS.sub(")", text.split("  # ", 1)[0].strip())
 
 
-_OBJECT_AT = re.compile(r" at 0x[0-9a-f]+(?=>)")
+_OBJECT_AT = re.compile(r' at 0x[0-9a-f]+(, file "[^"]*", line \d+)?(?=>)')
+"""Where an object is, and of code also the file that it was read from."""
 _IN_SERVING = ((f"{FakeTensor.__module__}.FakeTensor'", "torch.Tensor'"), (", FakeTensor, ", ", Tensor, "))
 
 
