@@ -264,8 +264,8 @@ OTHER_MODES = {
     "no_grad under inference": "built for mode 'no_grad', and this is 'inference'",
     "no_grad under grad": "built for mode 'no_grad', and this is 'grad'",
     "grad under no_grad": "built for mode 'grad', and this is 'no_grad'",
-    "no_grad, parameters that require grad": "requires_grad mismatch",
-    "grad, nothing requires it": "requires_grad mismatch",
+    "no_grad, parameters that require grad": " requires grad",
+    "grad, nothing requires it": " requires grad",
     "no_grad, autocast": "GLOBAL_STATE changed: autocast",
 }
 

@@ -158,7 +158,7 @@ def replaced(serve: Serve) -> dict[str, Any]:
 REASONS = {
     "function": "the source of sample_model:helper differs",
     "constant": "G['SHIFT'] was 0.5 and is 7.0",
-    "default": "G['helper'].__defaults__ was builtins:tuple [3.0] and is builtins:tuple [7.0]",
+    "default": "G['helper'].__defaults__[0] was 3.0 and is 7.0",
     "constant of another module": "SHIFT was 0.5 and is 7.0",
     "method": "the source of sample_model:Norm.bend differs",
     "class attribute": "['scale'] was 1.25 and is 7.0",
