@@ -22,7 +22,7 @@ PACKAGE = ROOT / "aot_cache"
 LAYERS = (
     ("errors", "tested"),
     ("store", "shapes", "key", "target", "options", "shipped"),
-    ("plan", "recipe", "manifest", "follows"),
+    ("plan", "recipe", "manifest", "follows", "scan"),
     ("upstream", "signature", "missed", "miss_file"),
     ("native", "model_types", "coverage_grid", "report_graphs", "report_misses", "report_sizes", "call_leaves"),
     ("rehearsed",),

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 _aten: Any = torch.ops.aten
 _PINNING = (_aten._pin_memory.default, _aten.pin_memory.default)
@@ -71,19 +71,30 @@ class HostMode(_base):  # type: ignore[misc]  # torch's class is untyped
         if func is _GROUPED_MM and args[0].dtype != torch.bfloat16:
             return _grouped_mm(*args)
         if getattr(func, "namespace", "aten") not in BUILTIN:
-            implementation = self._implementation(func)
+            implementation = implementation_of(func, self._key)
             if implementation is not None:
                 # One that reads values calls nothing that is compiled, as far as can be seen: its shape rule answers.
                 with contextlib.suppress(*NEEDS_VALUES), self:
                     return implementation(*args, **kwargs)
         return super().dispatch(func, types, args, kwargs)
 
-    def _implementation(self, func: Any) -> Any:
-        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, self._key))
-        for key in (self._key, "CompositeExplicitAutograd", "CompositeImplicitAutograd"):
-            if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key):
-                return lambda *args, **kwargs: func.redispatch(keys, *args, **kwargs)
-        return None
+
+def implementation_of(func: Any, key: str) -> Any:
+    """What an operator outside of torch runs on the device of a dispatch key; None when it has only a shape rule."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    for name in (key, "CompositeExplicitAutograd", "CompositeImplicitAutograd"):
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), name):
+            return lambda *args, **kwargs: func.redispatch(keys, *args, **kwargs)
+    return None
+
+
+def run_of_others(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operator outside of torch on nothing virtual: with a mode on, which must not ask for it again."""
+    implementation = implementation_of(func, "CUDA")
+    if implementation is not None:
+        return implementation(*args, **kwargs)
+    with _disable_current_modes():
+        return func(*args, **kwargs)
 
 
 _GROUPED_MM = _aten._grouped_mm.default

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aot_cache.errors import DataDependent, TraceError, one_line
+from aot_cache.upstream.torch_fake import implementation_of, run_of_others
 
 DEVICE = torch.device("cuda", 0)
 KNOWN_LIMIT = 1 << 16
@@ -228,7 +229,7 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     device = kwargs.get("device")
     wants_cuda = device is not None and torch.device(device).type == "cuda"
     if not tensors and not wants_cuda:
-        return _without_virtual(func, args, kwargs)
+        return run_of_others(func, args, kwargs) if func.namespace not in _BUILTIN_NAMESPACES else func(*args, **kwargs)
     if func in _SCALARS:
         value = _values(args[0], "item()").item()
         return bool(value) if func is _aten.is_nonzero.default else value
@@ -237,7 +238,7 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is _PRIM_DEVICE:
         return tensors[0].device
     if func.namespace not in _BUILTIN_NAMESPACES:
-        implementation = _real_implementation(func)
+        implementation = implementation_of(func, "CUDA")
         if implementation is not None:
             return implementation(*args, **kwargs)
     if func is _TO_COPY and device is not None and torch.device(device).type == "cpu":
@@ -245,17 +246,6 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if source.known is not None:
             return func(source.known, **kwargs)
     return _compute(func, args, kwargs, tensors, device)
-
-
-def _without_virtual(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operator of nothing virtual; an operator of others is run with the mode on, which must not ask for it again."""
-    if func.namespace in _BUILTIN_NAMESPACES:
-        return func(*args, **kwargs)
-    implementation = _real_implementation(func)
-    if implementation is not None:
-        return implementation(*args, **kwargs)
-    with _disable_current_modes():
-        return func(*args, **kwargs)
 
 
 def _compute(
@@ -371,15 +361,6 @@ def _shared_with(values: torch.Tensor | None, inputs: list[VirtualTensor]) -> _V
             mine = tensor.values_
             if mine is not None and mine.untyped_storage().data_ptr() == values.untyped_storage().data_ptr():
                 return tensor.shared_
-    return None
-
-
-def _real_implementation(func: Any) -> Any:
-    """The implementation that a GPU would run, for an operator outside of torch; None when there is only a shape rule."""
-    keyset = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    for key in ("CUDA", "CompositeExplicitAutograd", "CompositeImplicitAutograd"):
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key):
-            return lambda *args, **kwargs: func.redispatch(keyset, *args, **kwargs)
     return None
 
 
