@@ -67,7 +67,8 @@ def run(
 
 def broken(case: Case, point: Point, error: BaseException, needs_values: tuple[type[Exception], ...] = ()) -> Broken:
     """What is said of a case that raised `error` at `point`."""
-    where, place = point_text(point), place_of(error) or _place_of_code(case)
+    where, (file, line) = point_text(point), place_of(error) or _place_of_code(case)
+    place = f"{file}:{line}"  # whole, for who reads the error here; a bundle says the same wherever it was built
     wanted = f"case {case.name!r} to run at {where}"
     told: AotCacheError
     if isinstance(error, TraceError):
@@ -85,7 +86,7 @@ def broken(case: Case, point: Point, error: BaseException, needs_values: tuple[t
         if isinstance(error, ImportError) and error.__cause__ is not None:
             why += f", from {one_line(first_cause(error))}"
         told = DeclarationError(wanted, f"{why} ({place})", shipped.what_to_do(case.make))
-    return Broken(FailedCase(case.name, point, place, why), told)
+    return Broken(FailedCase(case.name, point, f"{short(file)}:{line}", why), told)
 
 
 def died(case: str, point: Point, why: str) -> Broken:
@@ -105,18 +106,17 @@ def all_of(broken: Iterable[Broken]) -> AotCacheError:
 # --- where in the user's code -----------------------------------------------------------------------------------------
 
 
-def place_of(error: BaseException) -> str:
-    """`file:line` of the last frame that is the user's own; empty where there is none."""
+def place_of(error: BaseException) -> tuple[str, int] | None:
+    """(file, line) of the last frame that is the user's own; None where there is none."""
     frames = [(f.filename, f.lineno or 0) for f in traceback.extract_tb(error.__traceback__)]
     frames += [(f.filename, f.lineno or 0) for f in getattr(error, "real_stack", None) or ()]  # where Dynamo was
-    own = [frame for frame in frames if _is_of_user(frame[0])]
-    return f"{short(own[-1][0])}:{own[-1][1]}" if own else ""
+    return next((frame for frame in reversed(frames) if _is_of_user(frame[0])), None)
 
 
-def _place_of_code(case: Case) -> str:
+def _place_of_code(case: Case) -> tuple[str, int]:
     """Where the case is declared."""
     code = getattr(inspect.unwrap(case.make), "__code__", None)
-    return "" if code is None else f"{short(code.co_filename)}:{code.co_firstlineno}"
+    return ("", 0) if code is None else (code.co_filename, code.co_firstlineno)
 
 
 def _is_of_user(file: str) -> bool:

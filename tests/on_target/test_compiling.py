@@ -179,7 +179,8 @@ def test_a_kernel_that_does_not_compile_is_named_and_the_rest_is_built(build: Bu
     # Of `asserts` the one that compiles is kept.
     assert made.kernels == {"doomed_kernels:good", "doomed_kernels:asserts"} and len(made.manifest["units"]) == 2
     assert made.manifest["complete"] is False
-    assert made.manifest["failed"] == made.outcome.failed
+    reached = {unit.id: unit.reached for unit in made.plan.units}
+    assert made.manifest["failed"] == [{"reached": reached[f["unit"]], **f} for f in made.outcome.failed]
     ids = {unit.id for unit in made.plan.units}
     assert all(failure["unit"] in ids for failure in made.outcome.failed)
 

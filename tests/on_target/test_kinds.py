@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import json
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -591,10 +592,19 @@ def test_a_case_that_makes_no_call() -> None:
 
 def test_host_code_that_ends_the_process() -> None:
     def host(n: int, device: str) -> None:
-        raise SystemExit(7)
+        os._exit(7)
 
     with pytest.raises(TraceError, match="exit code 7"):
         traced_host(host, 1)
+
+
+def test_host_code_that_exits_is_named_with_its_place() -> None:
+    def host(n: int, device: str) -> None:
+        raise SystemExit(7)
+
+    with pytest.raises(DeclarationError, match="SystemExit: 7") as caught:
+        traced_host(host, 1)
+    assert f"{__file__}:{host.__code__.co_firstlineno + 1}" in str(caught.value)
 
 
 def test_a_recipe_that_launches_nothing() -> None:
