@@ -154,7 +154,7 @@ def failures(found: Iterable[Mapping[str, Json]]) -> list[Facts]:
     return [{k: str(f[k]) for k in ("kernel", "unit", "error")} for f in found]
 
 
-def coverage(origin: str, points: int, sampled: Sequence[str], failed: int = 0, stamp: Stamp = NO_STAMP) -> str:
+def coverage(origin: str, points: int, sampled: Sequence[str], *, failed: int = 0, stamp: Stamp = NO_STAMP) -> str:
     """What the declared ranges promise, in words: `proved` only of what was rehearsed, and at all points."""
     if failed:
         return f"not proved: {failed} failed"
@@ -192,7 +192,7 @@ def _common(found: Plan, failed: list[Facts], stamp: Stamp = NO_STAMP) -> Facts:
         ],
         "points": points,
         "sampled": found.sampled,
-        "coverage": coverage(found.origin, points, found.sampled, len(failed), stamp),
+        "coverage": coverage(found.origin, points, found.sampled, failed=len(failed), stamp=stamp),
         "failed": failed,
         "units": len(found.units),
         "kernel_count": len({unit.kernel for unit in found.units}),

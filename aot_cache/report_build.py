@@ -73,7 +73,7 @@ def built(result: Built, stamp: Stamp = NO_STAMP, rehearsal: Facts | None = None
 def _coverage(result: Built, stamp: Stamp, rehearsal: Facts | None) -> str:
     if not result.failed and rehearsal is not None and not rehearsal["passed"]:
         return str(rehearsal["verdict"])
-    return report.coverage("", result.points, result.sampled, len(result.failed), stamp)
+    return report.coverage("", result.points, result.sampled, failed=len(result.failed), stamp=stamp)
 
 
 def dockerfile(bundle: Path, digest: str) -> list[str]:

@@ -21,6 +21,11 @@ hypothesis.settings.load_profile("aot-cache")
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 
+# A developer's own AOT_CACHE* variables would change what the tests see, fixtures of any scope included.
+for _name in [name for name in os.environ if name.startswith("AOT_CACHE")]:
+    del os.environ[_name]
+os.environ["AOT_CACHE_UNTESTED"] = "1"  # whether a release works is for the tests to say, not for the table
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
@@ -72,12 +77,11 @@ def _why_no_gpu() -> str:
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A developer's own AOT_CACHE* variables would change what the tests see."""
-    for name in list(os.environ):
-        if name.startswith("AOT_CACHE"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("AOT_CACHE_UNTESTED", "1")  # whether a release works is for the tests to say, not for the table
+def _settings_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test sets without saying so ends with it."""
+    for name in [name for name in os.environ if name.startswith("AOT_CACHE") and name != "AOT_CACHE_UNTESTED"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AOT_CACHE_UNTESTED", "1")
 
 
 @pytest.fixture

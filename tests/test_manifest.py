@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import pickle
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ def sha(data: bytes) -> str:
 
 
 OBJECTS = {
-    sha(data): data for data in (b"binary", b"guards", b"bytecode", b"settings", b"graph", b"resume", b"library")
+    sha(data): data
+    for data in (b"binary", pickle.dumps("guards"), b"bytecode", b"settings", b"graph", b"resume", b"library")
 }
 BINARY, GUARDS, BYTECODE, SETTINGS, GRAPH, RESUME, LIBRARY = OBJECTS
 
@@ -182,6 +184,7 @@ GRAPH_FACTS: dict[str, Any] = {
     "resumes": {"__aot_resume_0": {"module": "model", "code": RESUME, "free": False}},
     "inlined": [["model", "helper", "d" * 32]],
     "identities": [["FUNCTION_MATCH", "G['helper']", "function model:helper 0"]],
+    "values": [["EQUALS_MATCH", "G['scale']", "2"]],
     "guards": ["L['x'].size()[0] >= 2"],
     "dynamic": {"L['x']": [[0, 2, 9]]},
     "reached": {"case": [{"n": "2..9"}]},
@@ -203,7 +206,7 @@ def test_what_a_server_needs_of_a_graph_is_in_the_header() -> None:
     lean, details = manifest.split(of_graphs(GRAPH_FACTS))
     (graph,) = lean["graphs"]
     needed = {"module", "function", "code", "mode", "wrapping", "settings", "guard_state", "bytecode", "graphs"}
-    needed |= {"imports", "resumes", "inlined", "identities", "libraries", "choices"}
+    needed |= {"imports", "resumes", "inlined", "identities", "values", "libraries", "choices"}
     assert needed <= set(graph), "the loader reads these"
     assert not {"guards", "dynamic", "reached", "line", "candidates", "per_rank"} & set(graph), "only people read these"
     assert objects_of(graph) == objects_of(GRAPH_FACTS) == {SETTINGS, GUARDS, BYTECODE, GRAPH, RESUME, LIBRARY}

@@ -350,10 +350,13 @@ def test_what_is_written_is_read(bundle: Path) -> None:
     assert rehearsed.path_of(bundle).name == "b.rehearsed.json"
     stamp = rehearsed.read(bundle, DIGEST)
     assert [run.text() for run in stamp.runs] == ["rehearsed 4 of 9 points on NVIDIA H200", "proved 9 points on cpu"]
-    assert report.coverage("traced", 9, [], stamp) == "rehearsed 4 of 9 points on NVIDIA H200; proved 9 points on cpu"
+    assert (
+        report.coverage("traced", 9, [], stamp=stamp)
+        == "rehearsed 4 of 9 points on NVIDIA H200; proved 9 points on cpu"
+    )
     other = rehearsed.read(bundle, "b" * 64)
     assert not other.runs and "is about another bundle" in other.ignored
-    assert report.coverage("traced", 9, [], other) == "enumerated 9 points"
+    assert report.coverage("traced", 9, [], stamp=other) == "enumerated 9 points"
 
 
 def test_a_new_run_takes_the_place_of_an_old_one(bundle: Path) -> None:
@@ -383,7 +386,7 @@ def test_no_case_of_a_bundle_is_left_out_of_proved() -> None:
     ],
 )
 def test_words_for_coverage(points: int, sampled: list[str], runs: tuple[Run, ...], text: str) -> None:
-    assert report.coverage("traced", points, sampled, Stamp(runs)) == text
+    assert report.coverage("traced", points, sampled, stamp=Stamp(runs)) == text
 
 
 HOSTILE = [
@@ -423,7 +426,7 @@ def test_no_value_is_a_traceback(tmp_path_factory: pytest.TempPathFactory, name:
     rehearsed.path_of(bundle).write_text(json.dumps(document))
     stamp = rehearsed.read(bundle, DIGEST)
     for text in (
-        report.coverage("traced", 9, [], stamp),
+        report.coverage("traced", 9, [], stamp=stamp),
         *(t for _, t in render.stamp_lines(stamp.facts())),
     ):
         assert render.clean(text).isprintable()

@@ -23,7 +23,6 @@ README = ROOT / "README.md"
 UPSTREAM = ROOT / "aot_cache" / "upstream"
 NO_ROOMS = ("__init__", "versions")
 """Files of upstream/ that rely on nothing of torch or Triton."""
-NOT_RUN = "(not run)"
 _BEGIN, _END = "<!-- written by tools/check_torch --readme -->\n", "<!-- until here -->\n"
 
 
@@ -91,7 +90,7 @@ def _pair(runs: Sequence[dict[str, Json]]) -> dict[str, Json]:
         "triton": tested.minor(runs[0]["triton"]),
         "transformers": [tested.minor(run["transformers"]) for run in recipes if not run["parts"][RECIPES]["failed"]],
         "broken": [name for name in modules() if _counts(name, runs)["failed"]],
-        "failed": sorted(others) + [f"{part} {NOT_RUN}" for part in PARTS if part not in _parts(runs)],
+        "failed": sorted(others) + [f"{part} {tested.NOT_RUN}" for part in PARTS if part not in _parts(runs)],
     }
 
 
@@ -199,7 +198,7 @@ def readme_block(runs: Sequence[dict[str, Json]]) -> str:
 
 def _is_unrun(pair: tested.Pair) -> bool:
     """Whether nothing failed, and something that counts was not run."""
-    return bool(pair.failed) and not pair.broken and all(part.endswith(NOT_RUN) for part in pair.failed)
+    return bool(pair.failed) and not pair.broken and all(part.endswith(tested.NOT_RUN) for part in pair.failed)
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
