@@ -102,8 +102,8 @@ class CasePlan:
     """Points that were visited beside those of `dims`, because a serving process had them."""
     doc: str = ""
     """One line for people about the case."""
-    put_back: list[str] = field(default_factory=list)
-    """Settings of the process that it changes while it makes arguments: they are put back before its call."""
+    sets: list[str] = field(default_factory=list)
+    """Settings of the process that it changes while it makes arguments: its calls are built so."""
 
     @classmethod
     def of(cls, case: Case, points: Enumeration) -> CasePlan:
@@ -297,10 +297,10 @@ class Plan:
         )
         return plan, units
 
-    def note_put_back(self, by_case: Mapping[str, Iterable[str]]) -> None:
+    def note_sets(self, by_case: Mapping[str, Iterable[str]]) -> None:
         """Write down which settings were put back before a case's calls."""
         for case in self.cases:
-            case.put_back = sorted({*case.put_back, *by_case.get(case.name, ())})
+            case.sets = sorted({*case.sets, *by_case.get(case.name, ())})
 
     @property
     def sampled(self) -> list[str]:

@@ -51,9 +51,9 @@ def builds(rows: Sequence[Facts]) -> None:
             line(f"{b['target']}: INCOMPLETE: {_many(len(b['failed']), 'part')} of the recipe is not in this bundle")
         for failure in b["failed"]:
             line(f"{b['target']}: failed: {failure['kernel']}: {failure['error']}")
-        for name, settings in b["put_back"].items():
-            what = f"{', '.join(settings)} while it makes arguments; that was put back before its call"
-            line(f"{b['target']}: case {name} changes {what}")
+        for name, settings in b["sets"].items():
+            what = f"{', '.join(settings)} while it makes arguments, and is built so: a server that does not, misses"
+            line(f"{b['target']}: case {name} sets {what}")
         for name, why in b["per_rank"].items():
             line(f"{b['target']}: built for each rank: {name}: {why}")
         _became(b)

@@ -45,7 +45,7 @@ class Seen:
     calls: list[tuple[int, list[SeenCall]]] = field(default_factory=list)
     skipped: set[str] = field(default_factory=set)
     modules: dict[str, str] = field(default_factory=dict)
-    put_back: set[str] = field(default_factory=set)
+    sets: set[str] = field(default_factory=set)
     broken: Broken | None = None
 
 

@@ -40,9 +40,23 @@ class Looker:
             return
         self._modules = frozenset(sys.modules)
         for number, case in enumerate(self._cases):
-            # What is wrong with it is said where it is run.
-            with contextlib.suppress(Exception, SystemExit), self._modes(case), process_settings.kept():
-                case.call(self._points[number][self.hint_first(number, range(len(self._points[number])))[0]])
+            self._make(case, self._points[number][self.hint_first(number, range(len(self._points[number])))[0]])
+
+    def _make(self, case: Case, point: Point) -> None:
+        """Make arguments. What only the first making sets stays, as in a server: it came with a model that is kept."""
+        # What is wrong with it is said where it is run.
+        with contextlib.suppress(Exception, SystemExit):
+            with self._modes(case), process_settings.kept() as settings:
+                case.call(point)
+                first = settings.changed()
+            if not first.values:
+                return
+            with self._modes(case), process_settings.kept() as settings:
+                case.call(point)
+                again = settings.changed()
+            once = first.without(again)
+            once.make()
+            one_point.sets.setdefault(case.name, set()).update(once.names)
 
     def look(self, jobs: Sequence[Look]) -> Iterator[tuple[Look, Seen | Broken]]:
         """What children saw, or why they could not run a point; each job has a child of its own.
@@ -75,7 +89,7 @@ class Looker:
                 continue
             self.skipped |= found.skipped
             self.late_modules.update(found.modules)
-            one_point.put_back.setdefault(case.name, set()).update(found.put_back)
+            one_point.sets.setdefault(case.name, set()).update(found.sets)
             yield job, found.broken or found
 
     def _seen(self, job: Look, number: int, here: MutableSequence[int], traced: bool) -> Seen:
@@ -99,7 +113,7 @@ class Looker:
                 if seen.broken is not None:
                     break
         seen.modules = stamp.imported_since(self._modules)
-        seen.put_back = one_point.put_back.get(case.name, set())
+        seen.sets = one_point.sets.get(case.name, set())
         return seen
 
     def run(self, case: int, point: int) -> Broken | None:

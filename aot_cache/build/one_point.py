@@ -24,8 +24,8 @@ from aot_cache.recipe import Case
 from aot_cache.shapes import Point, point_text
 from aot_cache.upstream import process_settings
 
-put_back: dict[str, set[str]] = {}
-"""Case → what it has set for this process while it made arguments: a server does not run that code."""
+sets: dict[str, set[str]] = {}
+"""Case → what it has set for this process while it made arguments: a server that does not do so misses."""
 
 Within = Callable[[], contextlib.AbstractContextManager[object]]
 
@@ -49,7 +49,7 @@ def run(
     within: Within = contextlib.nullcontext,
     needs_values: tuple[type[Exception], ...] = (),
 ) -> Broken | None:
-    """Run a point; what it sets in this process is put back, before its call and after it.
+    """Run a point; what it sets in this process is put back after it.
 
     Args:
         within: the modes in which it is run.
@@ -58,7 +58,7 @@ def run(
     try:
         with within(), process_settings.kept() as settings:
             call = case.call(point)
-            put_back.setdefault(case.name, set()).update(settings.put_back())
+            sets.setdefault(case.name, set()).update(settings.changed().names)
             call()
     except (Exception, SystemExit) as error:  # `sys.exit()` in a model is no reason to end the build
         return broken(case, point, error, needs_values)

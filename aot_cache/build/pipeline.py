@@ -81,7 +81,7 @@ class Built:
     misses: dict[str, Json] = field(default_factory=dict)
     per_rank: dict[str, str] = field(default_factory=dict)
     """Function whose graphs are built for each rank → why."""
-    put_back: dict[str, list[str]] = field(default_factory=dict)
+    sets: dict[str, list[str]] = field(default_factory=dict)
     """Case → settings of the process that it changes while it makes arguments."""
     declared: int = 0
     covered: int = 0
@@ -218,7 +218,7 @@ def _finish(request: Request, store: Store, plan: Plan, answer: Mapping[str, Jso
         declared=sum(case.total for case in plan.cases),
         covered=covered(plan, manifest["failed"]),
         ranks=plan.ranks,
-        put_back={case.name: case.put_back for case in plan.cases if case.put_back},
+        sets={case.name: case.sets for case in plan.cases if case.sets},
         untested=tested.doubt_here(request.target.backend == "cpu", _imported("transformers", answer["inputs"])),
     )
 

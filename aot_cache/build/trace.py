@@ -46,7 +46,7 @@ class _Block:
     calls: list[list[Call]] = field(default_factory=list)
     """The calls of compiled functions at each point."""
     broken: Broken | None = None
-    put_back: set[str] = field(default_factory=set)
+    sets: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None =
     progress("trace", 0, total)
     _before.update(sys.modules)
     sound: list[_Block] = []
-    put_back: dict[str, set[str]] = {}
+    sets: dict[str, set[str]] = {}
     broken: Broken | None
     for index, block in pool.run(run, range(len(jobs)), workers):
         number, start, stop = jobs[index]
@@ -111,7 +111,7 @@ def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None =
         else:
             broken = block.broken
             late_modules.update(block.modules)
-            put_back.setdefault(name, set()).update(block.put_back)
+            sets.setdefault(name, set()).update(block.sets)
         if broken is None:
             sound.append(block)
             calls[name][start : start + len(block.calls)] = block.calls
@@ -130,7 +130,7 @@ def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None =
     if refused:
         visited = recipe.without([(case, point) for case, point, _ in refused])
         plan.cases = [CasePlan.of(case, case.points()) for case in visited.cases]
-    plan.note_put_back(put_back)
+    plan.note_sets(sets)
     plan.failed = [broken.failed for broken in _first(failed)]
     gone = {case.case for case in plan.failed}
     return Traced(plan, {name: found for name, found in calls.items() if name not in gone}, refused, merged.unclear())
@@ -163,7 +163,7 @@ def _run_block(
         _fill(block, case, every, mine, index, at)
     except Exception as error:  # of what it launches: the source of a kernel that cannot be read, for one
         block.broken = one_point.broken(case, every[at[index]], error)
-    block.modules, block.put_back = stamp.imported_since(_before), one_point.put_back.pop(case.name, set())
+    block.modules, block.sets = stamp.imported_since(_before), one_point.sets.pop(case.name, set())
     return block
 
 

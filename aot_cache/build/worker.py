@@ -197,7 +197,7 @@ def _graphs(job: dict[str, Json], target: Any, send: Any, progress: Any) -> None
         visited = recipe.without([(case, point) for case, point, _ in runs.refused])
         plan.cases = graphs.empty_plan(visited, target.id).cases
     plan.calls = runs.calls()
-    plan.note_put_back(one_point.put_back)
+    plan.note_sets(one_point.sets)
     plan.failed = each_once([*plan.failed, *failed_cases])
     plan.write(Path(job["plan_out"]))
     inputs = stamp.inputs(runs.late_modules)

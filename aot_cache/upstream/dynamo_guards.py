@@ -237,11 +237,12 @@ def expressions(manager: Any) -> list[str]:
     return [_as_served(str(part)) for part in manager.verbose_code_parts or manager.code_parts]
 
 
-_ADDRESS = re.compile(r", \d{6,}\)")
+_ADDRESS = re.compile(r", \d{6,}(?=\))|_\d{9,}(_c[^\s(]*)?")
+"""Of an object that is compared, and of a function that compares (`___check_metadata_139961542209472_c0/0`)."""
 
 
 def _plain(text: str) -> str:
-    return _ADDRESS.sub(")", text.split("  # ", 1)[0].strip())
+    return _ADDRESS.sub("", text.split("  # ", 1)[0].strip())
 
 
 _WHERE_IT_IS = re.compile(r""" at 0x[0-9a-f]+| from '[^']*'(?=>)|, file "[^"]*", line \d+""")

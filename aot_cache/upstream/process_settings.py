@@ -1,8 +1,9 @@
 """What host code can set for its whole process, and what a builder puts back: nothing set at one point reaches another.
 
 A recipe's function may set a default dtype, a variable or one of Inductor's settings while it makes arguments, and forget
-it. The next case would be traced under it, and its guards would ask a server for it that never runs recipes. So every
-point starts from what was so before it. What *importing* a module sets is kept: it is so in a server that imports it, too.
+it: the next case would be traced under it. So every point starts from what was so before it. What a server sets once is
+kept: what *importing* a module sets, and what the first making of a model does (torchao's `quantize_` changes Inductor's
+settings).
 
 Upstream: `torch/utils/_config_module.py` (`get_config_copy`, `__setattr__`), `torch/_dynamo/eval_frame.py` (`_stance`),
 `torch/__init__.py` (`_GLOBAL_DEVICE_CONTEXT`), `torch/backends`.
@@ -307,8 +308,40 @@ def _parts() -> list[_Part]:
 # --- keeping it -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Changes:
+    """What is set otherwise than it was: (part, name, value), the part as a number."""
+
+    values: tuple[tuple[int, str, Any], ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return [_parts()[part].room + name for part, name, _ in self.values]
+
+    def without(self, others: Changes) -> Changes:
+        """Those of other settings."""
+        known = {(part, name) for part, name, _ in others.values}
+        return Changes(tuple(one for one in self.values if one[:2] not in known))
+
+    def make(self) -> None:
+        """Set it so."""
+        for part, name, value in self.values:
+            _parts()[part].write(name, value)
+
+
 class Settings:
     """The settings of this process as they were."""
+
+    def changed(self) -> Changes:
+        """What is not as it was."""
+        return Changes(
+            tuple(
+                (number, name, now.get(name, _GONE))
+                for number, part in enumerate(_parts())
+                if (now := part.now()) is not part.base
+                for name in _differing(now, part.base)
+            )
+        )
 
     def put_back(self, wholly: bool = False) -> list[str]:
         """Make them so again, and `wholly` also what was changed in place; returns which were not."""
