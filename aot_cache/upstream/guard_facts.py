@@ -19,6 +19,7 @@ import torch
 from torch._dynamo import guards
 from torch._dynamo.source import TypeSource
 from torch._guards import Guard
+from torch._library import opaque_object
 from torch._subclasses.fake_tensor import FakeTensor
 
 from aot_cache.upstream.python_code import exact, identity
@@ -28,6 +29,9 @@ _KEYS = torch._C.DispatchKey
 _MODES = (_KEYS.ADInplaceOrView, _KEYS.AutogradFunctionality, _KEYS.Python, _KEYS.PythonTLSSnapshot)
 """Dispatch keys that tell inference tensors from others, and tensors without memory from those with: no graph's code
 depends on them, and which ones a tensor has depends on where it was made."""
+
+_OF_A_MESH = ("_flatten_rank_map", "_layout", "_device_type", "_mesh_dim_names", "_thread_id")
+"""What is compared of two meshes (`torch/distributed/device_mesh.py`, `DeviceMesh.__eq__`)."""
 
 LIVENESS = frozenset({"WEAKREF_ALIVE", "DICT_VERSION"})
 """Guards on objects that a graph holds by reference; ours takes everything as an argument."""
@@ -172,6 +176,22 @@ def _subclass(value: Any) -> str:
     return exact(value.__tensor_flatten__()[1]) if hasattr(value, "__tensor_flatten__") else f"a {_type(value)}"
 
 
+def _sharded(value: Any) -> str:
+    """How a DTensor is cut and over which devices; its sizes are its local tensor's."""
+    if not hasattr(value, "placements"):
+        return f"a {_type(value)}"
+    dtype = None if value.tensor_meta is None else value.tensor_meta.dtype
+    mesh = exact([getattr(value.mesh, name) for name in _OF_A_MESH])
+    return f"{mesh} {value.placements!r} {getattr(value, 'shard_order', None)!r} {dtype}" if mesh else NAMELESS
+
+
+def _opaque(value: Any) -> str | None:
+    """What the type of an opaque object says that its graphs depend on."""
+    known: Any = opaque_object
+    info = known.get_opaque_obj_info(type(value))
+    return exact(info.guard_fn(value)) if info is not None and info.guard_fn is not None else None
+
+
 def _iterator(value: Any) -> str:
     return f"{_type(value)} {value!r}" if type(value).__module__ == "itertools" else f"{_type(value)} {_state(value)}"
 
@@ -192,8 +212,8 @@ def _nothing(_: Any) -> None:
 _FACTS: dict[str, Callable[[Any], str | None]] = {
     # on values
     **dict.fromkeys(
-        "EQUALS_MATCH CONSTANT_MATCH BOOL_MATCH NONE_MATCH CONSTANT_SUBCLASS_MATCH NAME_MATCH FLOAT_IS_NAN COMPLEX_IS_NAN "
-        "DTENSOR_SPEC_MATCH OPAQUE_OBJ_GUARD_FN_MATCH".split(),
+        "EQUALS_MATCH CONSTANT_MATCH BOOL_MATCH NONE_MATCH CONSTANT_SUBCLASS_MATCH NAME_MATCH FLOAT_IS_NAN "
+        "COMPLEX_IS_NAN".split(),
         exact,
     ),
     **dict.fromkeys(("TYPE_MATCH", "FAKE_SCRIPT_TYPE_MATCH"), _type),
@@ -207,6 +227,8 @@ _FACTS: dict[str, Callable[[Any], str | None]] = {
     "TENSOR_MATCH": _tensor,
     "COW_TENSOR_MATCH": _cow,
     "TENSOR_SUBCLASS_METADATA_MATCH": _subclass,
+    "DTENSOR_SPEC_MATCH": _sharded,
+    "OPAQUE_OBJ_GUARD_FN_MATCH": _opaque,
     # These hold what they compare with, or compare parts of one call, and are checked as they are.
     **dict.fromkeys(
         "DICT_CONTAINS DICT_NOT_CONTAINS SET_CONTAINS SET_NOT_CONTAINS NOT_PRESENT_IN_GENERIC_DICT NOT_NONE_MATCH "

@@ -64,6 +64,24 @@ def test_models_of_transformers_hit(tmp_path: Path) -> None:
     assert all(case["distance"] < 1e-5 for case in bundle["rehearsal"]["cases"])
 
 
+def test_tensors_of_other_types_hit(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    bundle = built(tmp_path, "sample_subclasses:recipe")
+    found = {case["name"]: (case["hits"], case["events"]) for case in bundle["rehearsal"]["cases"]}
+    assert found == {"int8_weights": (5, {}), "static_dtensors": (2, {})}
+    assert all(case["distance"] < 1e-5 for case in bundle["rehearsal"]["cases"])
+    assert "torch._inductor.config.coordinate_descent_tuning" in bundle["sets"]["int8_weights"], "it is said"
+
+
+def test_what_torch_cannot_write_down_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    run = aot_cache(tmp_path, *"build --model sample_subclasses:dynamic --target cpu --store store --json".split())
+    assert run.returncode == 4
+    (failure,) = json.loads(run.stdout)["bundles"][0]["failed"]
+    assert failure["kernel"] == "sample_subclasses:product"
+    assert "WeakValueDictionary" in failure["error"] and "declare those sizes with Values" in failure["error"]
+
+
 # --- a builder that is wrong on purpose ---------------------------------------------------------------------------------
 
 BROKEN = """
