@@ -142,6 +142,11 @@ def why_not(answer: ConvertFrameReturn) -> str:
     return getattr(answer, "skip_reason", None) or "it gave no reason"
 
 
+_NOT_WRITTEN = (
+    "torch cannot write this graph down; where it is over DTensors whose sizes vary, declare those sizes with Values"
+)
+
+
 def why_given_up(error: Exception, name: str) -> str:
     """What made Dynamo or its backend give up on the function `name`, in one line, with the place in user code."""
     frames = getattr(error, "real_stack", None) or ()  # set by Dynamo where it knows the line that it was at
@@ -150,7 +155,10 @@ def why_given_up(error: Exception, name: str) -> str:
         f for f in frames if not f.filename.startswith("<") and not os.path.realpath(f.filename).startswith(inside)
     ]
     place = f" ({stack[-1].filename}:{stack[-1].lineno})" if stack else ""
-    return f"Dynamo gave up on {name}{place}: {one_line(error)}"
+    why = one_line(error)
+    if "pickle" in why:
+        why += f"; {_NOT_WRITTEN}"
+    return f"Dynamo gave up on {name}{place}: {why}"
 
 
 @contextlib.contextmanager

@@ -25,7 +25,6 @@ from torch._inductor.codecache import FxGraphCache
 from torch._inductor.output_code import CompiledFxGraph
 from torch._inductor.triton_bundler import TritonBundler
 
-from aot_cache.errors import TraceError, one_line
 from aot_cache.upstream import inductor_later, inductor_source
 
 _SETTINGS: dict[str, Any] = {
@@ -61,7 +60,6 @@ def compile_graph(wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs:
         backend: the wrapper's own `__call__`.
 
     Raises:
-        TraceError: torch cannot write down what Inductor made.
         Exception: whatever Inductor raises.
     """
     seen: Any = CompiledTritonKernels
@@ -76,21 +74,10 @@ def compile_graph(wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs:
             _without_sources(),
         ):
             compiled = backend(graph, inputs, **kwargs)
-            data = _bytes_of(compiled)
+            data = Serializable.serialize_compile_artifacts(Serializable(compiled))
     finally:
         wrapper.config = asked
     return _named_alike(data)
-
-
-def _bytes_of(compiled: Any) -> bytes:
-    try:
-        return Serializable.serialize_compile_artifacts(Serializable(compiled))
-    except Exception as error:
-        raise TraceError(
-            "a graph that torch can write down",
-            f"one that holds something without bytes ({one_line(error)})",
-            "torch itself keeps no graph over DTensors whose sizes vary: declare those sizes with Values",
-        ) from error
 
 
 @contextlib.contextmanager
