@@ -35,6 +35,8 @@ _aten = torch.ops.aten
 # Inference mode keeps composite operators whole.
 _SCALARS = frozenset({_aten._local_scalar_dense.default, _aten.item.default, _aten.is_nonzero.default})
 _TO_COPY = _aten._to_copy.default
+_TO_DEVICE = {_aten.to.device, _aten.to.prim_Device}
+"""`Tensor.to(device)`, which inference mode hands over whole from torch 2.15 on."""
 _COPY_ = _aten.copy_.default
 _PRIM_DEVICE = torch.ops.prim.device.default
 _RECORD_STREAM = _aten.record_stream.default
@@ -226,7 +228,7 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = [t for t in _leaves(args) if isinstance(t, VirtualTensor)]
     if kwargs:
         tensors += [t for t in _leaves(tuple(kwargs.values())) if isinstance(t, VirtualTensor)]
-    device = kwargs.get("device")
+    device = args[1] if func in _TO_DEVICE and len(args) > 1 else kwargs.get("device")
     wants_cuda = device is not None and torch.device(device).type == "cuda"
     if not tensors and not wants_cuda:
         return run_of_others(func, args, kwargs) if func.namespace not in _BUILTIN_NAMESPACES else func(*args, **kwargs)
