@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ BUNDLES: dict[str, tuple[list[str], list[str]]] = {
 """Name → what `build` is told, and what `rehearse` is told besides."""
 
 
-def cli(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    paths = [str(ROOT), str(ROOT / "tests" / "graphs"), os.environ.get("PYTHONPATH", "")]
+def cli(folder: Path, *arguments: str, paths: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """Run aot-cache in `folder`, with the tests' samples and `paths` to import from."""
+    paths = [*paths, str(ROOT), str(ROOT / "tests" / "graphs"), os.environ.get("PYTHONPATH", "")]
     return subprocess.run(
         [sys.executable, "-m", "aot_cache.cli", *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
