@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from aot_cache import (
     render_bundle,
     report,
     report_build,
+    report_diff,
     report_files,
     report_misses,
 )
@@ -138,9 +140,12 @@ def verify(
 
 
 def _host_parts(bundle: Bundle) -> list[Part]:
-    from aot_cache.runtime.compatible import parts
+    from aot_cache.runtime.compatible import graph_parts, parts
 
-    return parts(bundle.manifest, look_at_gpu=native.gpu_here())
+    with report.form_of(bundle):
+        found = parts(bundle.manifest, look_at_gpu=native.gpu_here())
+        of_graphs = graph_parts(bundle.manifest)
+    return found + [replace(part, name=f"graphs: {part.name}") for part in of_graphs]
 
 
 @app.command()
@@ -153,8 +158,8 @@ def explain(path: BundlePath, as_json: AsJson = False) -> None:
 
 @app.command()
 def diff(left: PlanPath, right: PlanPath, as_json: AsJson = False) -> None:
-    """What each of two plans (or bundles) launches and the other does not; exit 1 when there is anything."""
-    facts = report.diff(report_files.side(left), report_files.side(right), parameter_names)
+    """What each of two plans (or bundles) has and the other has not: kernels and graphs; exit 1 when there is anything."""
+    facts = report_diff.diff(report_files.side(left), report_files.side(right), parameter_names)
     render.document(facts) if as_json else render.difference(facts)
     raise typer.Exit(0 if facts["same"] else 1)
 

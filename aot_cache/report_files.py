@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aot_cache import rehearsed, report, report_ledger
+from aot_cache import rehearsed, report, report_diff, report_ledger
 from aot_cache.errors import DeclarationError
 from aot_cache.plan import Plan
 from aot_cache.signature import parameter_names
@@ -28,9 +28,9 @@ def facts(path: Path, kernel: str | None, points: bool, ledger: Sequence[Path]) 
     return report.plan(Plan.read(path), path, kernel, points, parameter_names)
 
 
-def side(path: Path) -> report.Side:
+def side(path: Path) -> report_diff.Side:
     """One side of `diff`."""
-    return report.Side(path, Plan.read(path)) if _is_plan(path) else report.side(read_bundle(path))
+    return report_diff.Side(path, Plan.read(path)) if _is_plan(path) else report_diff.side(read_bundle(path))
 
 
 def _is_plan(path: Path) -> bool:

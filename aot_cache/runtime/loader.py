@@ -276,12 +276,12 @@ def _refuse(error: Exception, strict: bool) -> None:
 
 def _add_graphs() -> None:
     """Make the graphs of waiting bundles known to Dynamo's misses. What is not for this host is refused, once."""
-    from aot_cache.runtime.graphs import GraphSet, differing
+    from aot_cache.runtime.graphs import GraphSet
 
     while _graph_bundles:
         bundle = _graph_bundles.pop(0)
         finding.check_torch(bundle)
-        parts = differing(bundle.manifest["graph_key"], bundle.manifest["target"])
+        parts = compatible.differing(compatible.graph_parts(bundle.manifest))
         if parts:
             do = "build for it (aot-cache build)"
             raise Incompatible(f"graphs for this host, not those of {bundle.path}", compatible.say(parts), do)

@@ -2,7 +2,7 @@
 
 An artifact holds C++ source, which upstream compiles again wherever its own cache folder does not have it, with a key that
 holds paths. Here a library is found by the source it was made from. Whoever loads checks that the processor is the same
-kind (`dynamo_globals.cpu_isa`).
+kind (`torch_release.cpu_isa`).
 
 Upstream: `torch/_inductor/codecache.py` (`CppCodeCache.load_async`, `_load_library`).
 """
