@@ -422,10 +422,21 @@ def test_kernels_where_other_releases_were_tested(bundle: Path, what: str) -> No
 @pytest.mark.parametrize("what", ["these", "both, but not together", "newer"])
 def test_strict_leaves_nothing_to_chance(bundle: Path, what: str) -> None:
     pairs, words, _ = RELEASES[what]
+    a_gpu = "from aot_cache import native; native.gpu_here = lambda: True; "
     served = serve(
-        TESTED % pairs + "import aot_cache.auto", AOT_CACHE=str(bundle), AOT_CACHE_STRICT="1", AOT_CACHE_UNTESTED=""
+        TESTED % pairs + a_gpu + "import aot_cache.auto",
+        AOT_CACHE=str(bundle),
+        AOT_CACHE_STRICT="1",
+        AOT_CACHE_UNTESTED="",
     )
     assert (served.error is None) if not words else (served.error[0] == "Incompatible" and words in served.error[1])
+
+
+def test_strict_refuses_a_bundle_for_a_gpu_where_there_is_none(bundle: Path) -> None:
+    served = serve("import aot_cache.auto", AOT_CACHE=str(bundle), AOT_CACHE_STRICT="1")
+    assert served.error[0] == "Incompatible" and "which is for NVIDIA H200; there is none here" in served.error[1]
+    served = serve("import aot_cache.auto", AOT_CACHE=str(bundle))
+    assert served.error is None and served.warnings == [], "without it, the process may see its GPU later"
 
 
 @pytest.mark.parametrize("what", RELEASES)

@@ -239,6 +239,8 @@ def _add(path: Path, digest: str | None) -> KernelSet:
     kernels = KernelSet(bundle, LEDGER)
     finding.check(kernels.bundle, look_at_gpu=False)
     _heed(finding.doubt(bundle))
+    if _strict:
+        finding.check_gpu(bundle)
     with _lock:
         _sets.append(kernels)
         if bundle.manifest["graphs"]:
