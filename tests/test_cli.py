@@ -61,8 +61,21 @@ def twice(n):
 def fails(n):
     return Call(run_broken, torch.empty(n, device="cuda"))
 
-good, bad = Recipe("good", [twice]), Recipe("bad", [fails])
+def run_only_broken(x):
+    broken[(1,)](x)
+
+@declare(n=Range(16, 16))
+def only_fails(n):
+    return Call(run_only_broken, torch.empty(n, device="cuda"))
+
+good, bad, worst = Recipe("good", [twice]), Recipe("bad", [fails]), Recipe("worst", [only_fails])
 '''
+
+
+MISSES = json.dumps(
+    {"aot-cache miss": 1, "kind": "load", "name": "f", "in_capture": False, "sealed": True, "action": "fallback"}
+    | {"why": "", "pid": 1, "seen": 1}
+)
 
 
 class Said(NamedTuple):
@@ -198,6 +211,40 @@ def test_a_kernel_that_fails_is_named_and_the_rest_kept(real: Run, run: Run) -> 
     assert found.code == 32
     assert "tiny:broken" in found.document["findings"][0]["what"]
     assert "no, 1 failed" in run("inspect", "artifacts/bundles/bad-h200.safetensors").out
+    assert not any(line.startswith(("Dockerfile", "server")) for line in said.out.splitlines()), "nothing to put there"
+    assert "bundle: " in said.out
+
+
+def test_a_build_of_which_all_failed_leaves_what_was_there(real: Run, tmp_path: Path) -> None:
+    whole = real("build", "--model", "tiny:good", "--out", "b.safetensors")
+    before = (tmp_path / "b.safetensors").read_bytes()
+    said = real("build", "--model", "tiny:worst", "--target", "h200", "--out", "b.safetensors")
+    assert (whole.code, said.code) == (0, 4)
+    assert "h200: FAILED: nothing could be built" in said.out and "b.safetensors is as it was" in said.out
+    assert (tmp_path / "b.safetensors").read_bytes() == before
+    facts = real("build", "--model", "tiny:worst", "--target", "h200", "--out", "b.safetensors", "--json").document
+    (built,) = facts["bundles"]
+    assert (built["written"], built["digest"], built["dockerfile"], len(built["failed"])) == (False, "", [], 1)
+
+
+def test_a_build_of_nothing(real: Run, tmp_path: Path) -> None:
+    said = real("build", "--model", "tiny:good", "--target", "cpu")
+    assert_one_line(said, "a Triton kernel or a compiled function of good for cpu", "name one with --target")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_what_is_narrower_or_wider_does_not_take_the_place_of_the_whole(real: Run, tmp_path: Path) -> None:
+    (tmp_path / "misses.json").write_text(MISSES)
+    names = {
+        path: Path(real("build", "--model", "tiny:good", "--json", *path.split()).document["bundles"][0]["path"]).name
+        for path in ("", "--range n=16", "--range n=15,16", "--ranks 2", "--misses misses.json")
+    }
+    assert names[""] == "good-h200.safetensors" and names["--range n=16"] == "good-range.n=16-h200.safetensors"
+    assert names["--ranks 2"] == "good-ranks=2-h200.safetensors"
+    assert len(set(names.values())) == 5, names
+    plan = "artifacts/bundles/good-range.n=16-h200.plan.json"
+    built = real("build", "--plan", plan, "--json").document["bundles"][0]
+    assert Path(built["path"]).name == "good-range.n=16-h200.safetensors", "it is this one's, and not the whole one's"
 
 
 def test_the_plan_can_be_seen_without_compiling(real: Run, tmp_path: Path) -> None:
@@ -562,6 +609,38 @@ def test_a_file_that_is_neither(run: Run, tmp_path: Path) -> None:
     assert_one_line(run("inspect", "list.json"), "list.json", code=8)
     assert_one_line(run("inspect", "other.json"), "schema None")
     assert_one_line(run("inspect", "brace"), "brace", "header", code=8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        ("build --model tiny:goood", "good"),
+        ("build --model tinny:good", "tiny"),
+        ("build --model tiny:good --range nn=16", "n"),
+        ("build --model tiny:good --target h20", "h200"),
+        ("build --model qwen3.5-tinny", "qwen3.5-tiny"),
+        ("build --model qwen3.5-tiny --option speec=mtp", "spec"),
+        ("build --model qwen3.5-tiny --spec mpt", "mtp"),
+        ("build --model qwen3.5-tiny --dtype bfloat61", "bfloat16"),
+        ("inspekt nowhere", "inspect"),
+    ],
+)
+def test_what_is_misspelt_is_told_what_may_be_meant(real: Run, arguments: str, meant: str) -> None:
+    said = real(*arguments.split())
+    assert said.code in (2, 3) and said.err.count("\n") == 1
+    assert f"did you mean '{meant}'?" in said.err.lower(), said.err
+
+
+def test_inspecting_what_is_corrupt_says_so(run: Run, sample: Sample) -> None:
+    """Wherever the byte is: in the header, in a binary that only a server reads, at the end."""
+    data = sample.bundle.read_bytes()
+    for at in (20, len(data) // 2, len(data) - 1):
+        bad = bytearray(data)
+        bad[at] ^= 1
+        Path("bad.safetensors").write_bytes(bad)
+        assert_one_line(run("inspect", "bad.safetensors"), "aot-cache: corrupt: ", "bad.safetensors", code=8)
+    Path("bad.safetensors").write_bytes(data[:300])
+    assert_one_line(run("inspect", "bad.safetensors"), "aot-cache: corrupt: ", "the file has 300", code=8)
 
 
 def test_verifying(run: Run, sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:

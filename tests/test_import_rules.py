@@ -20,7 +20,7 @@ PACKAGE = ROOT / "aot_cache"
 
 # Arrows point down: a module imports what stands on an earlier line, and its own room; for types alone, anything.
 LAYERS = (
-    ("errors", "tested"),
+    ("errors", "tested", "process_group"),
     ("store", "shapes", "key", "target", "options", "shipped"),
     ("plan", "recipe", "manifest", "follows", "scan"),
     ("upstream", "signature", "missed", "miss_file"),
