@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from limits import HANGS
 
 ROOT = Path(__file__).parents[1]
 MARK = "AOT_TESTS_INTERRUPTED"
@@ -115,7 +116,7 @@ def test_nothing_lives_on_while_a_compiler_runs(graphs: Building, name: str) -> 
     """The C++ compiler is the child of a child of a child."""
     graphs.wait_for("cc1plus")
     graphs.process.send_signal(getattr(signal, name))
-    _, err = graphs.process.communicate(timeout=60)
+    _, err = graphs.process.communicate(timeout=HANGS)
     assert graphs.left() == {}
     if name == "SIGKILL":
         return  # nobody is left to say or clean up anything
@@ -128,7 +129,7 @@ def test_nothing_lives_on_while_a_compiler_runs(graphs: Building, name: str) -> 
 def test_what_is_done_is_not_done_again(kernels: Building, name: str) -> None:
     kernels.wait_for("100")
     kernels.process.send_signal(getattr(signal, name))
-    kernels.process.communicate(timeout=60)
+    kernels.process.communicate(timeout=HANGS)
     assert kernels.left() == {}
     assert not list(kernels.folder.rglob("*.safetensors")), "nothing half-written"
     done = subprocess.run(
@@ -147,6 +148,6 @@ def test_a_worker_that_is_killed_takes_its_children_along(graphs: Building) -> N
     graphs.wait_for("cc1plus")
     worker = next(pid for pid, line in sorted(marked(graphs.mark).items()) if "aot_cache.build.worker" in line)
     os.kill(worker, signal.SIGKILL)
-    _, err = graphs.process.communicate(timeout=60)
+    _, err = graphs.process.communicate(timeout=HANGS)
     assert graphs.left() == {}
     assert graphs.process.returncode == 3 and "the build worker to finish; it ended with code -9" in err

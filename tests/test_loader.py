@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from limits import HANGS
 
 from aot_cache import target as targets
 from aot_cache.build import pipeline
@@ -99,7 +100,7 @@ def serve(code: str, **environment: str) -> Served:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=HANGS,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -345,7 +346,12 @@ def here(backend: str) -> dict[str, Any]:
         f"print(json.dumps(dynamo_globals.bound_to(target.get({backend!r}).properties())))"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100, check=True
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+        check=True,
     )
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -604,7 +610,7 @@ def test_c_modules_are_built_and_loaded_from_memory(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=HANGS,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -143,8 +143,7 @@ def bundle_path(request: Request, name: str, spec: str = "", misses: Misses | No
     if request.out is not None:
         return request.out
     if request.plan is not None:
-        name = request.plan.name.removesuffix(".json").removesuffix(".plan").removesuffix(f"-{request.target.id}")
-        file = options.file_name(name, "")
+        file = request.plan.name.removesuffix(".json").removesuffix(".plan").removesuffix(f"-{request.target.id}")
     else:
         more = {f"range.{dim}": text for dim, text in sorted(request.ranges.items())}
         if request.ranks is not None:
