@@ -1,14 +1,16 @@
 """The command line: parse, call, print. Nothing is decided here that a library user could want.
 
 Exit codes: 0 all is well · 1 the plans of `diff` differ · 2 not understood · 3 and above as `errors` says, such as 4 something
-did not compile and 5 a rehearsal did not pass; `verify` adds up 8 corrupt, 16 not for this host and 32 incomplete · 130
-interrupted.
+did not compile and 5 a rehearsal did not pass; `verify` adds up 8 corrupt, 16 not for this host and 32 incomplete · 128 and the
+signal's number (130 for Ctrl-C, 143 for SIGTERM) interrupted.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +26,7 @@ from aot_cache import (
     render_bundle,
     report,
     report_build,
+    report_diff,
     report_files,
     report_misses,
 )
@@ -32,6 +35,7 @@ from aot_cache.cli_build import AsJson, build
 from aot_cache.cli_rehearse import rehearse
 from aot_cache.errors import AotCacheError, BundleCorrupt, DeclarationError
 from aot_cache.key import Part
+from aot_cache.process_group import interruptible
 from aot_cache.signature import parameter_names
 from aot_cache.store import Bundle, read_bundle, write_atomic
 
@@ -43,19 +47,29 @@ PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file, or 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; one line on stderr for anything that is the caller's to mend."""
+    came: list[int] = []
     try:
-        code = app(args=None if arguments is None else list(arguments), prog_name="aot-cache", standalone_mode=False)
-        sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        with interruptible() as came:
+            code = app(
+                args=None if arguments is None else list(arguments), prog_name="aot-cache", standalone_mode=False
+            )
+            sys.stdout.flush()
+            if not came:  # else typer has caught it
+                return code if isinstance(code, int) else 0
+    except BundleCorrupt as error:
+        return _complain(f"corrupt: {error}", error.exit_code)
     except AotCacheError as error:
         return _complain(error, error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return 130
+        pass  # said below
     except Exception as error:
         # The class of usage errors is click's or typer's own copy of it, by typer's version; both have these two.
         if not hasattr(error, "format_message"):
             raise
         return _complain(error.format_message(), getattr(error, "exit_code", 2))
+    building = (sys.argv[1:] if arguments is None else list(arguments))[:1] == ["build"]
+    do = "; run again to continue with what is done" if building else ""
+    return _complain(f"interrupted{do}", 128 + (came[0] if came else signal.SIGINT))
 
 
 def _complain(what: object, code: int) -> int:
@@ -138,9 +152,12 @@ def verify(
 
 
 def _host_parts(bundle: Bundle) -> list[Part]:
-    from aot_cache.runtime.compatible import parts
+    from aot_cache.runtime.compatible import graph_parts, parts
 
-    return parts(bundle.manifest, look_at_gpu=native.gpu_here())
+    with report.form_of(bundle):
+        found = parts(bundle.manifest, look_at_gpu=native.gpu_here())
+        of_graphs = graph_parts(bundle.manifest)
+    return found + [replace(part, name=f"graphs: {part.name}") for part in of_graphs]
 
 
 @app.command()
@@ -153,8 +170,8 @@ def explain(path: BundlePath, as_json: AsJson = False) -> None:
 
 @app.command()
 def diff(left: PlanPath, right: PlanPath, as_json: AsJson = False) -> None:
-    """What each of two plans (or bundles) launches and the other does not; exit 1 when there is anything."""
-    facts = report.diff(report_files.side(left), report_files.side(right), parameter_names)
+    """What each of two plans (or bundles) has and the other has not: kernels and graphs; exit 1 when there is anything."""
+    facts = report_diff.diff(report_files.side(left), report_files.side(right), parameter_names)
     render.document(facts) if as_json else render.difference(facts)
     raise typer.Exit(0 if facts["same"] else 1)
 

@@ -263,5 +263,5 @@ def _build_all(requests: Sequence[Request], facts: dict[str, Any], as_json: bool
 
 def _facts_of(one: Built, after: After | None) -> dict[str, Any]:
     if after is None:
-        return report_build.built(one, rehearsed.read(one.path, one.digest))
+        return report_build.built(one, rehearsed.read(one.path, one.digest) if one.digest else rehearsed.NO_STAMP)
     return report_build.built(one, after.stamp, after.facts())

@@ -119,6 +119,8 @@ class After:
 def after_build(built: Built, model: str | None, progress: rehearsals.Progress) -> After:
     """Rehearse a whole bundle of `model` for the CPU, unless that was done before and nothing has changed since."""
     path, digest = built.path, built.digest
+    if not digest:
+        return After(rehearsed.NO_STAMP)
     stamp = rehearsed.read(path, digest)
     before = stamp.of("cpu")
     same = built.nothing_to_do and before is not None and dict(before.versions) == rehearsals.versions()

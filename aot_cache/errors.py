@@ -25,6 +25,9 @@ exits with `exit_code`; it shows no traceback for anything in this tree.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class AotCacheError(Exception):
     """Base of every error that aot-cache raises on purpose.
@@ -135,6 +138,12 @@ class TuneError(AotCacheError):
 
 
 _ADVICE = "Set TORCH"  # how torch ends many messages: which variables would say more
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """What to do about a word that is none of `known`: the closest of them, if one is close."""
+    near = get_close_matches(word, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise
 
 
 def first_cause(error: BaseException) -> BaseException:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 
 from aot_cache import options, recipe
-from aot_cache.errors import DeclarationError, UnknownName
+from aot_cache.errors import DeclarationError, UnknownName, did_you_mean
 
 ENTRY_POINTS = "aot_cache.model_types"
 FILE = "config.json"
@@ -70,11 +69,10 @@ def spec_for(path: str) -> str:
         )
     known = names()
     if wanted not in known:
-        near = get_close_matches(wanted, known, n=1)
         raise UnknownName(
             f"a recipe for model_type {wanted!r} of {path}",
             f"there are some for {', '.join(sorted(known)) or 'none'}",
-            f"did you mean {near[0]!r}?" if near else "name a recipe: `aot-cache models` lists them",
+            did_you_mean(wanted, known, "name a recipe: `aot-cache models` lists them"),
         )
     called = {value: name for name, value in sorted(recipe.names().items(), reverse=True)}
     return options.text(called.get(known[wanted], known[wanted]), {options.CONFIG: path})

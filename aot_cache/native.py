@@ -19,7 +19,7 @@ def gpu_here(devices: Path = Path("/dev"), environment: Mapping[str, str] = os.e
     def hidden(*names: str) -> bool:
         return any(environment.get(name, "0").strip() in ("", "-1") for name in names)
 
-    if any(devices.glob("nvidia[0-9]*")):
+    if any(devices.glob("nvidia[0-9]*")) or (devices / "dxg").exists():  # the latter is Windows' own, under WSL
         return not hidden("CUDA_VISIBLE_DEVICES")
     return (devices / "kfd").exists() and not hidden(
         "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"

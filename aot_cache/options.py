@@ -13,12 +13,11 @@ import math
 import os
 import typing
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, unquote_to_bytes
 
-from aot_cache.errors import DeclarationError, UnknownName
+from aot_cache.errors import DeclarationError, UnknownName, did_you_mean
 
 CONFIG = "config"
 """The option of every recipe that has one which names a file: its content counts, and not where it lies."""
@@ -78,16 +77,19 @@ def _plain(value: str) -> str:
         raise DeclarationError("an option's value as percent-escaped UTF-8", repr(value)) from error
 
 
-def file_name(name: str, spec: str) -> str:
+def file_name(name: str, spec: str, more: Mapping[str, str] | None = None) -> str:
     """A recipe's name and the options of its spec as part of a file's name: `qwen3.5-max_batch=64-spec=mtp`.
 
-    Two specs have two names: what would be too long, or has characters that no file's name should, ends with a digest.
+    Two specs have two names, and so has one with `more` words, which stand behind its options: what would be too long, or has
+    characters that no file's name should, ends with a digest.
     """
     _, given = parse(spec)
     if CONFIG in given:
         given[CONFIG] = given[CONFIG].removeprefix(_SHA256)[:12]
-    words = "-".join(f"{option}={_safe(value)}" for option, value in sorted(given.items()))
-    if len(words) > 120 or any(_safe(value) != value for value in given.values()):
+    all_words = [*sorted(given.items()), *(more or {}).items()]
+    words = "-".join(f"{option}={_safe(value)}" for option, value in all_words)
+    if len(words) > 120 or any(_safe(value) != value for _, value in all_words):
+        given.update(more or {})
         words = f"{words[:100]}-{hashlib.sha256(text('', given).encode()).hexdigest()[:12]}"
     return f"{_safe(name)}-{words}" if words else _safe(name)
 
@@ -174,9 +176,8 @@ def make(found: Callable[..., Any], name: str, given: Mapping[str, str]) -> tupl
 
 def unknown(option: str, name: str, known: Mapping[str, object]) -> UnknownName:
     """The error for an option that recipe `name` does not have."""
-    near = get_close_matches(option, known, n=1)
     has = f"it has {', '.join(sorted(known))}" if known else "it takes no options"
-    return UnknownName(f"an option called {option!r} of {name!r}", has, f"did you mean {near[0]!r}?" if near else "")
+    return UnknownName(f"an option called {option!r} of {name!r}", has, did_you_mean(option, known))
 
 
 def _function(found: object) -> object:
@@ -223,9 +224,8 @@ def _read(option: str, name: str, kind: Any, value: str) -> Any:
     if choices:
         if value in choices:
             return choices[value]
-        near = get_close_matches(value, choices, n=1)
         wanted = f"option {option!r} of {name!r} to be one of {', '.join(choices)}"
-        raise DeclarationError(wanted, repr(value), f"did you mean {near[0]!r}?" if near else "")
+        raise DeclarationError(wanted, repr(value), did_you_mean(value, choices))
     if kind is str:
         return value
     try:

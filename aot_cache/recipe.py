@@ -14,12 +14,12 @@ import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as _replace
-from difflib import get_close_matches
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from aot_cache import options, shipped
-from aot_cache.errors import AotCacheError, DeclarationError, UnknownName, first_cause, one_line
+from aot_cache.errors import AotCacheError, DeclarationError, UnknownName, did_you_mean, first_cause, one_line
 from aot_cache.shapes import Dimension, Enumeration, Point, describe, enumerate_points
 
 ENTRY_POINTS = "aot_cache.recipes"
@@ -213,7 +213,9 @@ class Recipe:
         for dim in ranges:
             if dim not in known:
                 raise UnknownName(
-                    f"a dimension called {dim!r} in recipe {self.name!r}", f"it has {', '.join(sorted(known))}"
+                    f"a dimension called {dim!r} in recipe {self.name!r}",
+                    f"it has {', '.join(sorted(known))}",
+                    did_you_mean(dim, known),
                 )
         cases = [
             _replace(case, dims={dim: ranges.get(dim, own) for dim, own in case.dims.items()}) for case in self.cases
@@ -268,11 +270,10 @@ def resolve(spec: str) -> str:
     known = names()
     if name in known:
         return known[name]
-    near = get_close_matches(name, known, n=1)
     raise UnknownName(
         f"a model called {name!r}",
         f"known: {', '.join(sorted(known)) or 'none'}",
-        f"did you mean {near[0]!r}?" if near else "name one of these, or module:object",
+        did_you_mean(name, known, "name one of these, or module:object"),
     )
 
 
@@ -298,14 +299,19 @@ def load(spec: str) -> Recipe:
         if os.environ.get("AOT_CACHE_DEBUG") == "1":
             traceback.print_exception(first_cause(error))
         wanted = f"the module {module_name!r} of recipe {name!r}"
-        do = shipped.to_do_in(module_name, "install it, or set PYTHONPATH")
+        near = did_you_mean(module_name, _modules_nearby(), "install it, or set PYTHONPATH")
+        do = shipped.to_do_in(module_name, near)
         missing = f"no module named {error.name!r}" if error.name else one_line(first_cause(error))
         raise UnknownName(wanted, missing, do) from error
     except Exception as error:
         do = shipped.to_do_in(module_name, "fix the recipe's module")
         raise DeclarationError(f"recipe {name!r} to import", f"{type(error).__name__}: {error}", do) from error
+    module = found
     for part in attribute.split("."):
         found = getattr(found, part, None)
+    if found is None:
+        do = did_you_mean(attribute, vars(module), "name a Recipe, a declared case, or what makes one")
+        raise UnknownName(f"a Recipe at {path}", f"{module_name} has no {attribute!r}", do)
     found, kept = _made(found, name, given)
     if isinstance(found, Case):
         found = Recipe(found.name, [found])
@@ -314,6 +320,12 @@ def load(spec: str) -> Recipe:
             f"a Recipe at {path}", f"a {type(found).__name__}", "name a Recipe, a declared case, or what makes one"
         )
     return _replace(found, spec=options.text(name, kept))
+
+
+def _modules_nearby() -> set[str]:
+    """Names of the modules that lie beside the caller's: what a misspelt one may be."""
+    folders = [Path.cwd(), *map(Path, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))]
+    return {path.stem for folder in folders if folder.is_dir() for path in folder.glob("*.py")}
 
 
 def _made(found: Any, name: str, given: Mapping[str, str]) -> tuple[Any, dict[str, str]]:

@@ -140,21 +140,38 @@ def times(count: int) -> str:
 
 
 def difference(facts: Facts) -> None:
-    """`diff`: what each side has and the other lacks."""
-    if facts["same"]:
-        line("the same is launched by both")
+    """`diff`: how much differs, then what each side has and the other lacks."""
+    line(facts["summary"])
     for side, path in (("only_left", facts["left"]), ("only_right", facts["right"])):
         only = facts[side]
-        if not only["units"] and not only["tunings"]:
-            continue
-        line(f"only in {path}: {len(only['units'])} specializations, {len(only['tunings'])} choices")
+        if any(only.values()):
+            line(f"only in {path}:")
         for unit in only["units"]:
             line(f"  {unit['kernel']} (source {unit['source'][:SHORT]})")
             line(f"    {unit['signature']}")
-            for text in unit["reached_by"]:
-                line(f"    reached by {text}")
+            _reached(unit)
         for tuning in only["tunings"]:
             line(f"  {tuning['kernel']}: choice of {tuning['candidates']} configs for ({', '.join(tuning['key'])})")
+        for found in [*only.get("graphs", ()), *only.get("calls", ())]:
+            _compiled(found)
+    if facts["compiled_otherwise"]:
+        line("for the same calls, compiled otherwise:")
+    for found in facts["compiled_otherwise"]:
+        _compiled(found)
+
+
+def _compiled(found: Facts) -> None:
+    """A graph, or a call for which a plan asks one."""
+    words = " ".join(filter(None, (found["mode"], found["options"])))
+    line(f"  {found['function']} ({words}; changes: {found['changes']})")
+    if found.get("differs"):
+        line(f"    differs in {', '.join(found['differs'])}")
+    _reached(found)
+
+
+def _reached(found: Facts) -> None:
+    for text in found["reached_by"]:
+        line(f"    reached by {text}")
 
 
 # --- hosts and targets ------------------------------------------------------------------------------------------------

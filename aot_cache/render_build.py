@@ -48,7 +48,8 @@ def builds(rows: Sequence[Facts]) -> None:
         if b["ranks"] > 1:
             line(f"{b['target']}: for a job of {b['ranks']} ranks")
         if not b["complete"]:
-            line(f"{b['target']}: INCOMPLETE: {_many(len(b['failed']), 'part')} of the recipe is not in this bundle")
+            lost = f"without {_many(len(b['failed']), 'part')} of the recipe"
+            line(f"{b['target']}: {f'INCOMPLETE: {lost}' if b['written'] else 'FAILED: nothing could be built'}")
         for failure in b["failed"]:
             line(f"{b['target']}: failed: {failure['kernel']}: {failure['error']}")
         for name, settings in b["sets"].items():
@@ -57,11 +58,15 @@ def builds(rows: Sequence[Facts]) -> None:
         for name, why in b["per_rank"].items():
             line(f"{b['target']}: built for each rank: {name}: {why}")
         _became(b)
+        if not b["written"]:
+            line(f"bundle: none was written; {b['path']} is as it was")
+            continue
         line(f"bundle: {b['path']}")
         line(f"digest: {b['digest']}")
         for instruction in b["dockerfile"]:
             line(f"Dockerfile: {instruction}")
-        line(f"server: {b['server']}")
+        if b["server"]:
+            line(f"server: {b['server']}")
 
 
 def _rehearsal(built: Facts) -> None:

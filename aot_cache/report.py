@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,10 @@ from aot_cache.coverage_grid import CALL, GRAPH, KERNEL, Served
 from aot_cache.errors import AotCacheError, BundleCorrupt, DeclarationError, DigestMismatch, Incompatible, NotReady
 from aot_cache.key import Part
 from aot_cache.manifest import unit_label, whole
-from aot_cache.plan import SCHEMA, Plan, Tuning, Unit
-from aot_cache.plan import diff as plan_diff
+from aot_cache.plan import SCHEMA, Plan, Tuning
 from aot_cache.rehearsed import NO_STAMP, Stamp
 from aot_cache.shapes import point_text
-from aot_cache.signature import Names, closure_digest, no_names, signature, value_text
+from aot_cache.signature import Names, closure_digest, no_names, signature
 from aot_cache.store import Bundle
 
 Json = Any
@@ -57,7 +56,7 @@ def bundle(
         DeclarationError: no kernel is called so.
     """
     m = whole(found)
-    with _form(BundleCorrupt, f"a bundle of this version at {found.path}"):
+    with form_of(found):
         inside = plan_of(m)
         objects = [(unit["object"], int(m["objects"][unit["object"]])) for unit in m["units"]]
         compiled = [
@@ -102,7 +101,7 @@ def plan(found: Plan, path: Path, kernel: str | None = None, points: bool = Fals
     Raises:
         DeclarationError: a value in it has another form than this version writes, or no kernel is called so.
     """
-    with _form(DeclarationError, f"a plan of this version at {path}"):
+    with form(DeclarationError, f"a plan of this version at {path}"):
         facts = {"kind": "plan", "path": str(path), **_common(found, [one.failure() for one in found.failed])}
         facts["kernels"] = _kernels(found, _chosen(found, kernel), [])
         facts["grids"] = _grids(found, CALL, facts["calls"])
@@ -115,7 +114,7 @@ def plan_of(manifest: Mapping[str, Json]) -> Plan:
     """The plan that a bundle's whole manifest carries, without the units that failed or do not fit.
 
     Raises:
-        KeyError, ValueError, ...: the manifest has another form than this version writes; see `_form`.
+        KeyError, ValueError, ...: the manifest has another form than this version writes; see `form`.
     """
     name = [k["name"] for k in manifest["kernels"]]
     closures = {k["name"]: k["closure"] for k in manifest["kernels"]}
@@ -277,12 +276,17 @@ def _specializations(found: Plan, kernels: Collection[str], compiled: Sequence[F
 
 
 @contextmanager
-def _form(error: type[AotCacheError], wanted: str) -> Iterator[None]:
+def form(error: type[AotCacheError], wanted: str) -> Iterator[None]:
     """A file may hash right and still be another version's, or hostile: one clear error instead of a traceback."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as caught:
         raise error(wanted, f"{type(caught).__name__}: {caught}", "build it again with this version") from caught
+
+
+def form_of(found: Bundle) -> AbstractContextManager[None]:
+    """Inside, a manifest of another form than this version writes is a BundleCorrupt."""
+    return form(BundleCorrupt, f"a bundle of this version at {found.path}")
 
 
 def reached_text(reached: Mapping[str, Iterable[Mapping[str, str]]]) -> list[str]:
@@ -294,75 +298,6 @@ def reached_text(reached: Mapping[str, Iterable[Mapping[str, str]]]) -> list[str
     ]
 
 
-# --- comparing --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Side:
-    """One side of a comparison: a plan, or the one inside a bundle, with the ids that the bundle left out as unfit."""
-
-    path: Path
-    plan: Plan
-    pruned: frozenset[str] | None = None
-    """None for a plan file."""
-
-
-def side(found: Bundle) -> Side:
-    """Raises BundleCorrupt when the manifest has another form than this version writes."""
-    with _form(BundleCorrupt, f"a bundle of this version at {found.path}"):
-        manifest = whole(found)
-        return Side(found.path, plan_of(manifest), frozenset(p["unit"] for p in manifest["pruned"]))
-
-
-def diff(left: Side, right: Side, names: Names = no_names) -> Facts:
-    """What each side launches and the other does not.
-
-    A bundle's units have no overrides written down (they are values of the specialization, too), and lack what does not
-    fit the target, which is no difference in what is launched.
-    """
-    with _form(DeclarationError, f"plans of this version at {left.path} and {right.path}"):
-        plans = [_comparable(left, right), _comparable(right, left)]
-        found = plan_diff(*plans)
-        return {
-            "left": str(left.path),
-            "right": str(right.path),
-            "same": found.same,
-            "only_left": _only(found.only_left, found.tunings_left, left.plan, names),
-            "only_right": _only(found.only_right, found.tunings_right, right.plan, names),
-        }
-
-
-def _comparable(one: Side, other: Side) -> Plan:
-    units = [u for u in one.plan.units if u.id not in (other.pruned or ())]
-    if one.pruned is not None or other.pruned is not None:
-        units = [replace(u, overrides={}) for u in units]
-    return replace(one.plan, units=units)
-
-
-def _only(units: Iterable[Unit], tunings: Iterable[Tuning], found: Plan, names: Names) -> Facts:
-    return {
-        "units": [
-            {
-                "kernel": u.kernel,
-                "signature": signature(u, names(u.kernel, found.closures[u.kernel])),
-                "source": u.source,
-                "reached": u.reached,
-                "reached_by": reached_text(u.reached),
-            }
-            for u in units
-        ],
-        "tunings": [
-            {
-                "kernel": t.kernel,
-                "key": [value_text(k) for k in t.key],
-                "candidates": len(t.candidates),
-                "reached": t.reached,
-            }
-            for t in tunings
-        ],
-    }
-
-
 # --- a bundle on this host --------------------------------------------------------------------------------------------
 
 
@@ -372,7 +307,7 @@ def findings(found: Bundle, digest: str | None, parts: Iterable[Part]) -> list[F
     if digest is not None and digest != found.digest:
         out.append(finding(DigestMismatch, f"the bundle is {found.digest}, and {digest} was pinned"))
     out += [finding(BundleCorrupt, f"the bytes of object {name} do not hash to its name") for name in found.check_all()]
-    with _form(BundleCorrupt, f"a bundle of this version at {found.path}"):
+    with form_of(found):
         for name in found.manifest["binaries"]:
             if name not in found.manifest["objects"]:
                 out.append(finding(BundleCorrupt, f"binary {name[:SHORT]} is not among the bundle's objects"))

@@ -52,21 +52,23 @@ def _union(boxes: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
 
 
 def built(result: Built, stamp: Stamp = NO_STAMP, rehearsal: Facts | None = None) -> Facts:
-    """What one build did, and what to write where it is used.
+    """What one build did, and what to write where it is used: nothing, where it is not whole or does not hit.
 
     Args:
         stamp: what was rehearsed of it.
         rehearsal: what is shown of the one with which it ended; None where there was none.
     """
+    good = not result.failed and (rehearsal is None or rehearsal["passed"])
     return {
         **result.to_json(),
         "path": str(result.path.absolute()),
+        "written": bool(result.digest),
         "complete": not result.failed,
         "coverage": _coverage(result, stamp, rehearsal),
         **stamp.facts(),
         "rehearsal": rehearsal,
-        "dockerfile": dockerfile(result.path, result.digest),
-        "server": SERVER,
+        "dockerfile": dockerfile(result.path, result.digest) if good else [],
+        "server": SERVER if good else "",
     }
 
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aot_cache import rehearsed, report, report_ledger
-from aot_cache.errors import DeclarationError
+from aot_cache import rehearsed, report, report_diff, report_ledger
+from aot_cache.errors import BundleCorrupt, DeclarationError
 from aot_cache.plan import Plan
 from aot_cache.signature import parameter_names
-from aot_cache.store import read_bundle
+from aot_cache.store import Bundle, read_bundle
 
 
 def facts(path: Path, kernel: str | None, points: bool, ledger: Sequence[Path]) -> dict[str, Any]:
@@ -21,6 +21,7 @@ def facts(path: Path, kernel: str | None, points: bool, ledger: Sequence[Path]) 
     """
     if not _is_plan(path):
         bundle = read_bundle(path)
+        _check(bundle)
         found = report_ledger.read(ledger, bundle.digest) if ledger else None
         return report.bundle(bundle, kernel, points, parameter_names, found, rehearsed.read(path, bundle.digest))
     if ledger:
@@ -28,9 +29,17 @@ def facts(path: Path, kernel: str | None, points: bool, ledger: Sequence[Path]) 
     return report.plan(Plan.read(path), path, kernel, points, parameter_names)
 
 
-def side(path: Path) -> report.Side:
+def _check(bundle: Bundle) -> None:
+    """Raises BundleCorrupt where bytes are not what the header says, also of objects that only a server would read."""
+    bad = bundle.check_all()
+    if bad:
+        found = f"the bytes of {len(bad)} of its objects do not hash to their names ({', '.join(name[:12] for name in bad[:3])})"
+        raise BundleCorrupt(f"a sound bundle at {bundle.path}", found, "copy or build it again")
+
+
+def side(path: Path) -> report_diff.Side:
     """One side of `diff`."""
-    return report.Side(path, Plan.read(path)) if _is_plan(path) else report.side(read_bundle(path))
+    return report_diff.Side(path, Plan.read(path)) if _is_plan(path) else report_diff.side(read_bundle(path))
 
 
 def _is_plan(path: Path) -> bool:

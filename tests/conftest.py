@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
+from limits import HANGS, PATIENCE
 
 if TYPE_CHECKING:
     from aot_cache.store import Store
@@ -40,7 +41,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFixture(config, log)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Everything under tests/gpu is marked `gpu`, and what is marked is skipped where there is no GPU.
 
     A report in XML says whose contract a test holds, which `tools/check_torch` reads.
@@ -48,8 +49,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for mark in item.iter_markers("contract"):
             item.user_properties += [("contract", module) for module in mark.args]
-        if "AOT_TESTS_PATIENCE" in os.environ:  # it runs beside something else, where slow is no failure
-            item.add_marker(pytest.mark.timeout(float(os.environ["AOT_TESTS_PATIENCE"])), append=False)
+        if PATIENCE != 1:
+            item.add_marker(pytest.mark.timeout(float(config.getini("timeout")) * PATIENCE), append=False)
         if GPU_TESTS in item.path.parents:
             item.add_marker("gpu")
     marked = [item for item in items if item.get_closest_marker("gpu")]
@@ -69,7 +70,7 @@ def _why_no_gpu() -> str:
     # In a process of its own: asking initialises the driver, after which forked children cannot use the GPU, and this
     # process would import torch, which other tests check that they can do without.
     code = "import torch; print(torch.cuda.is_available(), torch.version.cuda or torch.version.hip)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGS, check=False)
     if done.returncode:
         return f"no GPU: torch does not import: {done.stderr.strip().splitlines()[-1]}"
     found, toolkit = done.stdout.split()

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 import triton
+from limits import HANGS
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = float(os.environ.get("AOT_TESTS_PATIENCE", "100"))
-"""Seconds for one process; `tools/check_torch` has more, as it often runs beside something else."""
 UPSTREAM = ROOT / "aot_cache" / "upstream"
 
 
@@ -35,6 +34,6 @@ def python(code: str, environment: dict[str, str], *arguments: str) -> subproces
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=HANGS,
         check=False,
     )

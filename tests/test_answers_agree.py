@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import HANGS
 
 from aot_cache import target as targets
 from aot_cache.build import pipeline
 from aot_cache.build.pipeline import Request
-
-pytestmark = pytest.mark.timeout(300)
 
 ROOT = Path(__file__).parents[1]
 SEED, COUNT = 15, 8
@@ -210,7 +209,7 @@ def _python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         env={**environment, "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=HANGS,
         check=False,
     )
 

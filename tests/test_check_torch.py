@@ -14,6 +14,7 @@ import checked_record as record
 import pytest
 from checked_environments import Spec
 from checked_parts import CONTRACTS, PARTS, RECIPES, read
+from limits import HANGS
 
 from aot_cache import tested
 
@@ -91,7 +92,12 @@ def test_a_serving_process_imports_what_is_called_serving() -> None:
         "[*loader._triton_hooks()]; print(*[m.split('.')[2] for m in sys.modules if m.startswith('aot_cache.upstream.')])"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     imported = set(done.stdout.split()) - set(record.NO_ROOMS)
@@ -183,6 +189,6 @@ def test_what_is_asked_for() -> None:
     assert Spec.of("2.14") == Spec("2.14") and Spec.of("2.13x3.6") == Spec("2.13", "3.6")
     assert Spec.of("2.13x3.6").text == "2.13x3.6"
     done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "check_torch"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, ROOT / "tools" / "check_torch"], capture_output=True, text=True, timeout=HANGS, check=False
     )
     assert done.returncode == 2 and "--readme" in done.stderr

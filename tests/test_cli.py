@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+from limits import HANGS
 
 from aot_cache import cli
 from aot_cache import native as native_gpu
@@ -61,8 +63,21 @@ def twice(n):
 def fails(n):
     return Call(run_broken, torch.empty(n, device="cuda"))
 
-good, bad = Recipe("good", [twice]), Recipe("bad", [fails])
+def run_only_broken(x):
+    broken[(1,)](x)
+
+@declare(n=Range(16, 16))
+def only_fails(n):
+    return Call(run_only_broken, torch.empty(n, device="cuda"))
+
+good, bad, worst = Recipe("good", [twice]), Recipe("bad", [fails]), Recipe("worst", [only_fails])
 '''
+
+
+MISSES = json.dumps(
+    {"aot-cache miss": 1, "kind": "load", "name": "f", "in_capture": False, "sealed": True, "action": "fallback"}
+    | {"why": "", "pid": 1, "seen": 1}
+)
 
 
 class Said(NamedTuple):
@@ -129,23 +144,30 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
     return Sample(bundle, bundle.with_suffix(".plan.json"), said)
 
 
+_PROGRESS = re.compile(r"^\w+: [\w ]+ \d+/\d+, \d+ s\n", re.MULTILINE)
+"""What a long build says now and then, where stderr is no terminal: how often depends on the machine."""
+
+
 def command(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`aot-cache ARGUMENTS` as users run it, in a process of its own."""
-    return subprocess.run(
+    """`aot-cache ARGUMENTS` as users run it, in a process of its own; without lines of progress."""
+    done = subprocess.run(
         [sys.executable, "-m", "aot_cache.cli", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=HANGS,
         check=False,
     )
+    done.stderr = _PROGRESS.sub("", done.stderr)
+    return done
 
 
 def host(monkeypatch: pytest.MonkeyPatch, *parts: Part) -> None:
     """Have the runtime find these parts."""
     fake = ModuleType("aot_cache.runtime.compatible")
     fake.parts = lambda manifest, **_: list(parts)  # type: ignore[attr-defined]
+    fake.graph_parts = lambda manifest: []  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "aot_cache.runtime.compatible", fake)
 
 
@@ -197,6 +219,40 @@ def test_a_kernel_that_fails_is_named_and_the_rest_kept(real: Run, run: Run) -> 
     assert found.code == 32
     assert "tiny:broken" in found.document["findings"][0]["what"]
     assert "no, 1 failed" in run("inspect", "artifacts/bundles/bad-h200.safetensors").out
+    assert not any(line.startswith(("Dockerfile", "server")) for line in said.out.splitlines()), "nothing to put there"
+    assert "bundle: " in said.out
+
+
+def test_a_build_of_which_all_failed_leaves_what_was_there(real: Run, tmp_path: Path) -> None:
+    whole = real("build", "--model", "tiny:good", "--out", "b.safetensors")
+    before = (tmp_path / "b.safetensors").read_bytes()
+    said = real("build", "--model", "tiny:worst", "--target", "h200", "--out", "b.safetensors")
+    assert (whole.code, said.code) == (0, 4)
+    assert "h200: FAILED: nothing could be built" in said.out and "b.safetensors is as it was" in said.out
+    assert (tmp_path / "b.safetensors").read_bytes() == before
+    facts = real("build", "--model", "tiny:worst", "--target", "h200", "--out", "b.safetensors", "--json").document
+    (built,) = facts["bundles"]
+    assert (built["written"], built["digest"], built["dockerfile"], len(built["failed"])) == (False, "", [], 1)
+
+
+def test_a_build_of_nothing(real: Run, tmp_path: Path) -> None:
+    said = real("build", "--model", "tiny:good", "--target", "cpu")
+    assert_one_line(said, "a Triton kernel or a compiled function of good for cpu", "name one with --target")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_what_is_narrower_or_wider_does_not_take_the_place_of_the_whole(real: Run, tmp_path: Path) -> None:
+    (tmp_path / "misses.json").write_text(MISSES)
+    names = {
+        path: Path(real("build", "--model", "tiny:good", "--json", *path.split()).document["bundles"][0]["path"]).name
+        for path in ("", "--range n=16", "--range n=15,16", "--ranks 2", "--misses misses.json")
+    }
+    assert names[""] == "good-h200.safetensors" and names["--range n=16"] == "good-range.n=16-h200.safetensors"
+    assert names["--ranks 2"] == "good-ranks=2-h200.safetensors"
+    assert len(set(names.values())) == 5, names
+    plan = "artifacts/bundles/good-range.n=16-h200.plan.json"
+    built = real("build", "--plan", plan, "--json").document["bundles"][0]
+    assert Path(built["path"]).name == "good-range.n=16-h200.safetensors", "it is this one's, and not the whole one's"
 
 
 def test_the_plan_can_be_seen_without_compiling(real: Run, tmp_path: Path) -> None:
@@ -356,8 +412,9 @@ def test_control_c_ends_with_130(tmp_path: Path) -> None:
     assert process.stderr.readline() == "up\n"  # the worker runs, and would for long
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
-    assert (process.returncode, err) == (130, "")
+    _, err = process.communicate(timeout=HANGS)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "aot-cache: interrupted; run again to continue with what is done"
 
 
 @pytest.mark.parametrize(
@@ -563,6 +620,38 @@ def test_a_file_that_is_neither(run: Run, tmp_path: Path) -> None:
     assert_one_line(run("inspect", "brace"), "brace", "header", code=8)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        ("build --model tiny:goood", "good"),
+        ("build --model tinny:good", "tiny"),
+        ("build --model tiny:good --range nn=16", "n"),
+        ("build --model tiny:good --target h20", "h200"),
+        ("build --model qwen3.5-tinny", "qwen3.5-tiny"),
+        ("build --model qwen3.5-tiny --option speec=mtp", "spec"),
+        ("build --model qwen3.5-tiny --spec mpt", "mtp"),
+        ("build --model qwen3.5-tiny --dtype bfloat61", "bfloat16"),
+        ("inspekt nowhere", "inspect"),
+    ],
+)
+def test_what_is_misspelt_is_told_what_may_be_meant(real: Run, arguments: str, meant: str) -> None:
+    said = real(*arguments.split())
+    assert said.code in (2, 3) and said.err.count("\n") == 1
+    assert f"did you mean '{meant}'?" in said.err.lower(), said.err
+
+
+def test_inspecting_what_is_corrupt_says_so(run: Run, sample: Sample) -> None:
+    """Wherever the byte is: in the header, in a binary that only a server reads, at the end."""
+    data = sample.bundle.read_bytes()
+    for at in (20, len(data) // 2, len(data) - 1):
+        bad = bytearray(data)
+        bad[at] ^= 1
+        Path("bad.safetensors").write_bytes(bad)
+        assert_one_line(run("inspect", "bad.safetensors"), "aot-cache: corrupt: ", "bad.safetensors", code=8)
+    Path("bad.safetensors").write_bytes(data[:300])
+    assert_one_line(run("inspect", "bad.safetensors"), "aot-cache: corrupt: ", "the file has 300", code=8)
+
+
 def test_verifying(run: Run, sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
     host(monkeypatch, FITS, COSTS)
     assert run("verify", sample.bundle) == Said(0, "ok\n", "")
@@ -612,7 +701,8 @@ def test_comparing(run: Run, sample: Sample) -> None:
     plan.write(Path("less.json"))
     said = run("diff", sample.bundle, "less.json")
     assert (said.code, said.err) == (1, "")
-    assert f"only in {sample.bundle}: 1 specializations" in said.out and gone.kernel in said.out
+    assert said.out.startswith("only left: 1 specialization\n")
+    assert f"only in {sample.bundle}:" in said.out and gone.kernel in said.out
     assert "only in less.json" not in said.out
     facts = run("diff", "less.json", sample.plan, "--json").document
     assert (facts["same"], len(facts["only_right"]["units"])) == (False, 1)
@@ -709,7 +799,7 @@ def test_looking_imports_no_torch(sample: Sample) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANGS,
         check=False,
     )
     assert done.stdout.splitlines()[-1] == "[0, 0, 0, 3, 0]", done.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import HANGS
 
 from aot_cache import cli
 from aot_cache import native as native_gpu
@@ -71,7 +72,7 @@ def command(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=HANGS,
         check=False,
     )
 

@@ -13,8 +13,6 @@ import pytest
 
 TESTS = Path(__file__).parent
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @cache
 def said(target: str) -> dict[str, dict[str, str]]:

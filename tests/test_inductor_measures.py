@@ -15,8 +15,6 @@ from aot_cache import manifest
 from aot_cache.build.pipeline import Built
 from aot_cache.store import read_bundle
 
-pytestmark = pytest.mark.timeout(300)
-
 MODULE = """
 import torch
 from aot_cache import Call, Recipe, Values, declare, device

@@ -15,8 +15,6 @@ from aot_cache import manifest, tune
 from aot_cache.build.pipeline import Built
 from aot_cache.store import Bundle, read_bundle
 
-pytestmark = pytest.mark.timeout(300)
-
 MODULE = """
 import torch, triton
 import triton.language as tl

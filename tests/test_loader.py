@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from limits import HANGS
 
 from aot_cache import target as targets
 from aot_cache.build import pipeline
@@ -99,7 +100,7 @@ def serve(code: str, **environment: str) -> Served:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=HANGS,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -345,7 +346,12 @@ def here(backend: str) -> dict[str, Any]:
         f"print(json.dumps(dynamo_globals.bound_to(target.get({backend!r}).properties())))"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100, check=True
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+        check=True,
     )
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -422,10 +428,21 @@ def test_kernels_where_other_releases_were_tested(bundle: Path, what: str) -> No
 @pytest.mark.parametrize("what", ["these", "both, but not together", "newer"])
 def test_strict_leaves_nothing_to_chance(bundle: Path, what: str) -> None:
     pairs, words, _ = RELEASES[what]
+    a_gpu = "from aot_cache import native; native.gpu_here = lambda: True; "
     served = serve(
-        TESTED % pairs + "import aot_cache.auto", AOT_CACHE=str(bundle), AOT_CACHE_STRICT="1", AOT_CACHE_UNTESTED=""
+        TESTED % pairs + a_gpu + "import aot_cache.auto",
+        AOT_CACHE=str(bundle),
+        AOT_CACHE_STRICT="1",
+        AOT_CACHE_UNTESTED="",
     )
     assert (served.error is None) if not words else (served.error[0] == "Incompatible" and words in served.error[1])
+
+
+def test_strict_refuses_a_bundle_for_a_gpu_where_there_is_none(bundle: Path) -> None:
+    served = serve("import aot_cache.auto", AOT_CACHE=str(bundle), AOT_CACHE_STRICT="1")
+    assert served.error[0] == "Incompatible" and "which is for NVIDIA H200; there is none here" in served.error[1]
+    served = serve("import aot_cache.auto", AOT_CACHE=str(bundle))
+    assert served.error is None and served.warnings == [], "without it, the process may see its GPU later"
 
 
 @pytest.mark.parametrize("what", RELEASES)
@@ -593,7 +610,7 @@ def test_c_modules_are_built_and_loaded_from_memory(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=HANGS,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -8,12 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.timeout(600)
 def test_on_an_h200(tmp_path: Path) -> None:
     done = subprocess.run(
         [

@@ -173,7 +173,7 @@ def test_a_function_may_be_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("big?max_batsh=3", UnknownName, "it has config, drafts, packed, scale, spec"),
         ("plain?tp=2", UnknownName, "an option called 'tp' of '{}:plain'; it takes no options"),
-        ("nothing?tp=2", UnknownName, "a Recipe at {}:nothing; a NoneType"),
+        ("nothing?tp=2", UnknownName, "a Recipe at {0}:nothing; {0} has no 'nothing'"),
     ],
 )
 def test_an_option_that_is_refused(tail: str, error: type[Exception], words: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from limits import HANGS
 from test_report import KERNEL, a_bundle, a_manifest, a_plan
 
 from aot_cache import page, report, report_build
@@ -176,7 +177,7 @@ def show() -> Show:
     program = next(filter(None, map(shutil.which, CHROMIUM)), None)
     if program is None:
         pytest.skip("no chromium: apt-get install chromium")
-    if subprocess.run([program, "--version"], capture_output=True, timeout=100, check=False).returncode:
+    if subprocess.run([program, "--version"], capture_output=True, timeout=HANGS, check=False).returncode:
         pytest.skip(f"{program} does not start")  # Ubuntu's is a script that asks for a snap
     options = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --enable-logging=stderr"
 
@@ -191,7 +192,7 @@ def show() -> Show:
             ],
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=HANGS,
             check=True,
         )
         return Shown(done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line])

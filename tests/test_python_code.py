@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from limits import HANGS
 
 from aot_cache.upstream.code_bytes import dump, load
 from aot_cache.upstream.python_code import digest, digests, identity, place
@@ -240,7 +241,7 @@ def test_another_process_gives_the_same_bytes() -> None:
             env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=HANGS,
             check=True,
         )
         found.append(json.loads(done.stdout))
@@ -405,7 +406,7 @@ def test_another_process_gives_the_same_names() -> None:
         env={**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=HANGS,
         check=True,
     )
     assert json.loads(done.stdout) == {expression: identity(evaluated(expression)) for expression in NAMED}

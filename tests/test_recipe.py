@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import HANGS
 
 from aot_cache import recipe as recipes
 from aot_cache.errors import DeclarationError, UnknownName
@@ -132,7 +133,7 @@ with Case("c", None, {}, "no_grad", "bfloat16").modes("cpu"):
     assert torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     assert not torch.is_autocast_enabled("cuda") and not torch.is_grad_enabled()
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True, timeout=100)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True, timeout=HANGS)
 
 
 # --- the size to be best at -------------------------------------------------------------------------------------------

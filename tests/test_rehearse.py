@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from limits import HANGS
 
 from aot_cache import rehearsed
 from aot_cache import target as targets
@@ -19,8 +20,6 @@ from aot_cache.build.pipeline import Built, Request
 from aot_cache.errors import RehearsalFailed, UnknownName
 from aot_cache.rehearsal import CaseResult, Rehearsal, rehearse
 from aot_cache.store import read_bundle, write_bundle
-
-pytestmark = pytest.mark.timeout(300)
 
 ROOT = Path(__file__).parents[1]
 MODULE = Path(__file__).with_name("rehearsal_recipe.py")
@@ -155,7 +154,7 @@ def command(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=HANGS,
         check=False,
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from aot_cache import render, render_build, render_bundle, report, report_build, report_sizes, shapes
+from aot_cache import render, render_build, render_bundle, report, report_build, report_diff, report_sizes, shapes
 from aot_cache.build.pipeline import Built
 from aot_cache.errors import BundleCorrupt, DeclarationError
 from aot_cache.key import Part
@@ -345,15 +345,15 @@ def test_coverage_in_words(origin: str, points: int, sampled: list[str], text: s
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
-def side(plan: Plan) -> report.Side:
-    return report.Side(Path("left.json"), plan)
+def side(plan: Plan) -> report_diff.Side:
+    return report_diff.Side(Path("left.json"), plan)
 
 
 def test_a_plan_is_the_same_as_itself_and_its_bundle(tmp_path: Path) -> None:
-    bundle = report.side(a_bundle(tmp_path))
-    assert report.diff(side(a_plan()), side(a_plan()))["same"]
-    assert report.diff(side(a_plan()), bundle)["same"]
-    assert report.diff(bundle, side(a_plan()))["same"]
+    bundle = report_diff.side(a_bundle(tmp_path))
+    assert report_diff.diff(side(a_plan()), side(a_plan()))["same"]
+    assert report_diff.diff(side(a_plan()), bundle)["same"]
+    assert report_diff.diff(bundle, side(a_plan()))["same"]
 
 
 def test_what_a_bundle_left_out_as_unfit_is_no_difference(tmp_path: Path) -> None:
@@ -361,15 +361,15 @@ def test_what_a_bundle_left_out_as_unfit_is_no_difference(tmp_path: Path) -> Non
     plan.units[1].overrides = {"num_warps": 1}  # which a bundle does not write down
     unfit = a_unit(OTHER, 32, via=[[0, 2]])
     plan.units.append(unfit)
-    assert not report.diff(side(plan), report.side(a_bundle(tmp_path, manifest)))["same"]
+    assert not report_diff.diff(side(plan), report_diff.side(a_bundle(tmp_path, manifest)))["same"]
     manifest["pruned"] = [{"kernel": OTHER, "unit": unfit.id, "via": [[0, 2]], "why": "too much shared memory"}]
-    assert report.diff(side(plan), report.side(a_bundle(tmp_path, manifest)))["same"]
-    assert report.diff(report.side(a_bundle(tmp_path, manifest)), side(plan))["same"]
+    assert report_diff.diff(side(plan), report_diff.side(a_bundle(tmp_path, manifest)))["same"]
+    assert report_diff.diff(report_diff.side(a_bundle(tmp_path, manifest)), side(plan))["same"]
 
 
 def test_each_side_says_what_the_other_lacks() -> None:
     left = a_plan(units=[a_unit()], tunings=[])
-    facts = as_json(report.diff(side(left), side(a_plan(units=[a_unit(warps=8)])), lambda *_: ["x", "n", "B"]))
+    facts = as_json(report_diff.diff(side(left), side(a_plan(units=[a_unit(warps=8)])), lambda *_: ["x", "n", "B"]))
     assert not facts["same"]
     assert [u["signature"] for u in facts["only_left"]["units"]] == ["x:*bf16:16 n:i32 B=128 num_warps=4"]
     assert [u["signature"] for u in facts["only_right"]["units"]] == ["x:*bf16:16 n:i32 B=128 num_warps=8"]

@@ -235,3 +235,17 @@ def replaced(room: str) -> list[tuple[str, Any]]:
         for target in (target.elts if isinstance(target, ast.Tuple) else [target])
         if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id in owners
     ]
+
+
+@pytest.mark.contract("torch_release")
+def test_which_torch_is_installed_is_told_without_importing_it() -> None:
+    code = (
+        "import json, sys; from aot_cache.upstream import torch_release as t; found = [t.release(), t.git()]; "
+        "assert 'torch' not in sys.modules; import torch; "
+        "print(json.dumps([found, [torch.__version__.split('+')[0], torch.version.git_version], t.git(), t.cpu_isa()]))"
+    )
+    told, known, again, isa = said(code)
+    need(
+        told == known and again == known[1], f"torch/version.py does not say what torch says of itself: {told}, {known}"
+    )
+    need(isa.split()[-1] == torch.backends.cpu.get_cpu_capability(), "torch.backends.cpu.get_cpu_capability")

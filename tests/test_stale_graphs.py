@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import HANGS
 
 from aot_cache import target as targets
 from aot_cache.build import pipeline
@@ -164,7 +165,7 @@ def serve(built: Built, folder: str) -> dict[str, list[Any]]:
         cwd=here,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGS,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -182,13 +183,11 @@ def new(built: Built) -> dict[str, list[Any]]:
     return serve(built, "new")
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("what", FUNCTIONS)
 def test_a_source_that_did_not_change_hits(old: dict[str, list[Any]], what: str) -> None:
     assert old[what] == [True, 1, 0], "[right, graphs found, frames traced]"
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("what", FUNCTIONS)
 def test_a_source_that_changed_is_no_wrong_answer(new: dict[str, list[Any]], what: str) -> None:
     right, found, traced = new[what]

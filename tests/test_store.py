@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from limits import HANGS
 
 import aot_cache.store
 from aot_cache.errors import BundleCorrupt, BundleMissing, StoreError, StoreUnwritable
@@ -41,7 +42,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> Any:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 0, err
     return json.loads(out.splitlines()[-1])
 
@@ -365,7 +366,7 @@ def test_killed_at_any_moment(tmp_path: Path, moment: str, what: str) -> None:
     store.put_record("kind", "key", {"version": "old"})
     write_bundle(tmp_path / "shared.safetensors", {"version": "old"}, named(blob(1)))
     process = start("die_at", tmp_path, moment, what)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HANGS)
     assert process.returncode == -signal.SIGKILL, err
     assert_sound(tmp_path)
     done = moment == "after the rename"
@@ -414,7 +415,7 @@ def on_small_disk(folder: Path, command: str) -> Any:
         pytest.skip("this user may not mount a file system of its own")
     script = f'{mount} && exec "$@"'
     line = [*prefix, "sh", "-c", script, str(folder), *child(command, folder)]
-    done = subprocess.run(line, check=False, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(line, check=False, env=ENVIRONMENT, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -11,6 +11,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 from types import SimpleNamespace
 
 import pytest
+from limits import HANGS
 
 from aot_cache import native as native_gpu
 from aot_cache.errors import UnknownName
@@ -27,7 +28,7 @@ def _python(code: str, **environment: str) -> str:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
         check=False,
     )
     assert done.returncode == 0, done.stderr

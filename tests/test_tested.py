@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import HANGS
 
 from aot_cache import recipe, shipped, tested
 from aot_cache.errors import AotCacheError
@@ -158,7 +159,7 @@ def test_an_error_while_a_shipped_recipe_runs(own: bool, where: str) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=HANGS,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ a backend that keeps the graph as it is; no C++ compiler and no GPU is needed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -41,6 +42,7 @@ from aot_cache.upstream import (
     dynamo_package,
     guard_facts,
     inductor_artifact,
+    inductor_cpp,
     inductor_events,
     inductor_target,
     second_count,
@@ -915,6 +917,31 @@ def test_libraries_of_the_cpu() -> None:
         need(isinstance(vars(CppCodeCache)[name], classmethod), f"CppCodeCache.{name} is no class method")
         need(name not in vars(CppPythonBindingsCodeCache), f"Python's bindings have a {name} of their own")
     need(".key = key" in inspect.getsource(CppCodeCache._load_library), "a library does not say its key")
+
+
+@pytest.mark.contract("inductor_cpp")
+def test_headers_are_compiled_once_for_all_builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Under one name, which is that of plain torch.compile's: an own one for each build costs 15 s and 75 MB each time."""
+    from torch._inductor import codecache, cpu_vec_isa
+
+    need(
+        parameters(codecache._precompile_header)[:2] == ["header", "hashable_cmd_line"],
+        "_precompile_header takes others",
+    )
+    need(hasattr(cpu_vec_isa.valid_vec_isa_list, "cache_info"), "vector instructions are looked for more than once")
+    lines = []
+
+    def precompile_header(header: str, hashable_cmd_line: str, **command: Any) -> str:
+        lines.append(hashable_cmd_line)
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(codecache, "_precompile_header", precompile_header)
+    for folder in ("", "one", "other"):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / (folder or "plain")))
+        with inductor_cpp.keeping() if folder else contextlib.nullcontext():
+            with contextlib.suppress(RuntimeError):
+                codecache.CppCodeCache.load_async("int main;", "cpu", None, (), "int kernel;")()
+    need(len(lines) == 3 and len(set(lines)) == 1, f"headers are compiled under {len(set(lines))} names")
 
 
 # --- fake tensors -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import IO, Any, TypeVar
 from aot_cache import errors
 from aot_cache.build import stamp
 from aot_cache.errors import TargetError
+from aot_cache.process_group import ProcessGroup
 
 Json = Any
 T = TypeVar("T")
@@ -53,7 +53,7 @@ class Crew:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._lock = Lock()
-        self._running: set[subprocess.Popen[str]] = set()
+        self._running: set[ProcessGroup] = set()
         self._ended = False
 
     def __enter__(self) -> Crew:
@@ -102,7 +102,8 @@ class Crew:
 
     def _talk(self, job: Mapping[str, Json], environment: Mapping[str, str], last: str) -> Iterator[Json]:
         """Start a worker, hand it the job, yield its events, of which `last` is the last."""
-        worker = self._start(environment)
+        group = self._start(environment)
+        worker = group.process
         assert worker.stdin is not None and worker.stdout is not None and worker.stderr is not None
         last_words: deque[str] = deque(maxlen=20)
         listener = Thread(target=_drain, args=(worker.stderr, last_words), daemon=True)
@@ -116,11 +117,11 @@ class Crew:
                 finished = finished or event["event"] in ("error", "ranks", last)
                 yield event
         finally:
-            if worker.poll() is None and not finished:
-                worker.kill()  # the reader gave up (Ctrl-C, an error): nobody waits for what it would write
-            worker.wait()
+            if finished and worker.poll() is None:
+                worker.wait()  # it has nothing more to say, and has yet to write what it knows
+            group.end()  # the reader gave up (Ctrl-C, an error), or it died: nobody waits for what children would write
             with self._lock:
-                self._running.discard(worker)
+                self._running.discard(group)
             listener.join()
             worker.stdout.close()
             worker.stderr.close()
@@ -131,20 +132,13 @@ class Crew:
                 f"it ended with code {worker.returncode}: {words[-1] if words else 'no word'}",
             )
 
-    def _start(self, environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    def _start(self, environment: Mapping[str, str]) -> ProcessGroup:
         with self._lock:
             if self._ended:
                 raise TargetError("the build to go on", "it was given up")
-            worker = subprocess.Popen(
-                [sys.executable, "-m", "aot_cache.build.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env=dict(environment),
-                text=True,
-            )
-            self._running.add(worker)
-            return worker
+            group = ProcessGroup([sys.executable, "-m", "aot_cache.build.worker"], environment)
+            self._running.add(group)
+            return group
 
 
 def _drain(stream: IO[str], into: deque[str]) -> None:

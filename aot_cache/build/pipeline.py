@@ -12,7 +12,7 @@ from typing import Any
 from aot_cache import key, miss_file, options, recipe, tested
 from aot_cache.build import stamp, workers
 from aot_cache.build.bundles import assemble, covered
-from aot_cache.errors import AotCacheError
+from aot_cache.errors import AotCacheError, TraceError
 from aot_cache.manifest import split
 from aot_cache.miss_file import GRAPH, Misses
 from aot_cache.plan import Plan
@@ -61,6 +61,7 @@ class Request:
 class Built:
     """What a build did and where its bundle is; `misses` says what became of those that were given.
 
+    `digest` is empty where all that was to be built failed: no bundle was written, and one that was there is as it was.
     Of `declared` points `points` were run on the virtual device, and at `covered` of these all that is reached was built.
     It is for a job of `ranks`.
     """
@@ -97,7 +98,8 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
     """Build one bundle.
 
     Raises:
-        UnknownName, DeclarationError, TraceError: what was asked for is wrong; nothing was written.
+        UnknownName, DeclarationError, TraceError: what was asked for is wrong, or nothing can be built of it; nothing was
+            written.
         StoreUnwritable: the store cannot take it; it is as it was.
     """
     began = time.perf_counter()
@@ -115,7 +117,7 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
             return same
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
         answer, plan = workers.run(request, Path(scratch), misses, progress)
-        built = _finish(request, store, plan, answer)
+        built = _finish(request, store, plan, answer, misses)
     built.per_rank = answer.get("per_rank", {})
     built.misses = _became(misses, answer, request.target)
     built.seconds = time.perf_counter() - began
@@ -132,11 +134,24 @@ def plan_only(request: Request, progress: Progress = lambda *_: None) -> Plan:
         return workers.run(request, Path(scratch), miss_file.read(request.misses), progress, show_plan=True)[1]
 
 
-def bundle_path(request: Request, name: str, spec: str = "") -> Path:
-    """Where the bundle of the recipe called `name` goes; the options in `spec` are part of the file's name."""
+def bundle_path(request: Request, name: str, spec: str = "", misses: Misses | None = None) -> Path:
+    """Where the bundle of the recipe called `name` goes.
+
+    The options in `spec` are part of the file's name, and so is what makes a bundle narrower or wider than the recipe's own:
+    that one is not replaced by it. A plan that lies elsewhere than beside that one gives its own name.
+    """
     if request.out is not None:
         return request.out
-    return request.store / "bundles" / f"{options.file_name(name, spec)}-{request.target.id}.safetensors"
+    if request.plan is not None:
+        file = request.plan.name.removesuffix(".json").removesuffix(".plan").removesuffix(f"-{request.target.id}")
+    else:
+        more = {f"range.{dim}": text for dim, text in sorted(request.ranges.items())}
+        if request.ranks is not None:
+            more["ranks"] = str(request.ranks)
+        if misses is not None and misses.found:
+            more["misses"] = key.digest(asdict(misses))[:12]
+        file = options.file_name(name, spec, more)
+    return request.store / "bundles" / f"{file}-{request.target.id}.safetensors"
 
 
 def _question(request: Request, misses: Misses) -> str:
@@ -193,20 +208,24 @@ def _became(misses: Misses, answer: Mapping[str, Json], target: Target) -> dict[
     }
 
 
-def _finish(request: Request, store: Store, plan: Plan, answer: Mapping[str, Json]) -> Built:
+def _finish(request: Request, store: Store, plan: Plan, answer: Mapping[str, Json], misses: Misses) -> Built:
     spec = options.published(answer.get("spec", ""))  # without the options that are the recipe's defaults
     manifest, objects = assemble(request.target, spec, plan, store, answer)
-    path = bundle_path(request, plan.recipe, spec)
+    path = bundle_path(request, plan.recipe, spec, misses)
     lean, details = split(manifest)
     objects[lean["details"]] = details
-    with store.writer():
-        digest = write_bundle(path, lean, objects)
-        plan.write(path.with_suffix(".plan.json"))
+    digest = ""
+    if manifest["units"] or manifest["graphs"]:
+        with store.writer():
+            digest = write_bundle(path, lean, objects)
+            plan.write(path.with_suffix(".plan.json"))
+    elif not manifest["failed"]:
+        raise _nothing(plan, request.target)
     return Built(
         target=request.target.id,
         path=path,
         digest=digest,
-        size=path.stat().st_size,
+        size=path.stat().st_size if digest else 0,
         units=len(manifest["units"]),
         graphs=len(manifest["graphs"]),
         compiled=answer.get("compiled", 0) + answer.get("graphs_compiled", 0),
@@ -221,6 +240,15 @@ def _finish(request: Request, store: Store, plan: Plan, answer: Mapping[str, Jso
         sets={case.name: case.sets for case in plan.cases if case.sets},
         untested=tested.doubt_here(request.target.backend == "cpu", _imported("transformers", answer["inputs"])),
     )
+
+
+def _nothing(plan: Plan, target: Target) -> TraceError:
+    points = sum(case.points for case in plan.cases)
+    do = "see `aot-cache build --show-plan`"
+    if target.backend == "cpu":
+        do = "Triton kernels are for a GPU: name one with --target (`aot-cache targets`)"
+    found = f"none of either at any of {points} points"
+    return TraceError(f"a Triton kernel or a compiled function of {plan.recipe} for {target.id}", found, do)
 
 
 def _imported(package: str, inputs: Mapping[str, Json]) -> bool:

@@ -6,7 +6,6 @@ import json
 import os
 import queue
 import signal
-import subprocess
 import sys
 import tempfile
 from collections import deque
@@ -17,6 +16,7 @@ from threading import Thread
 from typing import IO, Any
 
 from aot_cache.options import CONFIG_VARIABLE
+from aot_cache.process_group import ProcessGroup
 
 Json = Any
 _KEPT = (CONFIG_VARIABLE, "AOT_CACHE_DEBUG", "AOT_CACHE_MISSES", "AOT_CACHE_UNTESTED")
@@ -59,8 +59,9 @@ def _how(code: int) -> str:
 class _Child:
     """The process and what it says."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group, self.process = group, group.process
+        process = self.process
         self._said: queue.Queue[str | None] = queue.Queue()
         self._last_words: deque[str] = deque(maxlen=20)
         self._readers = [
@@ -90,8 +91,7 @@ class _Child:
 
     def end(self) -> None:
         """It does not outlive this."""
-        self.process.kill()
-        self.process.wait()
+        self._group.end()
         for reader in self._readers:
             reader.join()
         for stream in (self.process.stdout, self.process.stderr):
@@ -101,15 +101,8 @@ class _Child:
 
 @contextmanager
 def _started(job: Mapping[str, Json], scratch: Path) -> Iterator[_Child]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "aot_cache.rehearsal.child"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment(scratch, job),
-        text=True,
-    )
-    child = _Child(process)
+    group = ProcessGroup([sys.executable, "-m", "aot_cache.rehearsal.child"], environment(scratch, job))
+    child, process = _Child(group), group.process
     try:
         assert process.stdin is not None
         with suppress(BrokenPipeError):  # it is dead already, which its silence says

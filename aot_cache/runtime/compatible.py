@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import sysconfig
 from collections.abc import Mapping
 from typing import Any
 
 from aot_cache.key import Part
 from aot_cache.tested import installed
-from aot_cache.upstream import torch_capture
+from aot_cache.upstream import torch_capture, torch_release
 
 Json = Any
 NO_GPU = "no GPU looked at"
 
 
 def parts(manifest: Mapping[str, Json], look_at_gpu: bool = True) -> list[Part]:
-    """The named parts of the bundle's key beside this host's.
+    """The named parts of the bundle's key beside this host's: of what its kernels are bound to (graphs: `graph_parts`).
 
     Args:
         manifest: a bundle's manifest.
@@ -23,7 +24,7 @@ def parts(manifest: Mapping[str, Json], look_at_gpu: bool = True) -> list[Part]:
     """
     wanted = manifest["target"]
     if wanted["backend"] == "cpu":
-        return []  # what its graphs are bound to is compared when Dynamo is there
+        return []
     out = [Part("triton", str(manifest["toolchain"]["triton"]), installed("triton") or "not installed")]
     gpu = _gpu(look_at_gpu)
     if gpu is None:
@@ -36,6 +37,28 @@ def parts(manifest: Mapping[str, Json], look_at_gpu: bool = True) -> list[Part]:
     if natives:
         mine = str(sysconfig.get_config_var("EXT_SUFFIX"))
         out.append(Part("launchers", mine if mine in natives else ", ".join(sorted(natives)), mine, needed=False))
+    return out
+
+
+def graph_parts(manifest: Mapping[str, Json]) -> list[Part]:
+    """The parts of what a bundle's graphs are bound to (see `key.graph_parts`); none where it has no graph.
+
+    Works without torch. What the kernels are bound to, too (the GPU), is among `parts`.
+    """
+    if not manifest["graphs"]:
+        return []
+    wanted, target = manifest["graph_key"], manifest["target"]
+    here = {
+        "torch": torch_release.release(),
+        "torch git": torch_release.git(),
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "triton": installed("triton"),
+    }
+    names = [name for name in here if name != "triton" or target["backend"] != "cpu"]
+    out = [Part(name, str(wanted[name]), here[name] or "not installed") for name in names]
+    if target["backend"] == "cpu":
+        isa = torch_release.cpu_isa() if here["torch"] else "not known without torch"
+        out.append(Part("vector instructions", str(wanted["target"]["isa"]), isa))
     return out
 
 

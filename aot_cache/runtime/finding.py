@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from aot_cache import tested
+from aot_cache import native, tested
 from aot_cache.errors import BundleMissing, Incompatible
 from aot_cache.runtime import compatible, ranks
 from aot_cache.store import Bundle, read_bundle
@@ -94,6 +94,16 @@ def check(bundle: Bundle, look_at_gpu: bool) -> None:
             f"a bundle for this host, not {bundle.path}",
             compatible.say(differing),
             "build one for it (aot-cache build)",
+        )
+
+
+def check_gpu(bundle: Bundle) -> None:
+    """Raises Incompatible for a bundle that is for a GPU where there is none: nothing of it would be used."""
+    if not _on_cpu(bundle) and not torch_capture.cuda_is_up() and not native.gpu_here():
+        name = bundle.manifest["target"]["name"]
+        wanted = f"a GPU for {bundle.path}, which is for {name}"
+        raise Incompatible(
+            wanted, "there is none here, or it is hidden", "build for the target cpu, or serve where it is"
         )
 
 

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aot_cache.errors import Incompatible
-from aot_cache.key import Part
 from aot_cache.manifest import graph_label
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
@@ -251,16 +250,6 @@ class GraphSet:
 
 def _name(graph: Mapping[str, Json]) -> str:
     return f"{graph['module']}:{graph['function']}"
-
-
-def differing(bound: Mapping[str, Json], target: Mapping[str, Json]) -> list[Part]:
-    """What of `graph_key` is another here; imports Dynamo, which the process has by now."""
-    here = dynamo_globals.bound_to(target)
-    names = ("torch", "torch git", "python", "triton")
-    parts = [Part(name, str(bound[name]), str(here[name])) for name in names]
-    if target["backend"] == "cpu":
-        parts.append(Part("vector instructions", str(bound["target"]["isa"]), str(here["target"]["isa"])))
-    return [part for part in parts if not part.same]
 
 
 def short(graph: Mapping[str, Json]) -> str:

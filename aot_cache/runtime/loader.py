@@ -239,6 +239,8 @@ def _add(path: Path, digest: str | None) -> KernelSet:
     kernels = KernelSet(bundle, LEDGER)
     finding.check(kernels.bundle, look_at_gpu=False)
     _heed(finding.doubt(bundle))
+    if _strict:
+        finding.check_gpu(bundle)
     with _lock:
         _sets.append(kernels)
         if bundle.manifest["graphs"]:
@@ -276,12 +278,12 @@ def _refuse(error: Exception, strict: bool) -> None:
 
 def _add_graphs() -> None:
     """Make the graphs of waiting bundles known to Dynamo's misses. What is not for this host is refused, once."""
-    from aot_cache.runtime.graphs import GraphSet, differing
+    from aot_cache.runtime.graphs import GraphSet
 
     while _graph_bundles:
         bundle = _graph_bundles.pop(0)
         finding.check_torch(bundle)
-        parts = differing(bundle.manifest["graph_key"], bundle.manifest["target"])
+        parts = compatible.differing(compatible.graph_parts(bundle.manifest))
         if parts:
             do = "build for it (aot-cache build)"
             raise Incompatible(f"graphs for this host, not those of {bundle.path}", compatible.say(parts), do)

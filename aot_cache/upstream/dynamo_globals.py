@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import platform
 import sys
 import types
 from collections.abc import Iterable, Mapping
@@ -21,6 +20,7 @@ from torch._dynamo import trace_rules
 
 from aot_cache.key import graph_parts
 from aot_cache.tested import installed
+from aot_cache.upstream import torch_release
 
 Json = Any
 
@@ -107,14 +107,9 @@ def _settings(_hash: bytes) -> str:
 def bound_to(target: Mapping[str, Json]) -> dict[str, Json]:
     """What graphs made in this process are bound to; see `key.graph_parts`."""
     return graph_parts(
-        torch=str(torch.__version__).partition("+")[0],
-        git=str(torch.version.git_version),
+        torch=torch_release.release(),
+        git=torch_release.git(),
         python=f"{sys.version_info.major}.{sys.version_info.minor}",
         triton="" if target["backend"] == "cpu" else str(installed("triton") or ""),
-        target=dict(target) if target["backend"] != "cpu" else {"backend": "cpu", "isa": cpu_isa()},
+        target=dict(target) if target["backend"] != "cpu" else {"backend": "cpu", "isa": torch_release.cpu_isa()},
     )
-
-
-def cpu_isa() -> str:
-    """The vector instructions that Inductor's C++ uses on this machine."""
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -129,7 +129,10 @@ def forget() -> None:
 
 def warm_up(device: str) -> None:
     """Import and set up what every compile needs, once, before children are forked."""
-    from aot_cache.upstream import inductor_artifact
+    from aot_cache.upstream import inductor_artifact, inductor_cpp
+
+    if device == "cpu":
+        inductor_cpp.find_vector_instructions()
 
     @torch.compile
     def double(x: torch.Tensor) -> torch.Tensor:

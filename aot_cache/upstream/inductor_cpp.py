@@ -2,9 +2,10 @@
 
 An artifact holds C++ source, which upstream compiles again wherever its own cache folder does not have it, with a key that
 holds paths. Here a library is found by the source it was made from. Whoever loads checks that the processor is the same
-kind (`dynamo_globals.cpu_isa`).
+kind (`torch_release.cpu_isa`).
 
-Upstream: `torch/_inductor/codecache.py` (`CppCodeCache.load_async`, `_load_library`).
+Upstream: `torch/_inductor/codecache.py` (`CppCodeCache.load_async`, `_load_library`,
+`_precompile_header`), `torch/_inductor/cpu_vec_isa.py` (`valid_vec_isa_list`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor import codecache, cpu_vec_isa
 from torch._inductor.codecache import CppCodeCache
 
+_CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
 Lookup = Callable[[str], bytes | None]
 
 
@@ -72,8 +75,36 @@ def keeping() -> Iterator[dict[str, bytes]]:
 
         return finished
 
-    with _instead(load):
+    with _instead(load), _headers_of_all():
         yield kept
+
+
+@contextlib.contextmanager
+def _headers_of_all() -> Iterator[None]:
+    """Headers that are compiled ahead are found by the command line, and made without a graph's own flags: with ours, which
+    name a build's folder, each build would make its own, in 15 s and 75 MB that nobody ever removes."""
+    module: Any = codecache
+    original = module._precompile_header
+
+    def precompile_header(header: str, hashable_cmd_line: str, **command: Any) -> str:
+        return str(original(header, hashable_cmd_line.replace(" ".join(_alike()), ""), **command))
+
+    module._precompile_header = precompile_header
+    try:
+        yield
+    finally:
+        module._precompile_header = original
+
+
+def find_vector_instructions() -> None:
+    """Which of them the compiler and the processor have, once in a process: upstream compiles a file for each, into its cache
+    folder, and looks there first. A build's own folder is empty, and so that is asked where torch keeps such files by itself."""
+    folder = os.environ.pop(_CACHE_DIR, None)
+    try:
+        cpu_vec_isa.valid_vec_isa_list()
+    finally:
+        if folder is not None:
+            os.environ[_CACHE_DIR] = folder
 
 
 def _alike() -> list[str]:
@@ -107,7 +138,7 @@ def _without_folders(library: bytes) -> bytes:
 
 def _folders() -> dict[str, str]:
     """Folders of the builder → what they are called in a library."""
-    found = {str(Path(torch.__file__).parent): "torch", os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""): "inductor"}
+    found = {str(Path(torch.__file__).parent): "torch", os.environ.get(_CACHE_DIR, ""): "inductor"}
     return {place: name for place, name in found.items() if len(place) > len(name)}
 
 

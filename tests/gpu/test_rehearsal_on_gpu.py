@@ -10,7 +10,6 @@ from aot_cache import native, rehearsed
 from aot_cache.build.pipeline import Request, build
 from aot_cache.rehearsal import rehearse
 
-pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).resolve().parents[2]
 
 MODULE = """

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import HANGS
 
 from aot_cache.build.pipeline import Built, Request, build
 
@@ -63,7 +64,7 @@ def launch(bundle: str, tmp_path: Path) -> dict[str, Any]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGS,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -112,7 +113,7 @@ def test_a_recording_is_what_was_planned(built: Built, tmp_path: Path) -> None:
         str(program),
         "",
     ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     recorded, planned = Plan.read(out), Plan.read(built.path.with_suffix(".plan.json"))
     assert len(recorded.units) > 20

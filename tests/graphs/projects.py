@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from limits import HANGS
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-PATIENCE = float(os.environ.get("AOT_TESTS_PATIENCE", "250"))
-"""Seconds for one process; `tools/check_torch` has more, as it often runs beside something else."""
 SAMPLES = ("sample_model.py", "sample_recipe.py", "sample_doomed.py")
 
 # Two modules with the same names on the same lines, and code that differs in what is inlined only.
@@ -66,7 +66,7 @@ class Project:
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=HANGS,
             check=False,
         )
 
@@ -86,7 +86,7 @@ class Project:
                 cwd=scratch,
                 capture_output=True,
                 text=True,
-                timeout=PATIENCE,
+                timeout=HANGS,
                 check=False,
             )
         assert done.returncode == 0, done.stderr[-4000:]

@@ -12,8 +12,6 @@ from projects import Project, found, hit
 from aot_cache import manifest
 from aot_cache.store import read_bundle
 
-pytestmark = pytest.mark.timeout(300)
-
 
 def test_everything_is_built(built: Built) -> None:
     for folder in SEEDS:

@@ -15,8 +15,6 @@ from aot_cache import report_files
 from aot_cache.manifest import graph_label
 from aot_cache.store import read_bundle
 
-pytestmark = pytest.mark.timeout(300)
-
 # --- every way to compile ---------------------------------------------------------------------------------------------
 
 KINDS = """

@@ -9,8 +9,6 @@ import pytest
 from conftest import Built, Serve
 from projects import Project, found, hit, missed
 
-pytestmark = pytest.mark.timeout(300)
-
 
 def known(reason: str) -> pytest.MarkDecorator:
     return pytest.mark.xfail(strict=True, reason=reason)

@@ -12,13 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from limits import HANGS
 from projects import HERE, ROOT, _environment
 
 from aot_cache import manifest
 from aot_cache import target as targets
 from aot_cache.store import read_bundle
-
-pytestmark = pytest.mark.timeout(300)
 
 AMDGPU = 224
 """ELF's number of the machine."""
@@ -41,7 +40,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=HANGS,
         check=False,
     )
     assert run.returncode == 0, run.stderr

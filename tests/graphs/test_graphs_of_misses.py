@@ -16,8 +16,6 @@ from aot_cache.missed import Solved, points_for
 from aot_cache.plan import CallPlan, CasePlan
 from aot_cache.store import read_bundle
 
-pytestmark = pytest.mark.timeout(300)
-
 X, N = "L['x']", "L['n']"
 
 

@@ -19,7 +19,6 @@ from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import read_bundle
 from aot_cache.upstream import torch_capture
 
-pytestmark = pytest.mark.timeout(300)
 RANKS = 3
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import sample_calls
+from limits import HANGS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-pytestmark = pytest.mark.timeout(1800)
 
 
 def aot_cache(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -28,7 +28,7 @@ def aot_cache(folder: Path, *arguments: str, **environment: str) -> subprocess.C
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=1700,
+        timeout=HANGS,
         check=False,
     )
 

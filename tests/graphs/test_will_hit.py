@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 from conftest import Built
 
-pytestmark = pytest.mark.timeout(300)
-
 SCRIPT = """
 import aot_cache.auto
 from serving import FACTS, aot_cache, replaced, say

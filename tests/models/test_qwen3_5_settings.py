@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from limits import HANGS
 
 from aot_cache.errors import AotCacheError, DeclarationError, UnknownName
 from aot_cache.models.qwen3_5.settings import SIZES, read_config, settings
@@ -254,5 +255,5 @@ def test_any_config_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFac
 
 def test_settings_import_no_torch() -> None:
     code = "import sys, aot_cache.models.qwen3_5.settings; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGS, check=True)
     assert done.stdout.strip() == "False"

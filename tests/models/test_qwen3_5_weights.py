@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import qwen
 import torch
+from limits import HANGS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -193,7 +194,7 @@ def test_two_ranks_say_what_one_says(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     try:
-        told = [json.loads(job.communicate(timeout=100)[0].splitlines()[-1]) for job in jobs]
+        told = [json.loads(job.communicate(timeout=HANGS)[0].splitlines()[-1]) for job in jobs]
     finally:
         for job in jobs:
             job.kill()

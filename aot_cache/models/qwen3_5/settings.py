@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from aot_cache.errors import DeclarationError, UnknownName
+from aot_cache.errors import DeclarationError, UnknownName, did_you_mean
 
 Json = Any
 DENSE, MOE = "qwen3_5_text", "qwen3_5_moe_text"
@@ -174,7 +174,8 @@ def settings(
     """
     if not config and size not in SIZES:
         known = ", ".join(f"qwen3.5-{one}" for one in SIZES)
-        raise UnknownName(f"a size {size!r} of qwen3.5", f"known: {known}", "or give --model PATH/config.json")
+        do = did_you_mean(size, SIZES, "or give --model PATH/config.json")
+        raise UnknownName(f"a size {size!r} of qwen3.5", f"known: {known}", do)
     text = read_config(Path(config)) if config else SIZES[size]
     _one_of("--spec", spec, SPECS)
     _one_of("--dtype", dtype, DTYPES)
@@ -245,7 +246,7 @@ def _check_split(text: Mapping[str, Json], tp: int) -> None:
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise DeclarationError(f"{option} to be one of {', '.join(known)}", repr(value))
+        raise DeclarationError(f"{option} to be one of {', '.join(known)}", repr(value), did_you_mean(value, known))
 
 
 def _at_least(option: str, value: int, least: int) -> None:

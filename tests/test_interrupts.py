@@ -1,0 +1,153 @@
+"""A build that is interrupted leaves no process behind, whatever it was at, and what it has done is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from limits import HANGS
+
+ROOT = Path(__file__).parents[1]
+MARK = "AOT_TESTS_INTERRUPTED"
+RECIPE = """
+import torch
+import triton
+import triton.language as tl
+from aot_cache import Call, Range, Recipe, Values, declare, device
+
+@triton.jit
+def add(x, n, K: tl.constexpr):
+    at = tl.program_id(0) * 64 + tl.arange(0, 64)
+    tl.store(x + at, tl.load(x + at, mask=at < n) + K, mask=at < n)
+
+@declare(k=Values(*range(400)))
+def kernels(k):
+    x = torch.empty(64, device="cuda")
+    return Call(lambda: add[(1,)](x, 64, K=k))
+
+FUNCTIONS = [torch.compile(eval(f"lambda x: torch.relu(x * {k}).sum(-1)")) for k in range(30)]
+
+def case_of(number):
+    return declare(name=f"g{number}", n=Range(2, 9))(lambda n: Call(FUNCTIONS[number], torch.ones(n, 8, device=device())))
+
+of_kernels = Recipe("kernels", [kernels])
+of_graphs = Recipe("graphs", [case_of(number) for number in range(30)])
+"""
+
+
+def marked(mark: str) -> dict[int, str]:
+    """Living processes that were begun with this mark in their environment → their command lines."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:100]
+        except OSError:  # it has ended, or is another user's
+            continue
+    return found
+
+
+class Building:
+    """A build in an own folder, all processes of which bear a mark."""
+
+    def __init__(self, folder: Path, recipe: str, target: str) -> None:
+        self.mark, self.folder = folder.name, folder
+        (folder / "recipes.py").write_text(RECIPE)
+        (folder / "tmp").mkdir()
+        self.command = [
+            sys.executable,
+            "-m",
+            "aot_cache.cli",
+            *f"build --model recipes:{recipe} --target {target}".split(),
+        ]
+        self.environment = {
+            **os.environ, MARK: self.mark, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "CUDA_VISIBLE_DEVICES": "",
+            "TMPDIR": str(folder / "tmp"),
+        }  # fmt: skip
+        self.process = subprocess.Popen(
+            self.command, cwd=folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def wait_for(self, something: str) -> None:
+        """Until a process of it has this in its command line, or, for a number, until so many objects are in the store."""
+        while not self._there(something):
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.05)
+
+    def _there(self, something: str) -> bool:
+        if something.isdigit():
+            return len(list((self.folder / "artifacts").rglob("*"))) > int(something)
+        return any(something in line for line in marked(self.mark).values())
+
+    def left(self) -> dict[int, str]:
+        """What lives two seconds after; earlier when there is nothing."""
+        for _ in range(20):
+            if not marked(self.mark):
+                return {}
+            time.sleep(0.1)
+        return marked(self.mark)
+
+
+@pytest.fixture
+def kernels(tmp_path: Path) -> Iterator[Building]:
+    building = Building(tmp_path, "of_kernels", "h200")
+    yield building
+    building.process.kill()
+    building.process.communicate()
+
+
+@pytest.fixture
+def graphs(tmp_path: Path) -> Iterator[Building]:
+    building = Building(tmp_path, "of_graphs", "cpu")
+    yield building
+    building.process.kill()
+    building.process.communicate()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_nothing_lives_on_while_a_compiler_runs(graphs: Building, name: str) -> None:
+    """The C++ compiler is the child of a child of a child."""
+    graphs.wait_for("cc1plus")
+    graphs.process.send_signal(getattr(signal, name))
+    _, err = graphs.process.communicate(timeout=HANGS)
+    assert graphs.left() == {}
+    if name == "SIGKILL":
+        return  # nobody is left to say or clean up anything
+    assert graphs.process.returncode == 128 + getattr(signal, name)
+    assert err.strip().splitlines()[-1] == "aot-cache: interrupted; run again to continue with what is done"
+    assert "Traceback" not in err and not list((graphs.folder / "tmp").glob("aot-cache-*"))
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_what_is_done_is_not_done_again(kernels: Building, name: str) -> None:
+    kernels.wait_for("100")
+    kernels.process.send_signal(getattr(signal, name))
+    kernels.process.communicate(timeout=HANGS)
+    assert kernels.left() == {}
+    assert not list(kernels.folder.rglob("*.safetensors")), "nothing half-written"
+    done = subprocess.run(
+        [*kernels.command, "--json"],
+        cwd=kernels.folder,
+        env=kernels.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (built,) = json.loads(done.stdout)["bundles"]
+    assert built["units"] == 400 and built["compiled"] < 400
+
+
+def test_a_worker_that_is_killed_takes_its_children_along(graphs: Building) -> None:
+    graphs.wait_for("cc1plus")
+    worker = next(pid for pid, line in sorted(marked(graphs.mark).items()) if "aot_cache.build.worker" in line)
+    os.kill(worker, signal.SIGKILL)
+    _, err = graphs.process.communicate(timeout=HANGS)
+    assert graphs.left() == {}
+    assert graphs.process.returncode == 3 and "the build worker to finish; it ended with code -9" in err
