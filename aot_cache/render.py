@@ -15,7 +15,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
@@ -69,12 +69,18 @@ class Progress:
 
     SECONDS = 10.0
     """Between two lines: what takes less is silent."""
+    LONG = 600.0
+    """Seconds that a stage may be said to take without a word about taking less."""
 
     def __init__(self) -> None:
         self.target = ""
         self._began = self._said = time.monotonic()
+        self._stages: dict[str, float] = {}
         self._tasks: dict[str, TaskID] = {}
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
+            *(TextColumn("left:"), TimeRemainingColumn()),
+        )
         self._bars = Bars(*columns, console=Console(file=sys.stderr), disable=not sys.stderr.isatty(), transient=True)
 
     def __enter__(self) -> Progress:
@@ -90,18 +96,22 @@ class Progress:
         if not total:
             return
         label = f"{self.target}: {stage}" if self.target else stage
+        began = self._stages.setdefault(label, time.monotonic())
         if self._bars.disable:
-            self._line(f"{label} {done}/{total}")
+            self._line(f"{label} {done}/{total}", done, total, began)
             return
         if label not in self._tasks:
             self._tasks[label] = self._bars.add_task(label, total=total)
         self._bars.update(self._tasks[label], completed=done, total=total)
 
-    def _line(self, text: str) -> None:
+    def _line(self, text: str, done: int, total: int, began: float) -> None:
         now = time.monotonic()
         if now - self._said >= self.SECONDS:
             self._said = now
-            sys.stderr.write(f"{clean(text)}, {now - self._began:.0f} s\n")
+            left = (now - began) / done * (total - done) if done else 0.0
+            more = f", about {left / 60:.0f} min more" if left > self.LONG else ""
+            more += "; a narrower --range takes less" if more and done < total / 2 else ""
+            sys.stderr.write(f"{clean(text)}, {now - self._began:.0f} s{more}\n")
             sys.stderr.flush()
 
 

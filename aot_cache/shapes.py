@@ -82,7 +82,7 @@ class Values:
         if not values:
             raise DeclarationError("at least one value", "Values() has none", "list the values, as in Values(16, 32)")
         for value in values:
-            _check_value(value, f"Values{values!r}")
+            _check_value(value, "Values(…)")
         object.__setattr__(self, "values", tuple(sorted(set(values))))
 
     def __repr__(self) -> str:

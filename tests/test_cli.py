@@ -144,7 +144,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
     return Sample(bundle, bundle.with_suffix(".plan.json"), said)
 
 
-_PROGRESS = re.compile(r"^\w+: [\w ]+ \d+/\d+, \d+ s\n", re.MULTILINE)
+_PROGRESS = re.compile(r"^\w+: [\w ]+ \d+/\d+, \d+ s.*\n", re.MULTILINE)
 """What a long build says now and then, where stderr is no terminal: how often depends on the machine."""
 
 

@@ -557,3 +557,20 @@ def test_a_build_without_a_terminal_says_how_far_it_is(
             progress("graphs", 0, 0)  # there are none
         found = capsys.readouterr().err.splitlines()
         assert [line.rpartition(",")[0] + ", " for line in found] == lines
+
+
+def test_what_will_take_long_is_said_with_what_takes_less(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A range too large to be run in reasonable time is known by its first points."""
+    now = [0.0]
+    monkeypatch.setattr(render.time, "monotonic", lambda: now[0])
+    progress = render.Progress()
+    for seconds, done in ((0, 0), (20, 64), (700, 10_000), (1400, 16_000)):
+        now[0] = seconds
+        progress("trace", done, 16_384)
+    assert capsys.readouterr().err.splitlines() == [
+        "trace 64/16384, 20 s, about 85 min more; a narrower --range takes less",
+        "trace 10000/16384, 700 s",
+        "trace 16000/16384, 1400 s",
+    ]

@@ -359,3 +359,7 @@ def test_a_box_may_not_fill_the_memory() -> None:
 def test_what_describe_writes_fits_the_limit_of_its_own_size() -> None:
     points = [{"n": value} for value in range(1, 5001) if value % 5 == 0 or value % 5 == 1]
     assert expand(describe(points, ["n"]), limit=len(points)) == points
+
+
+def test_many_values_are_read_in_no_time() -> None:
+    assert len(Values(*range(300_000))) == 300_000
