@@ -25,8 +25,7 @@ def dequantize(rows: int) -> Call:
 def gemv(rows: int) -> Call:
     packed = torch.zeros(rows * 1024, 1, dtype=torch.uint8, device=device())
     x, scales = torch.randn(1, 2048, dtype=torch.bfloat16, device=device()), torch.ones(rows * 32, device=device())
-    code = get_4bit_type("nf4", device=device())
-    return Call(bnb.gemv_4bit, x, packed, (rows, 2048), scales, code, 64)
+    return Call(bnb.gemv_4bit, x, packed, (rows, 2048), scales, get_4bit_type("nf4", device=device()), 64)
 
 
 recipe = Recipe("bitsandbytes-4bit", [quantize, dequantize, gemv])

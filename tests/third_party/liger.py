@@ -14,13 +14,8 @@ def case(name: str, takes: str) -> Case:
     @declare(name=name, tokens=Range(1, 64))
     def call(tokens: int) -> Call:
         with torch.device(device()):
-            made = {
-                "w": ones(2048),
-                "x": randn(tokens, 2048),
-                "q": randn(1, 8, tokens, 128),
-                "c": randn(1, tokens, 128),
-            }
-            made |= {"s": ones(1), "k": randn(1, 2, tokens, 128), "t": torch.arange(tokens), "e": 1e-6}
+            made = {"x": randn(tokens, 2048), "w": ones(2048), "e": 1e-6, "s": ones(1), "t": torch.arange(tokens)}
+            made |= {"q": randn(1, 8, tokens, 128), "k": randn(1, 2, tokens, 128), "c": randn(1, tokens, 128)}
         return Call(getattr(liger, f"liger_{name}"), *(made[letter] for letter in takes))
 
     return call
