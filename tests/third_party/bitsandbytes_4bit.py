@@ -16,14 +16,14 @@ def quantize(rows: int) -> Call:
 
 @declare(rows=ROWS)
 def dequantize(rows: int) -> Call:
-    packed = torch.zeros(rows * 1024, 1, dtype=torch.uint8, device=device())
+    packed = torch.randint(0, 256, (rows * 1024, 1), dtype=torch.uint8, device=device())
     scales = torch.ones(rows * 32, device=device())
     return Call(bnb.dequantize_4bit, packed, scales, 64, "nf4", (rows, 2048), torch.bfloat16)
 
 
 @declare(rows=ROWS)
 def gemv(rows: int) -> Call:
-    packed = torch.zeros(rows * 1024, 1, dtype=torch.uint8, device=device())
+    packed = torch.randint(0, 256, (rows * 1024, 1), dtype=torch.uint8, device=device())
     x, scales = torch.randn(1, 2048, dtype=torch.bfloat16, device=device()), torch.ones(rows * 32, device=device())
     return Call(bnb.gemv_4bit, x, packed, (rows, 2048), scales, get_4bit_type("nf4", device=device()), 64)
 

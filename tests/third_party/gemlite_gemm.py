@@ -10,9 +10,9 @@ from aot_cache import Call, Range, Recipe, declare, device
 
 @cache
 def layer() -> torch.nn.Module:
-    weight = torch.ones(1024, 2048, dtype=torch.uint8, device=device())
-    scales, zeros = torch.ones(2, 1024 * 32, 1, dtype=torch.float16, device=device())
-    return A16W4_HQQ_INT(device=device()).from_weights(weight, scales, zeros)
+    weight = torch.randint(0, 16, (1024, 2048), dtype=torch.uint8, device=device())
+    group = torch.ones(1024 * 32, 1, dtype=torch.float16, device=device())
+    return A16W4_HQQ_INT(device=device()).from_weights(weight, group / 64, group * 8)
 
 
 @declare(tokens=Range(1, 64))

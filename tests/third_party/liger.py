@@ -1,4 +1,4 @@
-"""liger-kernel's norms, activations, softmax, rotary embedding, distances and loss, forward only."""
+"""liger-kernel's norms, activations, softmax, rotary embedding and loss, forward only."""
 
 import torch
 from liger_kernel.transformers import functional as liger
