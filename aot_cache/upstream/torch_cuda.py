@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aot_cache.upstream import cuda_driver, nvml, torch_factories, torch_random, torch_streams
+from aot_cache.upstream import torch_factories, torch_random, torch_streams
 
 if TYPE_CHECKING:
     from aot_cache.target import Target
@@ -94,10 +94,6 @@ def pretend(target: Target, tensors: bool = True) -> None:
     torch_streams.pretend()
     _be_the_accelerator(target)
     torch_random.pretend()
-    nvml.pretend(target)
-    built: Any = torch.backends.cuda.is_built
-    if target.backend == "cuda" and built():  # extensions for CUDA need a torch for CUDA, too
-        cuda_driver.ensure()
     if tensors:
         torch_factories.pretend()
         _move_tensors()

@@ -87,7 +87,7 @@ def implementation_of(func: Any, key: str) -> Any:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     for name in (key, "CompositeExplicitAutograd", "CompositeImplicitAutograd"):
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), name):
-            if name == key and not _is_python(func, key) and has_shape_rule(func):
+            if name == key and not _is_python(func, key) and _has_shape_rule(func):
                 return None
             return lambda *args, **kwargs: func.redispatch(keys, *args, **kwargs)
     return None
@@ -99,7 +99,7 @@ def _is_python(func: Any, key: str) -> bool:
     return f"{namespace}/{name}/{key}" in torch.library._impls
 
 
-def has_shape_rule(func: Any) -> bool:
+def _has_shape_rule(func: Any) -> bool:
     """Whether it is known what comes out: a rule says so, or nothing does."""
     return not func._schema.returns or torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "Meta")
 
@@ -115,6 +115,23 @@ def only_for(func: Any, key: str) -> str:
     if implementation_of(func, key) is not None or torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key):
         return ""
     return ", ".join(name for name in _DEVICES if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), name))
+
+
+def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operator writes into."""
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args)} | kwargs
+    return leaves([given.get(argument.name) for argument in func._schema.arguments if argument.is_write])
+
+
+def leaves(values: Any) -> list[Any]:
+    """What is in lists and tuples, and in those inside."""
+    out = []
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            out += leaves(value)
+        else:
+            out.append(value)
+    return out
 
 
 def run_of_others(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from aot_cache import target as targets
-from aot_cache.build import virtual_device
+from aot_cache.build import cuda_driver, nvml, virtual_device
 from aot_cache.errors import TraceError
-from aot_cache.upstream import cuda_driver, nvml
 
 H200 = targets.get("h200")
 
@@ -90,6 +89,7 @@ def _never(*_: Any) -> Any:
     raise AssertionError("it reads memory that is not there")
 
 
+@pytest.mark.contract("torch_fake", "torch_tensor")
 def test_an_operator_in_c_is_its_shape_rule() -> None:
     run = _operator("shape", "(Tensor x) -> Tensor", CUDA_cpp=_never, Meta=lambda x: x.new_empty(len(x), 3))
     with virtual_device.tensors():
@@ -114,6 +114,7 @@ def test_an_operator_in_python_runs() -> None:
     assert called == [1]
 
 
+@pytest.mark.contract("torch_fake", "torch_tensor")
 def test_an_operator_for_another_device_is_named() -> None:
     """Its library found no GPU and registered another device's code: nothing would be launched, without a word."""
     run = _operator("elsewhere", "(Tensor x) -> Tensor", CPU=_never, Meta=torch.empty_like)

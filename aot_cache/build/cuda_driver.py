@@ -3,7 +3,7 @@
 An empty library of that name is enough to load them: functions are looked up when they are first called, and nothing
 calls one of the driver's here. A toolkit's `stubs` folder has one, too, but images to serve from have no toolkit.
 
-Upstream: the dynamic loader, which takes a library that is loaded under a name for that name; `ctypes`.
+Source: the dynamic loader, which takes a library that is loaded under a name for that name; `ctypes`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 They load it by name, through `pynvml` or a copy of their own, often before torch, so that no context is made. A
 function that is not answered here is missing, which those bindings report as an error of the library's.
 
-Upstream: `ctypes` (`CDLL`, whose subclass stands in), NVML's functions as `pynvml` calls them.
+Source: `ctypes` (`CDLL`, whose subclass stands in), NVML's functions as `pynvml` calls them.
 """
 
 from __future__ import annotations
@@ -40,11 +40,10 @@ class Library:
             "nvmlDeviceGetUUID": UUID,
             "nvmlSystemGetDriverVersion": ASSUMED_DRIVER,
         }
-        self._fields = {"nvmlDeviceGetMemoryInfo": {"total": total, "free": total, "used": 0}}
+        self._fields = {"nvmlDeviceGetMemoryInfo": (total, total, 0)}  # in all, free, used
         self._nothing = ("nvmlInit_v2", "nvmlInitWithFlags", "nvmlShutdown")
 
     def __getattr__(self, name: str) -> Any:
-        function = name.removesuffix("_v2") if name not in self._numbers else name
         if name in self._nothing:
             return lambda *_: _SUCCESS
         if name == "nvmlErrorString":
@@ -53,17 +52,17 @@ class Library:
             return lambda *args: _write(args, self._numbers[name])
         if name in self._texts:
             return lambda *args: _write_text(args, self._texts[name])
-        if function in self._fields:
-            return lambda _device, where: _fill(where, self._fields[function])
+        if name in self._fields:
+            return lambda _device, where: _fill(where, self._fields[name])
         raise AttributeError(f"the virtual device answers no {name}")
 
     __getitem__ = __getattr__
 
 
 def _write(args: tuple[Any, ...], numbers: tuple[int, ...]) -> int:
-    """Into the last arguments, which are `byref(...)`."""
+    """Into the last arguments, which point to integers; a handle is wider, and was zero."""
     for where, number in zip(args[-len(numbers) :], numbers):
-        where._obj.value = number
+        ctypes.cast(where, ctypes.POINTER(ctypes.c_int)).contents.value = number
     return _SUCCESS
 
 
@@ -73,9 +72,9 @@ def _write_text(args: tuple[Any, ...], text: str) -> int:
     return _SUCCESS
 
 
-def _fill(where: Any, fields: dict[str, int]) -> int:
-    for name, number in fields.items():
-        setattr(where._obj, name, number)
+def _fill(where: Any, fields: tuple[int, ...]) -> int:
+    """Into a structure of long integers."""
+    ctypes.cast(where, ctypes.POINTER(ctypes.c_ulonglong * len(fields))).contents[:] = list(fields)
     return _SUCCESS
 
 
