@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from third_party import FOLDER, PACKAGES, lines
+from third_party import FOLDER, PACKAGES, lines, table
 
 ROOT = Path(__file__).parents[1]
 RECORD = json.loads((ROOT / "artifacts" / "measurements" / "third_party_2core.json").read_text())
@@ -72,3 +72,10 @@ def test_every_recipe_is_short_and_recorded() -> None:
 def test_no_failure_of_the_record_is_ours() -> None:
     ours = [one["recipe"] for one in RECORD["builds"] for failed in one["failures"] if failed["whose"] == "ours"]
     assert ours == []
+
+
+def test_what_is_published_is_what_was_recorded() -> None:
+    published = (ROOT / "docs" / "third-party.md").read_text()
+    assert "\n".join(table(RECORD["builds"])) in published, (
+        "tools/third_party.py prints the table for docs/third-party.md"
+    )

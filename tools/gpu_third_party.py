@@ -53,7 +53,7 @@ def one(recipe: str, target: str, points: int) -> Json:
         record["version"] = importlib.metadata.version(package.distribution)
     except importlib.metadata.PackageNotFoundError:
         record["version"] = ""  # carried without its metadata
-    if why := importable(recipe):
+    if target == "native" and (why := importable(recipe)):
         return {**record, "imports": why}
     with tempfile.TemporaryDirectory(prefix="third-party-") as scratch:
         folder, paths, began = Path(scratch), [str(FOLDER)], time.perf_counter()
