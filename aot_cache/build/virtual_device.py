@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from aot_cache.build import cuda_driver, nvml
 from aot_cache.errors import TargetError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def become(target: Target) -> None:
 
         compiled_calls.append(recorded.call_of(function, args, kwargs))
 
+    libraries(target)
     dynamo_off.run_as_python(note)
     with contextlib.suppress(TargetError):  # without a compiler what needs a guard (`~x`) fails by name, all else runs
         torch_guard.ensure()
@@ -43,6 +45,16 @@ def become(target: Target) -> None:
     torch_cuda.pretend(target)
     torch_modules.for_virtual_tensors()
     triton_driver.pretend(target)
+
+
+def libraries(target: Target) -> None:
+    """Answer what is asked beside torch and Triton: engines ask NVML, and extensions need a library of the driver's name."""
+    import torch
+
+    built: Any = torch.backends.cuda.is_built
+    nvml.pretend(target)
+    if target.backend == "cuda" and built():  # extensions for CUDA need a torch for CUDA, too
+        cuda_driver.ensure()
 
 
 @contextlib.contextmanager

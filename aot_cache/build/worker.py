@@ -167,8 +167,10 @@ def _kernels(job: dict[str, Json], target: Any, send: Any, progress: Any) -> Non
 
 def _graphs(job: dict[str, Json], target: Any, send: Any, progress: Any) -> None:
     """Trace and compile the graphs of compiled functions: Inductor compiles for the target."""
+    from aot_cache.build import virtual_device
     from aot_cache.upstream import inductor_target
 
+    virtual_device.libraries(target)
     inductor_target.become(target)
     _join(job)
 

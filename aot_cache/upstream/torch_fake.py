@@ -80,12 +80,58 @@ class HostMode(_base):  # type: ignore[misc]  # torch's class is untyped
 
 
 def implementation_of(func: Any, key: str) -> Any:
-    """What an operator outside of torch runs on the device of a dispatch key; None when it has only a shape rule."""
+    """What an operator outside of torch runs on the device of a dispatch key; None when it has only a shape rule.
+
+    One that is written in C++ is its shape rule, where it has one: it reads and writes memory, and launches nothing of Triton's.
+    """
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     for name in (key, "CompositeExplicitAutograd", "CompositeImplicitAutograd"):
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), name):
+            if name == key and not _is_python(func, key) and _has_shape_rule(func):
+                return None
             return lambda *args, **kwargs: func.redispatch(keys, *args, **kwargs)
     return None
+
+
+def _is_python(func: Any, key: str) -> bool:
+    """Whether Python has registered the implementation for a dispatch key."""
+    namespace, _, name = func.name().partition("::")
+    return f"{namespace}/{name}/{key}" in torch.library._impls
+
+
+def _has_shape_rule(func: Any) -> bool:
+    """Whether it is known what comes out: a rule says so, or nothing does."""
+    return not func._schema.returns or torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "Meta")
+
+
+_DEVICES = ("CPU", "XPU", "HPU", "MPS", "PrivateUse1")
+
+
+def only_for(func: Any, key: str) -> str:
+    """The devices that an operator outside of torch is for, where it is for none of a dispatch key; else nothing.
+
+    With a shape rule alone an operator may be anything; with code for another device it would raise on this one.
+    """
+    if implementation_of(func, key) is not None or torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key):
+        return ""
+    return ", ".join(name for name in _DEVICES if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), name))
+
+
+def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operator writes into."""
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args)} | kwargs
+    return leaves([given.get(argument.name) for argument in func._schema.arguments if argument.is_write])
+
+
+def leaves(values: Any) -> list[Any]:
+    """What is in lists and tuples, and in those inside."""
+    out = []
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            out += leaves(value)
+        else:
+            out.append(value)
+    return out
 
 
 def run_of_others(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aot_cache.errors import DataDependent, TraceError, one_line
-from aot_cache.upstream.torch_fake import implementation_of, run_of_others
+from aot_cache.upstream.torch_fake import implementation_of, leaves, only_for, run_of_others, written
 
 DEVICE = torch.device("cuda", 0)
 KNOWN_LIMIT = 1 << 16
@@ -225,9 +225,9 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         made = quick(args, kwargs)
         if made is not None:
             return made
-    tensors = [t for t in _leaves(args) if isinstance(t, VirtualTensor)]
+    tensors = [t for t in leaves(args) if isinstance(t, VirtualTensor)]
     if kwargs:
-        tensors += [t for t in _leaves(tuple(kwargs.values())) if isinstance(t, VirtualTensor)]
+        tensors += [t for t in leaves(tuple(kwargs.values())) if isinstance(t, VirtualTensor)]
     device = args[1] if func in _TO_DEVICE and len(args) > 1 else kwargs.get("device")
     wants_cuda = device is not None and torch.device(device).type == "cuda"
     if not tensors and not wants_cuda:
@@ -243,6 +243,11 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         implementation = implementation_of(func, "CUDA")
         if implementation is not None:
             return implementation(*args, **kwargs)
+        if found := only_for(func, "CUDA"):
+            raise TraceError(f"code of {func} for CUDA", f"only for {found}", "see which device its library found")
+        if not func._schema.returns:  # what it writes is all it does
+            _forget(func, args, kwargs)
+            return None
     if func is _TO_COPY and device is not None and torch.device(device).type == "cpu":
         source = tensors[0]
         if source.known is not None:
@@ -306,18 +311,22 @@ def _no_shape(func: Any, tensors: list[VirtualTensor], error: Exception) -> Trac
 
 def _known(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[VirtualTensor], device: Any) -> Any:
     """The result's values, when every input's are known and there are few; None otherwise."""
-    others = [t for t in _leaves(args) if isinstance(t, torch.Tensor) and not isinstance(t, VirtualTensor)]
+    others = [t for t in leaves(args) if isinstance(t, torch.Tensor) and not isinstance(t, VirtualTensor)]
     unknown = any(t.known is None for t in tensors) or any(t.numel() > KNOWN_LIMIT for t in others)
     if unknown or torch.Tag.nondeterministic_seeded in func.tags:
-        for number, argument in enumerate(func._schema.arguments):
-            value = args[number] if number < len(args) else kwargs.get(argument.name)
-            if argument.is_write and isinstance(value, VirtualTensor):
-                value.shared_.lost = True  # written with values that nobody knows, for all its views
+        _forget(func, args, kwargs)
         return None
     if not tensors and not others and not _is_index_factory(func, args, kwargs):
         return None
     cpu_kwargs = {**kwargs, "device": "cpu"} if device is not None else kwargs
     return func(*_swap(args, _known_of), **_swap(cpu_kwargs, _known_of))
+
+
+def _forget(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """The values of what an operator writes are known to nobody from now on, for all views."""
+    for tensor in written(func, args, kwargs):
+        if isinstance(tensor, VirtualTensor):
+            tensor.shared_.lost = True
 
 
 def _is_index_factory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -402,16 +411,6 @@ def _index(tensor: torch.Tensor, index: Any) -> torch.Tensor:
         else:
             out = _aten.select.int(out, dim, int(item))
     return _aten.index.Tensor(out, indices) if indices else (_aten.alias.default(out) if out is tensor else out)
-
-
-def _leaves(values: Any) -> list[Any]:
-    out = []
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            out += _leaves(value)
-        else:
-            out.append(value)
-    return out
 
 
 def _swap(values: Any, swap: Any) -> Any:

@@ -1,0 +1,110 @@
+#!/usr/bin/env python3
+"""Build other packages' kernels with the GPU hidden, make their first calls inside CUDA graph captures, and write one record.
+
+    PYTHONPATH=FOLDER:FOLDER python tools/gpu_third_party.py [--only liger,gemlite_gemm] [--points 16] [--out RECORD.json]
+
+The recipes are those of tests/third_party; the packages are in the folders, as their authors publish them. A package that
+cannot be imported there is named, and is no failure. Exit code 0 when in every case of the others all points hit inside
+captures, with no event, and results are close to eager.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from gpu_check import commit, finish, machine
+from gpu_rehearse import cli, summary
+from third_party import FOLDER, PACKAGES
+
+Json = Any
+FIRST = (
+    "liger",
+    "torchao_intmm",
+    "bitsandbytes_4bit",
+    "xformers_rope",
+    "xformers_splitk",
+    "sglang_attention",
+    "gemlite_gemm",
+)
+ORDER = [*FIRST, *(name for name in PACKAGES if name not in FIRST)]
+"""Quick builds first: the time on a GPU may end before the last."""
+
+
+def importable(recipe: str) -> str:
+    """Why a recipe cannot be imported where the GPU is seen, or nothing."""
+    code = f"import sys; sys.path[:0] = [{str(FOLDER)!r}, {str(FOLDER.parents[1])!r}]; import {recipe}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+
+
+def one(recipe: str, target: str, points: int) -> Json:
+    """Build in an empty folder, and rehearse where a GPU is the target."""
+    package = PACKAGES[recipe]
+    record: Json = {"package": package.distribution, "function": package.functions, "passed": False}
+    try:
+        record["version"] = importlib.metadata.version(package.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        record["version"] = ""  # carried without its metadata
+    if target == "native" and (why := importable(recipe)):
+        return {**record, "imports": why}
+    with tempfile.TemporaryDirectory(prefix="third-party-") as scratch:
+        folder, paths, began = Path(scratch), [str(FOLDER)], time.perf_counter()
+        told = ["--model", f"{recipe}:recipe", "--target", target, "--store", "store", "--json"]
+        built = cli(folder, "build", *told, paths=paths)
+        record["build_s"] = round(time.perf_counter() - began, 1)
+        if not built.stdout.startswith("{"):
+            return {**record, "error": built.stderr[-1500:]}
+        said = json.loads(built.stdout)["bundles"][0]
+        record |= {key: said[key] for key in ("units", "graphs", "declared", "covered", "coverage", "failed")}
+        if target != "native":
+            return {**record, "passed": built.returncode == 0}
+        began = time.perf_counter()
+        run = cli(folder, "rehearse", said["path"], "--points", str(points), "--json", paths=paths)
+        record["rehearse_s"] = round(time.perf_counter() - began, 1)
+        if not run.stdout.startswith("{"):
+            return {**record, "error": run.stderr[-1500:]}
+        cases = [summary(case) for case in json.loads(run.stdout)["cases"]]
+    captured = all(not case["not_captured"] for case in cases)
+    passed = run.returncode == 0 and not said["failed"] and captured
+    return {**record, "cases": cases, "passed": passed, "all_inside_captures": captured}
+
+
+def proved(record: Json) -> list[str]:
+    """The functions whose points all hit inside captures, with no event, close to eager."""
+    return [
+        f"{found['package']}:{case['name']}"
+        for found in record["bundles"].values()
+        for case in found.get("cases", [])
+        if case["hits"] == case["run"] and not case["events"] and not case["not_captured"] and not case["why"]
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(ORDER))
+    parser.add_argument("--points", type=int, default=16)
+    parser.add_argument("--target", default="native", help="another one is only built, which needs no GPU")
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    record: Json = {"what": "functions of other packages, rehearsed on a GPU", "commit": commit(), "machine": machine()}
+    record |= {"bundles": {}, "claims": {}, "first_calls_inside_captures": []}
+    for recipe in options.only.split(","):
+        found = record["bundles"][recipe] = one(recipe, options.target, options.points)
+        if not found.get("imports"):
+            record["claims"][recipe] = found["passed"]
+        record["first_calls_inside_captures"] = proved(record)
+        if options.out:  # what is there is kept, should the next one take too long
+            Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
+    return finish(record, options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
