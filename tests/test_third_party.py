@@ -46,7 +46,6 @@ def build(folder: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("recipe", PACKAGES)
 def test_what_is_built_is_what_the_record_says(recipe: str, tmp_path: Path) -> None:
     package = PACKAGES[recipe].distribution
