@@ -87,7 +87,16 @@ def whose(reason: str) -> str:
 
 def version(distribution: str, paths: list[str]) -> str:
     found = importlib.metadata.distributions(name=distribution, path=[*paths, *sys.path])
-    return next((one.version for one in found), "")
+    return next((one.version for one in found), "") or _version_in_source(distribution, paths)
+
+
+def _version_in_source(distribution: str, paths: list[str]) -> str:
+    """Of a package that is there as its repository, without metadata."""
+    for source in (Path(path, distribution, "__init__.py") for path in paths):
+        said = re.search(r'^__version__ *= *"(.+?)"', source.read_text(), re.M) if source.exists() else None
+        if said:
+            return said[1]
+    return ""
 
 
 def lines(recipe: str) -> int:
@@ -96,14 +105,14 @@ def lines(recipe: str) -> int:
     return sum(not re.match(r"\s*(#|import |from |$)", line) for line in text.splitlines())
 
 
-def build(recipe: str, target: str, paths: list[str]) -> Json:
-    """One build in an empty folder, with its own empty store."""
+def build(recipe: str, target: str, paths: list[str], store: str) -> Json:
+    """One build in an empty folder, with its own empty store unless one is named."""
     with tempfile.TemporaryDirectory(prefix="third-party-") as scratch:
         command = ["--model", f"{recipe}:recipe", "--target", target, "--out", f"{scratch}/x.safetensors", "--json"]
         began = time.perf_counter()
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "aot_cache.cli", "build", *command, "--store", f"{scratch}/store"],
+                [sys.executable, "-m", "aot_cache.cli", "build", *command, "--store", store or f"{scratch}/store"],
                 env={
                     **os.environ,
                     "CUDA_VISIBLE_DEVICES": "",
@@ -134,6 +143,7 @@ def build(recipe: str, target: str, paths: list[str]) -> Json:
         "graphs": said["graphs"],
         "kernels": [kernel.rpartition(":")[2] for kernel in kernels],
         "points": said["covered"],
+        "compiled": said["compiled"],
         "failures": [_failure(json.dumps(failed), paths) for failed in said["failed"]],
         "seconds": seconds,
         "exit": done.returncode,
@@ -141,7 +151,7 @@ def build(recipe: str, target: str, paths: list[str]) -> Json:
 
 
 def _nothing(reason: str, paths: list[str]) -> Json:
-    nothing: Json = {"specializations": 0, "graphs": 0, "kernels": [], "points": 0}
+    nothing: Json = {"specializations": 0, "graphs": 0, "kernels": [], "points": 0, "compiled": 0}
     return {**nothing, "failures": [_failure(reason, paths)]}
 
 
@@ -167,9 +177,15 @@ def table(builds: list[Json]) -> Iterator[str]:
             str(len(one["kernels"])),
             str(one["points"]),
             failures.replace("|", "\\|").replace("\n", " "),
-            f"{one['seconds']:.0f}",
+            f"{one['seconds']:.0f}{_of(one)}",
         ]
         yield f"| {' | '.join(cells)} |"
+
+
+def _of(one: Json) -> str:
+    """What the seconds are for, where a store had the rest."""
+    compiled = one.get("compiled", one["specializations"])
+    return f" (the last {compiled})" if 0 < compiled < one["specializations"] else ""
 
 
 def main() -> int:
@@ -177,6 +193,7 @@ def main() -> int:
     parser.add_argument("--paths", default="", help="folders to import from, separated as in PYTHONPATH")
     parser.add_argument("--targets", default="h200,mi300x")
     parser.add_argument("--only", default=",".join(PACKAGES))
+    parser.add_argument("--store", default="", help="a store that is kept: what is in it is not compiled again")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     paths = [path for path in options.paths.split(os.pathsep) if path]
@@ -194,7 +211,7 @@ def main() -> int:
         }
         about |= {"function": package.functions, "target": target, "lines": lines(recipe), "note": package.note}
         kept = [one for one in record["builds"] if (one["recipe"], one["target"]) != (recipe, target)]
-        record["builds"] = sorted([*kept, {**about, **build(recipe, target, paths)}], key=_order)
+        record["builds"] = sorted([*kept, {**about, **build(recipe, target, paths, options.store)}], key=_order)
         if options.out:  # what is there is kept, should the next one take too long
             options.out.write_text(json.dumps(record, indent=1) + "\n")
     print("\n".join(table(record["builds"])))
