@@ -177,15 +177,9 @@ def table(builds: list[Json]) -> Iterator[str]:
             str(len(one["kernels"])),
             str(one["points"]),
             failures.replace("|", "\\|").replace("\n", " "),
-            f"{one['seconds']:.0f}{_of(one)}",
+            f"{one['seconds']:.0f}",
         ]
         yield f"| {' | '.join(cells)} |"
-
-
-def _of(one: Json) -> str:
-    """What the seconds are for, where a store had the rest."""
-    compiled = one.get("compiled", one["specializations"])
-    return f" (the last {compiled})" if 0 < compiled < one["specializations"] else ""
 
 
 def main() -> int:
