@@ -24,6 +24,11 @@ _GRAPH_DETAILS = ("guards", "dynamic", "line", "reached", "kernels", "candidates
 _DETAILS = ("cases", "pruned", "failed", "calls")
 
 
+def graph_name(graph: Mapping[str, Json]) -> str:
+    """`module:qualname` of the function that a graph is of."""
+    return f"{graph['module']}:{graph['function']}"
+
+
 def graph_label(number: int) -> str:
     """What people, and the ledger, call a bundle's graph: `g1` is the first in its manifest."""
     return f"g{number + 1}"

@@ -298,7 +298,7 @@ class Plan:
         return plan, units
 
     def note_sets(self, by_case: Mapping[str, Iterable[str]]) -> None:
-        """Write down which settings were put back before a case's calls."""
+        """Write down which settings of the process each case changes while it makes arguments."""
         for case in self.cases:
             case.sets = sorted({*case.sets, *by_case.get(case.name, ())})
 

@@ -54,10 +54,6 @@ class ProcessGroup:
 class Terminated(KeyboardInterrupt):
     """The process was asked to end, by Ctrl-C or a signal to the same purpose: what it has begun is cleaned up."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
@@ -71,7 +67,7 @@ def interruptible() -> Iterator[list[int]]:
 
     def raise_it(number: int, _frame: object) -> None:
         came.append(number)
-        raise Terminated(number)
+        raise Terminated(signal.Signals(number).name)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)

@@ -8,6 +8,7 @@ from typing import Any
 from aot_cache.render import line, size, table, times
 from aot_cache.render_bundle import overview
 from aot_cache.render_rehearsal import trouble
+from aot_cache.report import many
 
 Facts = Mapping[str, Any]
 
@@ -48,7 +49,7 @@ def builds(rows: Sequence[Facts]) -> None:
         if b["ranks"] > 1:
             line(f"{b['target']}: for a job of {b['ranks']} ranks")
         if not b["complete"]:
-            lost = f"without {_many(len(b['failed']), 'part')} of the recipe"
+            lost = f"without {many(len(b['failed']), 'part')} of the recipe"
             line(f"{b['target']}: {f'INCOMPLETE: {lost}' if b['written'] else 'FAILED: nothing could be built'}")
         for failure in b["failed"]:
             line(f"{b['target']}: failed: {failure['kernel']}: {failure['error']}")
@@ -101,13 +102,9 @@ def plan(facts: Facts) -> None:
         words = filter(None, (f"{call['function']}:{call['line']}", call["mode"], call["options"]))
         _reached(f"{call['label']}  {', '.join(words)}, changes {call['changes']}", call)
     for kernel in facts["kernels"]:
-        counts = f"{_many(kernel['specializations'], 'specialization')}, {_many(kernel['configs'], 'config')}"
-        tuned = f"{kernel['tuned']} of {_many(kernel['choices'], 'choice')} tuned" if kernel["choices"] else "no choice"
+        counts = f"{many(kernel['specializations'], 'specialization')}, {many(kernel['configs'], 'config')}"
+        tuned = f"{kernel['tuned']} of {many(kernel['choices'], 'choice')} tuned" if kernel["choices"] else "no choice"
         _reached(f"{kernel['kernel']}: {counts}, {tuned}", kernel)
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _reached(what: str, facts: Facts) -> None:

@@ -289,6 +289,11 @@ def form_of(found: Bundle) -> AbstractContextManager[None]:
     return form(BundleCorrupt, f"a bundle of this version at {found.path}")
 
 
+def many(count: int, what: str) -> str:
+    """`1 graph`, `2 graphs`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def reached_text(reached: Mapping[str, Iterable[Mapping[str, str]]]) -> list[str]:
     """`decode: batch 1..64, tokens 1`: one line for each box of points."""
     return [

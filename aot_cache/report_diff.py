@@ -9,10 +9,10 @@ from typing import Any
 
 from aot_cache.errors import DeclarationError
 from aot_cache.key import digest, objects_of
-from aot_cache.manifest import whole
-from aot_cache.plan import CallPlan, Plan, Tuning, Unit
+from aot_cache.manifest import graph_name, whole
+from aot_cache.plan import Plan, Tuning, Unit
 from aot_cache.plan import diff as plan_diff
-from aot_cache.report import form, form_of, plan_of, reached_text
+from aot_cache.report import form, form_of, many, plan_of, reached_text
 from aot_cache.report_graphs import changes, options_text
 from aot_cache.signature import Names, no_names, signature, value_text
 from aot_cache.store import Bundle
@@ -120,13 +120,16 @@ def _graphs(left: Side, right: Side) -> tuple[Facts, Facts, list[Facts]]:
     """(what the left has alone, the right, graphs for the same calls whose compiled code differs)."""
     if left.graphs is None or right.graphs is None:
         calls = [{call.id: call for call in one.plan.calls} for one in (left, right)]
-        alone = [[_call(c) for i, c in mine.items() if i not in other] for mine, other in (calls, calls[::-1])]
+        alone = [
+            [_row(c.function, vars(c)) for i, c in mine.items() if i not in other]
+            for mine, other in (calls, calls[::-1])
+        ]
         return {"calls": alone[0]}, {"calls": alone[1]}, []
     mine, theirs = ({digest(_asked(graph)): graph for graph in found} for found in (left.graphs, right.graphs))
     only = [_alone(mine, theirs), _alone(theirs, mine)]
     bound = _bound(left.bound or {}, right.bound or {})
     otherwise = [
-        {**_graph(graph), "differs": bound or ["its compiled code"]}
+        {**_row(graph_name(graph), graph), "differs": bound or ["its compiled code"]}
         for asked, graph in mine.items()
         if asked in theirs and _made(graph) != _made(theirs[asked])
     ]
@@ -135,7 +138,7 @@ def _graphs(left: Side, right: Side) -> tuple[Facts, Facts, list[Facts]]:
 
 def _asked(graph: Graph) -> Facts:
     """Which calls a graph is for. The place of its source's lines is none of it."""
-    return {"function": _name(graph), **{part: graph[part] for part in _ASKED}}
+    return {"function": graph_name(graph), **{part: graph[part] for part in _ASKED}}
 
 
 def _made(graph: Graph) -> list[Json]:
@@ -146,8 +149,13 @@ def _alone(mine: Mapping[str, Graph], others: Mapping[str, Graph]) -> list[Facts
     rows = []
     for asked, graph in mine.items():
         if asked not in others:
-            alike = [_differing(graph, other) for other in others.values() if _name(other) == _name(graph)]
-            rows.append({**_graph(graph), "differs": min(alike, key=len, default=["no graph of this function"])})
+            alike = [_differing(graph, other) for other in others.values() if graph_name(other) == graph_name(graph)]
+            rows.append(
+                {
+                    **_row(graph_name(graph), graph),
+                    "differs": min(alike, key=len, default=["no graph of this function"]),
+                }
+            )
     return rows
 
 
@@ -164,31 +172,16 @@ def _bound(one: Mapping[str, Json], other: Mapping[str, Json]) -> list[str]:
     ]
 
 
-def _name(graph: Graph) -> str:
-    return f"{graph['module']}:{graph['function']}"
-
-
-def _graph(graph: Graph) -> Facts:
+def _row(function: str, found: Mapping[str, Json]) -> Facts:
+    """What is shown of a graph, or of a call for which a plan asks one."""
     return {
-        "function": _name(graph),
-        "line": graph["line"],
-        "mode": graph["mode"],
-        "options": options_text(graph["wrapping"]),
-        "changes": changes(graph["dynamic"]),
-        "reached": graph["reached"],
-        "reached_by": reached_text(graph["reached"]),
-    }
-
-
-def _call(call: CallPlan) -> Facts:
-    return {
-        "function": call.function,
-        "line": call.line,
-        "mode": call.mode,
-        "options": options_text(call.wrapping),
-        "changes": changes(call.dynamic),
-        "reached": call.reached,
-        "reached_by": reached_text(call.reached),
+        "function": function,
+        "line": found["line"],
+        "mode": found["mode"],
+        "options": options_text(found["wrapping"]),
+        "changes": changes(found["dynamic"]),
+        "reached": found["reached"],
+        "reached_by": reached_text(found["reached"]),
     }
 
 
@@ -202,12 +195,8 @@ def _summary(facts: Facts) -> str:
     parts = []
     for where in ("left", "right"):
         only = facts[f"only_{where}"]
-        counts = [_many(len(only[kind]), word) for kind, word in _WORDS.items() if only.get(kind)]
+        counts = [many(len(only[kind]), word) for kind, word in _WORDS.items() if only.get(kind)]
         parts += [f"only {where}: {', '.join(counts)}"] if counts else []
     if facts["compiled_otherwise"]:
-        parts.append(f"compiled otherwise: {_many(len(facts['compiled_otherwise']), 'graph')}")
+        parts.append(f"compiled otherwise: {many(len(facts['compiled_otherwise']), 'graph')}")
     return "; ".join(parts) or "the same is launched by both"
-
-
-def _many(count: int, word: str) -> str:
-    return f"{count} {word}{'' if count == 1 else 's'}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from aot_cache.follows import readable
 from aot_cache.key import objects_of
-from aot_cache.manifest import call_label, graph_label
+from aot_cache.manifest import call_label, graph_label, graph_name
 from aot_cache.plan import CallPlan
 
 Json = Any
@@ -44,7 +44,7 @@ def graphs(manifest: Mapping[str, Json], sizes: Mapping[str, int]) -> list[Facts
     return [
         {
             "label": graph_label(number),
-            "function": f"{graph['module']}:{graph['function']}",
+            "function": graph_name(graph),
             "line": graph["line"],
             "mode": graph["mode"],
             "options": options_text(graph["wrapping"]),

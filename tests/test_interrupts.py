@@ -95,20 +95,20 @@ class Building:
         return marked(self.mark)
 
 
-@pytest.fixture
-def kernels(tmp_path: Path) -> Iterator[Building]:
-    building = Building(tmp_path, "of_kernels", "h200")
+def until_killed(building: Building) -> Iterator[Building]:
     yield building
     building.process.kill()
     building.process.communicate()
+
+
+@pytest.fixture
+def kernels(tmp_path: Path) -> Iterator[Building]:
+    yield from until_killed(Building(tmp_path, "of_kernels", "h200"))
 
 
 @pytest.fixture
 def graphs(tmp_path: Path) -> Iterator[Building]:
-    building = Building(tmp_path, "of_graphs", "cpu")
-    yield building
-    building.process.kill()
-    building.process.communicate()
+    yield from until_killed(Building(tmp_path, "of_graphs", "cpu"))
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])

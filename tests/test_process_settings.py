@@ -67,7 +67,7 @@ def test_a_setting_is_put_back(name: str) -> None:
         with process_settings.kept() as settings:
             write()
             assert read() != before, again
-            settings.put_back(wholly=True)
+            settings.put_back()
             assert read() == before, again
             write()
         assert read() == before, again

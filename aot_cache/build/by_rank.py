@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aot_cache import key
+from aot_cache.manifest import graph_name
 
 Json = Any
 _NOT_CODE = ("reached", "asks_rank", "kernels")
@@ -31,7 +32,7 @@ def combined(ranks: Sequence[Sequence[Mapping[str, Json]]], why: Mapping[str, st
     out = []
     for rank, graphs in enumerate(ranks):
         for graph in graphs:
-            name = _name(graph)
+            name = graph_name(graph)
             if name in why:
                 out.append({**_without(graph), "rank": rank, "per_rank": why[name]})
             elif rank == 0:
@@ -42,12 +43,8 @@ def combined(ranks: Sequence[Sequence[Mapping[str, Json]]], why: Mapping[str, st
 def _by_function(graphs: Sequence[Mapping[str, Json]]) -> dict[str, list[Mapping[str, Json]]]:
     found: dict[str, list[Mapping[str, Json]]] = {}
     for graph in graphs:
-        found.setdefault(_name(graph), []).append(graph)
+        found.setdefault(graph_name(graph), []).append(graph)
     return found
-
-
-def _name(graph: Mapping[str, Json]) -> str:
-    return f"{graph['module']}:{graph['function']}"
 
 
 def _without(graph: Mapping[str, Json]) -> dict[str, Json]:

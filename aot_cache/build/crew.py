@@ -117,7 +117,7 @@ class Crew:
                 finished = finished or event["event"] in ("error", "ranks", last)
                 yield event
         finally:
-            if finished and worker.poll() is None:
+            if finished:
                 worker.wait()  # it has nothing more to say, and has yet to write what it knows
             group.end()  # the reader gave up (Ctrl-C, an error), or it died: nobody waits for what children would write
             with self._lock:

@@ -137,8 +137,8 @@ def plan_only(request: Request, progress: Progress = lambda *_: None) -> Plan:
 def bundle_path(request: Request, name: str, spec: str = "", misses: Misses | None = None) -> Path:
     """Where the bundle of the recipe called `name` goes.
 
-    The options in `spec` are part of the file's name, and so is what makes a bundle narrower or wider than the recipe's own:
-    that one is not replaced by it. A plan that lies elsewhere than beside that one gives its own name.
+    The options in `spec` are part of the file's name. So is what makes a bundle narrower or wider than the recipe's own, which it
+    must not replace. A bundle of a plan is called as the plan's file.
     """
     if request.out is not None:
         return request.out

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aot_cache.errors import Incompatible
-from aot_cache.manifest import graph_label
+from aot_cache.manifest import graph_label, graph_name
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
 from aot_cache.upstream import (
@@ -95,13 +95,13 @@ class GraphSet:
     def changed(self) -> dict[str, str]:
         """Function → why its source, or that of what is inlined into it, is not what was built; of modules that are imported."""
         digests: dict[str, dict[str, set[str]]] = {}
-        found = [(_name(graph), self._changed_source(graph, digests)) for graph in self._graphs]
+        found = [(graph_name(graph), self._changed_source(graph, digests)) for graph in self._graphs]
         self._changed = {name: why for name, why in found if why}
         return self._changed
 
     def _changed_source(self, graph: Mapping[str, Json], digests: dict[str, dict[str, set[str]]]) -> str:
         # Of several functions of one name, as a loop makes them, the last one is found in its module.
-        alike = {other["code"] for other in self._graphs if _name(other) == _name(graph)}
+        alike = {other["code"] for other in self._graphs if graph_name(other) == graph_name(graph)}
         inlined = [(module, qualname, {digest}) for module, qualname, digest in graph["inlined"]]
         for module, qualname, wanted in [(graph["module"], graph["function"], alike), *inlined]:
             if module not in digests:
@@ -194,7 +194,7 @@ class GraphSet:
                 return f"{module} is not imported"
             if digest not in here[module].get(qualname, ()):
                 why = f"the source of {module}:{qualname} differs"
-                self.loaded.stale[_name(graph)] = why
+                self.loaded.stale[graph_name(graph)] = why
                 return why
         return ""
 
@@ -246,10 +246,6 @@ class GraphSet:
     def _library(self, source: str) -> bytes | None:
         digest = self._libraries.get(source)
         return self.bundle.object(digest) if digest is not None else None
-
-
-def _name(graph: Mapping[str, Json]) -> str:
-    return f"{graph['module']}:{graph['function']}"
 
 
 def short(graph: Mapping[str, Json]) -> str:

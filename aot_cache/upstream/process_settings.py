@@ -80,17 +80,15 @@ class _Part:
     def now(self) -> Mapping[str, Any]:
         return self.base if self._mark() == self.base_mark else dict(self.read())
 
-    def put_back(self, wholly: bool) -> list[str]:
+    def put_back(self) -> None:
         now = self.now()
         if now is self.base:
-            if not wholly or self.inside is None or self.inside() == self.base_inside:
-                return []
+            if self.inside is None or self.inside() == self.base_inside:
+                return
             now = dict(self.read())
-        names = _differing(now, self.base)
-        for name in names:
+        for name in _differing(now, self.base):
             self.write(name, self.base.get(name, _GONE))
         self._marked()
-        return [self.room + name for name in names]
 
     def adopt(self, before: Mapping[str, Any]) -> None:
         """Keep what has changed since it was as in `before`."""
@@ -343,9 +341,10 @@ class Settings:
             )
         )
 
-    def put_back(self, wholly: bool = False) -> list[str]:
-        """Make them so again, and `wholly` also what was changed in place; returns which were not."""
-        return [name for part in _parts() for name in part.put_back(wholly)]
+    def put_back(self) -> None:
+        """Make them so again, also what was changed in place."""
+        for part in _parts():
+            part.put_back()
 
 
 @contextlib.contextmanager
@@ -361,7 +360,7 @@ def kept() -> Iterator[Settings]:
     finally:
         if imports in sys.meta_path:
             sys.meta_path.remove(imports)
-        settings.put_back(wholly=True)
+        settings.put_back()
 
 
 def _seed() -> None:
