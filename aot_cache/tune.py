@@ -114,8 +114,10 @@ def tune(bundle_path: Path, out: Path, *, prune: bool, points: int, progress: Pr
     manifest = whole(bundle)
     recipes.load(manifest["spec"])  # its modules are imported, so that every kernel is installed
     report = loader.load(bundle_path, strict=True)
-    loader.ready(strict=True)
+    loader.ready()
     kernels = next(k for k in loader.loaded() if k.report is report)
+    _make_pending(kernels, manifest)
+    loader.ready(strict=True)
     results = _measure(kernels, manifest, range(len(manifest["tunings"])), points, progress)
     device = {"name": name, "clocks_before": before, "clocks_after": _clocks()}
     chosen = _write_choices(manifest, results, device)
@@ -184,13 +186,29 @@ def _measure(
         case, point = tune_graphs.case_of(recipe, case_name), json.loads(text)
         for number in wanted:
             tuning = manifest["tunings"][number]
-            triton_tuning.forget(function_of(kernels.name_of(tuning)), tuning["tuner"], tuning["key"])
+            for function in kernels.functions_of(tuning):
+                triton_tuning.forget(function, tuning["tuner"], tuning["key"])
         current = f"{case_name}: " + ", ".join(f"{k}={v}" for k, v in point.items())
         with case.modes(), triton_tuning.benchmarking(allowed, measured):
             case.call(point)()
         torch.cuda.synchronize()
     progress("tune", len(plan), len(plan))
     return results
+
+
+def _make_pending(kernels: KernelSet, manifest: Mapping[str, Json]) -> None:
+    """Call what launches the kernels that no module has yet: a library may make them inside a function, at its first call."""
+    pending, recipe = set(kernels.report.pending), recipes.load(manifest["spec"])
+    plan = set()
+    for unit in manifest["units"]:
+        if manifest["kernels"][unit["kernel"]]["name"] in pending:
+            case, boxes = next(iter(sorted(unit["reached"].items())))
+            plan.add((case, json.dumps(shapes.expand(boxes)[-1])))
+            pending.discard(manifest["kernels"][unit["kernel"]]["name"])
+    for name, point in sorted(plan):
+        case = tune_graphs.case_of(recipe, name)
+        with case.modes():
+            case.call(json.loads(point))()
 
 
 def _points_for(

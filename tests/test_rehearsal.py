@@ -266,6 +266,9 @@ def test_the_place_of_an_error_is_in_the_user_s_code() -> None:
         ({"module_load": 1}, {KERNELS: 3}, False, 0),
         ({"gcc": 1}, {KERNELS: 1}, False, 2),
         ({"refused": 1}, {}, True, 0),
+        ({"late_install": 1}, {KERNELS: 1}, False, 0),
+        ({"late_install": 1}, {}, False, 0),
+        ({"late_install": 1}, {GRAPHS: 1}, False, 1),
         ({}, {COMPILERS: 1, GRAPHS: 1}, False, 2),
     ],
 )

@@ -262,10 +262,13 @@ def part_parity(options: argparse.Namespace) -> Json:
 
 def _forget(manifest: Json) -> None:
     """Make every tuner choose again."""
+    from aot_cache.runtime import loader
     from aot_cache.upstream import triton_tuning
 
-    for tuning in manifest["tunings"]:
-        triton_tuning.forget(manifest["kernels"][tuning["kernel"]]["name"], tuning["tuner"], tuning["key"])
+    for kernels in loader.loaded():
+        for tuning in manifest["tunings"]:
+            for function in kernels.functions_of(tuning):
+                triton_tuning.forget(function, tuning["tuner"], tuning["key"])
 
 
 def _bench_once() -> None:

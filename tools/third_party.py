@@ -40,11 +40,13 @@ class Package:
         distribution: the package's name in an index.
         functions: what of it is called.
         note: what the recipe does not call, and whose reason that is.
+        uncapturable: cases that no capture can have, with or without aot-cache, because the function reads from the GPU.
     """
 
     distribution: str
     functions: str
     note: str = ""
+    uncapturable: tuple[str, ...] = ()
 
 
 PACKAGES = {
@@ -69,7 +71,12 @@ PACKAGES = {
         "theirs: on CUDA its functions call C++; the Triton kernels are called by their own names",
     ),
     "gemlite_gemm": Package("gemlite", "A16W4_HQQ_INT (forward_functional)"),
-    "liger": Package("liger-kernel", "ten of transformers.functional"),
+    "liger": Package("liger-kernel", "ten of transformers.functional", uncapturable=("cross_entropy",)),
+    "fla_delta": Package(
+        "fla-core",
+        "chunk_gated_delta_rule, l2norm, rms_norm, rms_norm_gated",
+        "theirs: fused_recurrent_gated_delta_rule of 0.6.0 returns NaNs in eager, with Triton 3.6 on an H200",
+    ),
 }
 
 RULES: tuple[tuple[str, str], ...] = (

@@ -14,9 +14,11 @@ from aot_cache.rehearsal.leaves import Leaf, leaves
 from aot_cache.rehearsal.results import Missed, PointResult
 from aot_cache.runtime import ledger, loader
 from aot_cache.shapes import Point
+from aot_cache.upstream import torch_capture
 from aot_cache.upstream.second_count import SecondCount, contradictions
 
-_COUNTED = (*ledger.HARMFUL, "fallback", "unsafe", "refused", "rejected_bundle")
+_DECIDED = ("fallback", "unsafe", "refused", "rejected_bundle")
+_COUNTED = (*ledger.HARMFUL, *_DECIDED, "late_install")
 
 
 @dataclass
@@ -90,8 +92,11 @@ class Stage:
         outcome.events = {kind: after[kind] - before[kind] for kind in _COUNTED if after[kind] > before[kind]}
         outcome.second = {name: now[name] - second[name] for name in now if now[name] > second[name]}
         outcome.misses = tuple(Missed(miss["name"], miss["why"]) for miss in loader.MISSES.to_json())
-        if outcome.events and not outcome.misses:  # nobody decided on it, and still it was done
-            names = ", ".join(outcome.events)
+        harm = [
+            kind for kind in outcome.events if kind != "late_install"
+        ]  # found in the bundle, if later than it should be
+        if harm and not outcome.misses:  # nobody decided on it, and still it was done
+            names = ", ".join(harm)
             outcome.misses = (Missed(case.name, f"the ledger counts what no hit has: {names}"),)
         return outcome
 
@@ -170,7 +175,7 @@ def _in_capture(call: Call) -> Any:
     graph = torch.cuda.CUDAGraph()
     torch.manual_seed(arguments.SEED)
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
+    with torch_capture.captured(graph):
         result = call()
     torch.manual_seed(arguments.SEED)
     graph.replay()

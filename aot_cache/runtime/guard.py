@@ -141,6 +141,8 @@ class Guard:
         with self.installing():
             late = self._late(tuning.function, tuning.name, tuning.device)
             chosen = tuning.chosen() if late else None
+            if chosen is None:
+                chosen = tuning.given()
         if chosen is not None:
             return chosen
         there: int | None = _or(None, tuning.first_installed) if in_capture else None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from aot_cache.errors import one_line
 from aot_cache.key import function_of
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
@@ -25,6 +28,7 @@ class Report:
         primed: of these, units that are loaded onto the device.
         modules: modules loaded for them; units whose binaries are the same share one.
         pending: kernels whose module the process has not imported yet.
+        not_imported: of their modules, those that `ready` tried to import, with what they raised.
         stale: kernel → why its source here is not what was built.
         unchosen: autotuner choices that could not be taken, with the reason.
         other_kind: set when choices were measured on another kind of GPU, and were therefore not used.
@@ -37,6 +41,7 @@ class Report:
     primed: int = 0
     modules: int = 0
     pending: list[str] = field(default_factory=list)
+    not_imported: dict[str, str] = field(default_factory=dict)
     stale: dict[str, str] = field(default_factory=dict)
     unchosen: dict[str, str] = field(default_factory=dict)
     other_kind: str = ""
@@ -75,7 +80,7 @@ class KernelSet:
         self._devices: dict[int, _OnDevice] = {}
         self._done: set[tuple[int, int, int]] = set()  # (pid, device, kernel number)
         self._made: dict[str, list[int]] = {}
-        """Functions that no module has by name → the kernels of that name: a factory makes several."""
+        """Functions that no module has by name, as they were built → the kernels of that name: a factory makes several."""
         for number, name in enumerate(self._names):
             if "<locals>" in name or name != function_of(name):
                 self._made.setdefault(function_of(name), []).append(number)
@@ -94,12 +99,17 @@ class KernelSet:
 
     def choose_now(self, tuning: Mapping[str, Json], config: Mapping[str, Json]) -> None:
         """Put a choice that was just measured in place of the default."""
-        from aot_cache.upstream import triton_kernel
+        from aot_cache.upstream import triton_kernel, triton_launches
 
+        for function in self.functions_of(tuning):
+            tuners = triton_launches.tuners_of(function, tuning["tuner"])
+            triton_kernel.choose(tuners, tuning["key"], config, replace=True)
+
+    def functions_of(self, tuning: Mapping[str, Json]) -> list[Any]:
+        """The functions in this process that a tuning of this bundle is of: a factory makes several."""
         number = tuning["kernel"]
-        for function in self._functions([number]).get(number, ()):
-            if not self._differs(function, number):
-                triton_kernel.choose(function, tuning["tuner"], tuning["key"], config, replace=True)
+        found = self._functions([number]).get(number, ())
+        return [function for function in found if not self._differs(function, number)]
 
     def waiting(self, device: int) -> bool:
         """Whether any kernel of this bundle is not yet installed on `device`."""
@@ -131,6 +141,21 @@ class KernelSet:
             self.report.pending = [self._names[n] for n in range(len(self._names)) if not self._known(n)]
             self._ledger.note("installed", "", torch_capture.capturing(), new)
             return new
+
+    def import_pending(self) -> None:
+        """Import the modules of pending kernels whose package the process has imported.
+
+        Libraries import their kernels where they first launch them, which may be inside a capture. What a module raises is
+        left to the library: its kernels stay pending.
+        """
+        names = {name.partition(":")[0] for name in self.report.pending}
+        for name in sorted(names - set(sys.modules)):
+            if name.partition(".")[0] not in sys.modules:
+                continue
+            try:
+                importlib.import_module(name)
+            except Exception as error:
+                self.report.not_imported[name] = one_line(error)
 
     def adopt(self, function: Any, name: str, device: int) -> bool:
         """Install the units of a kernel that is made anew inside a function, for this one; True when there are any."""
@@ -172,9 +197,12 @@ class KernelSet:
                 made.add(name)
             elif function is not None and triton_jit.name_of(function) == name:
                 out[number] = [function]
+                if self._differs(function, number):  # what is launched may be made from it, under its name (xformers)
+                    self._made[name] = [n for n, other in enumerate(self._names) if function_of(other) == name]
+                    made.add(name)
         if made:
             for name, functions in triton_kernel.functions_in_memory(made).items():
-                out |= {number: functions for number in self._made[name] if number in numbers}
+                out |= {number: functions for number in self._made[name] if number in numbers}  # those of modules, too
         return out
 
     def _differs(self, function: Any, number: int) -> str:
@@ -245,14 +273,16 @@ class KernelSet:
 
     def _choose(self, function: Any, number: int) -> None:
         """Fill the autotuners: the recorded choice where it was measured on this kind of GPU, else the first that fits."""
-        from aot_cache.upstream import triton_kernel
+        from aot_cache.upstream import triton_kernel, triton_launches
 
+        tunings = self._tunings.get(number, [])
+        tuners = {n: triton_launches.tuners_of(function, n) for n in {tuning["tuner"] for tuning in tunings}}
         same_kind = torch_capture.device_name() == self.bundle.manifest["target"]["name"]
-        for tuning in self._tunings.get(number, []):
+        for tuning in tunings:
             config = self._config(tuning, same_kind)
             why = "no candidate of it compiled and fits" if config is None else ""
             if config is not None:
-                why = triton_kernel.choose(function, tuning["tuner"], tuning["key"], config)
+                why = triton_kernel.choose(tuners[tuning["tuner"]], tuning["key"], config)
             if why:
                 self.report.unchosen[f"{self._names[number]} {tuning['key']}"] = why
 

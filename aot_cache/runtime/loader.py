@@ -152,15 +152,20 @@ def _prime_graphs() -> int:
 def ready(*, strict: bool = False) -> list[Report]:
     """Call after the model is made and before the first capture: install and load what is still waiting.
 
+    Modules of kernels are imported where their package is: a library may import them no sooner than at its first launch.
+
     Raises:
         NotReady: with `strict`, when a declared kernel is not installed: not imported, of other source, or no bundle.
     """
     prime()
-    if torch_capture.cuda_is_up():
+    if torch_capture.cuda_is_up():  # before that, nothing is pending
+        for kernels in _sets:
+            kernels.import_pending()
+        prime()
         _prime_libraries()
     reports = [kernels.report for kernels in _sets]
     if strict:
-        missing = [f"{name} (its module is not imported)" for r in reports for name in r.pending]
+        missing = [f"{name} ({_why_pending(r, name)})" for r in reports for name in r.pending]
         missing += [f"{name} ({why})" for r in reports for name, why in r.stale.items()]
         missing += [f"{name} ({why})" for r in reports for name, why in r.unchosen.items()]
         missing += _missing_graphs()
@@ -173,6 +178,11 @@ def ready(*, strict: bool = False) -> list[Report]:
                 "see aot_cache.stats(), and build again if sources changed",
             )
     return reports
+
+
+def _why_pending(report: Report, name: str) -> str:
+    why = report.not_imported.get(name.partition(":")[0])
+    return f"its module cannot be imported: {why}" if why else "its module is not imported"
 
 
 def _missing_graphs() -> list[str]:

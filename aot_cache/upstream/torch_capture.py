@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _under_way: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDictionary()
@@ -103,6 +104,35 @@ def watch_captures(before: Callable[[], None], after: Callable[[], None]) -> Cal
             _under_way.clear()
 
     return undo
+
+
+@contextmanager
+def captured(graph: Any) -> Iterator[None]:
+    """`torch.cuda.graph(graph)`, after whose failure the process can go on, and which says what failed first.
+
+    Upstream: where `capture_end` raises, `torch.cuda.graph.__exit__` does not give back the stream that was current, and the
+    generators stay in their capture (`CUDAGeneratorState::capture_prologue` without its `capture_epilogue`): each random
+    number after it raises "Offset increment outside graph capture". The error that broke the capture is only the context of
+    what `capture_end` says.
+    """
+    import torch
+
+    stream, broke = torch.cuda.current_stream(), None
+    try:
+        with torch.cuda.graph(graph):
+            try:
+                yield
+            except BaseException as error:
+                broke = error
+                raise
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        for generator in torch.cuda.default_generators:
+            fresh = torch.Generator(device=generator.device).manual_seed(generator.initial_seed())
+            generator.graphsafe_set_state(fresh)
+        if broke is not None:
+            raise broke from None
+        raise
 
 
 def _ended(graph: Any) -> None:

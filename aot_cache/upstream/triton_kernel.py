@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import functools
 import gc
+import weakref
 from collections import namedtuple
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import triton
@@ -26,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from aot_cache.store import Bundle
 from aot_cache.tested import minor
-from aot_cache.upstream import triton_events, triton_jit, triton_launches
+from aot_cache.upstream import triton_events, triton_jit
 from aot_cache.upstream.versions import UNLOADS_ON_DELETE
 
 Json = Any
@@ -242,22 +243,53 @@ def load_as_triton_does(kernel: CompiledKernel) -> None:
     kernel._init_handles()
 
 
-def choose(
-    function: JITFunction, ordinal: int, key: list[Json], config: Mapping[str, Json], replace: bool = False
-) -> str:
-    """Make an autotuner of `function` take `config` under `key`. Returns why it could not; empty when it did."""
-    tuners = triton_launches.tuners_of(function)
-    if ordinal >= len(tuners):
-        return f"there are {len(tuners)} autotuners around it, not {ordinal + 1}"
-    tuner: Autotuner = tuners[ordinal]
-    decoded = tuple(triton_jit.decode(k) for k in key)
-    wanted = dict(config)
-    for candidate in tuner.configs:
-        if {k: triton_jit.encode(v) for k, v in triton_jit.config_kwargs(candidate).items()} == wanted:
-            if replace or decoded not in tuner.cache:
-                tuner.cache[decoded] = candidate
-            return ""
-    return "none of its configs is the one that was chosen"
+def choose(tuners: Sequence[Autotuner], key: list[Json], config: Mapping[str, Json], replace: bool = False) -> str:
+    """Make `tuners` take `config` under `key`. Returns why none of them could; empty when one did."""
+    if not tuners:
+        return "its autotuner is not there"
+    decoded, wanted = tuple(triton_jit.decode(k) for k in key), dict(config)
+    took = [_take(tuner, decoded, wanted, replace) for tuner in tuners]
+    return "" if any(took) else "none of its configs is the one that was chosen"
+
+
+def _take(tuner: Autotuner, key: tuple[Any, ...], wanted: dict[str, Json], replace: bool) -> bool:
+    number = _place(tuner.configs, wanted)
+    if number is not None:
+        if replace or key not in tuner.cache:
+            tuner.cache[key] = tuner.configs[number]
+        return True
+    if not _makes_configs(tuner):
+        return False
+    if replace:
+        forget(tuner, key)
+    _choices.setdefault(tuner, {}).setdefault(key, wanted)
+    return True
+
+
+def forget(tuner: Autotuner, key: tuple[Any, ...]) -> None:
+    """Make a tuner choose again under `key`."""
+    tuner.cache.pop(key, None)
+    _choices.get(tuner, {}).pop(key, None)
+
+
+def waiting_choice(tuner: Autotuner, key: tuple[Any, ...], configs: list[Any]) -> int | None:
+    """The number of the config that `choose` was given for `key`, among those that the tuner has just made; or None."""
+    wanted = _choices.get(tuner, {}).get(key)
+    return None if wanted is None else _place(configs, wanted)
+
+
+def _place(configs: list[Any], wanted: dict[str, Json]) -> int | None:
+    encoded = ({k: triton_jit.encode(v) for k, v in triton_jit.config_kwargs(config).items()} for config in configs)
+    return next((number for number, config in enumerate(encoded) if config == wanted), None)
+
+
+_choices: weakref.WeakKeyDictionary[Autotuner, dict[tuple[Any, ...], dict[str, Json]]] = weakref.WeakKeyDictionary()
+"""Choices of tuners that make their configs at the first call, with hooks that no bundle could hold (gemlite)."""
+
+
+def _makes_configs(tuner: Autotuner) -> bool:
+    """Whether a tuner's pruning may return configs that are none of its own."""
+    return getattr(tuner, "early_config_prune", None) is not None
 
 
 def functions_in_memory(names: set[str]) -> dict[str, list[JITFunction]]:

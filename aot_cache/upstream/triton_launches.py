@@ -6,9 +6,10 @@ Upstream: `triton/runtime/jit.py` (`JITFunction.run`), `triton/runtime/autotuner
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from triton.runtime.autotuner import Autotuner, Heuristics
@@ -212,21 +213,38 @@ class LaunchedUnit:
 
 
 def tuner_ordinal(tuner: Autotuner) -> int:
-    """Which of several autotuners around one kernel this is: its place among those in the kernel's module."""
+    """Which of several autotuners around one kernel this is: its place among those in the kernel's module, or the next one."""
     function = triton_jit.unwrap(tuner)
     assert function is not None
-    found = tuners_of(function)
-    return next((n for n, t in enumerate(found) if t is tuner), 0)
+    found = _tuners_of_module(function)
+    return next((n for n, t in enumerate(found) if t is tuner), len(found))
 
 
-def tuners_of(function: JITFunction) -> list[Autotuner]:
-    """The autotuners in the kernel's module that wrap `function`, in order of definition."""
+def tuners_of(function: JITFunction, ordinal: int) -> list[Autotuner]:
+    """The autotuners around `function` that are its `ordinal`th: one of its module, or all that its module does not have.
+
+    A factory's kernel, and the autotuner around it, may be held by a cache only (torchao); nothing tells several such
+    autotuners apart but their configs. They are looked for among all objects of the process: a tenth of a second.
+    """
+    found = _tuners_of_module(function)
+    if ordinal < len(found):
+        return [found[ordinal]]
+    alive = _tuners_among(function, gc.get_objects())
+    return [tuner for tuner in alive if not any(tuner is other for other in found)]
+
+
+def _tuners_of_module(function: JITFunction) -> list[Autotuner]:
+    return _tuners_among(function, list(function.fn.__globals__.values()))
+
+
+def _tuners_among(function: JITFunction, values: Sequence[Any]) -> list[Autotuner]:
     found: list[Autotuner] = []
-    for value in list(function.fn.__globals__.values()):
-        if not isinstance(value, (Autotuner, Heuristics)) or triton_jit.unwrap(value) is not function:
+    for value in values:
+        # By its type: asking the value itself would wake lazy proxies.
+        if not issubclass(type(value), (Autotuner, Heuristics)) or triton_jit.unwrap(value) is not function:
             continue
         for layer in triton_jit.wrappers(value):
-            if isinstance(layer, Autotuner) and layer not in found:
+            if isinstance(layer, Autotuner) and not any(layer is other for other in found):
                 found.append(layer)
     return found
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
 
-from aot_cache.upstream import triton_jit, triton_launches
+from aot_cache.upstream import triton_jit, triton_kernel, triton_launches
 
 Json = Any
 Allowed = Callable[[str, int, list[Json], dict[str, Json]], bool]
@@ -27,12 +29,15 @@ def benchmarking(allowed: Allowed, measured: Measured) -> Iterator[None]:
     the times in milliseconds: median, 20th and 80th percentile.
     """
     original: Any = Autotuner._bench
+    ordinals: weakref.WeakKeyDictionary[Autotuner, int] = weakref.WeakKeyDictionary()
 
     def bench(self: Autotuner, *args: Any, config: Any, **meta: Any) -> list[float]:
         function = triton_jit.unwrap(self)
         assert function is not None
         name = triton_jit.identity(function, triton_jit.closure(function))
-        ordinal = triton_launches.tuner_ordinal(self)
+        if self not in ordinals:
+            ordinals[self] = triton_launches.tuner_ordinal(self)
+        ordinal = ordinals[self]
         key = [triton_jit.encode(k) for k in triton_jit.tuning_key(self, args, meta)]
         encoded = {k: triton_jit.encode(v) for k, v in triton_jit.config_kwargs(config).items()}
         if not allowed(name, ordinal, key, encoded):
@@ -48,17 +53,11 @@ def benchmarking(allowed: Allowed, measured: Measured) -> Iterator[None]:
         Autotuner._bench = original
 
 
-def forget(kernel: str, ordinal: int, key: list[Json]) -> bool:
-    """Make a tuner choose again under `key`, in this process only (its disk cache is not asked either)."""
-    function = triton_jit.unwrap(triton_jit.find(kernel))
-    if function is None:
-        return False
-    tuners = triton_launches.tuners_of(function)
-    if ordinal >= len(tuners):
-        return False
-    tuners[ordinal].cache_results = False
-    tuners[ordinal].cache.pop(tuple(triton_jit.decode(k) for k in key), None)
-    return True
+def forget(function: JITFunction, ordinal: int, key: list[Json]) -> None:
+    """Make a tuner of `function` choose again under `key`, in this process only (its disk cache is not asked either)."""
+    for tuner in triton_launches.tuners_of(function, ordinal):
+        tuner.cache_results = False
+        triton_kernel.forget(tuner, tuple(triton_jit.decode(k) for k in key))
 
 
 def identity(kernel: str, ordinal: int, key: list[Json]) -> str:

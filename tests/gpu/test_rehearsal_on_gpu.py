@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from aot_cache import native, rehearsed
 from aot_cache.build.pipeline import Request, build
 from aot_cache.rehearsal import rehearse
+from aot_cache.upstream import torch_capture
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,3 +53,18 @@ def test_all_of_it_hits_inside_captures(tmp_path: Path, monkeypatch: pytest.Monk
     assert found.hits == 11 and all(point.captured for case in found.cases for point in case.points)
     assert not any(case.not_captured for case in found.cases)
     assert rehearsed.add(made.path, found.run()).runs[0].text() == f"proved 11 points on {found.device}"
+
+
+def test_a_failed_capture_leaves_nothing_behind() -> None:
+    """The stream that was current is current again, random numbers can be drawn, and the error is the one that broke it."""
+    stream = torch.cuda.current_stream()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="capturing"), torch_capture.captured(torch.cuda.CUDAGraph()):
+            torch.randn(4, device="cuda").sum().item()
+        assert torch.cuda.current_stream() == stream
+        assert torch.randn(4, device="cuda").isfinite().all()
+    graph = torch.cuda.CUDAGraph()
+    with torch_capture.captured(graph):
+        drawn = torch.randn(4, device="cuda")
+    graph.replay()
+    assert drawn.isfinite().all()
