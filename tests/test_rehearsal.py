@@ -449,9 +449,12 @@ class Graphs:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.captured = 0
         self.capturing = False
+        self.given_back: list[object] = []
         patch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         patch.setattr(torch.cuda, "graph", lambda _: self)
         patch.setattr(torch.cuda, "synchronize", lambda: None)
+        patch.setattr(torch.cuda, "current_stream", lambda: "the stream that was current")
+        patch.setattr(torch.cuda, "set_stream", self.given_back.append)
         item = torch.Tensor.item
         patch.setattr(torch.Tensor, "item", lambda tensor: self._refuse() or item(tensor))
 
@@ -508,6 +511,7 @@ def test_a_call_that_no_capture_takes_is_made_outside(graphs: Graphs) -> None:
     found = [stage.run(case, {"n": n}) for n in (1, 2)]
     assert [(point.status, point.captured) for point in found] == [("hit", False)] * 2, found
     assert "not permitted when stream is capturing" in stage.not_captured[case.name] and graphs.captured == 1
+    assert graphs.given_back == ["the stream that was current"]
 
 
 def test_what_raises_everywhere_is_not_blamed_on_captures(graphs: Graphs) -> None:
