@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from functools import cache
@@ -26,6 +27,10 @@ GPU_TESTS = Path(__file__).parent / "gpu"
 for _name in [name for name in os.environ if name.startswith("AOT_CACHE")]:
     del os.environ[_name]
 os.environ["AOT_CACHE_UNTESTED"] = "1"  # whether a release works is for the tests to say, not for the table
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what runs in its background so, and all children inherit it: a Ctrl-C of a test would reach nobody.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
