@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 RECORD = json.loads((ROOT / "artifacts" / "measurements" / "third_party_2core.json").read_text())
 BUILT = {"liger"}
 """These are compiled, too: it takes seconds. Of the others it is looked at what would be."""
-MODULES = {"liger-kernel": "liger_kernel"}
+MODULES = {"liger-kernel": "liger_kernel", "fla-core": "fla"}
 """What a package is imported as, where that is not its name."""
 
 
