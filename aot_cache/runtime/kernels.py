@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from aot_cache.key import function_of
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
-from aot_cache.upstream import torch_capture
+from aot_cache.upstream import torch_capture, torch_ranks
 
 Json = Any
 
@@ -45,6 +45,11 @@ class Report:
     def to_json(self) -> dict[str, Json]:
         """The report as plain JSON."""
         return dict(self.__dict__)
+
+
+def of_this_rank(ranks: Sequence[int]) -> bool:
+    """Whether something of `ranks` only (empty: of all) is of this process's."""
+    return not ranks or torch_ranks.own_or_first() in ranks
 
 
 class _OnDevice:
@@ -128,7 +133,9 @@ class KernelSet:
             for number, functions in found.items():
                 self._install_fitting(functions, number, device)
             new = self.report.installed - before
-            self.report.pending = [self._names[n] for n in range(len(self._names)) if not self._known(n)]
+            self.report.pending = [
+                self._names[n] for n in range(len(self._names)) if not self._known(n) and self._mine(n)
+            ]
             self._ledger.note("installed", "", torch_capture.capturing(), new)
             return new
 
@@ -159,6 +166,10 @@ class KernelSet:
 
     def _known(self, number: int) -> bool:
         return self._names[number] in self.report.stale or any(n == number for _, _, n in self._done)
+
+    def _mine(self, number: int) -> bool:
+        """Whether this process's rank launches a kernel: what only another one makes is not missing here."""
+        return of_this_rank(self.bundle.manifest["kernels"][number]["ranks"])
 
     def _functions(self, numbers: list[int]) -> dict[int, list[Any]]:
         from aot_cache.upstream import triton_jit, triton_kernel
@@ -249,6 +260,8 @@ class KernelSet:
 
         same_kind = torch_capture.device_name() == self.bundle.manifest["target"]["name"]
         for tuning in self._tunings.get(number, []):
+            if not of_this_rank(tuning["ranks"]):
+                continue  # of the same key here, and of other candidates
             config = self._config(tuning, same_kind)
             why = "no candidate of it compiled and fits" if config is None else ""
             if config is not None:
