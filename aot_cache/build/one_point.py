@@ -22,7 +22,7 @@ from aot_cache.errors import AotCacheError, DeclarationError, TraceError, first_
 from aot_cache.plan import FailedCase
 from aot_cache.recipe import Case
 from aot_cache.shapes import Point, point_text
-from aot_cache.upstream import process_settings, torch_ranks
+from aot_cache.upstream import process_settings, torch_ranks, triton_sources
 
 sets: dict[str, set[str]] = {}
 """Case → what it has set for this process while it made arguments: a server that does not do so misses."""
@@ -70,6 +70,7 @@ def broken(case: Case, point: Point, error: BaseException, needs_values: tuple[t
     where, (file, line) = f"{point_text(point)}{_as_rank()}", place_of(error) or _place_of_code(case)
     place = f"{file}:{line}"  # whole, for who reads the error here; a bundle says the same wherever it was built
     wanted = f"case {case.name!r} to run at {where}"
+    error = triton_sources.unreadable(error) or error
     told: AotCacheError
     if isinstance(error, TraceError):
         do = shipped.what_to_do(case.make, error.do)

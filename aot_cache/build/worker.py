@@ -74,15 +74,18 @@ def _recipe(job: dict[str, Json]) -> Any:
     from aot_cache.build import missed_calls
     from aot_cache.errors import AotCacheError
     from aot_cache.miss_file import Miss
+    from aot_cache.upstream import triton_sources
 
     ranges = {name: shapes.parse_dimension(text) for name, text in job["ranges"].items()}
     misses = [Miss(**miss) for miss in job["misses"]]
     try:
         loaded = recipes.load(job["recipe"])
     except AotCacheError as error:
+        source = triton_sources.unreadable(error.__cause__)
+        error = error if source is None else source
         if job["rank"]:  # the first rank's own is said without it: all have it, as far as anybody knows
-            raise type(error)(f"{error.wanted}, as rank {job['rank']}", error.found, error.do) from error
-        raise
+            error = type(error)(f"{error.wanted}, as rank {job['rank']}", error.found, error.do)
+        raise error from None
     _check_ranks(job, loaded)
     recipe, why = missed_calls.widen(loaded.narrowed(ranges), misses)
     return recipe.without([(case, point) for case, point, _ in job["refused"]]), misses, why
