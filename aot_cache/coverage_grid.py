@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aot_cache import shapes
-from aot_cache.plan import CasePlan, Reached
+from aot_cache.plan import CasePlan
+from aot_cache.reached import Reached
 
 Json = Any
 Facts = dict[str, Json]

@@ -18,7 +18,7 @@ from aot_cache.store import Bundle
 
 Json = Any
 
-_UNIT_DETAILS = ("key", "specialization", "options", "option_order", "via", "reached")
+_UNIT_DETAILS = ("key", "specialization", "options", "option_order", "via", "reached", "ranks")
 _TUNING_DETAILS = ("candidates", "default", "measured", "reached")
 _GRAPH_DETAILS = ("guards", "dynamic", "line", "reached", "kernels", "candidates", "per_rank")
 _DETAILS = ("cases", "pruned", "failed", "calls")

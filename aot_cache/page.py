@@ -350,6 +350,7 @@ def _units(facts: Facts) -> dict[str, Json]:
             "shared": f"{s['shared']} bytes of shared memory" if "shared" in s else "",
             "source": s["parts"]["source"],
             "key": s.get("key", s.get("id")),
+            "ranks": ", ".join(map(str, s["ranks"])),
         }
         out[s["label"]] = _unit(s["kernel"], about, {})
     return out

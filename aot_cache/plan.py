@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from aot_cache.errors import DeclarationError
 from aot_cache.key import function_of, told_apart, variant
+from aot_cache.reached import Reached, together
 from aot_cache.shapes import point_text
 from aot_cache.store import write_atomic
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 Json = Any
-Reached = dict[str, list[dict[str, str]]]
-"""Case name → boxes of points (see `shapes.describe`)."""
 
 
 @dataclass
@@ -40,6 +39,7 @@ class Unit:
         overrides: backend options that are also kernel parameters.
         via: `[tuning, candidate]` pairs through which it is launched; `[-1, -1]` is a launch without a tuner.
         reached: the points that reach it.
+        ranks: of a job, those that launch it; empty: all of them do.
     """
 
     kernel: str
@@ -49,6 +49,7 @@ class Unit:
     overrides: dict[str, Json] = field(default_factory=dict)
     via: list[list[int]] = field(default_factory=list)
     reached: Reached = field(default_factory=dict)
+    ranks: list[int] = field(default_factory=list)
 
     @property
     def id(self) -> str:
@@ -72,6 +73,7 @@ class Tuning:
         choice: the config that was measured best, or None: the first that fits is taken.
         measured: on what, how, with what spread; empty without a measurement.
         reached: the points that ask for it.
+        ranks: of a job, those that ask for it; empty: all of them do.
     """
 
     kernel: str
@@ -81,6 +83,7 @@ class Tuning:
     choice: dict[str, Json] | None = None
     measured: dict[str, Json] = field(default_factory=dict)
     reached: Reached = field(default_factory=dict)
+    ranks: list[int] = field(default_factory=list)
 
     @property
     def id(self) -> str:
@@ -130,12 +133,14 @@ class FailedCase:
         point: the first at which it failed.
         place: `file:line` in the code of whoever wrote it; empty where nobody knows.
         why: what went wrong there.
+        rank: `, as rank 2` where the process was one of several ranks.
     """
 
     case: str
     point: dict[str, int]
     place: str
     why: str
+    rank: str = ""
 
     @property
     def name(self) -> str:
@@ -145,7 +150,7 @@ class FailedCase:
     @property
     def text(self) -> str:
         """What happened, in one line, for people."""
-        return f"at {self.where}: {self.why}" + (f" ({self.place})" if self.place else "")
+        return f"at {self.where}{self.rank}: {self.why}" + (f" ({self.place})" if self.place else "")
 
     @property
     def where(self) -> str:
@@ -333,8 +338,8 @@ class Difference:
 def diff(left: Plan, right: Plan) -> Difference:
     """Compare what is launched, whatever points reach it."""
     units_left, units_right = {u.id: u for u in left.units}, {u.id: u for u in right.units}
-    tunings_left = {_tuning_identity(t, function_of(t.kernel)): t for t in left.tunings}
-    tunings_right = {_tuning_identity(t, function_of(t.kernel)): t for t in right.tunings}
+    tunings_left = {tuning_identity(t, function_of(t.kernel)): t for t in left.tunings}
+    tunings_right = {tuning_identity(t, function_of(t.kernel)): t for t in right.tunings}
     return Difference(
         [u for i, u in units_left.items() if i not in units_right],
         [u for i, u in units_right.items() if i not in units_left],
@@ -344,7 +349,7 @@ def diff(left: Plan, right: Plan) -> Difference:
 
 
 def merge(plans: Iterable[Plan]) -> Plan:
-    """One plan of several recordings of one program (its processes).
+    """One plan of several recordings of one program (its processes), or of several ranks of one job.
 
     Raises:
         DeclarationError: when there is none, or they are for different targets.
@@ -364,17 +369,19 @@ def merge(plans: Iterable[Plan]) -> Plan:
     for plan in parts:
         renumber = {-1: -1}
         for number, tuning in enumerate(plan.tunings):
-            identity = _tuning_identity(tuning, tuning.kernel)
+            identity = tuning_identity(tuning, tuning.kernel)
             if identity not in tunings:
                 tunings[identity] = len(out.tunings)
                 out.tunings.append(tuning)
             known = out.tunings[tunings[identity]]
             known.choice = known.choice or tuning.choice  # not every process has tuned
+            known.reached = together([known.reached, tuning.reached])
             renumber[number] = tunings[identity]
         for unit in plan.units:
             unit.via = [[renumber[t], c] for t, c in unit.via]
             same = units.setdefault(unit.id, unit)
             same.via = [list(v) for v in sorted({tuple(v) for v in [*same.via, *unit.via]})]
+            same.reached = together([same.reached, unit.reached])
         out.closures.update(plan.closures)
     out.units = list(units.values())
     return named(out)
@@ -413,7 +420,8 @@ def extended(plan: Plan, parts: Iterable[Plan]) -> Plan:
     return out
 
 
-def _tuning_identity(tuning: Tuning, kernel: str) -> str:
+def tuning_identity(tuning: Tuning, kernel: str) -> str:
+    """What makes a tuning another one than those of the same kernel, which is called `kernel`."""
     return _digest([kernel, tuning.tuner, tuning.key, tuning.candidates])
 
 

@@ -58,6 +58,8 @@ def builds(rows: Sequence[Facts]) -> None:
             line(f"{b['target']}: case {name} sets {what}")
         for name, why in b["per_rank"].items():
             line(f"{b['target']}: built for each rank: {name}: {why}")
+        for name, which in b["apart"].items():
+            line(f"{b['target']}: not the same on all ranks: {name}: {which}")
         _became(b)
         if not b["written"]:
             line(f"bundle: none was written; {b['path']} is as it was")

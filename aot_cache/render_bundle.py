@@ -11,6 +11,7 @@ from rich.console import Console
 
 from aot_cache import render_grid
 from aot_cache.coverage_grid import signs
+from aot_cache.plan_of_ranks import ranks_text
 from aot_cache.render import line, size, stamp_lines, table
 from aot_cache.report import SHORT, reached_text
 
@@ -86,7 +87,7 @@ def _graphs(facts: Facts) -> None:
         rows = [
             (
                 g["label"],
-                f"{g['function']}:{g['line']}",
+                f"{g['function']}:{g['line']}" + ("" if g["rank"] is None else f" (rank {g['rank']})"),
                 g["mode"],
                 g["options"],
                 g["changes"],
@@ -112,6 +113,8 @@ def _graph(graph: Facts) -> None:
     """One graph with everything that is asked of a call."""
     line()
     line(f"{graph['label']}  {graph['function']}:{graph['line']}, {graph['mode']}, changes {graph['changes']}")
+    if graph["rank"] is not None:
+        line(f"  only of rank {graph['rank']}: {graph['per_rank']}")
     for points in reached_text(graph["reached"]):
         line(f"  reached by {points}")
     for name in graph["kernels"]:
@@ -126,6 +129,8 @@ def _summary(facts: Facts) -> Iterator[tuple[str, object]]:
     yield "triton", facts["triton"]
     if facts["ranks"] > 1:
         yield "ranks", f"for a job of {facts['ranks']}"
+    for kernel, which in facts["apart"].items():
+        yield "not alike", f"{kernel}: {which}"
     if facts["kind"] == "bundle":
         yield "digest", facts["digest"]
         yield "size", f"{size(facts['bytes'])} ({facts['bytes']} bytes)"
@@ -172,6 +177,8 @@ def _specialization(one: Facts) -> None:
     else:
         line(f"  id {one['id']}")
     line(f"  source {one['parts']['source'][:SHORT]}")
+    if one["ranks"]:
+        line(f"  only of {ranks_text(one['ranks'])}")
     for text in one["reached_by"]:
         line(f"  reached by {text}")
 

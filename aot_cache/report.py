@@ -18,6 +18,7 @@ from aot_cache.errors import AotCacheError, BundleCorrupt, DeclarationError, Dig
 from aot_cache.key import Part
 from aot_cache.manifest import unit_label, whole
 from aot_cache.plan import SCHEMA, Plan, Tuning
+from aot_cache.plan_of_ranks import apart
 from aot_cache.rehearsed import NO_STAMP, Stamp
 from aot_cache.shapes import point_text
 from aot_cache.signature import Names, closure_digest, no_names, signature
@@ -124,7 +125,7 @@ def plan_of(manifest: Mapping[str, Json]) -> Plan:
             "kernel": name[u["kernel"]],
             "source": sources[name[u["kernel"]]],
             "options": {option: u["options"][option] for option in u["option_order"]},
-            **{k: u[k] for k in ("specialization", "via", "reached")},
+            **{k: u[k] for k in ("specialization", "via", "reached", "ranks")},
         }
         for u in manifest["units"]
     ]
@@ -175,6 +176,7 @@ def _common(found: Plan, failed: list[Facts], stamp: Stamp = NO_STAMP) -> Facts:
         "target": found.target,
         "origin": found.origin,
         "ranks": int(found.ranks),
+        "apart": apart(found),
         "triton": found.triton,
         "cases": [
             {
@@ -269,6 +271,7 @@ def _specializations(found: Plan, kernels: Collection[str], compiled: Sequence[F
                 **(compiled[number] if compiled else {"id": unit.id}),
                 "reached": unit.reached,
                 "reached_by": reached_text(unit.reached) or ["no declared point"],
+                "ranks": unit.ranks,
                 "parts": parts,
             }
         )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aot_cache import report, shapes
-from aot_cache.plan import Plan, Reached
+from aot_cache import report
+from aot_cache.plan import Plan
+from aot_cache.reached import together
 from aot_cache.rehearsed import NO_STAMP, Stamp
 from aot_cache.signature import Names, no_names
 from aot_cache.target import Difference, Target
@@ -34,21 +35,6 @@ def plan(found: Plan, path: Path, names: Names = no_names) -> Facts:
     for row in [*facts["kernels"], *facts["calls"]]:
         row["reached_by"] = report.reached_text(row["reached"]) or ["no declared point"]
     return facts
-
-
-def together(parts: Iterable[Reached]) -> Reached:
-    """The points that any of `parts` has, in as few boxes as one of them."""
-    boxes: dict[str, dict[str, dict[str, str]]] = {}
-    for part in parts:
-        for case, found in part.items():
-            boxes.setdefault(case, {}).update((json.dumps(box), box) for box in found)
-    return {case: _union(list(found.values())) for case, found in boxes.items()}
-
-
-def _union(boxes: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Boxes that may overlap, as disjoint ones. Each is expanded alone: all at once may be more than `expand` takes."""
-    points = {tuple(point.items()) for box in boxes for point in shapes.expand([box])}
-    return shapes.describe(map(dict, points), boxes[0])
 
 
 def built(result: Built, stamp: Stamp = NO_STAMP, rehearsal: Facts | None = None) -> Facts:

@@ -23,8 +23,9 @@ PACKAGE = ROOT / "aot_cache"
 LAYERS = (
     ("errors", "tested", "process_group"),
     ("store", "shapes", "key", "target", "options", "shipped"),
+    ("reached",),
     ("plan", "recipe", "manifest", "follows", "scan"),
-    ("upstream", "signature", "missed", "miss_file"),
+    ("upstream", "plan_of_ranks", "signature", "missed", "miss_file"),
     ("native", "model_types", "coverage_grid", "report_graphs", "report_misses", "report_sizes", "call_leaves"),
     ("rehearsed",),
     ("report_ledger", "render_grid", "page_style"),

@@ -61,6 +61,7 @@ def units(draw: st.DrawFn) -> dict[str, Any]:
         "metadata": draw(mappings),
         "via": draw(st.lists(st.lists(st.integers(-1, 3), min_size=2, max_size=2), max_size=2)),
         "reached": draw(reached),
+        "ranks": draw(st.lists(st.integers(0, 7), max_size=2)),
     }
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from aot_cache.errors import DeclarationError, StoreUnwritable
 from aot_cache.key import function_of
 from aot_cache.plan import CallPlan, CasePlan, Plan, Tuning, Unit, diff, merge
+from aot_cache.plan_of_ranks import apart, of_ranks, ranks_of_kernel
 from aot_cache.recipe import Call, Case
 from aot_cache.shapes import Range, Values, enumerate_points
 
@@ -27,7 +28,8 @@ json_values = st.recursive(
 )
 mappings = st.dictionaries(text, scalars, max_size=3)
 kernels = st.sampled_from(["a.b:kernel", "a.b:other", "c:make.<locals>.kernel"])
-reached = st.dictionaries(text, st.lists(st.dictionaries(text, text, max_size=2), max_size=2), max_size=2)
+boxes = st.fixed_dictionaries({"n": st.sampled_from(["1", "2..4", "1..8 except 3"])})
+reached = st.dictionaries(text, st.lists(boxes, min_size=1, max_size=2), max_size=2)
 specializations = st.lists(
     st.fixed_dictionaries({"t": st.tuples(st.sampled_from(["i32", "*bf16", "constexpr"]), scalars).map(list)}),
     max_size=3,
@@ -341,3 +343,36 @@ def test_no_recording_is_refused() -> None:
 def test_merging_reads_an_iterator() -> None:
     merged: Any = merge(iter([Plan("r", "h200", units=[UNIT])]))
     assert len(merged.units) == 1
+
+
+# --- the ranks of a job -----------------------------------------------------------------------------------------------
+
+
+def of_rank(*units: Unit, **more: Any) -> Plan:
+    cases = [CasePlan("c", {"n": "1..4"}, 4, 4, [])]
+    return replace(Plan("r", "h200", cases=cases, units=list(units), closures={"a:k": {}}), **more)
+
+
+def launched(warps: int, points: str) -> Unit:
+    return Unit("a:k", "aa" * 32, [], {"num_warps": warps}, reached={"c": [{"n": points}]})
+
+
+def test_what_only_the_third_rank_launches_is_in_the_plan_of_all() -> None:
+    same = launched(1, "1..2")
+    plan = of_ranks([of_rank(same), of_rank(same), of_rank(launched(1, "3"), launched(2, "4"))])
+    found = [(unit.options["num_warps"], unit.ranks, unit.reached["c"]) for unit in plan.units]
+    assert found == [(1, [], [{"n": "1..3"}]), (2, [2], [{"n": "4"}])] and plan.ranks == 3
+    assert apart(plan) == {"a:k": "1 specialization of rank 2"}
+    assert (ranks_of_kernel(plan, "a:k"), ranks_of_kernel(of_ranks([of_rank(same), of_rank()]), "a:k")) == ([], [0])
+
+
+def test_a_choice_between_other_candidates_is_of_its_rank() -> None:
+    one, other = (of_rank(launched(1, "1"), tunings=[Tuning("a:k", 0, [64], [{"B": b}])]) for b in (1, 2))
+    plan = of_ranks([one, other, other])
+    assert [(tuning.candidates, tuning.ranks) for tuning in plan.tunings] == [([{"B": 1}], [0]), ([{"B": 2}], [1, 2])]
+
+
+def test_ranks_that_declare_otherwise_are_refused() -> None:
+    other = of_rank(cases=[CasePlan("c", {"n": "1..8"}, 8, 8, [])])
+    with pytest.raises(DeclarationError, match=r"case 'c' .* alike on all ranks; n=1..4 as rank 0, n=1..8 as rank 2"):
+        of_ranks([of_rank(), of_rank(), other])

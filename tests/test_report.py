@@ -19,6 +19,7 @@ from aot_cache.errors import BundleCorrupt, DeclarationError
 from aot_cache.key import Part
 from aot_cache.manifest import split
 from aot_cache.plan import CallPlan, CasePlan, Plan, Tuning, Unit
+from aot_cache.reached import together
 from aot_cache.signature import closure_digest, parameter_names, signature, value_text
 from aot_cache.store import Bundle, read_bundle, write_bundle
 from aot_cache.target import TARGETS, Difference
@@ -64,7 +65,7 @@ def a_manifest(plan: Plan | None = None) -> dict[str, Any]:
         "target": TARGETS["h200"].properties(),
         "toolchain": {"schema": "1", "triton": plan.triton, "toolkit": "ptxas 12.8"},
         "cases": [case.__dict__ for case in plan.cases],
-        "kernels": [{"name": name, "closure": CLOSURES[name]} for name in number],
+        "kernels": [{"name": name, "closure": CLOSURES[name], "ranks": []} for name in number],
         "metadata": {"shared": 64},
         "units": [
             {
@@ -78,6 +79,7 @@ def a_manifest(plan: Plan | None = None) -> dict[str, Any]:
                 "metadata": {"shared": 1024} if n == 2 else {},
                 "via": u.via,
                 "reached": u.reached,
+                "ranks": u.ranks,
             }
             for n, u in enumerate(plan.units)
         ],
@@ -463,15 +465,15 @@ def test_a_build_that_failed_has_proved_nothing() -> None:
 def test_what_reaches_a_kernel_is_put_together() -> None:
     one = {"a": [{"n": "1..4", "m": "2"}], "b": [{}]}
     other = {"a": [{"n": "3..8", "m": "2"}, {"n": "9", "m": "2,4"}]}
-    assert report_build.together([one, other]) == {"a": [{"n": "1..8", "m": "2"}, {"n": "9", "m": "2,4"}], "b": [{}]}
-    assert report_build.together([one, one]) == one and report_build.together([]) == {}
+    assert together([one, other]) == {"a": [{"n": "1..8", "m": "2"}, {"n": "9", "m": "2,4"}], "b": [{}]}
+    assert together([one, one]) == one and together([]) == {}
 
 
 def test_boxes_that_overlap_may_hold_more_points_than_a_plan_may(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel with many specializations over a large case; here with a limit that costs no time."""
     monkeypatch.setattr(shapes, "expand", functools.partial(shapes.expand, limit=100))
     many = [{"a": [{"n": f"{n}..{n + 80}", "m": "1"}]} for n in range(9)]
-    assert report_build.together(many) == {"a": [{"n": "0..88", "m": "1"}]}
+    assert together(many) == {"a": [{"n": "0..88", "m": "1"}]}
 
 
 def test_targets_are_plain() -> None:

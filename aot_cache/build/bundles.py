@@ -9,6 +9,7 @@ from typing import Any
 from aot_cache import scan, shapes
 from aot_cache.key import UNITS, objects_of
 from aot_cache.plan import Plan, Tuning
+from aot_cache.plan_of_ranks import ranks_of_kernel
 from aot_cache.store import Store
 from aot_cache.target import Target
 
@@ -53,6 +54,7 @@ def assemble(
                 "metadata": record["metadata"],
                 "via": unit.via,
                 "reached": unit.reached,
+                "ranks": unit.ranks,
             }
         )
     graphs = _for_servers(answer.get("graphs", []), store, failed)
@@ -70,7 +72,9 @@ def assemble(
         "target": target.properties(),
         "toolchain": answer.get("toolchain", {"triton": ""}),
         "cases": [asdict(case) for case in plan.cases],
-        "kernels": [{"name": name, "closure": plan.closures[name]} for name in kernels],
+        "kernels": [
+            {"name": name, "closure": plan.closures[name], "ranks": ranks_of_kernel(plan, name)} for name in kernels
+        ],
         "metadata": _factor(units),
         "units": units,
         "tunings": [

@@ -166,12 +166,21 @@ def _compile(
     return _Result(compiled.binary, compiled.metadata, ir=compiled.ir)
 
 
-def _function(unit: Unit, plan: Plan, recipe: Recipe | None) -> Any:
-    name, closure = key.function_of(unit.kernel), plan.closures[unit.kernel]
+def made_by_host_code(unit: Unit, plan: Plan) -> bool:
+    """Whether no module has the unit's kernel by its name: only host code that is run makes it."""
+    function = _by_name(unit)
+    return function is None or bool(triton_jit.closure_differs(function, plan.closures[unit.kernel]))
+
+
+def _by_name(unit: Unit) -> Any:
+    name = key.function_of(unit.kernel)
     function = triton_jit.unwrap(triton_jit.find(name))
-    if function is not None and triton_jit.name_of(function) != name:
-        function = None
-    if recipe is None or (function is not None and not triton_jit.closure_differs(function, closure)):
+    return function if function is not None and triton_jit.name_of(function) == name else None
+
+
+def _function(unit: Unit, plan: Plan, recipe: Recipe | None) -> Any:
+    name, function = key.function_of(unit.kernel), _by_name(unit)
+    if recipe is None or not made_by_host_code(unit, plan):
         return function
     # Made inside a function: run the host code that makes it. No declared point may reach a unit that was missed.
     others = (other.reached for other in plan.units if other.kernel == unit.kernel and other.reached)

@@ -22,7 +22,7 @@ from aot_cache.errors import AotCacheError, DeclarationError, TraceError, first_
 from aot_cache.plan import FailedCase
 from aot_cache.recipe import Case
 from aot_cache.shapes import Point, point_text
-from aot_cache.upstream import process_settings
+from aot_cache.upstream import process_settings, torch_ranks, triton_sources
 
 sets: dict[str, set[str]] = {}
 """Case → what it has set for this process while it made arguments: a server that does not do so misses."""
@@ -67,16 +67,17 @@ def run(
 
 def broken(case: Case, point: Point, error: BaseException, needs_values: tuple[type[Exception], ...] = ()) -> Broken:
     """What is said of a case that raised `error` at `point`."""
-    where, (file, line) = point_text(point), place_of(error) or _place_of_code(case)
+    where, (file, line) = f"{point_text(point)}{_as_rank()}", place_of(error) or _place_of_code(case)
     place = f"{file}:{line}"  # whole, for who reads the error here; a bundle says the same wherever it was built
     wanted = f"case {case.name!r} to run at {where}"
+    error = triton_sources.unreadable(error) or error
     told: AotCacheError
     if isinstance(error, TraceError):
         do = shipped.what_to_do(case.make, error.do)
         told = type(error)(f"{error.wanted}, in case {case.name!r} at {where}", error.found, do)
         why = str(error)
     elif isinstance(error, AotCacheError):
-        told, why = error, str(error)
+        told, why = type(error)(f"{error.wanted}{_as_rank()}", error.found, error.do), str(error)
     elif isinstance(error, needs_values):
         why = f"reads the values of a tensor ({error})"
         told = TraceError(wanted, f"{place} {why}", shipped.what_to_do(case.make, "hand the number in as an argument"))
@@ -86,12 +87,22 @@ def broken(case: Case, point: Point, error: BaseException, needs_values: tuple[t
         if isinstance(error, ImportError) and error.__cause__ is not None:
             why += f", from {one_line(first_cause(error))}"
         told = DeclarationError(wanted, f"{why} ({place})", shipped.what_to_do(case.make))
-    return Broken(FailedCase(case.name, point, f"{short(file)}:{line}", why), told)
+    return Broken(FailedCase(case.name, point, f"{short(file)}:{line}", why, _as_rank()), told)
 
 
 def died(case: str, point: Point, why: str) -> Broken:
     """What is said of a case that ended the process in which it ran."""
-    return Broken(FailedCase(case, point, "", why), TraceError(f"case {case!r} to run at {point_text(point)}", why))
+    return known(FailedCase(case, point, "", why, _as_rank()))
+
+
+def known(failed: FailedCase) -> Broken:
+    """What is said of a case of which no more is known than this."""
+    return Broken(failed, TraceError(f"case {failed.case!r} to run at {failed.where}{failed.rank}", failed.why))
+
+
+def _as_rank() -> str:
+    """Which rank of a job this process is, where it is one of several: others may run what it cannot."""
+    return f", as rank {torch_ranks.own_rank()}" if torch_ranks.up() else ""
 
 
 def all_of(broken: Iterable[Broken]) -> AotCacheError:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aot_cache import key, miss_file, options, recipe, tested
+from aot_cache import key, miss_file, options, plan_of_ranks, recipe, tested
 from aot_cache.build import stamp, workers
 from aot_cache.build.bundles import assemble, covered
 from aot_cache.errors import AotCacheError, TraceError
@@ -82,6 +82,8 @@ class Built:
     misses: dict[str, Json] = field(default_factory=dict)
     per_rank: dict[str, str] = field(default_factory=dict)
     """Function whose graphs are built for each rank → why."""
+    apart: dict[str, str] = field(default_factory=dict)
+    """Kernel of which not every rank launches every specialization → which ranks launch what."""
     sets: dict[str, list[str]] = field(default_factory=dict)
     """Case → settings of the process that it changes while it makes arguments."""
     declared: int = 0
@@ -237,6 +239,7 @@ def _finish(request: Request, store: Store, plan: Plan, answer: Mapping[str, Jso
         declared=sum(case.total for case in plan.cases),
         covered=covered(plan, manifest["failed"]),
         ranks=plan.ranks,
+        apart=plan_of_ranks.apart(plan),
         sets={case.name: case.sets for case in plan.cases if case.sets},
         untested=tested.doubt_here(request.target.backend == "cpu", _imported("transformers", answer["inputs"])),
     )

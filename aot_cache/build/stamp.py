@@ -38,7 +38,8 @@ def inputs(also: Mapping[str, str] | None = None) -> dict[str, Json]:
     files: dict[str, str] = {}
     mine = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
     for name, path in {**(also or {}), **mine}.items():
-        if not isinstance(path, str) or not os.path.isfile(path):
+        path = _on_disk(path)
+        if path is None:
             continue
         if path.startswith(roots):
             tops.add(name.partition(".")[0])
@@ -47,6 +48,17 @@ def inputs(also: Mapping[str, str] | None = None) -> dict[str, Json]:
     owners = metadata.packages_distributions()
     packages = {name: package_digest(name) for top in sorted(tops) for name in owners.get(top, [])}
     return {"python": platform.python_version(), "packages": packages, "files": dict(sorted(files.items()))}
+
+
+def _on_disk(path: object) -> str | None:
+    """The file that a module's `__file__` is in: itself, or the archive that it was imported out of; None: there is none."""
+    while isinstance(path, str) and path not in ("", os.path.dirname(path)):
+        if os.path.isfile(path):
+            return path
+        path = os.path.dirname(path)
+        if os.path.isdir(path):
+            return None
+    return None
 
 
 def imported_since(before: Collection[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,10 @@ def _work(job: dict[str, Json], send: Any) -> None:
 
     target = targets.Target(**{**job["target"], "capability": tuple(job["target"]["capability"])})
 
+    of_rank = f", rank {job['rank']}" if job["ranks"] > 1 else ""
+
     def progress(stage: str, done: int, total: int) -> None:
-        send("progress", stage=stage, done=done, total=total)
+        send("progress", stage=stage + of_rank, done=done, total=total)
 
     (_graphs if job["stage"] == "graphs" else _kernels)(job, target, send, progress)
 
@@ -70,11 +72,20 @@ def _recipe(job: dict[str, Json]) -> Any:
     from aot_cache import recipe as recipes
     from aot_cache import shapes
     from aot_cache.build import missed_calls
+    from aot_cache.errors import AotCacheError
     from aot_cache.miss_file import Miss
+    from aot_cache.upstream import triton_sources
 
     ranges = {name: shapes.parse_dimension(text) for name, text in job["ranges"].items()}
     misses = [Miss(**miss) for miss in job["misses"]]
-    loaded = recipes.load(job["recipe"])
+    try:
+        loaded = recipes.load(job["recipe"])
+    except AotCacheError as error:
+        source = triton_sources.unreadable(error.__cause__)
+        error = error if source is None else source
+        if job["rank"]:  # the first rank's own is said without it: all have it, as far as anybody knows
+            error = type(error)(f"{error.wanted}, as rank {job['rank']}", error.found, error.do)
+        raise error from None
     _check_ranks(job, loaded)
     recipe, why = missed_calls.widen(loaded.narrowed(ranges), misses)
     return recipe.without([(case, point) for case, point, _ in job["refused"]]), misses, why
@@ -110,7 +121,8 @@ def _kernels(job: dict[str, Json], target: Any, send: Any, progress: Any) -> Non
     from aot_cache.build import compile as compiler
     from aot_cache.build import stamp, trace
     from aot_cache.build.missed_kernels import MissedKernels
-    from aot_cache.plan import Plan, extended
+    from aot_cache.plan import Plan
+    from aot_cache.plan_of_ranks import of_ranks
     from aot_cache.store import Store
     from aot_cache.upstream import triton_launcher
 
@@ -126,7 +138,7 @@ def _kernels(job: dict[str, Json], target: Any, send: Any, progress: Any) -> Non
     else:
         plan = Plan.read(Path(job["plan"]))
     if job["also"]:
-        plan = extended(plan, [Plan.read(Path(path)) for path in job["also"]])
+        plan = of_ranks([plan, *(Plan.read(Path(path)) for path in job["also"])])
     missed = MissedKernels(misses, plan)
     plan = missed.plan
     plan.write(Path(job["plan_out"]))
@@ -135,6 +147,8 @@ def _kernels(job: dict[str, Json], target: Any, send: Any, progress: Any) -> Non
     send("traced", spec=spec, units=len(plan.units), calling=compiled, refused=refused, inputs=inputs)
     if job["show_plan"]:
         return
+    if job["rank"]:  # the first rank compiles for all, but for what only this one's host code makes
+        plan = replace(plan, units=[unit for unit in plan.units if compiler.made_by_host_code(unit, plan)])
     pythons = [triton_launcher.this_python(), *map(triton_launcher.other_python, job["pythons"])]
     pythons = list({p.suffix: p for p in pythons}.values())
     with virtual_device.tensors():  # a plan's kernels are imported by their names only now
@@ -149,7 +163,7 @@ def _kernels(job: dict[str, Json], target: Any, send: Any, progress: Any) -> Non
             workers=job["workers"],
             unclear=unclear,
         )
-    if misses:
+    if misses and not job["rank"]:
         missed.settle(outcome, Store(job["store"]), target)
         plan.write(Path(job["plan_out"]))
     send(
@@ -235,7 +249,7 @@ def _failed_cases(runs: Any, names: list[str], before: list[Any]) -> list[Any]:
     broken = [one for _, one in sorted(runs.broken.items())]
     gone = {one.failed.case for one in broken}
     if gone >= set(names):
-        earlier = [one_point.died(failed.case, failed.point, failed.why) for failed in before]
+        earlier = [one_point.known(failed) for failed in before]
         raise one_point.all_of([*broken, *earlier])
     return each_once([*before, *(one.failed for one in broken)])
 

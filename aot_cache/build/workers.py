@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, replace
+from functools import partial, reduce
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import TYPE_CHECKING, Any
 
 from aot_cache.build import by_rank, stamp
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from aot_cache.build.pipeline import Request
 
 Json = Any
+_MOST_AT_ONCE, _CORES_OF_A_WORKER = 4, 4
 
 
 def run(
@@ -73,25 +76,33 @@ def _run(request: Request, scratch: Path, misses: Misses, crew: Crew, show_plan:
     told = _told_apart(request, ranks)
     cpu = request.target.backend == "cpu"
     answer: dict[str, Json] = {"inputs": {}}
+    refused: dict[int, Json] = {}
 
     def graphs(calling: Json) -> dict[str, Json]:
-        own = {**job, "stage": "graphs", "cases": calling, "refused": answer.get("refused", [])}
+        own = {**job, "stage": "graphs", "cases": calling}
         last, ranks = ("surveyed", told[:1]) if show_plan else ("graphs", told)
-        return _graphs_of_ranks(own, ranks, environment, last, crew)
+        return _graphs_of_ranks(own, ranks, refused, environment, last, crew)
 
     if cpu:
         answer |= graphs(None)  # nobody has looked yet
     else:
+        others = _other_ranks(job, told, environment, crew)
+        calling = {case for one in others.values() for case in one["calling"]}
+        job["also"] = [one["plan"] for one in others.values()]
         early: list[Future[dict[str, Json]]] = []
 
         def traced() -> None:
+            calling.update(answer["calling"])
+            refused.update({rank: one["refused"] for rank, one in {0: answer, **others}.items()})
             # Graphs need what is traced, not what is compiled of it; only misses are settled in the plan afterwards.
-            if answer["calling"] and not show_plan and not job["misses"]:
-                early.append(beside(lambda: graphs(answer["calling"])))
+            if calling and not show_plan and not job["misses"]:
+                early.append(beside(lambda: graphs(sorted(calling))))
 
-        _kernels_of_ranks(job, told, environment, crew, answer, traced)
-        if answer["calling"]:
-            made = early[0].result() if early else graphs(answer["calling"])
+        last = "traced" if show_plan else "compiled"
+        crew.listen({**job, "stage": "kernels"}, _as_rank(environment, 0, ranks), last, answer, {"traced": traced})
+        _add_ranks(answer, others)
+        if calling:
+            made = early[0].result() if early else graphs(sorted(calling))
             answer |= {**made, "inputs": stamp.both(answer["inputs"], made["inputs"])}
     plan = Plan.read(plan_out)
     if request.plan is None:  # a plan that was given says so itself
@@ -127,66 +138,91 @@ def _ids(plan: Plan) -> set[str]:
     return {unit.id for unit in plan.units} | {call.id for call in plan.calls}
 
 
-def _kernels_of_ranks(
-    job: dict[str, Json],
-    told: list[int],
-    environment: Mapping[str, str],
-    crew: Crew,
-    answer: dict[str, Json],
-    traced: Callable[[], None],
-) -> None:
-    """Trace kernels as each of the ranks, and compile them: what another rank launches besides is one plan with the first's."""
-    for rank in told[1:]:
+def _other_ranks(
+    job: Mapping[str, Json], told: list[int], environment: Mapping[str, str], crew: Crew
+) -> dict[int, dict[str, Json]]:
+    """Trace kernels as each rank but the first, and compile what only its own host code makes; what each worker answered.
+
+    All of them are run: nothing that one rank does says what another will do. Each answer names the rank's `plan`.
+    """
+
+    def run(rank: int) -> dict[str, Json]:
         files = {name: f"{job[name]}.{rank}" for name in ("plan_out", "calls")}
-        also = {**job, **files, "stage": "kernels", "rank": rank, "show_plan": True}
-        crew.listen(also, _as_rank(environment, rank, job["ranks"]), "traced", answer)
-        job["also"].append(also["plan_out"])
-    last = "traced" if job["show_plan"] else "compiled"
-    crew.listen({**job, "stage": "kernels"}, _as_rank(environment, 0, job["ranks"]), last, answer, {"traced": traced})
+        answer: dict[str, Json] = {"inputs": {}, "plan": files["plan_out"]}
+        with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
+            own = {**_as_rank(environment, rank, job["ranks"]), **_folders(Path(folder))}
+            last = "traced" if job["show_plan"] else "compiled"
+            crew.listen({**job, **files, "stage": "kernels", "rank": rank}, own, last, answer)
+        return answer
+
+    return dict(zip(told[1:], _some_at_once(run, told[1:])))
+
+
+def _some_at_once(run: Callable[[int], dict[str, Json]], ranks: Sequence[int]) -> list[dict[str, Json]]:
+    """What `run` returns for each rank; as many run beside each other as there are cores for."""
+    gate = BoundedSemaphore(max(1, min(_MOST_AT_ONCE, (os.cpu_count() or 1) // _CORES_OF_A_WORKER)))
+
+    def one(rank: int) -> dict[str, Json]:
+        with gate:
+            return run(rank)
+
+    return [made.result() for made in [beside(partial(one, rank)) for rank in ranks]]
+
+
+def _add_ranks(answer: dict[str, Json], others: Mapping[int, Mapping[str, Json]]) -> None:
+    """What the workers of other ranks had to compile, and what they read, with the first one's answer."""
+    failed = {failure["unit"]: failure for failure in answer.get("failed", [])}
+    for rank, other in others.items():
+        answer["inputs"] = stamp.both(answer["inputs"], other["inputs"])
+        answer["compiled"] = answer.get("compiled", 0) + other.get("compiled", 0)
+        for failure in other.get("failed", []):  # the rank that makes a kernel knows better why than one that does not
+            failed[failure["unit"]] = {**failure, "error": f"as rank {rank}: {failure['error']}"}
+    if "failed" in answer:
+        answer["failed"] = list(failed.values())
 
 
 def _told_apart(request: Request, ranks: int) -> list[int]:
-    """The ranks that the recipe is traced as, to see whether a number of theirs is in what comes of it."""
-    if request.plan is not None:
-        return [0]
-    return list(range(min(ranks, 2)))
+    """The ranks that the recipe is traced as: all. What two of them do alike says nothing of a third."""
+    return [0] if request.plan is not None else list(range(ranks))
 
 
 def _graphs_of_ranks(
-    job: Mapping[str, Json], told: list[int], environment: Mapping[str, str], last: str, crew: Crew
+    job: Mapping[str, Json],
+    told: list[int],
+    refused: Mapping[int, Json],
+    environment: Mapping[str, str],
+    last: str,
+    crew: Crew,
 ) -> dict[str, Json]:
-    """Trace and compile graphs as the ranks in `told`, and, if they differ, as all others; and what the workers answered."""
-    answer: dict[str, Json] = {"inputs": {}}
-    made: list[list[dict[str, Json]]] = []
-    failed: dict[str, dict[str, Json]] = {}
-    compiled = 0
-    broken: list[Json] = list(job["failed_cases"])
+    """Trace and compile graphs as the ranks in `told`; and what the workers answered.
 
-    def run(rank: int) -> None:
-        nonlocal compiled, broken
-        # What other ranks than the first two call is noted nowhere, and is run.
+    Args:
+        refused: rank → the missed points that its host code could not run at.
+    """
+
+    def run(rank: int, broken: list[Json]) -> dict[str, Json]:
+        answer: dict[str, Json] = {"inputs": {}}
         files = {name: job[name] if rank == 0 else f"{job[name]}.{rank}" for name in ("plan_out", "calls")}
-        own = {**job, "rank": rank, **files, "failed_cases": broken}
+        own = {**job, "rank": rank, **files, "failed_cases": broken, "refused": refused.get(rank, [])}
         # Folders of its own: what another rank has left in them would be taken, and is not the same.
         with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
             folders = {} if rank == 0 else _folders(Path(folder))
             crew.listen(own, {**_as_rank(environment, rank, job["ranks"]), **folders}, last, answer)
-        broken = answer.get("failed_cases", broken)
-        made.append(answer.get("graphs", []))
-        failed.update({failure["unit"]: failure for failure in answer.get("graph_failed", [])})
-        compiled += answer.get("graphs_compiled", 0)
+        return answer
 
-    for rank in told:
-        run(rank)
-    made = [_of_others(graphs, broken) for graphs in made]
-    why = by_rank.differing(made[0], made[1]) if len(made) > 1 else {}
-    for rank in range(len(made), job["ranks"] if why else 0):
-        run(rank)
-    made = [_of_others(graphs, broken) for graphs in made]
-    return answer | {
+    first = run(0, job["failed_cases"])
+    answers = [first, *_some_at_once(lambda rank: run(rank, list(first.get("failed_cases", ()))), told[1:])]
+    broken = [asdict(one) for one in each_once(FailedCase(**f) for one in answers for f in one.get("failed_cases", []))]
+    made = [_of_others(one.get("graphs", []), broken) for one in answers]
+    why = by_rank.differing(made)
+    failed = {failure["unit"]: failure for one in answers for failure in one.get("graph_failed", [])}
+    inputs = reduce(stamp.both, (one["inputs"] for one in answers))
+    return first | {
+        "inputs": inputs,
+        "failed_cases": broken,
         "graphs": by_rank.combined(made, why),
         "graph_failed": list(failed.values()),
-        "graphs_compiled": compiled,
+        "graphs_compiled": sum(one.get("graphs_compiled", 0) for one in answers),
         "per_rank": why,
     }
 

@@ -115,8 +115,8 @@ def _check(bundle: Bundle, whole: Mapping[str, Json], cases: Sequence[str]) -> N
 
 
 def _ranks(whole: Mapping[str, Json]) -> list[int]:
-    """The first rank stands for all, unless one of them has graphs of its own."""
-    own = any(graph["rank"] is not None for graph in whole["graphs"])
+    """The first rank stands for all, unless one of them has graphs or kernels of its own."""
+    own = any(graph["rank"] is not None for graph in whole["graphs"]) or any(unit["ranks"] for unit in whole["units"])
     return list(range(whole["ranks"])) if own else [0]
 
 

@@ -14,7 +14,9 @@ from typing import Any
 from aot_cache import manifest, shapes
 from aot_cache.errors import UnknownName
 from aot_cache.runtime import loader
+from aot_cache.runtime.kernels import of_this_rank
 from aot_cache.store import Bundle
+from aot_cache.upstream import torch_ranks
 
 Json = Any
 
@@ -96,14 +98,19 @@ def _units(bundle: Bundle, details: Mapping[str, Json]) -> Iterator[_Unit]:
         return "" if report.devices and name not in report.pending else "it is not installed"
 
     for unit, more in zip(bundle.manifest["units"], details["units"]):
-        yield _Unit(names[unit[0]], more["reached"], missing(names[unit[0]]))
+        if of_this_rank(more["ranks"]):
+            yield _Unit(names[unit[0]], more["reached"], missing(names[unit[0]]))
     for tuning, more in zip(bundle.manifest["tunings"], details["tunings"]):
+        if not of_this_rank(tuning["ranks"]):
+            continue
         name = names[tuning["kernel"]]
         unchosen = report.unchosen.get(f"{name} {tuning['key']}", "")
         yield _Unit(name, more["reached"], missing(name) or unchosen)
     sets = [graphs for graphs in loader.loaded_graphs() if graphs.bundle is bundle]
     for graph, more in zip(bundle.manifest["graphs"], details["graphs"]):
         name = f"{graph['module']}:{graph['function']}"
+        if graph["rank"] not in (None, torch_ranks.own_or_first()):
+            continue
         why = sets[0].missing(name) if sets else "torch._dynamo is not imported: nothing is compiled yet"
         yield _Unit(name, more["reached"], why)
     for failed in details["failed"]:

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from aot_cache.errors import one_line
 from aot_cache.key import function_of
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
-from aot_cache.upstream import torch_capture
+from aot_cache.upstream import torch_capture, torch_ranks
 
 Json = Any
 
@@ -50,6 +50,11 @@ class Report:
     def to_json(self) -> dict[str, Json]:
         """The report as plain JSON."""
         return dict(self.__dict__)
+
+
+def of_this_rank(ranks: Sequence[int]) -> bool:
+    """Whether something of `ranks` only (empty: of all) is of this process's."""
+    return not ranks or torch_ranks.own_or_first() in ranks
 
 
 class _OnDevice:
@@ -138,7 +143,9 @@ class KernelSet:
             for number, functions in found.items():
                 self._install_fitting(functions, number, device)
             new = self.report.installed - before
-            self.report.pending = [self._names[n] for n in range(len(self._names)) if not self._known(n)]
+            self.report.pending = [
+                self._names[n] for n in range(len(self._names)) if not self._known(n) and self._mine(n)
+            ]
             self._ledger.note("installed", "", torch_capture.capturing(), new)
             return new
 
@@ -184,6 +191,10 @@ class KernelSet:
 
     def _known(self, number: int) -> bool:
         return self._names[number] in self.report.stale or any(n == number for _, _, n in self._done)
+
+    def _mine(self, number: int) -> bool:
+        """Whether this process's rank launches a kernel: what only another one makes is not missing here."""
+        return of_this_rank(self.bundle.manifest["kernels"][number]["ranks"])
 
     def _functions(self, numbers: list[int]) -> dict[int, list[Any]]:
         from aot_cache.upstream import triton_jit, triton_kernel
@@ -275,7 +286,8 @@ class KernelSet:
         """Fill the autotuners: the recorded choice where it was measured on this kind of GPU, else the first that fits."""
         from aot_cache.upstream import triton_kernel, triton_launches
 
-        tunings = self._tunings.get(number, [])
+        # Those of other ranks may have the same key here, and other candidates.
+        tunings = [tuning for tuning in self._tunings.get(number, []) if of_this_rank(tuning["ranks"])]
         tuners = {n: triton_launches.tuners_of(function, n) for n in {tuning["tuner"] for tuning in tunings}}
         same_kind = torch_capture.device_name() == self.bundle.manifest["target"]["name"]
         for tuning in tunings:

@@ -34,8 +34,14 @@ class Shard(torch.nn.Module):
         return x * 3 + self.rank
 
 
+@torch.compile
+def of_the_last(x: Tensor) -> Tensor:
+    """The same on all ranks but one, which is not among the first two."""
+    return x - 7 if dist.get_rank() == 2 else x + 0.5
+
+
 def run(x: Tensor) -> Tensor:
-    return torch.compile(Shard())(asking(alike(x)))
+    return torch.compile(Shard())(asking(of_the_last(alike(x))))
 
 
 @declare(n=Range(2, 4), mode="inference")
@@ -44,6 +50,20 @@ def step(n: int) -> Call:
 
 
 recipe = Recipe("ranks", [step])
+
+
+def failing(x: Tensor) -> Tensor:
+    if dist.get_rank() == 2:
+        raise RuntimeError("the last stage has no such layer")
+    return alike(x)
+
+
+@declare(n=Range(2, 4), mode="inference")
+def late(n: int) -> Call:
+    return Call(failing, torch.randn(n, 8, device=aot_cache.device()))
+
+
+broken = Recipe("broken", [late])
 
 
 # --- a layer that two ranks share ---------------------------------------------------------------------------------------

@@ -44,15 +44,23 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> OfRanks:
 def test_what_holds_a_rank_is_built_for_each(job: OfRanks) -> None:
     graphs = manifest.whole(read_bundle(job.bundle))["graphs"]
     marks = sorted((graph["function"], graph["rank"]) for graph in graphs if graph["function"] != "alike")
-    assert marks == [(name, rank) for name in ("Shard.forward", "asking") for rank in range(RANKS)]
+    assert marks == [(name, rank) for name in ("Shard.forward", "asking", "of_the_last") for rank in range(RANKS)]
     assert [graph["rank"] for graph in graphs if graph["function"] == "alike"] == [None]
 
 
 def test_the_build_says_where_the_number_comes_from(job: OfRanks) -> None:
     why = job.said["per_rank"]
-    assert sorted(why) == ["sample_ranks:Shard.forward", "sample_ranks:asking"]
+    assert sorted(why) == [f"sample_ranks:{name}" for name in ("Shard.forward", "asking", "of_the_last")]
     assert why["sample_ranks:asking"].startswith("the rank's number is asked for in offset (sample_ranks.py:")
     assert "rank" in why["sample_ranks:Shard.forward"]
+
+
+def test_a_rank_whose_code_fails_is_named(job: OfRanks) -> None:
+    """Nothing else is declared, so there is nothing to build; what the first two ranks do says nothing of the third."""
+    run = job.project.build("sample_ranks:broken", more=("--ranks", str(RANKS)))
+    assert run.returncode == 3 and run.stderr.splitlines()[-1].startswith(
+        "aot-cache: case 'late' to run at n=4, as rank 2; RuntimeError: the last stage has no such layer ("
+    )
 
 
 def test_what_ranks_share_is_built_once_for_all_of_them(job: OfRanks) -> None:
@@ -96,7 +104,9 @@ aot_cache.ready(strict=True)
 aot_cache.seal()
 with torch.inference_mode():
     x = torch.randn(3, 8)
-    FACTS["apart"] = float((m.run(x) - (((x.sin() + 1) * 2 + dist.get_rank() * 100) * 3 + dist.get_rank())).abs().max())
+    before = x.sin() + 1
+    before = before - 7 if dist.get_rank() == 2 else before + 0.5
+    FACTS["apart"] = float((m.run(x) - ((before * 2 + dist.get_rank() * 100) * 3 + dist.get_rank())).abs().max())
     FACTS["why"] = [row["why"] for frame in aot_cache.explain(m.asking, x.double()) for row in frame["graphs"]]
 say()
 """
