@@ -6,6 +6,7 @@ import ast
 import contextlib
 import ctypes
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -249,3 +250,21 @@ def test_which_torch_is_installed_is_told_without_importing_it() -> None:
         told == known and again == known[1], f"torch/version.py does not say what torch says of itself: {told}, {known}"
     )
     need(isa.split()[-1] == torch.backends.cpu.get_cpu_capability(), "torch.backends.cpu.get_cpu_capability")
+
+
+@pytest.mark.contract("triton_sources")
+def test_what_triton_raises_of_a_kernel_without_its_source(tmp_path: Path) -> None:
+    """It says that kernels belong into a Python file, where `inspect` found none; the error names the function."""
+    import triton
+
+    from aot_cache.upstream import triton_sources
+
+    scope: dict[str, Any] = {"__name__": "without_source"}
+    exec(compile("def scale(x):\n    pass\n", str(tmp_path / "scale.pyc"), "exec"), scope)
+    with pytest.raises(ValueError) as caught:
+        triton.jit(scale := scope["scale"])
+    need(isinstance(caught.value.__cause__, OSError), "it does not say that inspect found no source")
+    found = triton_sources.unreadable(caught.value)
+    need(found is not None, "the function that it is about cannot be found in the error")
+    assert f"without_source:{scale.__qualname__}" in str(found) and "scale.pyc" in str(found)
+    assert triton_sources.unreadable(ValueError("another")) is None
