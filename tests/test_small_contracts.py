@@ -7,7 +7,7 @@ import contextlib
 import ctypes
 import json
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -259,10 +259,12 @@ def test_what_triton_raises_of_a_kernel_without_its_source(tmp_path: Path) -> No
 
     from aot_cache.upstream import triton_sources
 
-    scope: dict[str, Any] = {"__name__": "without_source"}
-    exec(compile("def scale(x):\n    pass\n", str(tmp_path / "scale.pyc"), "exec"), scope)
+    (code,) = [
+        c for c in compile("def scale(x): pass", str(tmp_path / "scale.pyc"), "exec").co_consts if hasattr(c, "co_name")
+    ]
+    scale = FunctionType(code, {"__name__": "without_source"})
     with pytest.raises(ValueError) as caught:
-        triton.jit(scale := scope["scale"])
+        triton.jit(scale)
     need(isinstance(caught.value.__cause__, OSError), "it does not say that inspect found no source")
     found = triton_sources.unreadable(caught.value)
     need(found is not None, "the function that it is about cannot be found in the error")
