@@ -51,6 +51,7 @@ class Answers:
         yield dynamo_frames.count(guard.count)
         yield inductor_events.listen(guard.count)
         yield inductor_later.import_when_compiling()
+        yield inductor_later.give_debug_back
         yield inductor_miss.around_loading(guard.loading)
         yield inductor_miss.instead_of_tuning(guard.first_of_inductor, guard.later)
         # Outside of what counts: a frame that is not traced is not counted as one.

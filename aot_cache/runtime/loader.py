@@ -21,7 +21,7 @@ from aot_cache.runtime.kernels import KernelSet, Report
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.runtime.misses import Misses
 from aot_cache.store import Bundle
-from aot_cache.upstream import after_import, torch_capture
+from aot_cache.upstream import after_import, patch, torch_capture
 
 LEDGER = Ledger()
 HOOKS = Hooks()
@@ -199,7 +199,8 @@ def seal() -> None:
 
 
 def stats() -> dict[str, Any]:
-    """The ledger, what each bundle has installed, the last misses with their reasons, what was unsafe; JSON-able."""
+    """The ledger, what each bundle has installed, the last misses with their reasons, what was unsafe, and which functions of
+    torch and Triton are replaced (see `upstream.patch.installed`); JSON-able."""
     graphs = [vars(found.loaded) for found in (_answers.sets if _answers is not None else [])]
     misses = MISSES.to_json()
     return {
@@ -208,6 +209,7 @@ def stats() -> dict[str, Any]:
         "bundles": [kernels.report.to_json() for kernels in _sets],
         "graphs": graphs,
         "misses": misses,
+        "patches": patch.installed(),
         "unsafe": sorted({miss["name"] for miss in misses if miss["action"] == "unsafe"}),
     }
 

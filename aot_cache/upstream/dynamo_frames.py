@@ -8,7 +8,6 @@ Upstream: `torch/_dynamo/convert_frame.py` (`CatchErrorsWrapper`, `_compile`), `
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import threading
 import types
@@ -26,7 +25,7 @@ from torch._dynamo.utils import orig_code_map
 from torch._guards import CompileId
 
 from aot_cache.errors import one_line
-from aot_cache.upstream import dynamo_off, dynamo_stance
+from aot_cache.upstream import dynamo_off, dynamo_stance, patch
 
 Json = Any
 
@@ -106,10 +105,8 @@ def instead_of_compiling(handler: Instead) -> Callable[[], None]:
     nowhere else than usual where that is None.
     Returns a function that takes the hook out.
     """
-    original = convert_frame._compile
 
-    @functools.wraps(original)
-    def _compile(*args: Any, **kwargs: Any) -> Any:
+    def _compile(original: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(_ARGUMENTS, args)), **kwargs}
         frame = Frame(
             given["code"],
@@ -124,12 +121,7 @@ def instead_of_compiling(handler: Instead) -> Callable[[], None]:
 
         return handler(frame, go_on)
 
-    convert_frame._compile = _compile
-
-    def undo() -> None:
-        convert_frame._compile = original
-
-    return undo
+    return patch.replace(convert_frame, "_compile", _compile)
 
 
 def guards_of(answer: ConvertFrameReturn) -> Any:
@@ -188,7 +180,6 @@ def before_compiling(
     There it belongs to the wrapping that asked, as if that had compiled it. Returns a function that takes the hook out.
     """
     wrapper: Any = convert_frame.CatchErrorsWrapper
-    original = wrapper.__call__
 
     def ask(self: Any, frame: Any) -> ConvertFrameReturn | None:
         if not wanted(frame.f_code):
@@ -200,7 +191,7 @@ def before_compiling(
         found = find(Frame(frame.f_code, frame.f_globals, frame.f_locals, describe_wrapping(self), fullgraph))
         return None if found is None else as_compiled(found, frame.f_code)
 
-    def __call__(self: Any, frame: Any, cache_entry: Any, frame_state: Any) -> ConvertFrameReturn:
+    def __call__(original: Any, self: Any, frame: Any, cache_entry: Any, frame_state: Any) -> ConvertFrameReturn:
         answer: ConvertFrameReturn | None = ask(self, frame)
         if answer is None:
             answer = original(self, frame, cache_entry, frame_state)
@@ -209,12 +200,12 @@ def before_compiling(
             raise error
         return answer
 
-    wrapper.__call__ = __call__
+    take_out = patch.replace(wrapper, "__call__", __call__)
     undo_stance = dynamo_stance.ask_where_recompiling_fails(wrapper, ask)
 
     def undo() -> None:
-        wrapper.__call__ = original
         undo_stance()
+        take_out()
 
     return undo
 
@@ -240,22 +231,19 @@ def count(note: Callable[[str, str], None]) -> Callable[[], None]:
     """
     from torch._dynamo.output_graph import OutputGraph
 
-    graph: Any = OutputGraph
-    call = graph.call_user_compiler
-
     def look(frame: Frame, go_on: Compile) -> ConvertFrameReturn:
         note("frame", f"{frame.module}:{frame.code.co_name}")
         return go_on(None)
 
-    def call_user_compiler(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call_user_compiler(call: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         note("graph_compile", str(getattr(self.compiler_fn, "__name__", "backend")))
         return call(self, *args, **kwargs)
 
-    graph.call_user_compiler = call_user_compiler
+    undo_graphs = patch.replace(OutputGraph, "call_user_compiler", call_user_compiler)
     undo_frames = instead_of_compiling(look)
 
     def undo() -> None:
         undo_frames()
-        graph.call_user_compiler = call
+        undo_graphs()
 
     return undo

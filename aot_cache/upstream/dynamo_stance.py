@@ -7,11 +7,12 @@ Upstream: `torch/_dynamo/eval_frame.py` (`_set_stance`, `_callback_from_stance`)
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch._dynamo import decorators, eval_frame
+
+from aot_cache.upstream import patch
 
 Ask = Callable[[Any, Any], Any]
 
@@ -21,12 +22,10 @@ def ask_where_recompiling_fails(kind: type, ask: Ask) -> Callable[[], None]:
 
     Returns a function that takes the hook out.
     """
-    stances: Any = eval_frame
-    users: Any = decorators
-    choose, set_stance = stances._callback_from_stance, users._set_stance
+    chosen: list[Callable[[], None]] = []
 
-    def asking(callback: Any) -> Any:
-        raises = choose(callback)
+    def choose(original: Any, callback: Any) -> Any:
+        raises = original(callback)
         if not isinstance(callback, kind):
             return raises
 
@@ -37,15 +36,20 @@ def ask_where_recompiling_fails(kind: type, ask: Ask) -> Callable[[], None]:
         ask_first._torchdynamo_orig_backend = callback  # type: ignore[attr-defined]  # upstream's has it, too
         return ask_first
 
-    @functools.wraps(set_stance)
-    def _set_stance(stance: Any) -> Any:
-        prior = set_stance(stance)
-        stances._callback_from_stance = asking if stance.stance == "fail_on_recompile" else choose
+    def _set_stance(original: Any, stance: Any) -> Any:
+        prior = original(stance)
+        fails = stance.stance == "fail_on_recompile"
+        if fails and not chosen:  # not at all other times: each call of a compiled function asks for its callback
+            chosen.append(patch.replace(eval_frame, "_callback_from_stance", choose))
+        while chosen and not fails:
+            chosen.pop()()
         return prior
 
-    users._set_stance = _set_stance
+    take_out = patch.replace(decorators, "_set_stance", _set_stance)
 
     def undo() -> None:
-        users._set_stance, stances._callback_from_stance = set_stance, choose
+        take_out()
+        while chosen:
+            chosen.pop()()
 
     return undo

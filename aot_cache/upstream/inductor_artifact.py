@@ -6,11 +6,15 @@ Upstream: `torch/_dynamo/aot_compile_types.py` (`BundledAOTAutogradSerializableC
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import os
 import random
 import re
+import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -25,7 +29,7 @@ from torch._inductor.codecache import FxGraphCache
 from torch._inductor.output_code import CompiledFxGraph
 from torch._inductor.triton_bundler import TritonBundler
 
-from aot_cache.upstream import inductor_later, inductor_source
+from aot_cache.upstream import inductor_later, inductor_source, patch
 
 _SETTINGS: dict[str, Any] = {
     "strict_autograd_cache": True,
@@ -158,7 +162,8 @@ def kernels_in(data: bytes) -> list[str]:
 def load_graph(data: bytes) -> Any:
     """The function in `data`, which must have been hashed before. Its kernels go onto the current device.
 
-    Upstream writes source and binaries into its cache folders to read them again; here these are private, and removed.
+    Upstream writes source and binaries into its cache folders to read them again; here these are private, and removed when
+    the process ends.
     """
     with _private_folders(), _without_the_compiler():
         return Serializable.deserialize_compile_artifacts(data)
@@ -168,38 +173,56 @@ def load_graph(data: bytes) -> Any:
 def _without_the_compiler() -> Iterator[None]:
     """Upstream's cache, having loaded a graph, imports all of `torch._inductor.graph` for a hook of its own tests, and
     asks another cache for what was measured elsewhere; neither is wanted here."""
-    cache: Any = FxGraphCache
-    original = cache.__dict__["cache_hit_post_compile"]
     inductor_later.call_without_debug()
 
-    def cache_hit_post_compile(graph: Any, cache_info: Any, constants: Any) -> Any:
+    def cache_hit_post_compile(_: Any, graph: Any, cache_info: Any, constants: Any) -> Any:
         if graph._triton_bundle:
             TritonBundler.read_and_emit(graph._triton_bundle)
         graph.after_deserialization(constants)
         return graph, cache_info
 
-    cache.cache_hit_post_compile = staticmethod(cache_hit_post_compile)
-    try:
+    with _post_compile.replaced(cache_hit_post_compile):
         yield
-    finally:
-        cache.cache_hit_post_compile = original
+
+
+_post_compile = patch.OnThisThread(lambda: FxGraphCache, "cache_hit_post_compile")
 
 
 @contextlib.contextmanager
 def _private_folders() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in _FOLDERS}
-    with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
+    """Upstream's cache folders are this process's own inside, one thread at a time.
+
+    Upstream has no other way to say so than variables that all threads see. What another thread compiles at this moment goes
+    into the same folder: that is why it stays until the process ends.
+    """
+    with _one_at_a_time:
+        before = {name: os.environ.get(name) for name in _FOLDERS}
+        # Each load has its own: upstream takes a file of the same name for one of the same kernels.
+        folder = tempfile.mkdtemp(dir=_folder_of(os.getpid()))
         os.environ.update({name: os.path.join(folder, name.lower()) for name in _FOLDERS})
         try:
             yield
         finally:
             for name, value in before.items():
                 if value is None:
-                    del os.environ[name]
+                    os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
 
 
+@functools.cache
+def _folder_of(pid: int) -> str:
+    folder = tempfile.mkdtemp(prefix="aot-cache-")
+
+    def remove() -> None:
+        if os.getpid() == pid:  # a forked child runs this, too
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
+
+
+_one_at_a_time = threading.RLock()
 _FOLDERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 

@@ -24,6 +24,8 @@ import torch
 from torch._inductor import codecache, cpu_vec_isa
 from torch._inductor.codecache import CppCodeCache
 
+from aot_cache.upstream import patch
+
 _CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
 Lookup = Callable[[str], bytes | None]
 
@@ -35,10 +37,9 @@ def _source_digest(cls: Any, main: str, device: str, flags: Any, optimized: str 
 @contextlib.contextmanager
 def _instead(load: Callable[..., Any]) -> Iterator[None]:
     """`load(original, cls, source digest, *args, **kwargs)` in place of `CppCodeCache.load_async`."""
-    cache: Any = CppCodeCache
-    original = cache.__dict__["load_async"]
 
     def load_async(
+        original: Any,
         cls: Any,
         /,
         main_code: str,
@@ -50,13 +51,13 @@ def _instead(load: Callable[..., Any]) -> Iterator[None]:
     ) -> Any:
         digest = _source_digest(cls, main_code, device_type, extra_flags, optimized_code)
         args = (main_code, device_type, submit_fn, extra_flags, optimized_code)
-        return load(original.__func__, cls, digest, *args, **rest)
+        return load(original, cls, digest, *args, **rest)
 
-    cache.load_async = classmethod(load_async)
-    try:
+    with _load_async.replaced(load_async):
         yield
-    finally:
-        cache.load_async = original
+
+
+_load_async = patch.OnThisThread(lambda: CppCodeCache, "load_async")
 
 
 @contextlib.contextmanager

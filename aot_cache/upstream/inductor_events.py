@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from aot_cache.upstream import after_import
+from aot_cache.upstream import after_import, patch
 
 Note = Callable[[str, str], None]
 _HOOKS = (
@@ -35,19 +35,11 @@ def listen(note: Note) -> Callable[[], None]:
 
 
 def _wrap(module: str, owner: str, method: str, kind: str, note: Note) -> Callable[[], None]:
-    place: Any = getattr(sys.modules[module], owner)
-    original = getattr(place, method)
-
-    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def noted(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         note(kind, name_of(self))
         return original(self, *args, **kwargs)
 
-    setattr(place, method, noted)
-
-    def undo() -> None:
-        setattr(place, method, original)
-
-    return undo
+    return patch.replace(getattr(sys.modules[module], owner), method, noted)
 
 
 def name_of(thing: Any) -> str:

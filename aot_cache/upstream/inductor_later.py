@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from aot_cache.upstream import patch
+
 
 class Later(Mapping[str, Any]):
     """A mapping that is made at its first use."""
@@ -42,18 +44,11 @@ class Later(Mapping[str, Any]):
 
 def import_when_compiling() -> Callable[[], None]:
     """Wrapping a function does not import Inductor's compiler any more. Returns a function that undoes it."""
-    wrapper: Any = torch._TorchCompileInductorWrapper
-    original = wrapper.get_compiler_config
 
-    def get_compiler_config(self: Any) -> Later:
+    def get_compiler_config(original: Any, self: Any) -> Later:
         return Later(lambda: original(self))
 
-    wrapper.get_compiler_config = get_compiler_config
-
-    def undo() -> None:
-        wrapper.get_compiler_config = original
-
-    return undo
+    return patch.replace(torch._TorchCompileInductorWrapper, "get_compiler_config", get_compiler_config)
 
 
 _DEBUG = "torch._inductor.debug"
@@ -69,7 +64,14 @@ class _Debug(types.ModuleType):
 
 
 def call_without_debug() -> None:
-    """Graphs run without `torch._inductor.debug` until somebody imports it."""
+    """Graphs run without `torch._inductor.debug` until somebody imports it, or `give_debug_back`."""
     if _DEBUG not in sys.modules:
         package: Any = importlib.import_module("torch._inductor")
         package.debug = _Debug(_DEBUG)
+
+
+def give_debug_back() -> None:
+    """Graphs that are loaded run on, with the room that upstream means."""
+    package: Any = sys.modules.get("torch._inductor")
+    if isinstance(getattr(package, "debug", None), _Debug):
+        importlib.import_module(_DEBUG)  # takes this one's place

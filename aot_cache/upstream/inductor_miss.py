@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from aot_cache.upstream import after_import, inductor_events
+from aot_cache.upstream import after_import, inductor_events, patch
 
 Forget = Callable[[], None]
 Around = Callable[[str], "contextlib.AbstractContextManager[None]"]
@@ -25,28 +25,23 @@ def instead_of_tuning(choose: Callable[[str], bool], later: Callable[[Forget], N
     Works from the moment on when Inductor is imported. Returns a function that takes the hooks out.
     """
 
+    def autotune_to_one_config(measure: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not choose(inductor_events.name_of(self)):
+            return measure(self, *args, **kwargs)
+        launchers = self.launchers
+        self.launchers = launchers[:1]
+        later(lambda: setattr(self, "launchers", launchers))
+        return None
+
+    def coordinate_descent_tuning(descend: Any, self: Any, launcher: Any, *args: Any, **kwargs: Any) -> Any:
+        return launcher if choose(inductor_events.name_of(self)) else descend(self, launcher, *args, **kwargs)
+
     def hook() -> Callable[[], None]:
         tuner: Any = sys.modules[_HEURISTICS].CachingAutotuner
-        measure, descend = tuner.autotune_to_one_config, tuner.coordinate_descent_tuning
-
-        def autotune_to_one_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if not choose(inductor_events.name_of(self)):
-                return measure(self, *args, **kwargs)
-            launchers = self.launchers
-            self.launchers = launchers[:1]
-            later(lambda: setattr(self, "launchers", launchers))
-            return None
-
-        def coordinate_descent_tuning(self: Any, launcher: Any, *args: Any, **kwargs: Any) -> Any:
-            return launcher if choose(inductor_events.name_of(self)) else descend(self, launcher, *args, **kwargs)
-
-        tuner.autotune_to_one_config = autotune_to_one_config
-        tuner.coordinate_descent_tuning = coordinate_descent_tuning
-
-        def undo() -> None:
-            tuner.autotune_to_one_config, tuner.coordinate_descent_tuning = measure, descend
-
-        return undo
+        return patch.replace_all(
+            tuner,
+            {"autotune_to_one_config": autotune_to_one_config, "coordinate_descent_tuning": coordinate_descent_tuning},
+        )
 
     return after_import.hook_after_import(_HEURISTICS, hook)
 
@@ -54,19 +49,11 @@ def instead_of_tuning(choose: Callable[[str], bool], later: Callable[[Forget], N
 def around_loading(around: Around) -> Callable[[], None]:
     """Load a kernel's module inside `around(kernel)`, wherever that happens. Returns a function that takes the hook out."""
 
+    def load_kernel(load: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        with around(inductor_events.name_of(self)):
+            return load(self, *args, **kwargs)
+
     def hook() -> Callable[[], None]:
-        kernel: Any = sys.modules[_STATIC].StaticallyLaunchedTritonKernel
-        load = kernel.load_kernel
-
-        def load_kernel(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with around(inductor_events.name_of(self)):
-                return load(self, *args, **kwargs)
-
-        kernel.load_kernel = load_kernel
-
-        def undo() -> None:
-            kernel.load_kernel = load
-
-        return undo
+        return patch.replace(sys.modules[_STATIC].StaticallyLaunchedTritonKernel, "load_kernel", load_kernel)
 
     return after_import.hook_after_import(_STATIC, hook)

@@ -18,6 +18,8 @@ from typing import Any
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._inductor.triton_bundler import TritonBundler
 
+from aot_cache.upstream import patch
+
 Json = Any
 _CACHES = ("autotune_local_cache", "autotune_remote_cache", "bundled_autotune_remote_cache")
 _TIMES = 5
@@ -69,10 +71,8 @@ def choosing(choices: Mapping[str, int] | None) -> Iterator[list[Kernel]]:
     With None they have all, and measure them when they run for the first time. Yields the kernels that have several.
     """
     kernels: list[Kernel] = []
-    bundler: Any = TritonBundler
-    original = bundler.__dict__["load_autotuners"]
 
-    def load_autotuners(cls: Any, static_autotuners: Any) -> Any:
+    def load_autotuners(original: Any, cls: Any, static_autotuners: Any) -> Any:
         for entry in static_autotuners or ():
             tuner = entry.kernel
             # Upstream compiles one more config where it is loaded, if a reduction's kernel fills the GPU badly.
@@ -84,29 +84,27 @@ def choosing(choices: Mapping[str, int] | None) -> Iterator[list[Kernel]]:
                 tuner.save_cache_hook = None
                 if choices is not None:
                     tuner.compile_results = [tuner.compile_results[choices.get(entry.cache_key, 0)]]
-        return original.__func__(cls, static_autotuners)
+        return original(cls, static_autotuners)
 
-    bundler.load_autotuners = classmethod(load_autotuners)
-    try:
+    with _load_autotuners.replaced(load_autotuners):
         yield kernels
-    finally:
-        bundler.load_autotuners = original
+
+
+_load_autotuners = patch.OnThisThread(lambda: TritonBundler, "load_autotuners")
 
 
 @contextlib.contextmanager
 def measuring() -> Iterator[None]:
     """Measure each config several times, as a choice that is kept deserves: one time is often twice another."""
-    tuner: Any = CachingAutotuner
-    original = tuner.bench
 
-    def bench(self: Any, *args: Any, **kwargs: Any) -> float:
+    def bench(original: Any, self: Any, *args: Any, **kwargs: Any) -> float:
         return float(statistics.median(original(self, *args, **kwargs) for _ in range(_TIMES)))
 
-    tuner.bench = bench
+    undo = patch.replace(CachingAutotuner, "bench", bench)
     try:
         yield
     finally:
-        tuner.bench = original
+        undo()
 
 
 def _configs(tuner: Any) -> list[str]:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from aot_cache.upstream import patch
+
 _under_way: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDictionary()
 """Graphs that are being captured → (capture mode, thread). Weakly: a graph that is thrown away captures no more."""
 _lock = threading.Lock()
@@ -74,9 +76,8 @@ def watch_captures(before: Callable[[], None], after: Callable[[], None]) -> Cal
 
     graph: Any = torch.cuda.CUDAGraph
     ending = "capture_end_pre" if hasattr(graph, "capture_end_pre") else "capture_end"  # newer: the first half of it
-    begin, end = graph.capture_begin, getattr(graph, ending)
 
-    def capture_begin(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def capture_begin(begin: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         before()
         mode = kwargs.get("capture_error_mode", args[1] if len(args) > 1 else "global")
         with _lock:
@@ -87,19 +88,17 @@ def watch_captures(before: Callable[[], None], after: Callable[[], None]) -> Cal
             _ended(self)
             raise
 
-    def capture_end(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def capture_end(end: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return end(self, *args, **kwargs)
         finally:
             _ended(self)
             after()
 
-    graph.capture_begin = capture_begin
-    setattr(graph, ending, capture_end)
+    take_out = patch.replace_all(graph, {"capture_begin": capture_begin, ending: capture_end})
 
     def undo() -> None:
-        graph.capture_begin = begin
-        setattr(graph, ending, end)
+        take_out()
         with _lock:
             _under_way.clear()
 

@@ -11,7 +11,7 @@ from typing import Any
 from triton import knobs
 from triton.runtime.autotuner import Autotuner
 
-from aot_cache.upstream import triton_launcher
+from aot_cache.upstream import patch, triton_launcher
 
 Note = Callable[[str, str], None]
 
@@ -30,7 +30,6 @@ def listen(note: Note) -> Callable[[], None]:
     Chains to whatever listens already (vLLM's JIT monitor does). Returns a function that stops it.
     """
     previous = knobs.compilation.listener
-    original_bench: Any = Autotuner._bench
 
     def compiled(*, src: Any, cache_hit: bool, **rest: Any) -> None:
         note("disk_hit" if cache_hit else "compile", getattr(src, "name", "?"))
@@ -40,24 +39,24 @@ def listen(note: Note) -> Callable[[], None]:
     def loaded(module: Any, function: Any, name: str, group: Any, digest: str) -> None:
         note("module_load", name)
 
-    def bench(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def bench(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "_aot_cache_tuning", None) is not self.nargs:
             self._aot_cache_tuning = self.nargs  # a run makes new nargs: the first candidate of a new tuning
             note("tuning", self.base_fn.__name__)
         note("benchmark", self.base_fn.__name__)
-        return original_bench(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
     setattr(loaded, _OURS, True)
     knobs.compilation.listener = compiled
     knobs.runtime.kernel_load_end_hook.add(loaded)
-    Autotuner._bench = bench
+    stop_benching = patch.replace(Autotuner, "_bench", bench)
     stop_counting = triton_launcher.count_compiler_runs(lambda name: note("gcc", name))
 
     def undo() -> None:
         if knobs.compilation.listener is compiled:
             knobs.compilation.listener = previous
         knobs.runtime.kernel_load_end_hook.remove(loaded)
-        Autotuner._bench = original_bench
+        stop_benching()
         stop_counting()
 
     return undo

@@ -32,6 +32,7 @@ import triton
 
 from aot_cache.errors import TargetError
 from aot_cache.tested import minor
+from aot_cache.upstream import patch
 from aot_cache.upstream.versions import LAUNCHER_PER_SIGNATURE
 
 LAUNCHER = "__triton_launcher"
@@ -129,8 +130,8 @@ def _cc(arguments: list[str], folder: str, what: str) -> None:
 Lookup = Callable[[str], "bytes | None"]
 
 _lookups: list[Lookup] = []
-_replaced: list[tuple[Any, str, Any]] = []
-"""What Triton had where its C modules are served now: (module, name, function)."""
+_replaced: list[Callable[[], None]] = []
+"""What takes out of Triton that its C modules are served."""
 _lock = threading.Lock()
 
 
@@ -150,8 +151,7 @@ def serve(lookup: Lookup) -> Callable[[], None]:
             if lookup in _lookups:
                 _lookups.remove(lookup)
             while _replaced and not _lookups:
-                module, name, original = _replaced.pop()
-                setattr(module, name, original)
+                _replaced.pop()()
 
     return undo
 
@@ -161,18 +161,14 @@ def _replace_entrances() -> None:
 
     nvidia: Any = importlib.import_module("triton.backends.nvidia.driver")
 
-    def replace(module: Any, name: str, by: Any) -> None:
-        _replaced.append((module, name, getattr(module, name)))
-        setattr(module, name, by)
-
     for name, text_of in _ENTRANCES.items():
         if hasattr(build_module, name):
-            served = _serving(getattr(build_module, name), text_of)
-            replace(build_module, name, served)
+            served = _serving(text_of)
+            _replaced.append(patch.replace(build_module, name, served))
             if hasattr(nvidia, name):  # imported there by name
-                replace(nvidia, name, served)
+                _replaced.append(patch.replace(nvidia, name, served))
     if hasattr(nvidia, "make_launcher"):
-        replace(nvidia, "make_launcher", _remembering(nvidia.make_launcher))
+        _replaced.append(patch.replace(nvidia, "make_launcher", _remembering()))
 
 
 # Triton's ways to ask for a C module, and how to get its text from the first argument. 3.8 and later ask by file.
@@ -182,10 +178,10 @@ _ENTRANCES: dict[str, Callable[[str], str]] = {
 }
 
 
-def _serving(original: Any, text_of: Callable[[str], str]) -> Any:
+def _serving(text_of: Callable[[str], str]) -> Any:
     known: dict[str, ModuleType] = {}
 
-    def compile_module(src: str | None = None, name: str = "", *args: Any, **kwargs: Any) -> ModuleType:
+    def compile_module(original: Any, src: str | None = None, name: str = "", *args: Any, **kwargs: Any) -> ModuleType:
         asked = src if src is not None else kwargs.pop("src_path")
         module = known.get(asked)
         if module is None:
@@ -209,11 +205,11 @@ def _find(src: str, name: str) -> ModuleType | None:
     return None
 
 
-def _remembering(make_launcher: Any) -> Any:
+def _remembering() -> Any:
     """Kernels share few signatures, and writing a launcher's C text takes longer than loading a kernel."""
     texts: dict[Any, str] = {}
 
-    def make(constants: Any, signature: dict[int, Any], tensordesc_meta: Any) -> str:
+    def make(make_launcher: Any, constants: Any, signature: dict[int, Any], tensordesc_meta: Any) -> str:
         if tensordesc_meta:
             return str(make_launcher(constants, signature, tensordesc_meta))
         key = tuple(signature.items())
@@ -248,18 +244,11 @@ def count_compiler_runs(on_run: Callable[[str], None]) -> Callable[[], None]:
     """Call `on_run(name)` whenever Triton runs a C compiler. Returns a function that stops it."""
     import triton.runtime.build as build_module
 
-    original: Any = build_module._build
-
-    def counted(name: str, *args: Any, **kwargs: Any) -> Any:
+    def counted(original: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         on_run(name)
         return original(name, *args, **kwargs)
 
-    build_module._build = counted
-
-    def undo() -> None:
-        build_module._build = original
-
-    return undo
+    return patch.replace(build_module, "_build", counted)
 
 
 def interpreter_tag() -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from triton.runtime.autotuner import Autotuner, Heuristics
 from triton.runtime.jit import JITFunction
 
-from aot_cache.upstream import triton_jit, triton_names
+from aot_cache.upstream import patch, triton_jit, triton_names
 
 Json = Any
 
@@ -271,13 +271,12 @@ def instead_of_launching(log: LaunchLog) -> Iterator[None]:
 
 def beside_launching(log: LaunchLog) -> Any:
     """Write launches to `log` and run them too. Returns a function that takes the hooks out again."""
-    jit_run, tuner_run = JITFunction.run, Autotuner.run
 
-    def run(self: JITFunction, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> Any:
+    def run(jit_run: Any, self: JITFunction, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> Any:
         log.launch(self, args, kwargs)
         return jit_run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
-    def tune(self: Autotuner, *args: Any, **kwargs: Any) -> Any:
+    def tune(tuner_run: Any, self: Autotuner, *args: Any, **kwargs: Any) -> Any:
         if len(self.configs) <= 1:
             return tuner_run(self, *args, **kwargs)
         key = triton_jit.tuning_key(self, args, kwargs)
@@ -314,9 +313,10 @@ def beside_launching(log: LaunchLog) -> Any:
             }
         return result
 
-    JITFunction.run, Autotuner.run = run, tune
+    undo = patch.replace(JITFunction, "run", run), patch.replace(Autotuner, "run", tune)
 
-    def undo() -> None:
-        JITFunction.run, Autotuner.run = jit_run, tuner_run
+    def take_out() -> None:
+        for one in reversed(undo):
+            one()
 
-    return undo
+    return take_out

@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from aot_cache.upstream import triton_jit
+from aot_cache.upstream import patch, triton_jit
 
 Json = Any
 _asked = threading.local()
@@ -105,17 +105,30 @@ def instead_of_compiling(handler: Handler) -> Callable[[], None]:
 
     Returns a function that takes the hook out.
     """
-    function: Any = JITFunction
-    pack, compile_ = function._pack_args, function._do_compile
 
     def _pack_args(
-        self: JITFunction, backend: Any, kwargs: Any, bound: Any, specialization: Any, options: Any, *more: Any
+        pack: Any,
+        self: JITFunction,
+        backend: Any,
+        kwargs: Any,
+        bound: Any,
+        specialization: Any,
+        options: Any,
+        *more: Any,
     ) -> Any:
         _asked.by = (self, list(specialization), dict(options), dict(kwargs))
         return pack(self, backend, kwargs, bound, specialization, options, *more)
 
     def _do_compile(
-        self: JITFunction, key: str, signature: Any, device: int, constexprs: Any, options: Any, attrs: Any, warmup: Any
+        compile_: Any,
+        self: JITFunction,
+        key: str,
+        signature: Any,
+        device: int,
+        constexprs: Any,
+        options: Any,
+        attrs: Any,
+        warmup: Any,
     ) -> Any:
         by, specialization, given, kwargs = _asked.__dict__.pop("by", (None, [], {}, {}))
 
@@ -126,12 +139,7 @@ def instead_of_compiling(handler: Handler) -> Callable[[], None]:
             return go_on()
         return handler(Launch(self, device, key, bool(warmup), specialization, given, kwargs), go_on)
 
-    function._pack_args, function._do_compile = _pack_args, _do_compile
-
-    def undo() -> None:
-        function._pack_args, function._do_compile = pack, compile_
-
-    return undo
+    return patch.replace_all(JITFunction, {"_pack_args": _pack_args, "_do_compile": _do_compile})
 
 
 def around_loading(around: Callable[[str], contextlib.AbstractContextManager[None]]) -> Callable[[], None]:
@@ -139,21 +147,14 @@ def around_loading(around: Callable[[str], contextlib.AbstractContextManager[Non
 
     Returns a function that takes the hook out.
     """
-    kernel: Any = CompiledKernel
-    load = kernel._init_handles
 
-    def _init_handles(self: Any) -> None:
+    def _init_handles(load: Any, self: Any) -> None:
         if self.module is not None:
             return
         with around(str(self.name)):
             load(self)
 
-    kernel._init_handles = _init_handles
-
-    def undo() -> None:
-        kernel._init_handles = load
-
-    return undo
+    return patch.replace(CompiledKernel, "_init_handles", _init_handles)
 
 
 def load_now(kernel: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from triton.runtime.autotuner import Autotuner, Heuristics
 from triton.runtime.jit import JITFunction
 
-from aot_cache.upstream import triton_jit, triton_kernel, triton_launches
+from aot_cache.upstream import patch, triton_jit, triton_kernel, triton_launches
 
 Json = Any
 _decided = threading.local()
@@ -119,10 +119,8 @@ def instead_of_tuning(choose: Choose, later: Callable[[Forget], None]) -> Callab
     `later` is given what makes the tuner forget the choice, to be called when the capture is over. Returns a function
     that takes the hooks out.
     """
-    tuner: Any = Autotuner
-    prune, bench, check = tuner.prune_configs, tuner._bench, tuner.check_disk_cache
 
-    def prune_configs(self: Autotuner, kwargs: dict[str, Any]) -> list[Any]:
+    def prune_configs(prune: Any, self: Autotuner, kwargs: dict[str, Any]) -> list[Any]:
         configs = list(prune(self, kwargs))
         _decided.tuner = None
         if kwargs.get("warmup"):
@@ -136,24 +134,23 @@ def instead_of_tuning(choose: Choose, later: Callable[[Forget], None]) -> Callab
             later(partial(self.cache.pop, tuning.key, None))
         return [configs[number]]  # Triton 3.9 and later takes a single one without measuring
 
-    def check_disk_cache(self: Autotuner, tuning_key: Any, configs: Any, measure: Callable[[], None]) -> bool:
+    def check_disk_cache(
+        check: Any, self: Autotuner, tuning_key: Any, configs: Any, measure: Callable[[], None]
+    ) -> bool:
         if getattr(_decided, "tuner", None) is not self:
             return bool(check(self, tuning_key, configs, measure))
         measure()
         return False
 
-    def _bench(self: Autotuner, *args: Any, **kwargs: Any) -> Any:
+    def _bench(bench: Any, self: Autotuner, *args: Any, **kwargs: Any) -> Any:
         if getattr(_decided, "tuner", None) is not self:
             return bench(self, *args, **kwargs)
         _skip_one_reset(self)
         return [0.0, 0.0, 0.0]
 
-    tuner.prune_configs, tuner._bench, tuner.check_disk_cache = prune_configs, _bench, check_disk_cache
-
-    def undo() -> None:
-        tuner.prune_configs, tuner._bench, tuner.check_disk_cache = prune, bench, check
-
-    return undo
+    return patch.replace_all(
+        Autotuner, {"prune_configs": prune_configs, "_bench": _bench, "check_disk_cache": check_disk_cache}
+    )
 
 
 def _skip_one_reset(tuner: Any) -> None:

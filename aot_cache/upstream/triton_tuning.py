@@ -14,7 +14,7 @@ from typing import Any
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from aot_cache.upstream import triton_jit, triton_kernel, triton_launches
+from aot_cache.upstream import patch, triton_jit, triton_kernel, triton_launches
 
 Json = Any
 Allowed = Callable[[str, int, list[Json], dict[str, Json]], bool]
@@ -28,10 +28,9 @@ def benchmarking(allowed: Allowed, measured: Measured) -> Iterator[None]:
     Both callbacks get (kernel's `triton_jit.identity`, tuner, key, config as encoded launch arguments); `measured` also
     the times in milliseconds: median, 20th and 80th percentile.
     """
-    original: Any = Autotuner._bench
     ordinals: weakref.WeakKeyDictionary[Autotuner, int] = weakref.WeakKeyDictionary()
 
-    def bench(self: Autotuner, *args: Any, config: Any, **meta: Any) -> list[float]:
+    def bench(original: Any, self: Autotuner, *args: Any, config: Any, **meta: Any) -> list[float]:
         function = triton_jit.unwrap(self)
         assert function is not None
         name = triton_jit.identity(function, triton_jit.closure(function))
@@ -46,11 +45,11 @@ def benchmarking(allowed: Allowed, measured: Measured) -> Iterator[None]:
         measured(name, ordinal, key, encoded, times)
         return times
 
-    Autotuner._bench = bench
+    undo = patch.replace(Autotuner, "_bench", bench)
     try:
         yield
     finally:
-        Autotuner._bench = original
+        undo()
 
 
 def forget(function: JITFunction, ordinal: int, key: list[Json]) -> None:
