@@ -198,13 +198,9 @@ def _measure(
 
 def _make_pending(kernels: KernelSet, manifest: Mapping[str, Json]) -> None:
     """Call what launches the kernels that no module has yet: a library may make them inside a function, at its first call."""
-    pending, recipe = set(kernels.report.pending), recipes.load(manifest["spec"])
-    plan = set()
-    for unit in manifest["units"]:
-        if manifest["kernels"][unit["kernel"]]["name"] in pending:
-            case, boxes = next(iter(sorted(unit["reached"].items())))
-            plan.add((case, json.dumps(shapes.expand(boxes)[-1])))
-            pending.discard(manifest["kernels"][unit["kernel"]]["name"])
+    recipe = recipes.load(manifest["spec"])
+    one_unit = {manifest["kernels"][unit["kernel"]]["name"]: unit for unit in manifest["units"]}
+    plan = {tune_graphs.a_point(one_unit[name]["reached"]) for name in kernels.report.pending if name in one_unit}
     for name, point in sorted(plan):
         case = tune_graphs.case_of(recipe, name)
         with case.modes():

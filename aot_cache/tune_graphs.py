@@ -48,9 +48,7 @@ def measure(graphs: GraphSet, manifest: Mapping[str, Json], progress: Progress, 
     recipe = recipes.load(manifest["spec"])
     plan: dict[tuple[str, str], list[str]] = {}
     for graph in manifest["graphs"]:
-        case, boxes = next(iter(sorted(graph["reached"].items())))
-        point = shapes.expand(boxes)[-1]
-        plan.setdefault((case, json.dumps(point)), []).extend(name for name in graph["graphs"] if name in wanted)
+        plan.setdefault(a_point(graph["reached"]), []).extend(name for name in graph["graphs"] if name in wanted)
     plan = {at: found for at, found in plan.items() if found}
     chosen: Choices = {}
     for done, ((name, text), found) in enumerate(sorted(plan.items())):
@@ -67,6 +65,12 @@ def measure(graphs: GraphSet, manifest: Mapping[str, Json], progress: Progress, 
                 graphs.load_again(graph, chosen[graph])  # what did not run must not measure inside a capture
     progress("tune graphs", len(plan), len(plan))
     return chosen
+
+
+def a_point(reached: Mapping[str, Json]) -> tuple[str, str]:
+    """(case, point as JSON): the largest point of one of the cases that reach a kernel or a graph."""
+    case, boxes = min(reached.items())
+    return case, json.dumps(shapes.expand(boxes)[-1])
 
 
 def case_of(recipe: Recipe, name: str) -> Case:

@@ -75,6 +75,8 @@ def test_where_captures_begin_and_end() -> None:
     need("self.cuda_graph.capture_end(" in text(torch.cuda.graph.__exit__), "torch.cuda.graph ends otherwise")
     if hasattr(graph, "capture_end_pre"):
         need("self.capture_end_pre()" in text(graph.capture_end), "capture_end does not go through capture_end_pre")
+    need(callable(torch.Generator.graphsafe_set_state), "a generator cannot be given another's state")
+    need(isinstance(torch.cuda.default_generators, tuple), "torch.cuda.default_generators")
 
 
 @pytest.mark.contract("unwrapping")

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from contracts import python
 from hypothesis import given
 from hypothesis import strategies as st
 from limits import HANGS
 
 from aot_cache.upstream import patch
-
-ROOT = Path(__file__).parents[1]
 
 
 class Base:
@@ -114,8 +111,6 @@ def test_somebody_s_hook_from_after_stays(name: str) -> None:
 
 
 def test_somebody_who_looks_like_ours_is_not_ours() -> None:
-    import functools
-
     undo = patch.replace(Owner, "method", add(1))
     inner = Owner.method
 
@@ -209,7 +204,7 @@ def in_turns(*parts: Callable[[Callable[[int], None]], None]) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_two_threads_one_inside_the_other(name: str) -> None:
     """The second enters before the first leaves, and leaves after it: what was there is there again."""
-    stood, thread = vars(Owner).get(name), patch.OnThisThread(lambda: Owner, name)
+    stood, thread = vars(Owner).get(name), patch.OnThisThread(Owner, name)
 
     def first(at: Callable[[int], None]) -> None:
         at(0)
@@ -235,7 +230,7 @@ def test_two_threads_one_inside_the_other(name: str) -> None:
 
 
 def test_other_threads_see_nothing_of_it() -> None:
-    thread = patch.OnThisThread(lambda: Owner, "method")
+    thread = patch.OnThisThread(Owner, "method")
     found: list[int] = []
     with thread.replaced(add(1)):
         other = threading.Thread(target=lambda: found.append(call("method")))
@@ -349,14 +344,7 @@ print("well")
 
 @pytest.mark.contract("patch")
 def test_a_serving_process_gives_everything_back_and_leaves_others_hooks() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SERVING],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=HANGS,
-    )
+    done = python(SERVING, {})
     assert done.returncode == 0 and done.stdout.strip() == "well", done.stderr[-3000:]
 
 
@@ -376,12 +364,5 @@ assert torch._inductor.debug is sys.modules["torch._inductor.debug"]
 assert type(torch._inductor.debug) is types.ModuleType
 print("well")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=HANGS,
-    )
+    done = python(code, {})
     assert done.stdout.strip() == "well", done.stderr[-3000:]

@@ -40,7 +40,7 @@ class PointResult:
         case, point: which.
         status: one of the words above.
         misses: what was not there.
-        events: the ledger's events that no hit has, by kind.
+        events: the ledger's events that no hit has, by kind; and `late_install`, which one may have (see `runtime.ledger`).
         second: the second count's, by family.
         distance: the worst distance from eager, None where there is nothing to compare.
         where: what is that far away, such as `result[0]`.

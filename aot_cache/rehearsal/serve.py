@@ -17,8 +17,9 @@ from aot_cache.shapes import Point
 from aot_cache.upstream import torch_capture
 from aot_cache.upstream.second_count import SecondCount, contradictions
 
-_DECIDED = ("fallback", "unsafe", "refused", "rejected_bundle")
-_COUNTED = (*ledger.HARMFUL, *_DECIDED, "late_install")
+_LATE = "late_install"
+"""A kernel was found in the bundle, and no sooner than at its launch: it is said, and no miss."""
+_COUNTED = (*ledger.HARMFUL, "fallback", "unsafe", "refused", "rejected_bundle", _LATE)
 
 
 @dataclass
@@ -92,9 +93,7 @@ class Stage:
         outcome.events = {kind: after[kind] - before[kind] for kind in _COUNTED if after[kind] > before[kind]}
         outcome.second = {name: now[name] - second[name] for name in now if now[name] > second[name]}
         outcome.misses = tuple(Missed(miss["name"], miss["why"]) for miss in loader.MISSES.to_json())
-        harm = [
-            kind for kind in outcome.events if kind != "late_install"
-        ]  # found in the bundle, if later than it should be
+        harm = [kind for kind in outcome.events if kind != _LATE]
         if harm and not outcome.misses:  # nobody decided on it, and still it was done
             names = ", ".join(harm)
             outcome.misses = (Missed(case.name, f"the ledger counts what no hit has: {names}"),)

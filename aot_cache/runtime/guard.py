@@ -142,7 +142,7 @@ class Guard:
             late = self._late(tuning.function, tuning.name, tuning.device)
             chosen = tuning.chosen() if late else None
             if chosen is None:
-                chosen = tuning.given()
+                chosen = tuning.from_bundle()
         if chosen is not None:
             return chosen
         there: int | None = _or(None, tuning.first_installed) if in_capture else None

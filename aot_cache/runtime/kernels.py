@@ -85,7 +85,7 @@ class KernelSet:
         self._devices: dict[int, _OnDevice] = {}
         self._done: set[tuple[int, int, int]] = set()  # (pid, device, kernel number)
         self._made: dict[str, list[int]] = {}
-        """Functions that no module has by name, as they were built → the kernels of that name: a factory makes several."""
+        """Names under which no module has the function that was built → the kernels of that name: a factory makes several."""
         for number, name in enumerate(self._names):
             if "<locals>" in name or name != function_of(name):
                 self._made.setdefault(function_of(name), []).append(number)
@@ -149,20 +149,22 @@ class KernelSet:
             self._ledger.note("installed", "", torch_capture.capturing(), new)
             return new
 
-    def import_pending(self) -> None:
-        """Import the modules of pending kernels whose package the process has imported.
+    def import_pending(self) -> bool:
+        """Import the modules of pending kernels whose package the process has imported; true when any of them came.
 
         Libraries import their kernels where they first launch them, which may be inside a capture. What a module raises is
         left to the library: its kernels stay pending.
         """
-        names = {name.partition(":")[0] for name in self.report.pending}
-        for name in sorted(names - set(sys.modules)):
-            if name.partition(".")[0] not in sys.modules:
+        came = False
+        for name in sorted({name.partition(":")[0] for name in self.report.pending}):
+            if name in sys.modules or name.partition(".")[0] not in sys.modules:
                 continue
             try:
                 importlib.import_module(name)
+                came = True
             except Exception as error:
                 self.report.not_imported[name] = one_line(error)
+        return came
 
     def adopt(self, function: Any, name: str, device: int) -> bool:
         """Install the units of a kernel that is made anew inside a function, for this one; True when there are any."""
@@ -208,12 +210,9 @@ class KernelSet:
                 made.add(name)
             elif function is not None and triton_jit.name_of(function) == name:
                 out[number] = [function]
-                if self._differs(function, number):  # what is launched may be made from it, under its name (xformers)
-                    self._made[name] = [n for n, other in enumerate(self._names) if function_of(other) == name]
-                    made.add(name)
         if made:
             for name, functions in triton_kernel.functions_in_memory(made).items():
-                out |= {number: functions for number in self._made[name] if number in numbers}  # those of modules, too
+                out |= {number: functions for number in self._made[name] if number in numbers}
         return out
 
     def _differs(self, function: Any, number: int) -> str:
@@ -227,6 +226,10 @@ class KernelSet:
         name = self._names[number]
         differs = {id(function): self._differs(function, number) for function in functions}
         fitting = [function for function in functions if not differs[id(function)]]
+        if not fitting and function_of(name) not in self._made:
+            # Its module's function is another one. What is launched may be made from that, under its name (xformers).
+            self._made[name] = [number]
+            return self._install_fitting(self._functions([number]).get(number, functions), number, device)
         others = [n for n in self._made.get(function_of(name), ()) if n != number]
         strange = [f for f in functions if f not in fitting and all(self._differs(f, other) for other in others)]
         why = self._unclear(fitting, number) or next((differs[id(f)] for f in strange if not fitting), "")

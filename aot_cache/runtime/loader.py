@@ -152,16 +152,16 @@ def _prime_graphs() -> int:
 def ready(*, strict: bool = False) -> list[Report]:
     """Call after the model is made and before the first capture: install and load what is still waiting.
 
-    Modules of kernels are imported where their package is: a library may import them no sooner than at its first launch.
+    Imports the modules of declared kernels whose package is imported: libraries may do so at the first launch only.
 
     Raises:
         NotReady: with `strict`, when a declared kernel is not installed: not imported, of other source, or no bundle.
     """
     prime()
     if torch_capture.cuda_is_up():  # before that, nothing is pending
-        for kernels in _sets:
-            kernels.import_pending()
-        prime()
+        came = [kernels.import_pending() for kernels in list(_sets)]
+        if any(came):
+            prime()
         _prime_libraries()
     reports = [kernels.report for kernels in _sets]
     if strict:

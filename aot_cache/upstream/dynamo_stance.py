@@ -22,9 +22,9 @@ def ask_where_recompiling_fails(kind: type, ask: Ask) -> Callable[[], None]:
 
     Returns a function that takes the hook out.
     """
-    chosen: list[Callable[[], None]] = []
+    failing: list[Callable[[], None]] = []
 
-    def choose(original: Any, callback: Any) -> Any:
+    def callback_from_stance(original: Any, callback: Any) -> Any:
         raises = original(callback)
         if not isinstance(callback, kind):
             return raises
@@ -39,17 +39,17 @@ def ask_where_recompiling_fails(kind: type, ask: Ask) -> Callable[[], None]:
     def _set_stance(original: Any, stance: Any) -> Any:
         prior = original(stance)
         fails = stance.stance == "fail_on_recompile"
-        if fails and not chosen:  # not at all other times: each call of a compiled function asks for its callback
-            chosen.append(patch.replace(eval_frame, "_callback_from_stance", choose))
-        while chosen and not fails:
-            chosen.pop()()
+        if fails and not failing:  # not at all other times: each call of a compiled function asks for its callback
+            failing.append(patch.replace(eval_frame, "_callback_from_stance", callback_from_stance))
+        while failing and not fails:
+            failing.pop()()
         return prior
 
     take_out = patch.replace(decorators, "_set_stance", _set_stance)
 
     def undo() -> None:
         take_out()
-        while chosen:
-            chosen.pop()()
+        while failing:
+            failing.pop()()
 
     return undo

@@ -185,7 +185,7 @@ def _without_the_compiler() -> Iterator[None]:
         yield
 
 
-_post_compile = patch.OnThisThread(lambda: FxGraphCache, "cache_hit_post_compile")
+_post_compile = patch.OnThisThread(FxGraphCache, "cache_hit_post_compile")
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ def _instead(load: Callable[..., Any]) -> Iterator[None]:
         yield
 
 
-_load_async = patch.OnThisThread(lambda: CppCodeCache, "load_async")
+_load_async = patch.OnThisThread(CppCodeCache, "load_async")
 
 
 @contextlib.contextmanager

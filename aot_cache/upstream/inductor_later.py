@@ -71,7 +71,7 @@ def call_without_debug() -> None:
 
 
 def give_debug_back() -> None:
-    """Graphs that are loaded run on, with the room that upstream means."""
+    """Put the real `torch._inductor.debug` where `call_without_debug` put another; graphs that are loaded run on."""
     package: Any = sys.modules.get("torch._inductor")
     if isinstance(getattr(package, "debug", None), _Debug):
         importlib.import_module(_DEBUG)  # takes this one's place

@@ -90,7 +90,7 @@ def choosing(choices: Mapping[str, int] | None) -> Iterator[list[Kernel]]:
         yield kernels
 
 
-_load_autotuners = patch.OnThisThread(lambda: TritonBundler, "load_autotuners")
+_load_autotuners = patch.OnThisThread(TritonBundler, "load_autotuners")
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ class _Patch:
     """One function of somebody else's that is replaced."""
 
     def __init__(self, owner: Any, name: str, by: Answer) -> None:
-        self.owner, self.name, self.by = owner, name, by.__module__.rpartition(".")[2]
+        self.owner, self.name, self.module = owner, name, by.__module__.rpartition(".")[2]
         self._own = name in vars(owner)
         self.stood = vars(owner)[name] if self._own else getattr(owner, name)
         kind = type(self.stood) if isinstance(self.stood, (classmethod, staticmethod)) else None
@@ -107,12 +107,12 @@ class OnThisThread:
     """A function that is replaced for a while, and only for the thread that asks: others go on as if it were not.
 
     Args:
-        find: the owner, asked for when the function is replaced: it may not be imported before.
+        owner: a class or module.
         name: of the function.
     """
 
-    def __init__(self, find: Callable[[], Any], name: str) -> None:
-        self._find, self._name = find, name
+    def __init__(self, owner: Any, name: str) -> None:
+        self._owner, self._name = owner, name
         self._here = threading.local()
         self._users = 0
         self._undo: Undo = lambda: None
@@ -122,7 +122,7 @@ class OnThisThread:
         """Inside, `by(original, *args, **kwargs)` answers on this thread."""
         with _lock:
             if not self._users:
-                self._undo = replace(self._find(), self._name, self._answer)
+                self._undo = replace(self._owner, self._name, self._answer)
             self._users += 1
         stack = self._here.__dict__.setdefault("stack", [])
         stack.append(by)
@@ -141,11 +141,11 @@ class OnThisThread:
 
 
 def installed() -> list[dict[str, str]]:
-    """What is replaced now: `owner`, `name`, `by` (the room of `aot_cache.upstream`), and `state`: `in`, `wrapped` by
+    """What is replaced now: `owner`, `name`, `by` (the module of `aot_cache.upstream`), and `state`: `in`, `wrapped` by
     somebody since, or `passed by`, which is taken out and still in somebody's chain."""
     with _lock:
         return [
-            {"owner": _name(patch.owner), "name": patch.name, "by": patch.by, "state": _state(patch)}
+            {"owner": _name(patch.owner), "name": patch.name, "by": patch.module, "state": _state(patch)}
             for patch in [*_patches, *_passed_by]
         ]
 

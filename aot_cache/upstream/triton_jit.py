@@ -318,3 +318,12 @@ def tuning_key(tuner: Autotuner, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def config_kwargs(config: Any) -> dict[str, Any]:
     """A config's launch arguments, as `Autotuner.run` passes them."""
     return dict(config.all_kwargs())
+
+
+def encoded_config(config: Any) -> dict[str, Json]:
+    """A config's launch arguments in their written form.
+
+    Raises:
+        TraceError: one of them has none.
+    """
+    return {name: encode(value) for name, value in config_kwargs(config).items()}

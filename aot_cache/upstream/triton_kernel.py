@@ -244,7 +244,8 @@ def load_as_triton_does(kernel: CompiledKernel) -> None:
 
 
 def choose(tuners: Sequence[Autotuner], key: list[Json], config: Mapping[str, Json], replace: bool = False) -> str:
-    """Make `tuners` take `config` under `key`. Returns why none of them could; empty when one did."""
+    """Make `tuners` take `config` under `key`; those that make their configs when they are called take it then, if it is
+    among them. Returns why none of them can; empty when one does."""
     if not tuners:
         return "its autotuner is not there"
     decoded, wanted = tuple(triton_jit.decode(k) for k in key), dict(config)
@@ -279,8 +280,7 @@ def waiting_choice(tuner: Autotuner, key: tuple[Any, ...], configs: list[Any]) -
 
 
 def _place(configs: list[Any], wanted: dict[str, Json]) -> int | None:
-    encoded = ({k: triton_jit.encode(v) for k, v in triton_jit.config_kwargs(config).items()} for config in configs)
-    return next((number for number, config in enumerate(encoded) if config == wanted), None)
+    return next((number for number, c in enumerate(configs) if triton_jit.encoded_config(c) == wanted), None)
 
 
 _choices: weakref.WeakKeyDictionary[Autotuner, dict[tuple[Any, ...], dict[str, Json]]] = weakref.WeakKeyDictionary()

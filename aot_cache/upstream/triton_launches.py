@@ -97,9 +97,7 @@ class LaunchLog:
             identity = (name, ordinal, repr(key), tuple(str(c) for c in configs))
             found = self._tuning_ids.get(identity)
             if found is None:
-                candidates = [
-                    {k: triton_jit.encode(v) for k, v in triton_jit.config_kwargs(c).items()} for c in configs
-                ]
+                candidates = [triton_jit.encoded_config(config) for config in configs]
                 self.tunings.append(
                     {
                         "kernel": name,
@@ -308,15 +306,10 @@ def beside_launching(log: LaunchLog) -> Any:
             self.fn = inner
         choice = self.cache.get(key)
         if choice is not None:
-            log.tunings[tuning]["choice"] = {
-                k: triton_jit.encode(v) for k, v in triton_jit.config_kwargs(choice).items()
-            }
+            log.tunings[tuning]["choice"] = triton_jit.encoded_config(choice)
         return result
 
-    undo = patch.replace(JITFunction, "run", run), patch.replace(Autotuner, "run", tune)
-
-    def take_out() -> None:
-        for one in reversed(undo):
-            one()
-
-    return take_out
+    with contextlib.ExitStack() as undo:
+        undo.callback(patch.replace(JITFunction, "run", run))
+        undo.callback(patch.replace(Autotuner, "run", tune))
+        return undo.pop_all().close

@@ -80,8 +80,8 @@ class Tuning:
         choice = self.tuner.cache.get(self.key)
         return None if choice is None else next((n for n, c in enumerate(self.configs) if c is choice), None)
 
-    def given(self) -> int | None:
-        """The number of the config that a bundle has for this key, where the tuner makes its configs only now; or None."""
+    def from_bundle(self) -> int | None:
+        """The number of the config that a bundle chose, where the tuner makes its configs only when it is called; or None."""
         return triton_kernel.waiting_choice(self.tuner, self.key, self.configs)
 
     def first_installed(self) -> int | None:
@@ -130,7 +130,7 @@ def instead_of_tuning(choose: Choose, later: Callable[[Forget], None]) -> Callab
         if number is None:
             return configs
         _decided.tuner = self
-        if tuning.key not in self.cache and number != tuning.given():  # what a bundle gave stays
+        if tuning.key not in self.cache and number != tuning.from_bundle():  # which stays
             later(partial(self.cache.pop, tuning.key, None))
         return [configs[number]]  # Triton 3.9 and later takes a single one without measuring
 

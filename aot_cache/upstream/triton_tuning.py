@@ -38,7 +38,7 @@ def benchmarking(allowed: Allowed, measured: Measured) -> Iterator[None]:
             ordinals[self] = triton_launches.tuner_ordinal(self)
         ordinal = ordinals[self]
         key = [triton_jit.encode(k) for k in triton_jit.tuning_key(self, args, meta)]
-        encoded = {k: triton_jit.encode(v) for k, v in triton_jit.config_kwargs(config).items()}
+        encoded = triton_jit.encoded_config(config)
         if not allowed(name, ordinal, key, encoded):
             return [float("inf")] * 3
         times = [float(t) for t in original(self, *args, config=config, **meta)]
