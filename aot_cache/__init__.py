@@ -12,17 +12,17 @@ captures: what misses inside one runs without compiling; `policy` and `fallback`
 from __future__ import annotations
 
 from aot_cache.errors import AotCacheError
-from aot_cache.recipe import Call, Case, Recipe, declare, device
-from aot_cache.runtime import ranks
-from aot_cache.runtime.captures import Captured, Decision, after_capture, before_capture, capture
+from aot_cache.recipes.declare import Call, Case, Recipe, declare, device
+from aot_cache.recipes.dimensions import Range, Values
+from aot_cache.runtime import rank_agreement as ranks
+from aot_cache.runtime.capture_loop import Captured, Decision, after_capture, before_capture, capture
 from aot_cache.runtime.coverage import Hit, will_hit
 from aot_cache.runtime.kernels import Report
 from aot_cache.runtime.loader import AotCacheWarning, arm, disarm, explain, load, prime, seal, stats
 from aot_cache.runtime.metrics import prometheus
 from aot_cache.runtime.policy import fallback, policy
 from aot_cache.runtime.record import recording
-from aot_cache.shapes import Range, Values
-from aot_cache.tune import ready
+from aot_cache.tuning.kernels import ready
 
 __version__ = "0.1.0"
 

@@ -14,7 +14,8 @@ import triton
 from limits import HANGS
 
 ROOT = Path(__file__).parents[1]
-UPSTREAM = ROOT / "aot_cache" / "upstream"
+UPSTREAM = {path.stem: path for path in sorted((ROOT / "aot_cache" / "upstream").rglob("*.py"))}
+"""Name of a module of aot_cache/upstream/ → its file, in whichever of its folders; a name stands in one only."""
 
 
 def need(holds: object, sentence: str) -> None:

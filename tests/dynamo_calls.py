@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from aot_cache.upstream import dynamo_frames, dynamo_guards, dynamo_inputs, dynamo_package
-from aot_cache.upstream.dynamo_frames import Frame
+from aot_cache.upstream.codec import dynamo_guards, dynamo_package
+from aot_cache.upstream.hooks import dynamo_frames
+from aot_cache.upstream.hooks.dynamo_frames import Frame
+from aot_cache.upstream.virtual import dynamo_inputs
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ import host_code
 import torch
 from torch.utils import _pytree as pytree
 
-from aot_cache import target as targets
-from aot_cache.upstream import inductor_target, torch_fake
+from aot_cache.artifact import target as targets
+from aot_cache.upstream.virtual import inductor_target, torch_fake
 
 MODES: dict[str, Any] = {"inference": torch.inference_mode, "no_grad": torch.no_grad, "grad": torch.enable_grad}
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from aot_cache import target as targets
-from aot_cache.build import pipeline
-from aot_cache.build.pipeline import Built, Request
+from aot_cache.artifact import target as targets
+from aot_cache.builder import pipeline
+from aot_cache.builder.pipeline import Built, Request
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from aot_cache import target as targets
-from aot_cache.build import virtual_device
+from aot_cache.artifact import target as targets
+from aot_cache.builder import virtual_gpu
 
-virtual_device.become(targets.get("h200"))
+virtual_gpu.become(targets.get("h200"))
 
 from triton.runtime.jit import JITFunction  # noqa: E402  # only now may Triton be imported
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 import aot_cache
 from aot_cache.errors import RankDisagreement
-from aot_cache.runtime import captures, ranks
+from aot_cache.runtime import capture_loop, rank_agreement
 
 SHAPES = (1, 8, 4)
 LINGERS = 3.0
@@ -72,11 +72,11 @@ def lacking(shape: int) -> tuple[str, dict[str, int]]:
 
 def capture_where_one_rank_lacks_a_unit(**options: Any) -> dict[str, Any]:
     hit = aot_cache.Hit(rank() != 1, [] if rank() != 1 else ["model:gated: its graph is not loaded"])
-    original, captures.will_hit = captures.will_hit, lambda *_: hit
+    original, capture_loop.will_hit = capture_loop.will_hit, lambda *_: hit
     try:
         return loop(covers=lacking, **options)
     finally:
-        captures.will_hit = original
+        capture_loop.will_hit = original
 
 
 def a_miss_during_the_capture() -> dict[str, Any]:
@@ -117,11 +117,11 @@ def load(own: str, strict: bool = True) -> dict[str, Any]:
 
 
 SCENES: dict[str, Callable[[], Any]] = {
-    "all say yes": lambda: asked(lambda: ranks.agree_all(True, "start")),
-    "one says no": lambda: asked(lambda: ranks.agree_all(rank() != 2, "start", why="no memory")),
-    "all the same": lambda: asked(lambda: ranks.agree_same("abc", "bundle")),
-    "one differs": lambda: asked(lambda: ranks.agree_same("abc" if rank() != 3 else "def", "bundle")),
-    "another place": lambda: asked(lambda: ranks.agree_all(True, "left" if rank() else "right")),
+    "all say yes": lambda: asked(lambda: rank_agreement.agree_all(True, "start")),
+    "one says no": lambda: asked(lambda: rank_agreement.agree_all(rank() != 2, "start", why="no memory")),
+    "all the same": lambda: asked(lambda: rank_agreement.agree_same("abc", "bundle")),
+    "one differs": lambda: asked(lambda: rank_agreement.agree_same("abc" if rank() != 3 else "def", "bundle")),
+    "another place": lambda: asked(lambda: rank_agreement.agree_all(True, "left" if rank() else "right")),
     "all have batches": loop,
     "none has a batch for 8": lambda: loop(lambda shape: None if shape == 8 else Model().batch(shape)),
     "one has no batch for 8": lambda: loop(some_have_none),
@@ -149,13 +149,13 @@ def hangs_without_us() -> Any:
 def killed() -> Any:
     if rank() == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return asked(lambda: ranks.agree_all(True, "start", timeout=2))
+    return asked(lambda: rank_agreement.agree_all(True, "start", timeout=2))
 
 
 def sleeps() -> Any:
     if rank() == 1:
         time.sleep(4)
-    return asked(lambda: ranks.agree_all(True, "start", timeout=1 if rank() != 1 else 3))
+    return asked(lambda: rank_agreement.agree_all(True, "start", timeout=1 if rank() != 1 else 3))
 
 
 def raises() -> Any:

@@ -14,8 +14,8 @@ import serve
 from fake_engine import FakeEngine
 
 from aot_cache.models.qwen3_5.settings import Settings, settings
-from aot_cache.recipe import Call, Recipe, declare
-from aot_cache.shapes import Values
+from aot_cache.recipes.declare import Call, Recipe, declare
+from aot_cache.recipes.dimensions import Values
 
 FAKE = json.loads(os.environ.get("FAKE_ENGINE", "{}"))
 

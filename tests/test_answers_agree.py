@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from limits import HANGS
 
-from aot_cache import target as targets
-from aot_cache.build import pipeline
-from aot_cache.build.pipeline import Request
+from aot_cache.artifact import target as targets
+from aot_cache.builder import pipeline
+from aot_cache.builder.pipeline import Request
 
 ROOT = Path(__file__).parents[1]
 SEED, COUNT = 15, 8
@@ -141,7 +141,7 @@ SERVER = """
 import json, sys
 import torch
 import aot_cache
-from aot_cache import recipe as recipes
+from aot_cache.recipes import declare as recipes
 from aot_cache.errors import NotReady
 aot_cache.load(sys.argv[1], strict=True)
 recipes.set_device("cpu")
@@ -193,7 +193,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert not made.failed, made.failed
     said = {
         "serve": _python(folder, "-c", SERVER, str(made.path), json.dumps(NS)),
-        "verify": _python(folder, "-m", "aot_cache.cli", "verify", "--json", str(made.path)),
+        "verify": _python(folder, "-m", "aot_cache", "verify", "--json", str(made.path)),
     }
     assert said["serve"].returncode == 0, said["serve"].stderr
     found: dict[str, Any] = json.loads(said["serve"].stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""aot_cache.build from outside: what a build compiles again, the same bytes twice, and bad input. Builds are real ones."""
+"""aot_cache.builder from outside: what a build compiles again, the same bytes twice, and bad input. Builds are real ones."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 from one_module import built_for_h200
 
-from aot_cache import manifest
-from aot_cache import target as targets
-from aot_cache.build import pipeline, pool, stamp, virtual_device
-from aot_cache.build.pipeline import Built, Request
+from aot_cache.artifact import manifest
+from aot_cache.artifact import target as targets
+from aot_cache.artifact.plan import CallPlan, Plan
+from aot_cache.builder import fingerprint, fork_map, pipeline, virtual_gpu
+from aot_cache.builder.pipeline import Built, Request
 from aot_cache.errors import AotCacheError, DeclarationError, StoreUnwritable, TargetError, TraceError, UnknownName
-from aot_cache.plan import CallPlan, Plan
 from aot_cache.store import read_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -381,7 +381,7 @@ def test_a_recipe_that_cannot_be_had(bad: Project, model: str, error: type[AotCa
 def test_the_cpu_has_no_kernels(bad: Project) -> None:
     """Triton compiles for GPUs only: for `cpu` there are compiled graphs, of which this recipe has none."""
     with pytest.raises(TargetError, match="Triton compiles for GPUs only"):
-        virtual_device.become(targets.get("cpu"))
+        virtual_gpu.become(targets.get("cpu"))
     with pytest.raises(TraceError, match=r"none of either at any of 17 points.*name one with --target"):
         bad.build(target=targets.get("cpu"))
     assert not list(bad.folder.rglob("*-cpu.safetensors"))
@@ -537,9 +537,9 @@ def test_a_child_that_dies_loses_its_item_only() -> None:
             os._exit(7)
         return item * item
 
-    results = dict(pool.run(work, list(range(8)), 2))
-    assert results.pop(3) == pool.Died("its process was killed by SIGKILL")
-    assert results.pop(5) == pool.Died("its process ended with exit code 7")
+    results = dict(fork_map.run(work, list(range(8)), 2))
+    assert results.pop(3) == fork_map.Died("its process was killed by SIGKILL")
+    assert results.pop(5) == fork_map.Died("its process ended with exit code 7")
     assert results == {n: n * n for n in (0, 1, 2, 4, 6, 7)}
 
 
@@ -547,8 +547,8 @@ def test_every_child_dies() -> None:
     def work(item: int) -> None:
         os._exit(1)
 
-    results = dict(pool.run(work, list(range(5)), 2))
-    assert set(results) == set(range(5)) and all(isinstance(r, pool.Died) for r in results.values())
+    results = dict(fork_map.run(work, list(range(5)), 2))
+    assert set(results) == set(range(5)) and all(isinstance(r, fork_map.Died) for r in results.values())
 
 
 class KillsItsMaker:
@@ -563,7 +563,7 @@ class KillsItsMaker:
 
 
 def test_a_child_that_dies_between_two_items() -> None:
-    results = dict(pool.run(lambda item: KillsItsMaker() if item == 0 else item, [0, 1, 2], 1))
+    results = dict(fork_map.run(lambda item: KillsItsMaker() if item == 0 else item, [0, 1, 2], 1))
     assert set(results) == {0, 1, 2} and isinstance(results[0], KillsItsMaker)
     assert results[2] == 2
 
@@ -578,7 +578,7 @@ def test_results_come_as_they_are_ready() -> None:
         return item
 
     order = []
-    for index, _ in pool.run(work, list(range(5)), 2):
+    for index, _ in fork_map.run(work, list(range(5)), 2):
         order.append(index)
         if len(order) == 4:
             os.write(write, b"x")
@@ -587,7 +587,7 @@ def test_results_come_as_they_are_ready() -> None:
 
 def test_a_reader_that_gives_up_leaves_no_child() -> None:
     before = children()
-    running = pool.run(lambda item: time.sleep(60 if item else 0), [0, 1, 2], 2)
+    running = fork_map.run(lambda item: time.sleep(60 if item else 0), [0, 1, 2], 2)
     next(running)
     running.close()  # type: ignore[attr-defined]
     while children() != before:  # they were killed; the system takes a moment
@@ -595,21 +595,21 @@ def test_a_reader_that_gives_up_leaves_no_child() -> None:
 
 
 def test_no_items() -> None:
-    assert list(pool.run(lambda item: item, [], 2)) == []
+    assert list(fork_map.run(lambda item: item, [], 2)) == []
 
 
 # --- stamps -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_environment_is_part_of_the_stamp(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = stamp.environment()
+    before = fingerprint.environment()
     monkeypatch.setenv("COLUMNS", "7")
     monkeypatch.setenv("SSH_TTY", "x")
-    assert stamp.environment() == before, "where a shell runs says nothing about kernels"
+    assert fingerprint.environment() == before, "where a shell runs says nothing about kernels"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "new for each worker")
-    assert stamp.environment() == before, "nothing in the store would be found by the next build"
+    assert fingerprint.environment() == before, "nothing in the store would be found by the next build"
     monkeypatch.setenv("FLA_SOMETHING", "1")
-    assert stamp.environment() != before
+    assert fingerprint.environment() != before
 
 
 def test_what_changed_is_named(tmp_path: Path) -> None:
@@ -618,24 +618,24 @@ def test_what_changed_is_named(tmp_path: Path) -> None:
     path = tmp_path / "read.py"
     path.write_text("one")
     inputs: dict[str, Any] = {"python": platform.python_version(), "packages": {}, "files": {}}
-    assert stamp.changed(inputs) == ""
-    inputs["files"] = {str(path): stamp._file_digest(str(path))}
-    inputs["packages"] = {"pytest": stamp.package_digest("pytest")}
-    assert stamp.changed(inputs) == ""
+    assert fingerprint.changed(inputs) == ""
+    inputs["files"] = {str(path): fingerprint._file_digest(str(path))}
+    inputs["packages"] = {"pytest": fingerprint.package_digest("pytest")}
+    assert fingerprint.changed(inputs) == ""
     path.write_text("two")
-    assert stamp.changed(inputs) == str(path)
+    assert fingerprint.changed(inputs) == str(path)
     path.unlink()
-    assert stamp.changed(inputs) == str(path)
-    assert stamp.changed({**inputs, "packages": {"pytest": "0.1 other"}}) == "package pytest"
-    assert stamp.changed({**inputs, "packages": {"not-here": "1"}}) == "package not-here"
-    assert stamp.changed({**inputs, "python": "2.7"}) == "Python's version"
+    assert fingerprint.changed(inputs) == str(path)
+    assert fingerprint.changed({**inputs, "packages": {"pytest": "0.1 other"}}) == "package pytest"
+    assert fingerprint.changed({**inputs, "packages": {"not-here": "1"}}) == "package not-here"
+    assert fingerprint.changed({**inputs, "python": "2.7"}) == "Python's version"
 
 
 def test_what_this_process_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "stamped_module.py").write_text("x = 1")
     monkeypatch.syspath_prepend(str(tmp_path))
     __import__("stamped_module")
-    inputs = stamp.inputs()
+    inputs = fingerprint.inputs()
     assert str(tmp_path / "stamped_module.py") in inputs["files"]
     assert "pytest" in inputs["packages"]
     assert not [path for path in inputs["files"] if path.startswith(os.path.dirname(os.__file__) + "/json")]

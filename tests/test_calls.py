@@ -1,4 +1,4 @@
-"""aot_cache.build.calls, call_leaves: which sizes of a compiled function's arguments change, and which calls are alike.
+"""aot_cache.builder.call_kinds, call_leaves: which sizes of a compiled function's arguments change, and which calls are alike.
 
 Calls are written down by hand (`Frame`), with real tensors on the CPU; nothing is traced or compiled.
 """
@@ -18,9 +18,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aot_cache.build.calls import Kind, Survey, follows, seen_call
-from aot_cache.call_leaves import Leaf, leaves, structure_of
-from aot_cache.upstream.dynamo_frames import Frame
+from aot_cache.builder.call_kinds import Kind, Survey, follows, seen_call
+from aot_cache.misses.call_signature import Leaf, leaves, structure_of
+from aot_cache.upstream.hooks.dynamo_frames import Frame
 
 WRAPPING = {"backend": "inductor", "options": {}, "dynamic": None}
 Function = Callable[..., Any]

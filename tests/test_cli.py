@@ -1,4 +1,4 @@
-"""aot_cache.cli: what each command prints, its exit codes, and that mistakes are one line. Builds are real ones."""
+"""aot_cache.cli.main: what each command prints, its exit codes, and that mistakes are one line. Builds are real ones."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from typing import Any, NamedTuple
 import pytest
 from limits import HANGS
 
-from aot_cache import cli
-from aot_cache import native as native_gpu
-from aot_cache import target as targets
-from aot_cache.build import pipeline
-from aot_cache.build.pipeline import Built, Request
+from aot_cache.artifact import target as targets
+from aot_cache.artifact.key import Part
+from aot_cache.artifact.plan import Plan
+from aot_cache.artifact.target import Difference
+from aot_cache.builder import pipeline
+from aot_cache.builder.pipeline import Built, Request
+from aot_cache.cli.main import main
 from aot_cache.errors import StoreUnwritable, TargetError
-from aot_cache.key import Part
-from aot_cache.plan import Plan
+from aot_cache.runtime import host_gpu as native_gpu
 from aot_cache.store import read_bundle, write_bundle
-from aot_cache.target import Difference
 
 ROOT = Path(__file__).parents[1]
 RECIPES = '''
@@ -102,7 +102,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 
     def call(*arguments: object) -> Said:
         capfd.readouterr()
-        code = cli.main([str(a) for a in arguments])
+        code = main.main([str(a) for a in arguments])
         return Said(code, *capfd.readouterr())
 
     return call
@@ -151,7 +151,7 @@ _PROGRESS = re.compile(r"^\w+: [\w ]+ \d+/\d+, \d+ s.*\n", re.MULTILINE)
 def command(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`aot-cache ARGUMENTS` as users run it, in a process of its own; without lines of progress."""
     done = subprocess.run(
-        [sys.executable, "-m", "aot_cache.cli", *arguments],
+        [sys.executable, "-m", "aot_cache", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment},
         capture_output=True,
@@ -165,10 +165,10 @@ def command(folder: Path, *arguments: str, **environment: str) -> subprocess.Com
 
 def host(monkeypatch: pytest.MonkeyPatch, *parts: Part) -> None:
     """Have the runtime find these parts."""
-    fake = ModuleType("aot_cache.runtime.compatible")
+    fake = ModuleType("aot_cache.runtime.host_check")
     fake.parts = lambda manifest, **_: list(parts)  # type: ignore[attr-defined]
     fake.graph_parts = lambda manifest: []  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "aot_cache.runtime.compatible", fake)
+    monkeypatch.setitem(sys.modules, "aot_cache.runtime.host_check", fake)
 
 
 FITS = Part("triton", "3.7.1", "3.7.1")
@@ -401,7 +401,7 @@ def test_what_was_built_before_an_error_is_said(run: Run, stub: Pipeline) -> Non
 def test_control_c_ends_with_130(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("import time; print('up', flush=True); time.sleep(60)")
     process = subprocess.Popen(
-        [sys.executable, "-m", "aot_cache.cli", "build", "--model", "slow:x"],
+        [sys.executable, "-m", "aot_cache", "build", "--model", "slow:x"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "AOT_CACHE_DEBUG": "1"},
         stdout=subprocess.PIPE,
@@ -718,10 +718,10 @@ def test_the_table_of_targets(run: Run) -> None:
 
 
 def test_the_installed_models(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aot_cache.recipe.names", lambda: {"b": "x:y", "a": "m:r"})
+    monkeypatch.setattr("aot_cache.recipes.declare.names", lambda: {"b": "x:y", "a": "m:r"})
     assert run("models", "--json").document == {"models": {"a": "m:r", "b": "x:y"}}
     assert "m:r" in run("models").out
-    monkeypatch.setattr("aot_cache.recipe.names", dict)
+    monkeypatch.setattr("aot_cache.recipes.declare.names", dict)
     assert "no recipe is installed" in run("models").out
 
 
@@ -749,7 +749,7 @@ def test_recording(run: Run, sample: Sample, monkeypatch: pytest.MonkeyPatch, co
 
 def test_tuning(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    fake = ModuleType("aot_cache.tune")
+    fake = ModuleType("aot_cache.tuning.kernels")
 
     def tune(path: Path, out: Path, **more: Any) -> dict[str, Any]:
         more.pop("progress")("measure", 1, 2)
@@ -757,7 +757,7 @@ def test_tuning(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         return {"digest": "d", "device": {"name": "NVIDIA H200"}, "measured": 3}
 
     fake.tune = tune  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "aot_cache.tune", fake)
+    monkeypatch.setitem(sys.modules, "aot_cache.tuning.kernels", fake)
     said = run("tune", "a", "--out", "b", "--prune", "--points", "5")
     assert (said.code, said.err) == (0, "")
     assert asked == [(Path("a"), Path("b"), {"prune": True, "points": 5})]
@@ -787,7 +787,7 @@ def test_help_names_every_command(run: Run) -> None:
 
 def test_looking_imports_no_torch(sample: Sample) -> None:
     code = (
-        "import sys; from aot_cache.cli import main\n"
+        "import sys; from aot_cache.cli.main import main\n"
         f"bundle, plan = {str(sample.bundle)!r}, {str(sample.plan)!r}\n"
         "commands = ['inspect', bundle], ['diff', plan, bundle], ['targets'], ['build', '--model', 'x'], "
         "['verify', bundle]\n"

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from limits import HANGS
 
-from aot_cache import cli
-from aot_cache import native as native_gpu
-from aot_cache.build import bundles, pipeline
-from aot_cache.build.pipeline import Built, Request
-from aot_cache.plan import CallPlan, CasePlan, Plan, Unit
+from aot_cache.artifact.plan import CallPlan, CasePlan, Plan, Unit
+from aot_cache.builder import assemble, pipeline
+from aot_cache.builder.pipeline import Built, Request
+from aot_cache.cli.main import main
+from aot_cache.runtime import host_gpu as native_gpu
 from aot_cache.store import read_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,7 @@ tiny_3 = opt:recipe
 def command(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """`aot-cache ARGUMENTS` in a folder on whose path the package `opt` is installed."""
     return subprocess.run(
-        [sys.executable, "-m", "aot_cache.cli", *map(str, arguments)],
+        [sys.executable, "-m", "aot_cache", *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -224,7 +224,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     monkeypatch.setattr(pipeline, "build", build)
 
     def call(arguments: str) -> tuple[int, str, str, list[str | None]]:
-        code = cli.main(["build", *arguments.split()])
+        code = main.main(["build", *arguments.split()])
         return code, *capfd.readouterr(), asked
 
     return call
@@ -278,7 +278,7 @@ def test_points_that_reach_what_failed_are_not_covered() -> None:
     plan = Plan("r", "h200", cases=cases, units=units, calls=[call])
 
     def covered(*failed: tuple[str, str]) -> int:
-        return bundles.covered(plan, [{"kernel": kernel, "unit": unit, "error": ""} for kernel, unit in failed])
+        return assemble.covered(plan, [{"kernel": kernel, "unit": unit, "error": ""} for kernel, unit in failed])
 
     assert covered() == 11
     assert covered(("m:k", units[0].id)) == 7

@@ -1,4 +1,4 @@
-"""aot_cache.coverage_grid and aot_cache.render_grid: which unit serves which sizes."""
+"""aot_cache.cli.facts.coverage_grid and aot_cache.cli.render.grid: which unit serves which sizes."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from typing import Any
 
 import pytest
 
-from aot_cache import render_grid, shapes
-from aot_cache.coverage_grid import GRAPH, KERNEL, MOST_JOINED, Missed, Served, grids, signs
+from aot_cache.artifact.plan import CasePlan
+from aot_cache.cli.facts.coverage_grid import GRAPH, KERNEL, MOST_JOINED, Missed, Served, grids, signs
+from aot_cache.cli.render import grid as render_grid
 from aot_cache.errors import DeclarationError
-from aot_cache.plan import CasePlan
+from aot_cache.recipes import dimensions
 
 
 def a_case(name: str = "decode", sampled: list[str] | None = None, **dims: str) -> CasePlan:
     points = 1
     for text in dims.values():
-        points *= len(shapes.parse_dimension(text))
+        points *= len(dimensions.parse_dimension(text))
     return CasePlan(name, dims, points, points, sampled or [])
 
 

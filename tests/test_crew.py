@@ -1,4 +1,4 @@
-"""aot_cache.build.crew: workers beside each other; none of them outlives its build."""
+"""aot_cache.builder.worker_pool: workers beside each other; none of them outlives its build."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from aot_cache import target as targets
-from aot_cache.build import workers
-from aot_cache.build.crew import Crew, beside
-from aot_cache.build.pipeline import Request
+from aot_cache.artifact import target as targets
+from aot_cache.artifact.plan import Plan
+from aot_cache.builder import workers
+from aot_cache.builder.pipeline import Request
+from aot_cache.builder.worker_pool import Crew, beside
 from aot_cache.errors import AotCacheError, TargetError
-from aot_cache.miss_file import Misses
-from aot_cache.plan import Plan
+from aot_cache.misses.file import Misses
 
 SLEEPS = "import os, pathlib, time\npathlib.Path(os.environ['PID']).write_text(str(os.getpid()))\ntime.sleep(600)\n"
 

@@ -1,4 +1,4 @@
-"""aot_cache.upstream.dynamo_answers: what a graph gives without running is what its operators give."""
+"""aot_cache.upstream.virtual.dynamo_answers: what a graph gives without running is what its operators give."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from aot_cache.upstream import dynamo_answers
-from aot_cache.upstream.torch_fake import HostMode
+from aot_cache.upstream.virtual import dynamo_answers
+from aot_cache.upstream.virtual.torch_fake import HostMode
 
 pytestmark = pytest.mark.contract("dynamo_answers")
 

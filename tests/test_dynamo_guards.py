@@ -1,4 +1,4 @@
-"""aot_cache.upstream.dynamo_guards: guards that were written down hold for the calls that they should, and for no other.
+"""aot_cache.upstream.codec.dynamo_guards: guards that were written down hold for the calls that they should, and for no other.
 
 One process writes and reads here; what a call leads to is changed in between, as a server may have it otherwise.
 """
@@ -19,7 +19,7 @@ import torch
 from dynamo_calls import compiled_by_dynamo
 
 from aot_cache import tested
-from aot_cache.upstream import dynamo_guards, guard_lookups
+from aot_cache.upstream.codec import dynamo_guards, guard_lookups
 
 
 @pytest.fixture(autouse=True)

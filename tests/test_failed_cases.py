@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from limits import HANGS
 
-from aot_cache import manifest
-from aot_cache.plan import Plan
+from aot_cache.artifact import manifest
+from aot_cache.artifact.plan import Plan
 from aot_cache.store import read_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +91,7 @@ def line_of(source: str, mark: str) -> int:
 
 def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "aot_cache.cli", *map(str, arguments)],
+        [sys.executable, "-m", "aot_cache", *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

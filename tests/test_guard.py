@@ -328,7 +328,7 @@ def test_a_file_that_cannot_be_written_is_one_warning(
 
 APPEND = """
 import sys
-from aot_cache.runtime.misses import append
+from aot_cache.runtime.miss_log import append
 for number in range(400):
     append(sys.argv[1], f"{sys.argv[2]} {number} " + "x" * 5000)
 """
@@ -426,7 +426,7 @@ class FakeGraph:
 
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
-    from aot_cache.upstream import torch_capture
+    from aot_cache.upstream.hooks import torch_capture
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", type("CUDAGraph", (FakeGraph,), dict(vars(FakeGraph))))
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -442,7 +442,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
 
 def active(elsewhere: bool) -> bool:
-    from aot_cache.upstream import torch_capture
+    from aot_cache.upstream.hooks import torch_capture
 
     found: list[bool] = []
     thread = threading.Thread(target=lambda: found.append(torch_capture.capturing()))
@@ -506,7 +506,7 @@ def test_a_stream_that_may_not_be_asked_counts(captures: dict[str, int], monkeyp
 @pytest.fixture
 def primed(monkeypatch: pytest.MonkeyPatch, captures: dict[str, int]) -> Iterator[list[int]]:
     """How often the libraries were asked for, where captures begin in this process."""
-    from aot_cache.upstream import cuda_libraries
+    from aot_cache.upstream.hooks import cuda_libraries
 
     del captures  # a CUDAGraph that can begin
     calls: list[int] = []
@@ -542,7 +542,7 @@ def test_observe_primes_nothing(primed: list[int]) -> None:
 
 
 def test_a_library_that_cannot_be_primed_is_a_warning(primed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    from aot_cache.upstream import cuda_libraries
+    from aot_cache.upstream.hooks import cuda_libraries
 
     monkeypatch.setattr(cuda_libraries, "prime", mock.Mock(side_effect=RuntimeError("CUDA out of memory")))
     graph: Any = torch.cuda.CUDAGraph()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from aot_cache.upstream import inductor_artifact
+from aot_cache.upstream.hooks import inductor_artifact
 
 
 def test_a_key_that_is_drawn_is_drawn_anew() -> None:

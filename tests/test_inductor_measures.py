@@ -11,8 +11,8 @@ import sys
 import pytest
 from one_module import ROOT, built_for_h200
 
-from aot_cache import manifest
-from aot_cache.build.pipeline import Built
+from aot_cache.artifact import manifest
+from aot_cache.builder.pipeline import Built
 from aot_cache.store import read_bundle
 
 MODULE = """
@@ -41,7 +41,7 @@ import torch
 from torch._dynamo import device_interface
 from torch._inductor.runtime import static_triton_launcher, triton_helpers, triton_heuristics
 from aot_cache.store import read_bundle
-from aot_cache.upstream import inductor_artifact, inductor_tuning
+from aot_cache.upstream.hooks import inductor_artifact, inductor_tuning
 
 triton_helpers.set_driver_to_gpu = lambda: None
 if not hasattr(torch._C, '_cuda_getCurrentRawStream'):  # a build of torch without CUDA

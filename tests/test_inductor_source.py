@@ -1,4 +1,4 @@
-"""aot_cache.upstream.inductor_source and inductor_later: what loading and calling a graph does not import."""
+"""aot_cache.upstream.codec.inductor_source and inductor_later: what loading and calling a graph does not import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from aot_cache.upstream import inductor_later, inductor_source
+from aot_cache.upstream.codec import inductor_source
+from aot_cache.upstream.hooks import inductor_later
 
 pytestmark = pytest.mark.contract("inductor_source", "inductor_later")
 ROOT = Path(__file__).parents[1]
@@ -38,7 +39,7 @@ def test_what_is_not_used_is_not_imported() -> None:
 
 def test_plain_library_calls_are_those_of_torch() -> None:
     found = inductor_source.lean(HEADER + "extern_kernels.mm(a, b, out=c)\nextern_kernels.addmm(a, b, c)\n")
-    assert "from aot_cache.upstream.inductor_source import extern_kernels\n" in found
+    assert "from aot_cache.upstream.codec.inductor_source import extern_kernels\n" in found
     assert "select_algorithm" not in found
 
 
@@ -77,7 +78,7 @@ def run(script: str) -> str:
 def test_wrapping_does_not_import_the_compiler_and_answers_as_before() -> None:
     said = run("""
 import sys, torch, torch._dynamo
-from aot_cache.upstream import inductor_later
+from aot_cache.upstream.hooks import inductor_later
 undo = inductor_later.import_when_compiling()
 mine = torch.compile(lambda x: x, options={"epilogue_fusion": False})
 before = "torch._inductor.compile_fx" in sys.modules
@@ -92,7 +93,7 @@ print(before, dict(found) == wanted, found["epilogue_fusion"], len(found) == len
 def test_debug_is_the_real_one_for_whoever_wants_it() -> None:
     said = run("""
 import sys, torch, torch._inductor
-from aot_cache.upstream import inductor_later
+from aot_cache.upstream.hooks import inductor_later
 inductor_later.call_without_debug()
 standing_in = torch._inductor.debug
 print(standing_in.RECORD_GRAPH_EXECUTION, "torch._inductor.debug" in sys.modules)

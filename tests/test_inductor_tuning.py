@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from one_module import ROOT, built_for_h200
 
-from aot_cache import manifest, tune
-from aot_cache.build.pipeline import Built
+from aot_cache.artifact import manifest
+from aot_cache.builder.pipeline import Built
 from aot_cache.store import Bundle, read_bundle
+from aot_cache.tuning import kernels as tuning_kernels
 
 MODULE = """
 import torch, triton
@@ -53,7 +54,7 @@ import torch
 from torch._dynamo import device_interface
 from torch._inductor.runtime import static_triton_launcher, triton_heuristics
 from aot_cache.store import read_bundle
-from aot_cache.upstream import inductor_artifact, inductor_tuning
+from aot_cache.upstream.hooks import inductor_artifact, inductor_tuning
 
 loaded = []
 if not hasattr(torch._C, '_cuda_getCurrentRawStream'):  # a build of torch without CUDA
@@ -139,6 +140,6 @@ def test_one_config_is_loaded_or_the_chosen_one_or_all(built: Built, graphs: dic
 
 def test_a_tuned_bundle_keeps_its_graphs(bundle: Bundle) -> None:
     whole = manifest.whole(bundle)
-    needed = tune._needed(whole)  # what `tune` writes into the new bundle
+    needed = tuning_kernels._needed(whole)  # what `tune` writes into the new bundle
     assert {digest for graph in whole["graphs"] for digest in graph["graphs"].values()} <= needed
     assert {*needed, bundle.manifest["details"]} == set(bundle.manifest["objects"])

@@ -64,7 +64,7 @@ class Building:
         self.command = [
             sys.executable,
             "-m",
-            "aot_cache.cli",
+            "aot_cache",
             *f"build --model recipes:{recipe} --target {target}".split(),
         ]
         self.environment = {
@@ -146,7 +146,7 @@ def test_what_is_done_is_not_done_again(kernels: Building, name: str) -> None:
 
 def test_a_worker_that_is_killed_takes_its_children_along(graphs: Building) -> None:
     graphs.wait_for("cc1plus")
-    worker = next(pid for pid, line in sorted(marked(graphs.mark).items()) if "aot_cache.build.worker" in line)
+    worker = next(pid for pid, line in sorted(marked(graphs.mark).items()) if "aot_cache.builder.worker" in line)
     os.kill(worker, signal.SIGKILL)
     _, err = graphs.process.communicate(timeout=HANGS)
     assert graphs.left() == {}

@@ -1,4 +1,4 @@
-"""aot_cache.key: each part alone makes another key, and nothing else does."""
+"""aot_cache.artifact.key: each part alone makes another key, and nothing else does."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aot_cache import key
-from aot_cache.key import Part, graph_parts, objects_of, toolchain_parts, unit_key, unit_parts
+from aot_cache.artifact import key
+from aot_cache.artifact.key import Part, graph_parts, objects_of, toolchain_parts, unit_key, unit_parts
 
 TOOLCHAIN: dict[str, Any] = {
     "triton": "3.7.1",

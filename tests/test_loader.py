@@ -22,11 +22,11 @@ from typing import Any
 import pytest
 from limits import HANGS
 
-from aot_cache import target as targets
-from aot_cache.build import pipeline
-from aot_cache.build.pipeline import Request
+from aot_cache.artifact import target as targets
+from aot_cache.builder import pipeline
+from aot_cache.builder.pipeline import Request
 from aot_cache.errors import Incompatible
-from aot_cache.runtime import compatible, finding
+from aot_cache.runtime import bundle_lookup, host_check
 from aot_cache.runtime.ledger import HARMFUL, KINDS, Ledger
 from aot_cache.store import read_bundle, write_bundle
 
@@ -162,7 +162,7 @@ ARMED = (
 def test_triton_is_hooked_in_any_order(order: str, bundle: Path) -> None:
     served = serve(ORDERS[order] + ARMED, AOT_CACHE=str(bundle))
     assert served.error is None and served.warnings == []
-    assert served.hooks == [f"aot_cache.upstream.triton_{room}" for room in ("miss", "tuner_miss", "events")]
+    assert served.hooks == [f"aot_cache.upstream.hooks.triton_{room}" for room in ("miss", "tuner_miss", "events")]
 
 
 def test_a_kernel_s_module_that_comes_late_does_no_harm(bundle: Path) -> None:
@@ -310,15 +310,15 @@ def test_a_folder_with_one_for_the_cpu(
     def read(path: Path) -> SimpleNamespace:
         return SimpleNamespace(path=path, digest="", manifest={"target": targets.get(path.stem).properties()})
 
-    monkeypatch.setattr(finding, "read_bundle", read)
-    monkeypatch.setattr(finding, "check_form", lambda bundle: None)
-    monkeypatch.setattr(finding.compatible, "parts", lambda manifest, look_at_gpu: [])
-    monkeypatch.setattr(finding.torch_capture, "cuda_is_up", lambda: up)
+    monkeypatch.setattr(bundle_lookup, "read_bundle", read)
+    monkeypatch.setattr(bundle_lookup, "check_form", lambda bundle: None)
+    monkeypatch.setattr(bundle_lookup.compatible, "parts", lambda manifest, look_at_gpu: [])
+    monkeypatch.setattr(bundle_lookup.torch_capture, "cuda_is_up", lambda: up)
     if found is None:
         with pytest.raises(Incompatible, match="name the file"):
-            finding.find(tmp_path, None)
+            bundle_lookup.find(tmp_path, None)
     else:
-        assert finding.find(tmp_path, None).path.stem == found
+        assert bundle_lookup.find(tmp_path, None).path.stem == found
 
 
 # --- graphs that are not for this host --------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ def with_graphs(bundle: Path, folder: Path, backend: str = "cpu", **key: Any) ->
 def here(backend: str) -> dict[str, Any]:
     """What graphs that are made on this host are bound to."""
     code = (
-        "import json; from aot_cache import target; from aot_cache.upstream import dynamo_globals\n"
+        "import json; from aot_cache.artifact import target; from aot_cache.upstream.codec import dynamo_globals\n"
         f"print(json.dumps(dynamo_globals.bound_to(target.get({backend!r}).properties())))"
     )
     done = subprocess.run(
@@ -428,7 +428,7 @@ def test_kernels_where_other_releases_were_tested(bundle: Path, what: str) -> No
 @pytest.mark.parametrize("what", ["these", "both, but not together", "newer"])
 def test_strict_leaves_nothing_to_chance(bundle: Path, what: str) -> None:
     pairs, words, _ = RELEASES[what]
-    a_gpu = "from aot_cache import native; native.gpu_here = lambda: True; "
+    a_gpu = "from aot_cache.runtime import host_gpu as native; native.gpu_here = lambda: True; "
     served = serve(
         TESTED % pairs + a_gpu + "import aot_cache.auto",
         AOT_CACHE=str(bundle),
@@ -543,17 +543,17 @@ def test_the_ledger_counts_in_many_threads() -> None:
 
 def test_parts_of_the_key_beside_this_host(bundle: Path) -> None:
     manifest = read_bundle(bundle).manifest
-    parts = {part.name: part for part in compatible.parts(manifest, look_at_gpu=False)}
+    parts = {part.name: part for part in host_check.parts(manifest, look_at_gpu=False)}
     assert parts["triton"].same and parts["launchers"].same
-    assert not parts["gpu"].needed and parts["gpu"].found == compatible.NO_GPU and "H200" in parts["gpu"].wanted
-    assert compatible.differing(list(parts.values())) == []
+    assert not parts["gpu"].needed and parts["gpu"].found == host_check.NO_GPU and "H200" in parts["gpu"].wanted
+    assert host_check.differing(list(parts.values())) == []
 
 
 def test_a_bundle_without_launchers_for_this_python_only_costs(bundle: Path) -> None:
     manifest = json.loads(json.dumps(read_bundle(bundle).manifest))
     for native in manifest["native"]:
         native["suffix"] = ".cpython-38-other.so"
-    (part,) = [p for p in compatible.parts(manifest, look_at_gpu=False) if p.name == "launchers"]
+    (part,) = [p for p in host_check.parts(manifest, look_at_gpu=False) if p.name == "launchers"]
     assert not part.same and not part.needed and part.wanted == ".cpython-38-other.so"
 
 
@@ -571,7 +571,7 @@ PyMODINIT_FUNC PyInit_cuda_utils(void) { return PyModule_Create(&module); }
 
 NATIVE = """
 import ctypes, hashlib, json, os, subprocess, sys
-from aot_cache.upstream import triton_launcher
+from aot_cache.upstream.hooks import triton_launcher
 from aot_cache.errors import TargetError
 source, folder = sys.argv[1:]
 # The module needs libcuda by name: on a machine without a driver, a library of that name.

@@ -1,4 +1,4 @@
-"""aot_cache.manifest: what `split` takes apart, `whole` puts together, through a file; and what a server parses is lean."""
+"""artifact.manifest: what `split` takes apart, `whole` puts together, through a file; and what a server parses is lean."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aot_cache import manifest
-from aot_cache.build import bundles
+from aot_cache.artifact import manifest
+from aot_cache.artifact.key import objects_of
+from aot_cache.artifact.plan import CallPlan, Plan
+from aot_cache.artifact.target import TARGETS
+from aot_cache.builder import assemble
 from aot_cache.errors import BundleCorrupt
-from aot_cache.key import objects_of
-from aot_cache.plan import CallPlan, Plan
 from aot_cache.store import Bundle, Store, read_bundle, write_bundle
-from aot_cache.target import TARGETS
 
 
 def sha(data: bytes) -> str:
@@ -256,7 +256,7 @@ BOUND = {"torch": "2.13.0", "target": {"backend": "cpu", "isa": "x86_64 AVX2"}}
 
 def test_graphs_are_put_into_a_bundle_with_all_that_they_need(kept: Store) -> None:
     answer = {"graphs": [GRAPH_FACTS], "graph_failed": [], "graph_key": BOUND}
-    made, objects = bundles.assemble(CPU, "tiny:recipe", Plan("tiny", "cpu", calls=[CALL]), kept, answer)
+    made, objects = assemble.assemble(CPU, "tiny:recipe", Plan("tiny", "cpu", calls=[CALL]), kept, answer)
     assert made["graphs"] == [GRAPH_FACTS] and made["graph_key"] == BOUND and made["complete"] is True
     assert made["calls"] == [asdict(CALL)] and made["units"] == [] and made["toolchain"] == {"triton": ""}
     assert objects == {digest: OBJECTS[digest] for digest in objects_of(GRAPH_FACTS)}
@@ -265,14 +265,14 @@ def test_graphs_are_put_into_a_bundle_with_all_that_they_need(kept: Store) -> No
 
 def test_a_bundle_without_graphs_is_bound_to_no_torch(kept: Store) -> None:
     """Kernels serve any torch: a key of graphs that are not there must not refuse them."""
-    made, objects = bundles.assemble(CPU, "tiny:recipe", Plan("tiny", "cpu"), kept, {"graph_key": BOUND})
+    made, objects = assemble.assemble(CPU, "tiny:recipe", Plan("tiny", "cpu"), kept, {"graph_key": BOUND})
     assert (made["graphs"], made["calls"], made["graph_key"], objects) == ([], [], {}, {})
 
 
 def test_a_call_of_which_nothing_could_be_compiled_makes_a_bundle_incomplete(kept: Store) -> None:
     failure = {"kernel": "model:Layer.forward", "unit": "0" * 16, "error": "it reads a value"}
     answer = {"graphs": [GRAPH_FACTS], "graph_failed": [failure], "graph_key": BOUND}
-    made, objects = bundles.assemble(CPU, "tiny:recipe", Plan("tiny", "cpu", calls=[CALL]), kept, answer)
+    made, objects = assemble.assemble(CPU, "tiny:recipe", Plan("tiny", "cpu", calls=[CALL]), kept, answer)
     assert made["failed"] == [failure] and made["complete"] is False
     assert GRAPH in objects, "what could be compiled is there"
 
@@ -280,6 +280,6 @@ def test_a_call_of_which_nothing_could_be_compiled_makes_a_bundle_incomplete(kep
 def test_what_two_graphs_share_is_in_a_bundle_once(kept: Store) -> None:
     other = {**GRAPH_FACTS, "bytecode": RESUME, "resumes": {}}
     answer = {"graphs": [GRAPH_FACTS, other], "graph_key": BOUND}
-    _, objects = bundles.assemble(CPU, "tiny:recipe", Plan("tiny", "cpu"), kept, answer)
+    _, objects = assemble.assemble(CPU, "tiny:recipe", Plan("tiny", "cpu"), kept, answer)
     assert set(objects) == objects_of(GRAPH_FACTS) | objects_of(other)
     assert len(objects) == 6

@@ -15,7 +15,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from aot_cache.upstream import unwrapping
+from aot_cache.upstream.codec import unwrapping
 
 
 def text(function: Any) -> str:

@@ -1,4 +1,4 @@
-"""aot_cache.follows, missed, miss_file, report_misses: what a missed call would have needed, and the file of misses. No torch."""
+"""aot_cache.misses and their facts: what a missed call would have needed, and the file of misses. No torch."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aot_cache import follows, miss_file, shapes
+from aot_cache.artifact.plan import CallPlan, CasePlan, Plan, Tuning, Unit, extended
+from aot_cache.cli.facts.misses import misses
 from aot_cache.errors import DeclarationError, UnknownName
-from aot_cache.follows import Relation, Relations
-from aot_cache.miss_file import identity, read
-from aot_cache.missed import Solved, points_for
-from aot_cache.plan import CallPlan, CasePlan, Plan, Tuning, Unit, extended
-from aot_cache.recipe import Call, Case, Recipe
-from aot_cache.report_misses import misses
-from aot_cache.shapes import Point, Range, Values
+from aot_cache.misses import file as miss_file
+from aot_cache.misses import size_relations as follows
+from aot_cache.misses.file import identity, read
+from aot_cache.misses.size_relations import Relation, Relations
+from aot_cache.misses.solve import Solved, points_for
+from aot_cache.recipes import dimensions
+from aot_cache.recipes.declare import Call, Case, Recipe
+from aot_cache.recipes.dimensions import Point, Range, Values
 
 # --- relations: fitted, and solved ------------------------------------------------------------------------------------
 
 DIMS = {"batch": Range(1, 5), "tokens": Range(1, 4), "heads": Values(16, 32)}
-POINTS = shapes.enumerate_points(DIMS).points
+POINTS = dimensions.enumerate_points(DIMS).points
 OUTSIDE = st.fixed_dictionaries({name: st.integers(1, 10_000) for name in DIMS})
 
 

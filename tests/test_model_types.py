@@ -1,4 +1,4 @@
-"""aot_cache.model_types: from a model's config file to its recipe, and what is wrong with a file in one line."""
+"""aot_cache.recipes.from_config: from a model's config file to its recipe, and what is wrong with a file in one line."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
-from aot_cache import model_types, options
 from aot_cache.errors import AotCacheError, DeclarationError, UnknownName
+from aot_cache.recipes import from_config, options
 
 
 class EntryPoint(NamedTuple):
@@ -58,7 +58,7 @@ def test_what_is_a_config_file(text: str, is_config: bool) -> None:
     Path("folder").mkdir()
     for name in ("there", "small", "module:there", "folder/config.json"):
         Path(name).touch()
-    assert model_types.is_config(text) is is_config
+    assert from_config.is_config(text) is is_config
 
 
 @pytest.mark.parametrize(
@@ -67,17 +67,17 @@ def test_what_is_a_config_file(text: str, is_config: bool) -> None:
 )
 def test_a_recipe_is_found_by_the_model_s_type(model_type: str, name: str) -> None:
     Path("a b.json").write_text(f'{{"model_type": "{model_type}", "layers": 3}}')
-    assert options.parse(model_types.spec_for("a b.json")) == (name, {"config": "a b.json"})
+    assert options.parse(from_config.spec_for("a b.json")) == (name, {"config": "a b.json"})
 
 
 def test_a_model_s_folder_is_its_config_file() -> None:
     Path("m").mkdir()
     Path("m/config.json").write_text('{"model_type": "other"}')
-    assert options.parse(model_types.spec_of("m", {"tp": "2"})) == (
+    assert options.parse(from_config.spec_of("m", {"tp": "2"})) == (
         "pack:other",
         {"config": "m/config.json", "tp": "2"},
     )
-    assert model_types.spec_of("small", {"tp": "2"}) == "small?tp=2"
+    assert from_config.spec_of("small", {"tp": "2"}) == "small?tp=2"
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_file_that_is_no_good(content: str | None, error: type[AotCacheError],
     if content is not None:
         Path("f.json").write_text(content)
     with pytest.raises(error) as caught:
-        model_types.spec_for("f.json")
+        from_config.spec_for("f.json")
     assert words in str(caught.value)
 
 
@@ -111,4 +111,4 @@ def test_a_folder_and_bytes_that_are_no_text() -> None:
     Path("b.json").write_bytes(b'{"model_type": "\xff"}')
     for name in ("d.json", "b.json"):
         with pytest.raises(DeclarationError, match=name):
-            model_types.spec_for(name)
+            from_config.spec_for(name)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from aot_cache import manifest
-from aot_cache import target as targets
-from aot_cache.build import pipeline
-from aot_cache.build.pipeline import Built, Request
+from aot_cache.artifact import manifest
+from aot_cache.artifact import target as targets
+from aot_cache.builder import pipeline
+from aot_cache.builder.pipeline import Built, Request
 from aot_cache.store import read_bundle
 
 ROOT = Path(__file__).parents[1]

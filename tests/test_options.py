@@ -1,4 +1,4 @@
-"""aot_cache.options, and recipes that are made of options: the text that carries them, what is read and what is refused."""
+"""recipes.options, and recipes that are made of options: the text that carries them, what is read and what is refused."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aot_cache import options
-from aot_cache import recipe as recipes
 from aot_cache.errors import DeclarationError, UnknownName
-from aot_cache.recipe import Call, Case, Recipe, declare
-from aot_cache.shapes import Range
+from aot_cache.recipes import declare as recipes
+from aot_cache.recipes import options
+from aot_cache.recipes.declare import Call, Case, Recipe, declare
+from aot_cache.recipes.dimensions import Range
 
 NAMES = st.text(min_size=1)
 NAME = st.text(st.characters(exclude_characters="?"), min_size=1)

@@ -43,7 +43,7 @@ class Folder:
     def build(self, form: Path | None, recipe: str = "packaged_recipe:recipe", store: str = "store") -> Any:
         """(exit code, what the build says, its last line on stderr)."""
         command = ("build", "--json", "--workers", 1, "--target", "h200", "--store", store, "--model", recipe)
-        done = self.run(form, "-m", "aot_cache.cli", *command)
+        done = self.run(form, "-m", "aot_cache", *command)
         said = json.loads(done.stdout)["bundles"][0] if done.stdout else None
         return done.returncode, said, (done.stderr.splitlines() or [""])[-1]
 

@@ -1,4 +1,4 @@
-"""aot_cache.page: the page of `inspect --html`, as text and in a browser. What is on it comes from a file of unknown origin."""
+"""cli.render.html: the page of `inspect --html`, as text and in a browser. What is on it comes from a file of unknown origin."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ import pytest
 from limits import HANGS
 from test_report import KERNEL, a_bundle, a_manifest, a_plan
 
-from aot_cache import page, report, report_build
+from aot_cache.cli.facts import build as build_facts
+from aot_cache.cli.facts import bundle as bundle_facts
+from aot_cache.cli.render import html as html_page
 
 HOSTILE = "<script>alert(1)</script><!-- \" ' & </title></style>\x1b[31m"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -51,7 +53,7 @@ def a_graph(function: str = "layer", reached: str = "2..4", **more: Any) -> dict
 
 def facts_of(folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, Any]:
     whole = manifest or a_manifest() | {"graphs": [a_graph(reached="1"), a_graph()], "graph_key": {"torch": "2.13.0"}}
-    return report.bundle(a_bundle(folder, whole), points=True)
+    return bundle_facts.bundle(a_bundle(folder, whole), points=True)
 
 
 class Seen(HTMLParser):
@@ -97,46 +99,50 @@ def hostile(value: Any) -> Any:
 
 def test_the_page_says_what_the_bundle_is(tmp_path: Path) -> None:
     facts = facts_of(tmp_path)
-    seen = Seen(page.page(facts))
+    seen = Seen(html_page.page(facts))
     for text in (facts["recipe"], "NVIDIA H200 (h200)", f"sha256 {facts['digest']}", "enumerated 4 points", "complete"):
         assert text in seen.texts
     used = "\n".join(seen.texts)
-    assert all(text in used for text in report_build.dockerfile(Path(facts["path"]), facts["digest"]))
+    assert all(text in used for text in build_facts.dockerfile(Path(facts["path"]), facts["digest"]))
     assert "· traced · torch 2.13.0 · Triton 3.7.1" in seen.texts
     assert any(text == "g1" for text in seen.texts) and seen.having("data-units").count("g2") == 2, "grid and table"
     assert seen.having("data-dimension") == [grid["dimension"] for grid in facts["grids"]] != []
 
 
 def test_the_page_says_how_many_ranks_it_is_for(tmp_path: Path) -> None:
-    one, two = (Seen(page.page(facts_of(tmp_path, a_manifest(a_plan(ranks=ranks))))) for ranks in (1, 2))
+    one, two = (Seen(html_page.page(facts_of(tmp_path, a_manifest(a_plan(ranks=ranks))))) for ranks in (1, 2))
     assert any(text.endswith(" · 2 ranks") for text in two.texts) and not any("ranks" in text for text in one.texts)
 
 
 def test_the_page_of_a_plan() -> None:
-    facts = report.plan(a_plan(), Path("p.json"), points=True)
-    seen = Seen(page.page(facts))
+    facts = bundle_facts.plan(a_plan(), Path("p.json"), points=True)
+    seen = Seen(html_page.page(facts))
     assert "aot-cache plan" in seen.texts and "k1" in seen.texts and "Bytes" not in seen.texts
 
 
 def test_the_page_says_what_a_case_is(tmp_path: Path) -> None:
     manifest = a_manifest()
-    assert "what it is" not in Seen(page.page(facts_of(tmp_path, manifest))).texts, "a column only where a case says it"
+    assert "what it is" not in Seen(html_page.page(facts_of(tmp_path, manifest))).texts, (
+        "a column only where a case says it"
+    )
     manifest["cases"][0]["doc"] = "One token of each request."
-    texts = Seen(page.page(facts_of(tmp_path, manifest))).texts
+    texts = Seen(html_page.page(facts_of(tmp_path, manifest))).texts
     assert "what it is" in texts and "One token of each request." in texts
 
 
 def test_what_was_recorded_has_no_grid(tmp_path: Path) -> None:
     plan = a_plan(cases=[], origin="recorded")
-    seen = Seen(page.page(report.plan(plan, Path("p"), points=True)))
+    seen = Seen(html_page.page(bundle_facts.plan(plan, Path("p"), points=True)))
     assert not seen.having("data-dimension") and any(text.startswith("Recorded: ") for text in seen.texts)
 
 
 def test_nothing_of_a_bundle_becomes_markup(tmp_path: Path) -> None:
     """The page of a hostile bundle has the elements and attributes of an ordinary one, and no more."""
-    text = page.page(facts_of(tmp_path, hostile(a_manifest())))
+    text = html_page.page(facts_of(tmp_path, hostile(a_manifest())))
     seen = Seen(text)
-    assert {tag for tag, _ in seen.elements} <= {tag for tag, _ in Seen(page.page(facts_of(tmp_path))).elements} | {"p"}
+    assert {tag for tag, _ in seen.elements} <= {
+        tag for tag, _ in Seen(html_page.page(facts_of(tmp_path))).elements
+    } | {"p"}
     assert [tag for tag, _ in seen.elements].count("script") == 2
     assert "<script>alert" not in text and "\x1b" not in text
     assert not [name for _, attributes in seen.elements for name in attributes if name.startswith("on")]
@@ -144,10 +150,14 @@ def test_nothing_of_a_bundle_becomes_markup(tmp_path: Path) -> None:
 
 
 def test_the_page_asks_for_nothing(tmp_path: Path) -> None:
-    text = page.page(facts_of(tmp_path))
+    text = html_page.page(facts_of(tmp_path))
     seen = Seen(text)
     assert not {"link", "img", "iframe", "object", "base", "form"} & {tag for tag, _ in seen.elements}
-    assert not seen.having("src") and not seen.having("href") and not re.search(r"url\(|@import|https?://", page.STYLE)
+    assert (
+        not seen.having("src")
+        and not seen.having("href")
+        and not re.search(r"url\(|@import|https?://", html_page.STYLE)
+    )
     assert seen.having("content")[0].startswith("default-src 'none';")
 
 
@@ -208,7 +218,7 @@ def written(folder: Path, text: str) -> Path:
 
 def test_the_script_runs_and_says_nothing(tmp_path: Path, show: Show) -> None:
     """A policy forbids every request, and one that is forbidden would be on the console."""
-    shown = show(written(tmp_path, page.page(facts_of(tmp_path))))
+    shown = show(written(tmp_path, html_page.page(facts_of(tmp_path))))
     assert shown.console == [] and shown.panel() == ""
     hover = shown.attribute("title")
     assert any(title.startswith("g2  pack.model:layer:7\nmode: inference") for title in hover), hover
@@ -216,7 +226,7 @@ def test_the_script_runs_and_says_nothing(tmp_path: Path, show: Show) -> None:
 
 
 def test_a_unit_is_shown_with_its_parts(tmp_path: Path, show: Show) -> None:
-    path = written(tmp_path, page.page(facts_of(tmp_path)))
+    path = written(tmp_path, html_page.page(facts_of(tmp_path)))
     panel = show(path, "#g2").panel()
     assert "pack.model:layer:7" in panel and "decode: batch 2..4, tokens 1" in panel and "guards: 1" in panel
     assert "len(L['x']) == 3" in panel
@@ -224,7 +234,7 @@ def test_a_unit_is_shown_with_its_parts(tmp_path: Path, show: Show) -> None:
 
 
 def test_a_hostile_bundle_in_a_browser(tmp_path: Path, show: Show) -> None:
-    text = page.page(facts_of(tmp_path, hostile(a_manifest())))
+    text = html_page.page(facts_of(tmp_path, hostile(a_manifest())))
     shown = show(written(tmp_path, text), "#g1")
     assert shown.console == [] and shown.dom.count("<script") == 2
     assert "alert(1)" in shown.panel(), "text, put there by the script"
@@ -232,7 +242,7 @@ def test_a_hostile_bundle_in_a_browser(tmp_path: Path, show: Show) -> None:
 
 def test_the_browser_would_say_so(tmp_path: Path, show: Show) -> None:
     """What the tests above rely on: markup that got onto the page would be refused, and be on the console."""
-    text = page.page(facts_of(tmp_path))
+    text = html_page.page(facts_of(tmp_path))
     more = '<img src="http://127.0.0.1:9/x.png"><script>document.title = "taken"</script></main>'
     shown = show(written(tmp_path, text.replace("</main>", more)))
     assert len(shown.console) == 2 and "<title>taken" not in shown.dom

@@ -245,7 +245,7 @@ def test_graphs_that_are_loaded_by_two_threads_leave_nothing_behind(monkeypatch:
     from torch._inductor.codecache import CppCodeCache, FxGraphCache
     from torch._inductor.triton_bundler import TritonBundler
 
-    from aot_cache.upstream import inductor_artifact, inductor_cpp, inductor_tuning
+    from aot_cache.upstream.hooks import inductor_artifact, inductor_cpp, inductor_tuning
 
     owners = [
         (FxGraphCache, "cache_hit_post_compile"),
@@ -293,7 +293,8 @@ import sys, types
 import torch, torch._dynamo, torch._inductor, triton
 import torch._inductor.runtime.triton_heuristics, torch._inductor.runtime.static_triton_launcher, torch._inductor.cpp_builder
 import aot_cache
-from aot_cache.upstream import inductor_later, patch
+from aot_cache.upstream import patch
+from aot_cache.upstream.hooks import inductor_later
 
 def seen():
     return {(one["owner"], one["name"]) for one in aot_cache.stats()["patches"]}
@@ -353,7 +354,7 @@ def test_what_stands_in_for_a_module_is_given_back() -> None:
 import sys, types
 import torch, torch._dynamo, torch._inductor
 import aot_cache
-from aot_cache.upstream import inductor_later
+from aot_cache.upstream.hooks import inductor_later
 aot_cache.arm()
 sys.modules.pop("torch._inductor.debug", None)
 torch._inductor.__dict__.pop("debug", None)

@@ -1,4 +1,4 @@
-"""aot_cache.plan: plans as files, their differences, and one plan of many recordings. No torch."""
+"""aot_cache.artifact.plan: plans as files, their differences, and one plan of many recordings. No torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aot_cache.artifact.key import function_of
+from aot_cache.artifact.plan import CallPlan, CasePlan, Plan, Tuning, Unit, diff, merge
+from aot_cache.artifact.plan_of_ranks import apart, of_ranks, ranks_of_kernel
 from aot_cache.errors import DeclarationError, StoreUnwritable
-from aot_cache.key import function_of
-from aot_cache.plan import CallPlan, CasePlan, Plan, Tuning, Unit, diff, merge
-from aot_cache.plan_of_ranks import apart, of_ranks, ranks_of_kernel
-from aot_cache.recipe import Call, Case
-from aot_cache.shapes import Range, Values, enumerate_points
+from aot_cache.recipes.declare import Call, Case
+from aot_cache.recipes.dimensions import Range, Values, enumerate_points
 
 # --- plans of any content ---------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ import torch._dynamo
 import torch._functorch.config
 import torch._inductor.config
 
-from aot_cache.upstream import process_settings
+from aot_cache.upstream.virtual import process_settings
 
 inductor: Any = torch._inductor.config
 dynamo: Any = torch._dynamo.config

@@ -1,4 +1,4 @@
-"""aot_cache.upstream.python_code: what a function does, told in bytes and words that are the same in another process.
+"""aot_cache.upstream.codec.python_code: what a function does, told in bytes and words that are the same in another process.
 
 Every digest here is of code that was compiled for the test: where it stands (file, line, module) is chosen freely.
 """
@@ -25,8 +25,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from limits import HANGS
 
-from aot_cache.upstream.code_bytes import dump, load
-from aot_cache.upstream.python_code import digest, digests, identity, place
+from aot_cache.upstream.codec.code_bytes import dump, load
+from aot_cache.upstream.codec.python_code import digest, digests, identity, place
 
 ROOT = Path(__file__).parents[1]
 
@@ -222,8 +222,8 @@ def test_who_else_holds_a_constant_is_not_in_the_bytes() -> None:
 
 IN_A_PROCESS = """
 import json, sys
-from aot_cache.upstream.code_bytes import dump
-from aot_cache.upstream.python_code import digest
+from aot_cache.upstream.codec.code_bytes import dump
+from aot_cache.upstream.codec.python_code import digest
 code = next(c for c in compile(sys.argv[1], sys.argv[2], "exec").co_consts if hasattr(c, "co_code"))
 if sys.argv[3]:
     kept = [sys.intern(name) for name in code.co_names + code.co_varnames]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from aot_cache import target as targets
+from aot_cache.artifact import target as targets
 from aot_cache.store import write_bundle
 
 HERE = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""aot_cache.recipe: what can be declared, what is refused and in which words."""
+"""aot_cache.recipes.declare: what can be declared, what is refused and in which words."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from limits import HANGS
 
-from aot_cache import recipe as recipes
 from aot_cache.errors import DeclarationError, UnknownName
-from aot_cache.recipe import Call, Case, Recipe, declare
-from aot_cache.shapes import Range, Values
+from aot_cache.recipes import declare as recipes
+from aot_cache.recipes.declare import Call, Case, Recipe, declare
+from aot_cache.recipes.dimensions import Range, Values
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,7 +118,7 @@ def test_modes_are_those_of_serving() -> None:
     """In a process of its own: this one need not import torch."""
     code = """
 import torch
-from aot_cache.recipe import Case
+from aot_cache.recipes.declare import Case
 seen = []
 for mode in ("inference", "no_grad", "grad"):
     with Case("c", None, {}, mode).modes():

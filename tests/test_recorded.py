@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from aot_cache.build.calls import Kind, Survey, seen_call
-from aot_cache.build.recorded import Call, Recorded, call_of, resized
-from aot_cache.upstream.dynamo_frames import Frame
+from aot_cache.builder.call_kinds import Kind, Survey, seen_call
+from aot_cache.builder.recorded_calls import Call, Recorded, call_of, resized
+from aot_cache.upstream.hooks.dynamo_frames import Frame
 
 WRAPPING = {"backend": "inductor", "options": {}, "dynamic": None}
 

@@ -16,13 +16,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aot_cache import Call, Case, Range, Recipe, Values, declare, rehearsed, render, report
+from aot_cache import Call, Case, Range, Recipe, Values, declare
+from aot_cache.artifact import rehearsed
+from aot_cache.artifact.rehearsed import CaseRun, Run, Stamp
+from aot_cache.cli.facts import bundle as bundle_facts
+from aot_cache.cli.render import terminal
 from aot_cache.errors import DeclarationError, UnknownName
 from aot_cache.rehearsal import CaseResult, Missed, PointResult, Rehearsal, arguments, compare, place, points
 from aot_cache.rehearsal.leaves import Leaf, leaves, tensors
-from aot_cache.rehearsed import CaseRun, Run, Stamp
-from aot_cache.upstream import real_tensors
-from aot_cache.upstream.second_count import COMPILERS, FAMILIES, GRAPHS, KERNELS, SecondCount, contradictions
+from aot_cache.upstream.codec import real_tensors
+from aot_cache.upstream.hooks.second_count import COMPILERS, FAMILIES, GRAPHS, KERNELS, SecondCount, contradictions
 
 # --- which points -----------------------------------------------------------------------------------------------------
 
@@ -354,12 +357,12 @@ def test_what_is_written_is_read(bundle: Path) -> None:
     stamp = rehearsed.read(bundle, DIGEST)
     assert [run.text() for run in stamp.runs] == ["rehearsed 4 of 9 points on NVIDIA H200", "proved 9 points on cpu"]
     assert (
-        report.coverage("traced", 9, [], stamp=stamp)
+        bundle_facts.coverage("traced", 9, [], stamp=stamp)
         == "rehearsed 4 of 9 points on NVIDIA H200; proved 9 points on cpu"
     )
     other = rehearsed.read(bundle, "b" * 64)
     assert not other.runs and "is about another bundle" in other.ignored
-    assert report.coverage("traced", 9, [], stamp=other) == "enumerated 9 points"
+    assert bundle_facts.coverage("traced", 9, [], stamp=other) == "enumerated 9 points"
 
 
 def test_a_new_run_takes_the_place_of_an_old_one(bundle: Path) -> None:
@@ -389,7 +392,7 @@ def test_no_case_of_a_bundle_is_left_out_of_proved() -> None:
     ],
 )
 def test_words_for_coverage(points: int, sampled: list[str], runs: tuple[Run, ...], text: str) -> None:
-    assert report.coverage("traced", points, sampled, stamp=Stamp(runs)) == text
+    assert bundle_facts.coverage("traced", points, sampled, stamp=Stamp(runs)) == text
 
 
 HOSTILE = [
@@ -429,10 +432,10 @@ def test_no_value_is_a_traceback(tmp_path_factory: pytest.TempPathFactory, name:
     rehearsed.path_of(bundle).write_text(json.dumps(document))
     stamp = rehearsed.read(bundle, DIGEST)
     for text in (
-        report.coverage("traced", 9, [], stamp=stamp),
-        *(t for _, t in render.stamp_lines(stamp.facts())),
+        bundle_facts.coverage("traced", 9, [], stamp=stamp),
+        *(t for _, t in terminal.stamp_lines(stamp.facts())),
     ):
-        assert render.clean(text).isprintable()
+        assert terminal.clean(text).isprintable()
     assert all(run.run <= run.declared for run in stamp.runs)
 
 

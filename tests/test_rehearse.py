@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from limits import HANGS
 
-from aot_cache import rehearsed
-from aot_cache import target as targets
-from aot_cache.build import pipeline
-from aot_cache.build.pipeline import Built, Request
+from aot_cache.artifact import rehearsed
+from aot_cache.artifact import target as targets
+from aot_cache.builder import pipeline
+from aot_cache.builder.pipeline import Built, Request
 from aot_cache.errors import RehearsalFailed, UnknownName
 from aot_cache.rehearsal import CaseResult, Rehearsal, rehearse
 from aot_cache.store import read_bundle, write_bundle
@@ -149,7 +149,7 @@ def test_a_case_that_nobody_declared(run: Run) -> None:
 
 def command(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "aot_cache.cli", *map(str, arguments)],
+        [sys.executable, "-m", "aot_cache", *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

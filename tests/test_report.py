@@ -1,4 +1,4 @@
-"""aot_cache.report, aot_cache.signature and aot_cache.render: facts from plans and bundles, without torch."""
+"""cli.facts.bundle, artifact.specialization and cli.render.terminal: facts from plans and bundles, without torch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,23 @@ from typing import Any
 
 import pytest
 
-from aot_cache import render, render_build, render_bundle, report, report_build, report_diff, report_sizes, shapes
-from aot_cache.build.pipeline import Built
+from aot_cache.artifact.key import Part
+from aot_cache.artifact.manifest import split
+from aot_cache.artifact.plan import CallPlan, CasePlan, Plan, Tuning, Unit
+from aot_cache.artifact.reached import together
+from aot_cache.artifact.specialization import closure_digest, parameter_names, signature, value_text
+from aot_cache.artifact.target import TARGETS, Difference
+from aot_cache.builder.pipeline import Built
+from aot_cache.cli.facts import build as build_facts
+from aot_cache.cli.facts import bundle as bundle_facts
+from aot_cache.cli.facts import diff as diff_facts
+from aot_cache.cli.facts import sizes as size_facts
+from aot_cache.cli.render import build as render_build
+from aot_cache.cli.render import bundle as render_bundle
+from aot_cache.cli.render import terminal
 from aot_cache.errors import BundleCorrupt, DeclarationError
-from aot_cache.key import Part
-from aot_cache.manifest import split
-from aot_cache.plan import CallPlan, CasePlan, Plan, Tuning, Unit
-from aot_cache.reached import together
-from aot_cache.signature import closure_digest, parameter_names, signature, value_text
+from aot_cache.recipes import dimensions
 from aot_cache.store import Bundle, read_bundle, write_bundle
-from aot_cache.target import TARGETS, Difference
 
 KERNEL, OTHER = "pack.mod:add", "pack.mod:norm"
 CLOSURES: dict[str, Any] = {name: {name: {"src": "ab" * 16, "refs": {}}} for name in (KERNEL, OTHER)}
@@ -152,7 +159,7 @@ def test_values_as_python_would_write_them(value: Any, text: str) -> None:
 
 
 def test_a_closure_is_hashed_as_the_builder_does() -> None:
-    triton_jit = pytest.importorskip("aot_cache.upstream.triton_jit")
+    triton_jit = pytest.importorskip("aot_cache.upstream.codec.triton_jit")
     assert closure_digest(CLOSURES[KERNEL]) == triton_jit.closure_digest(CLOSURES[KERNEL])
 
 
@@ -192,7 +199,7 @@ def test_names_of_what_is_not_here(kernel: str) -> None:
 
 def test_the_facts_of_a_bundle(tmp_path: Path) -> None:
     found = a_bundle(tmp_path)
-    facts = as_json(report.bundle(found))
+    facts = as_json(bundle_facts.bundle(found))
     wanted = {"kind": "bundle", "recipe": "tiny", "target": "h200", "device": "NVIDIA H200", "triton": "3.7.1"}
     assert wanted.items() <= facts.items()
     assert (facts["digest"], facts["bytes"]) == (found.digest, found.path.stat().st_size)
@@ -202,7 +209,7 @@ def test_the_facts_of_a_bundle(tmp_path: Path) -> None:
 
 
 def test_the_row_of_a_kernel(tmp_path: Path) -> None:
-    rows = report.bundle(a_bundle(tmp_path))["kernels"]
+    rows = bundle_facts.bundle(a_bundle(tmp_path))["kernels"]
     assert rows == [
         {"kernel": KERNEL, "specializations": 1, "configs": 1, "bytes": len(ONE), "choices": 0, "tuned": 0},
         # two units with one binary, which the bundle has once
@@ -212,7 +219,7 @@ def test_the_row_of_a_kernel(tmp_path: Path) -> None:
 
 def test_the_bytes_add_up_to_the_file_s(tmp_path: Path) -> None:
     found = a_bundle(tmp_path)
-    rows = {row["kind"]: row for row in report.bundle(found)["sizes"]}
+    rows = {row["kind"]: row for row in bundle_facts.bundle(found)["sizes"]}
     assert list(rows) == ["kernels", "details for people", "manifest"]
     assert rows["kernels"] == {"kind": "kernels", "objects": 2, "bytes": len(ONE) + len(TWO)}, "each object once"
     assert sum(row["bytes"] for row in rows.values()) == found.path.stat().st_size
@@ -223,7 +230,7 @@ def test_bytes_by_what_they_are_for() -> None:
     graph = {"graphs": {"x": "c"}, "libraries": {}, "guard_state": "g", "bytecode": "c", "settings": "s", "resumes": {}}
     stored = {"u": 1, "c": 10, "g": 100, "s": 1000, "n": 10_000, "d": 100_000, "?": 1_000_000}
     whole = {"objects": stored, "units": [{"object": "u"}], "graphs": [graph], "native": [{"object": "n"}]}
-    rows = {row["kind"]: (row["objects"], row["bytes"]) for row in report_sizes.sizes(whole, "d", 9_000_000)}
+    rows = {row["kind"]: (row["objects"], row["bytes"]) for row in size_facts.sizes(whole, "d", 9_000_000)}
     assert rows == {
         "kernels": (1, 1),
         "compiled graphs": (1, 10),
@@ -236,32 +243,32 @@ def test_bytes_by_what_they_are_for() -> None:
 
 
 def test_the_coverage_of_a_bundle_and_of_its_plan(tmp_path: Path) -> None:
-    (grid,) = report.bundle(a_bundle(tmp_path))["grids"]
-    assert grid == report.plan(a_plan(), Path("p"))["grids"][0]
+    (grid,) = bundle_facts.bundle(a_bundle(tmp_path))["grids"]
+    assert grid == bundle_facts.plan(a_plan(), Path("p"))["grids"][0]
     assert [(row["case"], row["name"], row["cells"]) for row in grid["rows"]] == [
         ("decode", KERNEL, [["k1"]]),
         ("decode", OTHER, [["k2", "k3"]]),
     ]
-    labels = [one["label"] for one in report.bundle(a_bundle(tmp_path), points=True)["specializations"]]
+    labels = [one["label"] for one in bundle_facts.bundle(a_bundle(tmp_path), points=True)["specializations"]]
     assert labels == ["k1", "k2", "k3"]
 
 
 def test_a_choice_that_was_measured_counts_as_tuned(tmp_path: Path) -> None:
     plan = a_plan()
     plan.tunings[0].choice = {"num_warps": 2}
-    facts = report.bundle(a_bundle(tmp_path, a_manifest(plan)))
+    facts = bundle_facts.bundle(a_bundle(tmp_path, a_manifest(plan)))
     assert facts["untuned"] == 0
     assert facts["kernels"][1]["tuned"] == 1
 
 
 def test_one_candidate_is_no_choice() -> None:
     plan = a_plan(tunings=[Tuning(OTHER, 0, [1], [{"num_warps": 1}])])
-    facts = report.plan(plan, Path("p"))
+    facts = bundle_facts.plan(plan, Path("p"))
     assert (facts["untuned"], facts["kernels"][1]["choices"]) == (0, 0)
 
 
 def test_the_specializations_of_a_kernel(tmp_path: Path) -> None:
-    facts = as_json(report.bundle(a_bundle(tmp_path), "norm", names=lambda *_: ["x", "n", "D"]))
+    facts = as_json(bundle_facts.bundle(a_bundle(tmp_path), "norm", names=lambda *_: ["x", "n", "D"]))
     assert [k["kernel"] for k in facts["kernels"]] == [OTHER]
     first, second = facts["specializations"]
     assert first["signature"] == "x:*bf16:16 n:i32 D=128 num_warps=1"
@@ -275,7 +282,7 @@ def test_the_specializations_of_a_kernel(tmp_path: Path) -> None:
 def test_points_lists_every_kernel() -> None:
     plan = a_plan()
     plan.units[0].overrides = {"num_warps": 4}
-    facts = as_json(report.plan(plan, Path("p"), points=True))
+    facts = as_json(bundle_facts.plan(plan, Path("p"), points=True))
     assert [s["kernel"] for s in facts["specializations"]] == [KERNEL, OTHER, OTHER]
     assert facts["specializations"][0]["id"] == plan.units[0].id
     assert facts["specializations"][0]["parts"]["overrides"] == {"num_warps": 4}
@@ -284,13 +291,13 @@ def test_points_lists_every_kernel() -> None:
 
 def test_no_kernel_of_that_name(tmp_path: Path) -> None:
     with pytest.raises(DeclarationError, match=r"'nope'.*pack\.mod:add"):
-        report.bundle(a_bundle(tmp_path), "nope")
+        bundle_facts.bundle(a_bundle(tmp_path), "nope")
     with pytest.raises(DeclarationError, match="'nope'"):
-        report.plan(a_plan(), Path("p"), "nope")
+        bundle_facts.plan(a_plan(), Path("p"), "nope")
 
 
 def test_a_bundle_without_units(tmp_path: Path) -> None:
-    facts = report.bundle(a_bundle(tmp_path, a_manifest() | {"units": []}), points=True)
+    facts = bundle_facts.bundle(a_bundle(tmp_path, a_manifest() | {"units": []}), points=True)
     assert (facts["units"], facts["kernels"], facts["specializations"]) == (0, [], [])
 
 
@@ -321,13 +328,13 @@ def test_a_sound_file_with_another_manifest_is_one_error(
 ) -> None:
     found = a_bundle(tmp_path, a_manifest() | whole, **header)
     with pytest.raises(BundleCorrupt, match="again"):
-        report.bundle(found, points=True)
+        bundle_facts.bundle(found, points=True)
 
 
 def test_a_plan_with_strange_values_is_one_error() -> None:
     for strange in ({"reached": 5}, {"reached": {"a": [1]}}, {"specialization": [1]}, {"specialization": [{"t": [1]}]}):
         with pytest.raises(DeclarationError):
-            report.plan(a_plan(units=[replace(a_unit(), **strange)]), Path("p"), points=True)
+            bundle_facts.plan(a_plan(units=[replace(a_unit(), **strange)]), Path("p"), points=True)
 
 
 @pytest.mark.parametrize(
@@ -341,21 +348,21 @@ def test_a_plan_with_strange_values_is_one_error() -> None:
     ],
 )
 def test_coverage_in_words(origin: str, points: int, sampled: list[str], text: str) -> None:
-    assert report.coverage(origin, points, sampled) == text
+    assert bundle_facts.coverage(origin, points, sampled) == text
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
-def side(plan: Plan) -> report_diff.Side:
-    return report_diff.Side(Path("left.json"), plan)
+def side(plan: Plan) -> diff_facts.Side:
+    return diff_facts.Side(Path("left.json"), plan)
 
 
 def test_a_plan_is_the_same_as_itself_and_its_bundle(tmp_path: Path) -> None:
-    bundle = report_diff.side(a_bundle(tmp_path))
-    assert report_diff.diff(side(a_plan()), side(a_plan()))["same"]
-    assert report_diff.diff(side(a_plan()), bundle)["same"]
-    assert report_diff.diff(bundle, side(a_plan()))["same"]
+    bundle = diff_facts.side(a_bundle(tmp_path))
+    assert diff_facts.diff(side(a_plan()), side(a_plan()))["same"]
+    assert diff_facts.diff(side(a_plan()), bundle)["same"]
+    assert diff_facts.diff(bundle, side(a_plan()))["same"]
 
 
 def test_what_a_bundle_left_out_as_unfit_is_no_difference(tmp_path: Path) -> None:
@@ -363,15 +370,15 @@ def test_what_a_bundle_left_out_as_unfit_is_no_difference(tmp_path: Path) -> Non
     plan.units[1].overrides = {"num_warps": 1}  # which a bundle does not write down
     unfit = a_unit(OTHER, 32, via=[[0, 2]])
     plan.units.append(unfit)
-    assert not report_diff.diff(side(plan), report_diff.side(a_bundle(tmp_path, manifest)))["same"]
+    assert not diff_facts.diff(side(plan), diff_facts.side(a_bundle(tmp_path, manifest)))["same"]
     manifest["pruned"] = [{"kernel": OTHER, "unit": unfit.id, "via": [[0, 2]], "why": "too much shared memory"}]
-    assert report_diff.diff(side(plan), report_diff.side(a_bundle(tmp_path, manifest)))["same"]
-    assert report_diff.diff(report_diff.side(a_bundle(tmp_path, manifest)), side(plan))["same"]
+    assert diff_facts.diff(side(plan), diff_facts.side(a_bundle(tmp_path, manifest)))["same"]
+    assert diff_facts.diff(diff_facts.side(a_bundle(tmp_path, manifest)), side(plan))["same"]
 
 
 def test_each_side_says_what_the_other_lacks() -> None:
     left = a_plan(units=[a_unit()], tunings=[])
-    facts = as_json(report_diff.diff(side(left), side(a_plan(units=[a_unit(warps=8)])), lambda *_: ["x", "n", "B"]))
+    facts = as_json(diff_facts.diff(side(left), side(a_plan(units=[a_unit(warps=8)])), lambda *_: ["x", "n", "B"]))
     assert not facts["same"]
     assert [u["signature"] for u in facts["only_left"]["units"]] == ["x:*bf16:16 n:i32 B=128 num_warps=4"]
     assert [u["signature"] for u in facts["only_right"]["units"]] == ["x:*bf16:16 n:i32 B=128 num_warps=8"]
@@ -387,8 +394,8 @@ MISFIT = Part("arch", "90", "80")
 
 def test_nothing_is_found(tmp_path: Path) -> None:
     found = a_bundle(tmp_path)
-    assert report.findings(found, None, FITS) == []
-    assert report.findings(found, found.digest, FITS) == []
+    assert bundle_facts.findings(found, None, FITS) == []
+    assert bundle_facts.findings(found, found.digest, FITS) == []
 
 
 def test_every_finding_has_its_bit(tmp_path: Path) -> None:
@@ -397,7 +404,7 @@ def test_every_finding_has_its_bit(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[data.index(ONE)] ^= 1  # of a binary: damaged details could not say what failed
     path.write_bytes(data)
-    found = as_json(report.findings(read_bundle(path), "0" * 64, [*FITS, MISFIT]))
+    found = as_json(bundle_facts.findings(read_bundle(path), "0" * 64, [*FITS, MISFIT]))
     assert [f["code"] for f in found] == [8, 8, 16, 32]
     assert [f["kind"] for f in found] == ["corrupt", "corrupt", "not for this host", "incomplete"]
     assert found[2]["what"] == "arch: the bundle is for 90, this host has 80"
@@ -406,7 +413,7 @@ def test_every_finding_has_its_bit(tmp_path: Path) -> None:
 
 def test_an_incomplete_bundle_whose_details_are_damaged(tmp_path: Path) -> None:
     found = a_bundle(tmp_path, complete=False, details="0" * 64)
-    assert [f["what"] for f in report.findings(found, None, FITS)] == [
+    assert [f["what"] for f in bundle_facts.findings(found, None, FITS)] == [
         "the build was not complete: something did not compile"
     ]
 
@@ -414,15 +421,15 @@ def test_an_incomplete_bundle_whose_details_are_damaged(tmp_path: Path) -> None:
 def test_a_unit_without_its_object(tmp_path: Path) -> None:
     manifest = a_manifest()
     manifest["units"][0]["object"] = "0" * 64
-    (found,) = report.findings(a_bundle(tmp_path, manifest), None, FITS)
+    (found,) = bundle_facts.findings(a_bundle(tmp_path, manifest), None, FITS)
     assert found["code"] == 8
 
 
 def test_explaining_part_by_part(tmp_path: Path) -> None:
-    facts = as_json(report.explain(a_bundle(tmp_path), [*FITS, MISFIT]))
+    facts = as_json(bundle_facts.explain(a_bundle(tmp_path), [*FITS, MISFIT]))
     assert [p["status"] for p in facts["parts"]] == ["ok", "costs", "differs"]
     assert not facts["loads"]
-    assert report.explain(a_bundle(tmp_path), FITS)["loads"]
+    assert bundle_facts.explain(a_bundle(tmp_path), FITS)["loads"]
 
 
 # --- builds and targets -----------------------------------------------------------------------------------------------
@@ -434,7 +441,7 @@ def a_built(path: Path, **more: Any) -> Built:
 
 
 def test_a_build_says_what_goes_into_the_dockerfile() -> None:
-    facts = as_json(report_build.built(a_built(Path("/a/b.safetensors"))))
+    facts = as_json(build_facts.built(a_built(Path("/a/b.safetensors"))))
     there = "/opt/aot-cache/b.safetensors"
     assert facts["dockerfile"] == [
         f"COPY /a/b.safetensors {there}",
@@ -447,18 +454,18 @@ def test_a_build_says_what_goes_into_the_dockerfile() -> None:
 def test_a_bundle_within_the_folder_is_copied_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Docker's COPY takes paths within its context."""
     monkeypatch.chdir(tmp_path)
-    facts = report_build.built(a_built(Path("c/b")))
+    facts = build_facts.built(a_built(Path("c/b")))
     assert (facts["path"], facts["dockerfile"][0]) == (str(tmp_path / "c/b"), "COPY c/b /opt/aot-cache/b")
 
 
 def test_a_path_that_a_dockerfile_would_take_apart_is_quoted() -> None:
-    copy, env = report_build.built(a_built(Path("/a b/$c d")))["dockerfile"]
+    copy, env = build_facts.built(a_built(Path("/a b/$c d")))["dockerfile"]
     assert json.loads(copy.removeprefix("COPY ")) == ["/a b/\\$c d", "/opt/aot-cache/\\$c d"]
     assert env.startswith('ENV AOT_CACHE="/opt/aot-cache/\\$c d" ')
 
 
 def test_a_build_that_failed_has_proved_nothing() -> None:
-    facts = report_build.built(a_built(Path("b"), failed=[{"kernel": "k"}], covered=1, declared=4))
+    facts = build_facts.built(a_built(Path("b"), failed=[{"kernel": "k"}], covered=1, declared=4))
     assert (facts["coverage"], facts["covered"], facts["declared"]) == ("not proved: 1 failed", 1, 4)
 
 
@@ -471,17 +478,17 @@ def test_what_reaches_a_kernel_is_put_together() -> None:
 
 def test_boxes_that_overlap_may_hold_more_points_than_a_plan_may(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel with many specializations over a large case; here with a limit that costs no time."""
-    monkeypatch.setattr(shapes, "expand", functools.partial(shapes.expand, limit=100))
+    monkeypatch.setattr(dimensions, "expand", functools.partial(dimensions.expand, limit=100))
     many = [{"a": [{"n": f"{n}..{n + 80}", "m": "1"}]} for n in range(9)]
     assert together(many) == {"a": [{"n": "0..88", "m": "1"}]}
 
 
 def test_targets_are_plain() -> None:
-    rows = as_json(report_build.targets(TARGETS.values()))
+    rows = as_json(build_facts.targets(TARGETS.values()))
     assert [row["id"] for row in rows] == list(TARGETS)
     assert all(row["source"] for row in rows)
     found = [Difference("capability", (9, 0), (9, 1))]
-    assert as_json(report_build.differences("h200", found)) == [
+    assert as_json(build_facts.differences("h200", found)) == [
         {"target": "h200", "field": "capability", "table": [9, 0], "device": [9, 1]}
     ]
 
@@ -494,13 +501,13 @@ def test_targets_are_plain() -> None:
     [(None, "-"), (0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1_623_432, "1.6 MB"), (143 * 10**12, "143000.0 GB")],
 )
 def test_sizes(count: int | None, text: str) -> None:
-    assert render.size(count) == text
+    assert terminal.size(count) == text
 
 
 def test_hostile_text_reaches_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = a_manifest() | {"recipe": "\x1b[31m[bold]red\x07\nsecond line"}
     manifest["cases"][0]["mode"] = manifest["cases"][0]["doc"] = "\x9b2J"
-    render_bundle.plan_or_bundle(report.bundle(a_bundle(tmp_path, manifest), points=True))
+    render_bundle.plan_or_bundle(bundle_facts.bundle(a_bundle(tmp_path, manifest), points=True))
     out = capsys.readouterr().out
     assert all(c.isprintable() or c == "\n" for c in out)
     assert "?[31m[bold]red? second line" in out
@@ -508,14 +515,14 @@ def test_hostile_text_reaches_no_terminal(tmp_path: Path, capsys: pytest.Capture
 
 def test_a_table_that_is_piped_folds_no_name(capsys: pytest.CaptureFixture[str]) -> None:
     name = "a.very.long.module:" + "kernel_" * 40
-    render.table(("kernel", "n"), [(name, 1)], ("n",))
+    terminal.table(("kernel", "n"), [(name, 1)], ("n",))
     assert name in capsys.readouterr().out
 
 
 def test_tuned_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     tunings = [Tuning(OTHER, 0, [n], [{"num_warps": 1}, {"num_warps": 2}]) for n in range(2)]
     tunings[0].choice = {"num_warps": 1}
-    render_bundle.plan_or_bundle(report.plan(a_plan(tunings=tunings), Path("p")))
+    render_bundle.plan_or_bundle(bundle_facts.plan(a_plan(tunings=tunings), Path("p")))
     out = capsys.readouterr().out
     assert "1 of 2" in out and "no choice" in out
     assert "1 choices are not tuned: the first config that fits is used" in out
@@ -531,7 +538,7 @@ def test_a_plan_that_is_shown_says_each_thing_once(capsys: pytest.CaptureFixture
     tunings = [Tuning(OTHER, 0, [n], [{"num_warps": 1}, {"num_warps": 2}]) for n in range(2)]
     tunings[0].choice = {"num_warps": 1}
     cases = [replace(a_plan().cases[0], doc="One token each.")]
-    render_build.plan(report_build.plan(a_plan(cases=cases, calls=calls, tunings=tunings), Path("p")))
+    render_build.plan(build_facts.plan(a_plan(cases=cases, calls=calls, tunings=tunings), Path("p")))
     lines = capsys.readouterr().out.splitlines()
     assert "case:      decode: batch=1..4 tokens=1 (4 points, inference): One token each." in lines
     (row,) = [line.split() for line in lines if "m:f " in line]
@@ -551,8 +558,8 @@ def test_a_build_without_a_terminal_says_how_far_it_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for seconds, lines in ((0.0, ["h200: compile 1/2, ", "h200: compile 2/2, "]), (1e9, [])):
-        monkeypatch.setattr(render.Progress, "SECONDS", seconds)
-        with render.Progress() as progress:
+        monkeypatch.setattr(terminal.Progress, "SECONDS", seconds)
+        with terminal.Progress() as progress:
             progress.target = "h200"
             for done in (1, 2):
                 progress("compile", done, 2)
@@ -566,8 +573,8 @@ def test_what_will_take_long_is_said_with_what_takes_less(
 ) -> None:
     """A range too large to be run in reasonable time is known by its first points."""
     now = [0.0]
-    monkeypatch.setattr(render.time, "monotonic", lambda: now[0])
-    progress = render.Progress()
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    progress = terminal.Progress()
     for seconds, done in ((0, 0), (20, 64), (700, 10_000), (1400, 16_000)):
         now[0] = seconds
         progress("trace", done, 16_384)

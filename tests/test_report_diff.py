@@ -1,4 +1,4 @@
-"""aot_cache.report_diff on graphs: each part of a graph that can differ is a difference, and is named."""
+"""aot_cache.cli.facts.diff on graphs: each part of a graph that can differ is a difference, and is named."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import Any
 import pytest
 from test_manifest import GRAPH_FACTS, OBJECTS, of_graphs
 
-from aot_cache import manifest, render, report_diff
-from aot_cache.plan import CallPlan, Plan
+from aot_cache.artifact import manifest
+from aot_cache.artifact.plan import CallPlan, Plan
+from aot_cache.cli.facts import diff as diff_facts
+from aot_cache.cli.render import terminal
 from aot_cache.store import read_bundle, write_bundle
 
 KEY = {"torch": "2.13.0", "torch git": "abc", "python": "3.11", "triton": "", "target": {}}
 
 
-def a_bundle(path: Path, *graphs: dict[str, Any], **more: Any) -> report_diff.Side:
+def a_bundle(path: Path, *graphs: dict[str, Any], **more: Any) -> diff_facts.Side:
     lean, details = manifest.split(of_graphs(*graphs, **{"graph_key": KEY, "calls": [], **more}))
     write_bundle(path, lean, {**OBJECTS, lean["details"]: details})
-    return report_diff.side(read_bundle(path))
+    return diff_facts.side(read_bundle(path))
 
 
 def changed(**parts: Any) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def changed(**parts: Any) -> dict[str, Any]:
 
 def test_the_same_graphs(tmp_path: Path) -> None:
     left, right = a_bundle(tmp_path / "a", GRAPH_FACTS), a_bundle(tmp_path / "b", changed(line=99))
-    facts = report_diff.diff(left, right)
+    facts = diff_facts.diff(left, right)
     assert facts["same"] and facts["summary"] == "the same is launched by both"
 
 
@@ -46,28 +48,28 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("part", report_diff._ASKED)
+@pytest.mark.parametrize("part", diff_facts._ASKED)
 def test_each_part_of_a_graph_that_says_which_calls_it_is_for(tmp_path: Path, part: str) -> None:
     left, right = a_bundle(tmp_path / "a", GRAPH_FACTS), a_bundle(tmp_path / "b", changed(**{part: OTHER[part]}))
-    facts = report_diff.diff(left, right)
+    facts = diff_facts.diff(left, right)
     assert not facts["same"]
     assert facts["summary"] == "only left: 1 graph; only right: 1 graph"
     (one,) = facts["only_left"]["graphs"]
-    assert one["differs"] == [report_diff._ASKED[part]] and one["reached_by"] == ["case: n 2..9"]
+    assert one["differs"] == [diff_facts._ASKED[part]] and one["reached_by"] == ["case: n 2..9"]
 
 
 def test_another_function(tmp_path: Path) -> None:
     left, right = a_bundle(tmp_path / "a", GRAPH_FACTS), a_bundle(tmp_path / "b", changed(function="other"))
-    (one,) = report_diff.diff(left, right)["only_right"]["graphs"]
+    (one,) = diff_facts.diff(left, right)["only_right"]["graphs"]
     assert one["differs"] == ["no graph of this function"]
 
 
 def test_a_graph_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     left = a_bundle(tmp_path / "a", GRAPH_FACTS)
     right = a_bundle(tmp_path / "b", GRAPH_FACTS, changed(mode="grad"))
-    facts = report_diff.diff(left, right)
+    facts = diff_facts.diff(left, right)
     assert facts["summary"] == "only right: 1 graph" and not facts["only_left"]["graphs"]
-    render.difference(facts)
+    terminal.difference(facts)
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "only right: 1 graph", "the summary comes first"
     assert any("(grad" in line for line in said) and "    reached by case: n 2..9" in said
@@ -75,18 +77,18 @@ def test_a_graph_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_the_same_calls_compiled_otherwise(tmp_path: Path) -> None:
     other = changed(graphs={"__aot_graph_0": GRAPH_FACTS["bytecode"]})
-    facts = report_diff.diff(a_bundle(tmp_path / "a", GRAPH_FACTS), a_bundle(tmp_path / "b", other))
+    facts = diff_facts.diff(a_bundle(tmp_path / "a", GRAPH_FACTS), a_bundle(tmp_path / "b", other))
     assert facts["summary"] == "compiled otherwise: 1 graph" and not facts["same"]
     newer = a_bundle(tmp_path / "c", other, graph_key={**KEY, "torch": "2.14.1"})
-    (one,) = report_diff.diff(a_bundle(tmp_path / "a", GRAPH_FACTS), newer)["compiled_otherwise"]
+    (one,) = diff_facts.diff(a_bundle(tmp_path / "a", GRAPH_FACTS), newer)["compiled_otherwise"]
     assert one["differs"] == ["torch 2.13.0 and 2.14.1"]
 
 
 def test_plans_differ_in_their_calls(tmp_path: Path) -> None:
-    def a_plan(*ids: str) -> report_diff.Side:
+    def a_plan(*ids: str) -> diff_facts.Side:
         calls = [CallPlan("model:f", 3, i, "inference", {"backend": "inductor", "options": {}}, {}) for i in ids]
-        return report_diff.Side(tmp_path, Plan("tiny", "cpu", calls=calls))
+        return diff_facts.Side(tmp_path, Plan("tiny", "cpu", calls=calls))
 
-    facts = report_diff.diff(a_plan("1", "2"), a_plan("2"))
+    facts = diff_facts.diff(a_plan("1", "2"), a_plan("2"))
     assert facts["summary"] == "only left: 1 compiled call"
-    assert report_diff.diff(a_plan("1"), a_plan("1"))["same"]
+    assert diff_facts.diff(a_plan("1"), a_plan("1"))["same"]

@@ -1,4 +1,4 @@
-"""aot_cache.report_ledger: what serving processes counted, beside the bundle that they had."""
+"""aot_cache.cli.facts.ledger: what serving processes counted, beside the bundle that they had."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from aot_cache import coverage_grid, report_ledger
-from aot_cache.coverage_grid import GRAPH, KERNEL, Served
+from aot_cache.artifact.plan import CasePlan
+from aot_cache.cli.facts import coverage_grid
+from aot_cache.cli.facts import ledger as ledger_facts
+from aot_cache.cli.facts.coverage_grid import GRAPH, KERNEL, Served
 from aot_cache.errors import DeclarationError
-from aot_cache.plan import CasePlan
 
 DIGEST, OTHER = "d" * 64, "e" * 64
 MISS: dict[str, Any] = {
@@ -58,7 +59,7 @@ def written(folder: Path, *documents: Any, name: str = "ledger") -> Path:
 
 def test_the_facts_of_several_processes(tmp_path: Path) -> None:
     paths = [written(tmp_path, stats(), name="one"), written(tmp_path, stats(sealed=False), name="two")]
-    facts = report_ledger.facts(report_ledger.read(paths, DIGEST), DIGEST, compiled=4)
+    facts = ledger_facts.facts(ledger_facts.read(paths, DIGEST), DIGEST, compiled=4)
     assert (facts["processes"], facts["sealed"], facts["paths"]) == (2, 1, [str(path) for path in paths])
     assert facts["kernels"] == {"in_all": 6, "loaded": 4}, "of this bundle, not of the other one"
     assert facts["graphs"] == {"in_all": 8, "loaded": 8} and facts["found"] == {"g1": 6}
@@ -77,8 +78,8 @@ def test_the_facts_of_several_processes(tmp_path: Path) -> None:
 def test_a_misses_file_has_them_all(tmp_path: Path) -> None:
     """The stats keep the last ones only, and the same ones: they are not counted twice."""
     paths = [written(tmp_path, stats(), name="s"), written(tmp_path, MISS, {**MISS, "pid": 2, "seen": 3}, name="m")]
-    ledger = report_ledger.read(paths, DIGEST)
-    facts = report_ledger.facts(ledger, DIGEST, 4)
+    ledger = ledger_facts.read(paths, DIGEST)
+    facts = ledger_facts.facts(ledger, DIGEST, 4)
     assert [(m["name"], m["count"], m["in_capture"]) for m in facts["misses"]] == [("m:layer", 15, True)]
     assert facts["complete"] and facts["processes"] == 1
     (missed,) = ledger.missed()
@@ -86,11 +87,11 @@ def test_a_misses_file_has_them_all(tmp_path: Path) -> None:
 
 
 def test_a_misses_file_alone(tmp_path: Path) -> None:
-    facts = report_ledger.facts(report_ledger.read([written(tmp_path, MISS)], DIGEST), DIGEST, 4)
+    facts = ledger_facts.facts(ledger_facts.read([written(tmp_path, MISS)], DIGEST), DIGEST, 4)
     assert facts["processes"] == 0 and facts["events"] == [] and facts["misses"][0]["count"] == 12
 
 
-def a_grid(ledger: report_ledger.Ledger) -> list[dict[str, Any]]:
+def a_grid(ledger: ledger_facts.Ledger) -> list[dict[str, Any]]:
     units = [
         Served("g1", GRAPH, "m:layer", {"decode": [{"n": "1..8"}]}),
         Served("g2", GRAPH, "m:layer", {"decode": [{"n": "9..16"}]}),
@@ -100,9 +101,9 @@ def a_grid(ledger: report_ledger.Ledger) -> list[dict[str, Any]]:
 
 
 def test_the_grid_says_what_was_seen(tmp_path: Path) -> None:
-    ledger = report_ledger.read([written(tmp_path, stats(), name="s"), written(tmp_path, MISS, name="m")], DIGEST)
+    ledger = ledger_facts.read([written(tmp_path, stats(), name="s"), written(tmp_path, MISS, name="m")], DIGEST)
     grids = a_grid(ledger)
-    report_ledger.annotate(grids, report_ledger.facts(ledger, DIGEST, 4))
+    ledger_facts.annotate(grids, ledger_facts.facts(ledger, DIGEST, 4))
     (grid,) = grids
     rows = {row["name"]: row for row in grid["rows"]}
     assert [column["values"] for column in grid["columns"]] == ["1..8", "9..16", "600"]
@@ -117,16 +118,16 @@ def test_the_grid_says_what_was_seen(tmp_path: Path) -> None:
 
 
 def test_without_stats_nothing_is_said_of_what_is_loaded(tmp_path: Path) -> None:
-    ledger = report_ledger.read([written(tmp_path, MISS)], DIGEST)
+    ledger = ledger_facts.read([written(tmp_path, MISS)], DIGEST)
     grids = a_grid(ledger)
-    report_ledger.annotate(grids, report_ledger.facts(ledger, DIGEST, 4))
+    ledger_facts.annotate(grids, ledger_facts.facts(ledger, DIGEST, 4))
     assert {row["state"] for row in grids[0]["rows"]} == {""}
 
 
 def test_a_choice_that_was_missed_is_the_kernel_s(tmp_path: Path) -> None:
-    ledger = report_ledger.read([written(tmp_path, stats())], DIGEST)
+    ledger = ledger_facts.read([written(tmp_path, stats())], DIGEST)
     grids = a_grid(ledger)
-    report_ledger.annotate(grids, report_ledger.facts(ledger, DIGEST, 5))
+    ledger_facts.annotate(grids, ledger_facts.facts(ledger, DIGEST, 5))
     rows = {row["name"]: row for row in grids[0]["rows"]}
     assert rows["m:scale"]["calls"] == 2 and rows["m:layer"]["state"] == "loaded in part"
 
@@ -151,11 +152,11 @@ def test_what_is_no_ledger(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "ledger"
     path.write_text(text)
     with pytest.raises(DeclarationError, match=words):
-        report_ledger.read([path], DIGEST)
+        ledger_facts.read([path], DIGEST)
 
 
 def test_a_ledger_of_another_bundle(tmp_path: Path) -> None:
     with pytest.raises(DeclarationError, match=f"bundle {'f' * 16}.*{DIGEST[:16]}, {OTHER[:16]}"):
-        report_ledger.read([written(tmp_path, stats())], "f" * 64)
+        ledger_facts.read([written(tmp_path, stats())], "f" * 64)
     with pytest.raises(DeclarationError, match="nowhere"):
-        report_ledger.read([tmp_path / "nowhere"], DIGEST)
+        ledger_facts.read([tmp_path / "nowhere"], DIGEST)

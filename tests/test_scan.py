@@ -1,4 +1,4 @@
-"""aot_cache.scan: what only the builder had is found in every part of a graph; what a server has, too, is not."""
+"""aot_cache.artifact.scan: what only the builder had is found in every part of a graph; what a server has, too, is not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from aot_cache import scan
+from aot_cache.artifact import scan
 
 FAKE = "class torch._subclasses.fake_tensor:FakeTensor"
 TENSOR = "class torch:Tensor torch.float32 torch.strided on cpu, keys 8000010001"
@@ -47,7 +47,7 @@ def test_a_sound_graph_has_nothing() -> None:
         ("values", [["EQUALS_MATCH", "L['f']", "<function f at 0x7f2a0795afc0>"]], "names an address (0x7f2a0795afc0)"),
         ("identities", [["ID_MATCH", "G['_140436673376272_c2'].Tensor", "class torch:Tensor"]], "_140436673376272_c2"),
         ("guards", ["check_tensor(L['x'], FakeTensor, size=[2])"], "FakeTensor"),
-        ("imports", {"a": "aot_cache.build.graphs"}, "imports aot_cache.build.graphs"),
+        ("imports", {"a": "aot_cache.builder.graphs"}, "imports aot_cache.builder.graphs"),
     ],
 )
 def test_a_text_of_the_builder_is_found(part: str, value: Any, words: str) -> None:
@@ -62,8 +62,8 @@ def test_a_type_of_the_builder_in_a_pickle_is_found() -> None:
 
 @pytest.mark.parametrize("part", ["code", "bytecode"])
 def test_code_that_needs_the_builder_is_found(part: str) -> None:
-    assert found(GRAPH, **{part: b"\0from aot_cache.build.graphs import x"}) != []
-    assert found(GRAPH, **{part: b"\0from aot_cache.upstream.inductor_source import x"}) == []
+    assert found(GRAPH, **{part: b"\0from aot_cache.builder.graphs import x"}) != []
+    assert found(GRAPH, **{part: b"\0from aot_cache.upstream.codec.inductor_source import x"}) == []
 
 
 def test_a_folder_of_the_builder_in_guards_is_found() -> None:

@@ -26,10 +26,10 @@ from scheduler import Scheduler
 from serving_http import make_app
 
 import aot_cache
-from aot_cache import recipe
 from aot_cache.errors import DeclarationError, Incompatible
 from aot_cache.models.qwen3_5 import fits
 from aot_cache.models.qwen3_5.engine import Engine, make_engine
+from aot_cache.recipes import declare as declaring
 from aot_cache.runtime import loader
 
 Json = Any
@@ -57,7 +57,7 @@ def options_of(*arguments: str) -> argparse.Namespace:
 def alone() -> Callable[..., Engine]:
     """Engines of one model: the same weights with and without drafts."""
     torch.manual_seed(0)
-    settings = recipe.load(serve.spec_of(options_of("--spec", "mtp"))).settings
+    settings = declaring.load(serve.spec_of(options_of("--spec", "mtp"))).settings
     made = make_engine(settings, "cpu")
     return lambda speculate=True: Engine(made.model, speculate=speculate)
 
@@ -148,11 +148,11 @@ def test_the_server_starts_the_real_engine_and_tells_what_it_did(alone: Callable
 
 def test_options_that_are_not_given_are_the_recipe_s() -> None:
     parsed = serve.make_parser().parse_args(["--model", "qwen3.5", "--spec", "mtp"])
-    assert recipe.load(serve.spec_of(parsed)).settings == recipe.load("qwen3.5?spec=mtp").settings
+    assert declaring.load(serve.spec_of(parsed)).settings == declaring.load("qwen3.5?spec=mtp").settings
 
 
 def test_options_that_are_given_reach_the_engine_s_settings() -> None:
-    made = recipe.load(serve.spec_of(options_of("--spec", "mtp", "--num-speculative-tokens", "3"))).settings
+    made = declaring.load(serve.spec_of(options_of("--spec", "mtp", "--num-speculative-tokens", "3"))).settings
     wanted = (3, 2, 48, 8, "float32")
     assert (made.drafts, made.max_batch, made.max_model_len, made.prefill_chunk, made.dtype) == wanted
 
@@ -215,8 +215,8 @@ def test_a_bundle_of_other_options_is_one_line(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_config_file_is_known_by_its_content(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    from aot_cache import options
     from aot_cache.models.qwen3_5.settings import SIZES as KNOWN
+    from aot_cache.recipes import options
 
     for name, layers in (("a", 4), ("b", 8)):
         (tmp_path / name).mkdir()
@@ -230,9 +230,9 @@ def test_a_config_file_is_known_by_its_content(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_each_size_has_bundles_of_its_own() -> None:
-    named = {recipe.load(f"{one}?spec=mtp").name for one in ("qwen3.5-tiny", "qwen3.5", "qwen3.5-4b")}
+    named = {declaring.load(f"{one}?spec=mtp").name for one in ("qwen3.5-tiny", "qwen3.5", "qwen3.5-4b")}
     assert named == {"qwen3.5-tiny", "qwen3.5", "qwen3.5-4b"}
-    assert recipe.load("qwen3.5-0.8b").name == "qwen3.5"
+    assert declaring.load("qwen3.5-0.8b").name == "qwen3.5"
 
 
 def test_a_wrong_value_is_the_recipe_s_error() -> None:

@@ -1,4 +1,4 @@
-"""aot_cache.shapes: dimensions, enumeration, and sets of points as text."""
+"""aot_cache.recipes.dimensions: dimensions, enumeration, and sets of points as text."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from aot_cache.errors import DeclarationError
-from aot_cache.shapes import LARGEST, Dimension, Point, Range, Values, describe, enumerate_points, expand
-from aot_cache.shapes import parse_dimension as parse
+from aot_cache.recipes.dimensions import LARGEST, Dimension, Point, Range, Values, describe, enumerate_points, expand
+from aot_cache.recipes.dimensions import parse_dimension as parse
 
 # --- strategies ------------------------------------------------------------------------------------------------------
 

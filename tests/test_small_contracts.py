@@ -16,7 +16,9 @@ from contracts import UPSTREAM, need, python
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aot_cache.upstream import capture_mode, cuda_libraries, real_tensors, torch_factories
+from aot_cache.upstream.codec import real_tensors
+from aot_cache.upstream.hooks import capture_mode, cuda_libraries
+from aot_cache.upstream.virtual import torch_factories
 
 
 def said(code: str) -> Any:
@@ -88,7 +90,7 @@ STANCE = """
 import json
 import torch
 from torch._dynamo import convert_frame
-from aot_cache.upstream import dynamo_stance
+from aot_cache.upstream.hooks import dynamo_stance
 
 @torch.compile(backend="eager", dynamic=False)
 def f(x):
@@ -123,8 +125,8 @@ import json, sys
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from aot_cache import target
-from aot_cache.upstream import inductor_attention
+from aot_cache.artifact import target
+from aot_cache.upstream.virtual import inductor_attention
 
 inductor_attention.choose_for(target.get("h200"))
 found = []
@@ -149,7 +151,7 @@ RANKS = """
 import json
 import torch
 import torch.distributed as dist
-from aot_cache.upstream import torch_fake_group
+from aot_cache.upstream.virtual import torch_fake_group
 torch_fake_group.join(1, 3)
 x = torch.ones(2)
 dist.all_reduce(x)
@@ -209,7 +211,7 @@ def test_what_is_replaced_is_there(room: str) -> None:
     """A name that torch no longer has would be replaced without any effect."""
     found = replaced(room)
     missing = [f"{owner.__name__}.{name}" for name, owner in found if not hasattr(owner, name)]
-    need(found and not missing, f"torch no longer has {missing}, which upstream/{room}.py replaces")
+    need(found and not missing, f"torch no longer has {missing}, which virtual/{room}.py replaces")
 
 
 @pytest.mark.contract("torch_factories")
@@ -224,7 +226,7 @@ def test_what_makes_tensors() -> None:
 
 def replaced(room: str) -> list[tuple[str, Any]]:
     """(name, whose it is) of what `pretend` and its like assign to."""
-    tree = ast.parse((UPSTREAM / f"{room}.py").read_text())
+    tree = ast.parse(UPSTREAM[room].read_text())
     owners = {"module": torch, "cuda": torch.cuda, "tensor": torch.Tensor, "init": torch.nn.init, "utils": torch.utils}
     if room == "torch_modules":
         owners |= {"module": torch.nn.Module, "fake": FakeTensor}
@@ -241,7 +243,7 @@ def replaced(room: str) -> list[tuple[str, Any]]:
 @pytest.mark.contract("torch_release")
 def test_which_torch_is_installed_is_told_without_importing_it() -> None:
     code = (
-        "import json, sys; from aot_cache.upstream import torch_release as t; found = [t.release(), t.git()]; "
+        "import json, sys; from aot_cache.upstream.codec import torch_release as t; found = [t.release(), t.git()]; "
         "assert 'torch' not in sys.modules; import torch; "
         "print(json.dumps([found, [torch.__version__.split('+')[0], torch.version.git_version], t.git(), t.cpu_isa()]))"
     )
@@ -257,7 +259,7 @@ def test_what_triton_raises_of_a_kernel_without_its_source(tmp_path: Path) -> No
     """It says that kernels belong into a Python file, where `inspect` found none; the error names the function."""
     import triton
 
-    from aot_cache.upstream import triton_sources
+    from aot_cache.upstream.codec import triton_sources
 
     (code,) = [
         c for c in compile("def scale(x): pass", str(tmp_path / "scale.pyc"), "exec").co_consts if hasattr(c, "co_name")

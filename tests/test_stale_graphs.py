@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from limits import HANGS
 
-from aot_cache import target as targets
-from aot_cache.build import pipeline
-from aot_cache.build.pipeline import Built, Request
+from aot_cache.artifact import target as targets
+from aot_cache.builder import pipeline
+from aot_cache.builder.pipeline import Built, Request
 
 ROOT = Path(__file__).parents[1]
 

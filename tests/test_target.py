@@ -1,4 +1,4 @@
-"""aot_cache.target: the table, looking up, and comparing a device with it."""
+"""aot_cache.artifact.target: the table, looking up, and comparing a device with it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import pytest
 from limits import HANGS
 
-from aot_cache import native as native_gpu
+from aot_cache.artifact.target import TARGETS, Difference, Target, get
 from aot_cache.errors import UnknownName
-from aot_cache.native import native
-from aot_cache.target import TARGETS, Difference, Target, get
+from aot_cache.runtime import host_gpu as native_gpu
+from aot_cache.runtime.host_gpu import native
 
 GPUS = [row for row in TARGETS.values() if row.backend != "cpu"]
 
@@ -177,14 +177,15 @@ def test_what_is_close_to_nothing_gets_the_list_only() -> None:
 
 
 def test_importing_loads_neither_torch_nor_triton() -> None:
-    code = "import sys, aot_cache.target, aot_cache.shapes; print([m for m in ('torch', 'triton') if m in sys.modules])"
+    modules = "aot_cache.artifact.target, aot_cache.recipes.dimensions"
+    code = f"import sys, {modules}; print([m for m in ('torch', 'triton') if m in sys.modules])"
     assert _python(code) == "[]"
 
 
 NATIVE = """
-import aot_cache.errors, aot_cache.native
+import aot_cache.errors, aot_cache.runtime.host_gpu
 try:
-    print(aot_cache.native.native())
+    print(aot_cache.runtime.host_gpu.native())
 except aot_cache.errors.TargetError as error:
     print(f'TargetError: {error}')
 """

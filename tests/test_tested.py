@@ -1,4 +1,4 @@
-"""aot_cache.tested and aot_cache.shipped: which releases are used in silence, with a word, or not at all."""
+"""aot_cache.tested and aot_cache.recipes.shipped: which releases are used in silence, with a word, or not at all."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from limits import HANGS
 
-from aot_cache import recipe, shipped, tested
+from aot_cache import tested
 from aot_cache.errors import AotCacheError
+from aot_cache.recipes import declare as declaring
+from aot_cache.recipes import shipped
 from aot_cache.tested import GRAPHS, KERNELS, Module, Pair, Table
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +126,7 @@ def test_an_error_in_a_shipped_recipe(own: bool, what: str, monkeypatch: pytest.
     name = "broken_one" if own else "aot_cache.models.broken_one"
     monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(AotCacheError) as caught:
-        recipe.load(f"{name}:recipe")
+        declaring.load(f"{name}:recipe")
     assert ("aot-cache's own" in str(caught.value)) is not own
     assert own or not ("fix the" in str(caught.value) or "PYTHONPATH" in str(caught.value))
 
@@ -134,7 +136,7 @@ def test_an_error_in_a_shipped_recipe(own: bool, what: str, monkeypatch: pytest.
 def test_an_error_while_a_shipped_recipe_runs(own: bool, where: str) -> None:
     code = (
         "import sys\n"
-        "from aot_cache import Call, Recipe, Values, declare, target\n"
+        "from aot_cache import Call, Recipe, Values, declare; from aot_cache.artifact import target\n"
         "from aot_cache.errors import DeclarationError\n"
         "def case(n):\n"
         "    raise TypeError('update() got an unexpected keyword argument')\n"
@@ -142,12 +144,12 @@ def test_an_error_while_a_shipped_recipe_runs(own: bool, where: str) -> None:
         "recipe = Recipe('r', [declare(n=Values(1))(case)])\n"
         "try:\n"
         "    if sys.argv[2] == 'graphs':\n"
-        "        from aot_cache.build import graphs\n"
+        "        from aot_cache.builder import graphs\n"
         "        runs = graphs.Runs(recipe, target.get('cpu'))\n"
         "        runs.survey(lambda *_: None)\n"
         "        print(runs.broken[0].error.do)\n"
         "    else:\n"
-        "        from aot_cache.build import trace, virtual_device\n"
+        "        from aot_cache.builder import trace, virtual_device\n"
         "        virtual_device.become(target.get('h200'))\n"
         "        trace.trace(recipe, 'h200', lambda *_: None, 1)\n"
         "except DeclarationError as error:\n"

@@ -27,7 +27,7 @@ def build(folder: Path, *arguments: str) -> dict[str, Any]:
         [
             sys.executable,
             "-m",
-            "aot_cache.cli",
+            "aot_cache",
             "build",
             "--target",
             "h200",

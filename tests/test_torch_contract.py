@@ -32,23 +32,10 @@ from torch._guards import CompileId, Guard
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from aot_cache import tested
-from aot_cache.upstream import (
-    code_bytes,
-    dynamo_answers,
-    dynamo_frames,
-    dynamo_globals,
-    dynamo_guards,
-    dynamo_inputs,
-    dynamo_package,
-    guard_facts,
-    inductor_artifact,
-    inductor_cpp,
-    inductor_events,
-    inductor_target,
-    second_count,
-    torch_fake,
-)
-from aot_cache.upstream.dynamo_frames import Frame
+from aot_cache.upstream.codec import code_bytes, dynamo_globals, dynamo_guards, dynamo_package, guard_facts
+from aot_cache.upstream.hooks import dynamo_frames, inductor_artifact, inductor_cpp, inductor_events, second_count
+from aot_cache.upstream.hooks.dynamo_frames import Frame
+from aot_cache.upstream.virtual import dynamo_answers, dynamo_inputs, inductor_target, torch_fake
 
 HAS_NO_REASON = tested.minor(torch.__version__) in ("2.11", "2.12")
 inductor: Any = torch._inductor.config
@@ -693,7 +680,7 @@ def test_the_moment_a_compiled_function_is_called() -> None:
     """dynamo_off replaces `_callback_from_stance`, which is looked up and asked at each call."""
     need(parameters(eval_frame._callback_from_stance) == ["callback"], "_callback_from_stance(callback)")
     code = """
-from aot_cache.upstream import dynamo_off
+from aot_cache.upstream.virtual import dynamo_off
 noted = []
 dynamo_off.run_as_python(lambda *call: noted.append(call))
 import sys
@@ -725,7 +712,7 @@ print("fine")
 @pytest.mark.contract("dynamo_off")
 def test_a_compiled_function_that_wants_its_whole_graph_runs_as_python() -> None:
     code = """
-from aot_cache.upstream import dynamo_off
+from aot_cache.upstream.virtual import dynamo_off
 dynamo_off.run_as_python(lambda *_: None)
 import torch
 print(torch.compile(lambda x: x * 2, fullgraph=True)(torch.ones(2)).tolist())

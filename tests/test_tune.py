@@ -1,8 +1,8 @@
-"""aot_cache.tune: what is chosen from measurements (measuring itself needs a GPU: tests/gpu)."""
+"""aot_cache.tuning.kernels: what is chosen from measurements (measuring itself needs a GPU: tests/gpu)."""
 
 from __future__ import annotations
 
-from aot_cache.tune import _Times
+from aot_cache.tuning.kernels import _Times
 
 
 def times(points: int, **candidates: list[float]) -> _Times:

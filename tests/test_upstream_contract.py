@@ -35,9 +35,12 @@ from triton.runtime.autotuner import Autotuner, Config
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, compute_cache_key
 
-from aot_cache import target as targets
 from aot_cache import tested
-from aot_cache.upstream import triton_driver, triton_jit, triton_launcher, triton_launches, triton_names, versions
+from aot_cache.artifact import target as targets
+from aot_cache.upstream import versions
+from aot_cache.upstream.codec import triton_jit, triton_names
+from aot_cache.upstream.hooks import triton_launcher, triton_launches
+from aot_cache.upstream.virtual import triton_driver
 
 TRITON = tested.minor(triton.__version__)
 H200, MI300X = targets.get("h200"), targets.get("mi300x")
@@ -165,12 +168,12 @@ def exists(dotted: str) -> bool:
 
 @pytest.mark.parametrize(
     "module",
-    [pytest.param(name, marks=pytest.mark.contract(name)) for name in sorted(p.stem for p in UPSTREAM.glob("*.py"))],
+    [pytest.param(name, marks=pytest.mark.contract(name)) for name in sorted(UPSTREAM)],
 )
 def test_every_name_that_upstream_uses_is_there(module: str) -> None:
-    missing = [n for n in sorted(names_in((UPSTREAM / f"{module}.py").read_text())) if not exists(n)]
+    missing = [n for n in sorted(names_in(UPSTREAM[module].read_text())) if not exists(n)]
     unknown = [n for n in missing if n not in CONDITIONAL]
-    need(not unknown, f"upstream/{module}.py uses names that are gone: {', '.join(unknown)}")
+    need(not unknown, f"{UPSTREAM[module]} uses names that are gone: {', '.join(unknown)}")
 
 
 def test_the_reader_of_names_reads_them() -> None:
@@ -525,7 +528,7 @@ def test_errors_that_prune_a_config() -> None:
     caught = re.findall(r"except \(([^)]*)\)", inspect.getsource(Autotuner._bench))
     names = {name.strip() for group in caught for name in group.split(",")}
     ours = {error.__name__ for error in (CompileTimeAssertionFailure, OutOfResources, PTXASError)}
-    need(names == ours, f"an autotuner prunes on {sorted(names)}, upstream/triton_compile.py on {sorted(ours)}")
+    need(names == ours, f"an autotuner prunes on {sorted(names)}, virtual/triton_compile.py on {sorted(ours)}")
 
 
 @pytest.mark.contract("triton_compile")
@@ -632,7 +635,7 @@ def test_where_launchers_come_from() -> None:
 
 
 SERVE = """
-from aot_cache.upstream import triton_launcher
+from aot_cache.upstream.hooks import triton_launcher
 from triton.backends.nvidia import driver
 class Reached(Exception): ...
 def lookup(key):
@@ -744,7 +747,7 @@ def test_an_autotuner_with_one_config_left() -> None:
 
 
 class Wrapped(torch.Tensor):
-    """The least that upstream/torch_tensor.py builds on."""
+    """The least that virtual/torch_tensor.py builds on."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
     seen: list[Any] = []  # noqa: RUF012 - one test at a time
@@ -917,7 +920,7 @@ def test_what_pretending_replaces_is_there() -> None:
 @pytest.mark.skipif(not hasattr(torch._C, "_CudaDeviceProperties"), reason="a CPU build of torch knows no CUDA device")
 @pytest.mark.contract("torch_cuda")
 def test_the_properties_that_torch_reports() -> None:
-    from aot_cache.upstream import torch_cuda
+    from aot_cache.upstream.virtual import torch_cuda
 
     real = {name for name in dir(torch._C._CudaDeviceProperties) if not name.startswith("_")}
     ours = set(vars(torch_cuda.device_properties(H200)))
@@ -938,9 +941,9 @@ def test_where_a_capture_begins() -> None:
 
 PRETEND = """
 import json, sys, torch
-from aot_cache import target
-from aot_cache.upstream import torch_cuda
-from aot_cache.upstream.torch_tensor import VirtualMode, VirtualTensor
+from aot_cache.artifact import target
+from aot_cache.upstream.virtual import torch_cuda
+from aot_cache.upstream.virtual.torch_tensor import VirtualMode, VirtualTensor
 torch_cuda.pretend(target.get("h200"))
 assert torch.cuda.get_device_name() == "NVIDIA H200"
 def tensor(*shape):

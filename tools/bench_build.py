@@ -42,7 +42,7 @@ for name in sys.argv[1].split(","):
 """
 LOADED = """
 import json, os, sys
-from aot_cache.cli import main
+from aot_cache.cli.main import main
 before = os.dup(1); os.dup2(2, 1)
 assert main(sys.argv[1:]) == 0
 os.write(before, json.dumps([name for name in sys.modules if name != "__main__"]).encode())
@@ -55,16 +55,16 @@ os.write(before, json.dumps([name for name in sys.modules if name != "__main__"]
 def plain(target: str) -> Json:
     """Compile the ten functions in this process, as a user could who has the virtual device."""
     began = time.perf_counter()
-    from aot_cache import target as targets
-    from aot_cache.upstream import inductor_target
+    from aot_cache.artifact import target as targets
+    from aot_cache.upstream.virtual import inductor_target
 
     inductor_target.become(targets.get(target))
     import torch
     from ten_graphs import ARGUMENTS, TOKENS, compiled
     from torch._inductor import config
 
-    from aot_cache.upstream import inductor_artifact
-    from aot_cache.upstream.torch_fake import HostMode
+    from aot_cache.upstream.hooks import inductor_artifact
+    from aot_cache.upstream.virtual.torch_fake import HostMode
 
     if config.compile_threads != 1:
         raise SystemExit("compile_threads is not 1")
@@ -126,7 +126,7 @@ def one_round(options: argparse.Namespace) -> Json:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         arguments = ["build", "--model", "ten_graphs:recipe", "--target", options.target, "--store", f"{folder}/store"]
         arguments += ["--workers", str(options.workers), "--json"]
-        build = ["-m", "aot_cache.cli", *arguments]
+        build = ["-m", "aot_cache", *arguments]
         loads = {"load": [round(x, 2) for x in os.getloadavg()][:1]}
         out = {"aot": timed(build, folder), "nothing": timed(build, folder)}
         names = timed(["-c", LOADED, *arguments], folder)["said"]

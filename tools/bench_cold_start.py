@@ -34,7 +34,7 @@ def serve(options: argparse.Namespace) -> Json:
     """One measured process: `options.mode`, `options.imports`."""
     import torch
 
-    from aot_cache.recipe import set_device
+    from aot_cache.recipes.declare import set_device
 
     set_device(options.device)
     import net
@@ -182,7 +182,7 @@ def measure(options: argparse.Namespace) -> Json:
 
 def _build(options: argparse.Namespace, store: Path) -> str:
     target = "cpu" if options.device == "cpu" else options.target
-    command = [sys.executable, "-m", "aot_cache.cli", "build", "--model", "net:recipe", "--target", target, "--json"]
+    command = [sys.executable, "-m", "aot_cache", "build", "--model", "net:recipe", "--target", target, "--json"]
     environment = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",

@@ -35,9 +35,9 @@ Json = Any
 
 
 def bench_build(options: argparse.Namespace) -> Json:
-    from aot_cache import target as targets
-    from aot_cache.build.pipeline import Request, build
-    from aot_cache.plan import Plan
+    from aot_cache.artifact import target as targets
+    from aot_cache.artifact.plan import Plan
+    from aot_cache.builder.pipeline import Request, build
 
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         request = Request(targets.get(options.target), Path(folder, "store"), options.model)
@@ -72,13 +72,14 @@ def bench_build(options: argparse.Namespace) -> Json:
 
 def part_plain_compile(options: argparse.Namespace) -> Json:
     """One process, one specialization after another, Triton's defaults."""
-    from aot_cache import target as targets
-    from aot_cache.build import virtual_device
-    from aot_cache.plan import Plan
+    from aot_cache.artifact import target as targets
+    from aot_cache.artifact.plan import Plan
+    from aot_cache.builder import virtual_gpu
 
     target = targets.get(options.target)
-    virtual_device.become(target)
-    from aot_cache.upstream import triton_compile, triton_jit
+    virtual_gpu.become(target)
+    from aot_cache.upstream.codec import triton_jit
+    from aot_cache.upstream.virtual import triton_compile
 
     plan = Plan.read(Path(options.plan))
     jobs = []
@@ -129,7 +130,7 @@ def bench_load(options: argparse.Namespace) -> Json:
 
 
 def _cubins(bundle: str) -> list[tuple[str, bytes]]:
-    from aot_cache.manifest import whole
+    from aot_cache.artifact.manifest import whole
     from aot_cache.store import read_bundle
 
     found = read_bundle(bundle)
@@ -165,13 +166,13 @@ def part_ours(options: argparse.Namespace) -> Json:
     import torch
 
     import aot_cache
-    from aot_cache import recipe as recipes
+    from aot_cache.recipes import declare as recipes
     from aot_cache.store import read_bundle
 
     spec = read_bundle(options.bundle).manifest["spec"]
     began = time.perf_counter()
     recipes.load(spec)
-    from aot_cache.upstream import triton_events, triton_kernel, triton_launcher  # noqa: F401
+    from aot_cache.upstream.hooks import triton_launcher  # noqa: F401
 
     imported = time.perf_counter() - began
     torch.zeros(1, device="cuda")
@@ -195,8 +196,8 @@ def part_warm_disk(options: argparse.Namespace) -> Json:
     """Triton's own way: compile from a warm disk cache, then load. `--fill` makes it warm."""
     import torch
 
-    from aot_cache import recipe as recipes
-    from aot_cache.manifest import whole
+    from aot_cache.artifact.manifest import whole
+    from aot_cache.recipes import declare as recipes
     from aot_cache.store import read_bundle
 
     manifest = whole(read_bundle(options.bundle))
@@ -205,7 +206,7 @@ def part_warm_disk(options: argparse.Namespace) -> Json:
     import triton
     from triton.runtime.driver import driver
 
-    from aot_cache.upstream import triton_jit, triton_kernel
+    from aot_cache.upstream.codec import triton_jit, triton_kernel
 
     place = driver.active.get_current_target()
     jobs = []

@@ -67,7 +67,13 @@ def table(runs: Sequence[dict[str, Json]]) -> dict[str, Json]:
 
 def modules() -> list[str]:
     """The modules of upstream/ that rely on something."""
-    return sorted(path.stem for path in UPSTREAM.glob("*.py") if path.stem not in NO_ROOMS)
+    return sorted(path.stem for path in UPSTREAM.rglob("*.py") if path.stem not in NO_ROOMS)
+
+
+def path_of(module: str) -> Path:
+    """The file of a module of upstream/; a name stands in one of its folders only."""
+    (found,) = UPSTREAM.rglob(f"{module}.py")
+    return found
 
 
 def _by_pair(runs: Sequence[dict[str, Json]]) -> list[list[dict[str, Json]]]:
@@ -110,7 +116,7 @@ def _module(name: str, pairs: Sequence[Sequence[dict[str, Json]]]) -> dict[str, 
 
 def relies_on(module: str) -> str:
     """What stands under "Upstream" in a module's docstring; empty where nothing does."""
-    text = ast.get_docstring(ast.parse((UPSTREAM / f"{module}.py").read_text())) or ""
+    text = ast.get_docstring(ast.parse(path_of(module).read_text())) or ""
     found = re.search(r"^Upstream: (.*?)(?:\n\n|\Z)", text, re.S | re.M)
     return " ".join(found[1].split()) if found else ""
 
@@ -122,18 +128,17 @@ def serving() -> set[str]:
     while todo:
         new = _imported(todo.pop()) - found
         found |= new
-        todo += [path for path in (UPSTREAM / f"{name}.py" for name in new) if path.exists()]
+        todo += [path_of(name) for name in new]
     return found
 
 
 def _imported(path: Path) -> set[str]:
     """The modules of upstream/ that a file imports, anywhere in it."""
-    out = set()
+    known, out = {*modules(), *NO_ROOMS}, set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "aot_cache.upstream":
-            out |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("aot_cache.upstream."):
-            out.add(str(node.module).split(".")[2])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("aot_cache.upstream"):
+            last = str(node.module).rpartition(".")[2]
+            out |= {last} if last in known else {alias.name for alias in node.names}
     return out
 
 

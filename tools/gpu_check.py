@@ -38,7 +38,7 @@ TOLERANCE = 1e-2  # relative norm, bf16
 
 def chosen_points(recipe: Any, count: int) -> list[tuple[Any, dict[str, int]]]:
     """(case, point): both ends, powers of two and odd ones of every case, at least `count` in all."""
-    from aot_cache.shapes import enumerate_points
+    from aot_cache.recipes.dimensions import enumerate_points
 
     out = []
     for case in recipe.cases:
@@ -131,7 +131,7 @@ def part_capture(options: argparse.Namespace) -> Json:
     import torch
 
     import aot_cache
-    from aot_cache import recipe as recipes
+    from aot_cache.recipes import declare as recipes
     from aot_cache.runtime import loader
 
     began = time.perf_counter()
@@ -212,10 +212,10 @@ def part_parity(options: argparse.Namespace) -> Json:
     import torch
 
     import aot_cache
-    from aot_cache import recipe as recipes
-    from aot_cache import shapes
-    from aot_cache.manifest import whole
-    from aot_cache.plan import Unit
+    from aot_cache.artifact.manifest import whole
+    from aot_cache.artifact.plan import Unit
+    from aot_cache.recipes import declare as recipes
+    from aot_cache.recipes import dimensions
     from aot_cache.runtime.record import Recording
     from aot_cache.store import read_bundle
 
@@ -235,7 +235,7 @@ def part_parity(options: argparse.Namespace) -> Json:
         for case, boxes in unit["reached"].items():
             text = f"{case} {json.dumps(boxes)}"
             if text not in covered:
-                covered[text] = {f"{case} {point}" for point in shapes.expand(boxes)} & set(planned)
+                covered[text] = {f"{case} {point}" for point in dimensions.expand(boxes)} & set(planned)
             for name in covered[text]:
                 planned[name].add(identity)
     different = []
@@ -263,7 +263,7 @@ def part_parity(options: argparse.Namespace) -> Json:
 def _forget(manifest: Json) -> None:
     """Make every tuner choose again."""
     from aot_cache.runtime import loader
-    from aot_cache.upstream import triton_tuning
+    from aot_cache.upstream.hooks import triton_tuning
 
     for kernels in loader.loaded():
         for tuning in manifest["tunings"]:
@@ -292,8 +292,8 @@ def part_step_times(options: argparse.Namespace) -> Json:
     import torch
 
     import aot_cache
-    from aot_cache import recipe as recipes
-    from aot_cache.manifest import whole
+    from aot_cache.artifact.manifest import whole
+    from aot_cache.recipes import declare as recipes
     from aot_cache.store import read_bundle
 
     manifest = whole(read_bundle(options.bundle))
@@ -407,7 +407,7 @@ def tuned(options: argparse.Namespace, common: list[str]) -> Json:
         command = [
             sys.executable,
             "-m",
-            "aot_cache.cli",
+            "aot_cache",
             "tune",
             options.bundle,
             "--out",

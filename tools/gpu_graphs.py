@@ -85,7 +85,7 @@ def make_weights(recipe: Any) -> None:
     """Make each case's modules, which it keeps, so that every part has the same weights."""
     import torch
 
-    from aot_cache.shapes import enumerate_points
+    from aot_cache.recipes.dimensions import enumerate_points
 
     for case in recipe.cases:
         torch.manual_seed(0)
@@ -119,8 +119,8 @@ def part_serve(options: argparse.Namespace) -> Json:
     import torch
 
     import aot_cache
-    from aot_cache import recipe as recipes
-    from aot_cache.shapes import enumerate_points
+    from aot_cache.recipes import declare as recipes
+    from aot_cache.recipes.dimensions import enumerate_points
 
     aot_cache.load(options.bundle, strict=True)
     recipe = recipes.load(options.recipe)
@@ -188,8 +188,8 @@ def part_plain(options: argparse.Namespace) -> Json:
     import torch
     from torch._dynamo import config
 
-    from aot_cache import recipe as recipes
-    from aot_cache.shapes import enumerate_points
+    from aot_cache.recipes import declare as recipes
+    from aot_cache.recipes.dimensions import enumerate_points
 
     config.assume_static_by_default = False  # dynamic from the first call, as the bundle's graphs are
     recipe = recipes.load(options.recipe)
@@ -212,7 +212,7 @@ def part_plain(options: argparse.Namespace) -> Json:
 
 def build(options: argparse.Namespace, store: Path, *more: str) -> Json:
     """Build the bundle on some cores, in a process that sees no GPU and cannot open its driver library."""
-    inner = [sys.executable, "-m", "aot_cache.cli", "build", "--model", options.recipe, "--target", options.target]
+    inner = [sys.executable, "-m", "aot_cache", "build", "--model", options.recipe, "--target", options.target]
     inner += ["--store", str(store), "--json", *more]
     libraries = sorted({os.path.realpath(p) for d in _library_folders() for p in glob.glob(f"{d}/libcuda.so*")})
     hide = " && ".join(f"mount --bind /dev/null {path}" for path in libraries) or "true"

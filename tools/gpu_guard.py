@@ -136,7 +136,7 @@ def part_cell(options: argparse.Namespace) -> Json:
     from guard_cases import CASES, SIZE
 
     if options.policy == "rocm":  # all that decides, and nothing of what torch and Triton make of it
-        from aot_cache.upstream import torch_capture
+        from aot_cache.upstream.hooks import torch_capture
 
         torch_capture.on_rocm = lambda: True
     case = CASES[options.case]

@@ -340,7 +340,7 @@ def last_words(stderr: str) -> list[str]:
 
 def tune(bundle: str, out: str) -> Json:
     began = time.perf_counter()
-    command = [sys.executable, "-m", "aot_cache.cli", "tune", bundle, "--out", out, "--json"]
+    command = [sys.executable, "-m", "aot_cache", "tune", bundle, "--out", out, "--json"]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": _path()}, capture_output=True, text=True, check=False
     )

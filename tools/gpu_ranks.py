@@ -93,7 +93,7 @@ def part_with(options: argparse.Namespace) -> Json:
 
     import aot_cache
     from aot_cache.errors import RankDisagreement
-    from aot_cache.runtime import ranks
+    from aot_cache.runtime import rank_agreement
 
     aot_cache.arm("fallback")
     layer = Layer()
@@ -115,7 +115,7 @@ def part_with(options: argparse.Namespace) -> Json:
         wanted = layer.alone(found.batches[shape])
         worst = max(worst, float((found.outputs[shape] - wanted).norm() / wanted.norm()))
     answer["replays"] = worst
-    answer["agreeing ms"] = cost(lambda: ranks.of().gather({"batch": True, "hits": True, "why": ""}, "cost"))
+    answer["agreeing ms"] = cost(lambda: rank_agreement.of().gather({"batch": True, "hits": True, "why": ""}, "cost"))
     began = time.perf_counter()
     for shape in found.graphs:
         graph = torch.cuda.CUDAGraph()

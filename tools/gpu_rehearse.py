@@ -38,7 +38,7 @@ def cli(folder: Path, *arguments: str, paths: Sequence[str] = ()) -> subprocess.
     """Run aot-cache in `folder`, with the tests' samples and `paths` to import from."""
     paths = [*paths, str(ROOT), str(ROOT / "tests" / "graphs"), os.environ.get("PYTHONPATH", "")]
     return subprocess.run(
-        [sys.executable, "-m", "aot_cache.cli", *arguments],
+        [sys.executable, "-m", "aot_cache", *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         cwd=folder,
         capture_output=True,

@@ -25,7 +25,7 @@ from gpu_check import commit, finish, machine
 from gpu_rehearse import cli, summary
 from third_party import FOLDER, PACKAGES
 
-from aot_cache.manifest import whole
+from aot_cache.artifact.manifest import whole
 from aot_cache.store import read_bundle
 
 Json = Any

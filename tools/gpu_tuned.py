@@ -36,7 +36,7 @@ def part(name: str, bundle: str) -> Json:
     import torch._dynamo
 
     import aot_cache
-    from aot_cache import recipe as recipes
+    from aot_cache.recipes import declare as recipes
 
     ours = name != "plain"
     if ours:
@@ -105,7 +105,7 @@ def run(name: str, bundle: str) -> Json:
 
 def tune(bundle: str, out: Path) -> Json:
     """`aot-cache tune`."""
-    command = [sys.executable, "-m", "aot_cache.cli", "tune", bundle, "--out", str(out), "--json"]
+    command = [sys.executable, "-m", "aot_cache", "tune", bundle, "--out", str(out), "--json"]
     environment = {**os.environ, "PYTHONPATH": _path()}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     return json.loads(done.stdout) if done.returncode == 0 else {"error": done.stderr.strip().splitlines()[-30:]}

@@ -34,8 +34,9 @@ import uvicorn
 from scheduler import Engine, Scheduler
 from serving_http import make_app
 
-from aot_cache import model_types, recipe
 from aot_cache.errors import AotCacheError
+from aot_cache.recipes import declare as declaring
+from aot_cache.recipes import from_config
 
 GRACE = 5.0
 """Seconds, after those that --drain gives, for the last answers to be sent."""
@@ -76,8 +77,8 @@ def spec_of(options: argparse.Namespace) -> str:
         AotCacheError: there is no such model.
     """
     given = {name: str(getattr(options, name)) for name in RECIPE if getattr(options, name) is not None}
-    spec = model_types.spec_of(options.model, given)
-    recipe.resolve(spec)
+    spec = from_config.spec_of(options.model, given)
+    declaring.resolve(spec)
     return spec
 
 
@@ -87,7 +88,7 @@ def start_engine(options: argparse.Namespace, clock: start_report.Clock) -> Engi
 
     clock.mark("imported")
     spec = spec_of(options)
-    settings = recipe.load(spec).settings
+    settings = declaring.load(spec).settings
     folder, speculate = str(options.weights or ""), not options.no_speculation
     engine = make_engine(settings, options.device, folder, options.layers, speculate=speculate)
     clock.mark("weights")

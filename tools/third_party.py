@@ -119,7 +119,7 @@ def build(recipe: str, target: str, paths: list[str], store: str) -> Json:
         began = time.perf_counter()
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "aot_cache.cli", "build", *command, "--store", store or f"{scratch}/store"],
+                [sys.executable, "-m", "aot_cache", "build", *command, "--store", store or f"{scratch}/store"],
                 env={
                     **os.environ,
                     "CUDA_VISIBLE_DEVICES": "",

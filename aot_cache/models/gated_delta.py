@@ -12,8 +12,8 @@ from fla.modules.norm.l2norm import l2norm_fwd
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from fla.ops.gated_delta_rule.gate import fused_gdn_gate
 
-from aot_cache.recipe import Call, Case, Recipe, declare
-from aot_cache.shapes import Range, Values
+from aot_cache.recipes.declare import Call, Case, Recipe, declare
+from aot_cache.recipes.dimensions import Range, Values
 
 KEY_HEADS = 16
 HEAD_DIM = 128

@@ -15,11 +15,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from aot_cache import errors, manifest, native
+from aot_cache import errors
+from aot_cache.artifact import manifest
 from aot_cache.errors import DeclarationError, RehearsalFailed, TargetError, UnknownName
+from aot_cache.recipes.dimensions import point_text
 from aot_cache.rehearsal import process
 from aot_cache.rehearsal.results import CaseResult, Missed, PointResult, Rehearsal
-from aot_cache.shapes import point_text
+from aot_cache.runtime import host_gpu
 from aot_cache.store import Bundle, read_bundle
 from aot_cache.tested import installed
 
@@ -110,7 +112,7 @@ def _check(bundle: Bundle, whole: Mapping[str, Json], cases: Sequence[str]) -> N
         if name not in known:
             raise UnknownName(f"a case called {name!r} in {bundle.path}", f"it has {', '.join(known)}")
     target = whole["target"]
-    if target["backend"] != "cpu" and not native.gpu_here():
+    if target["backend"] != "cpu" and not host_gpu.gpu_here():
         raise TargetError(f"a {target['name']} to rehearse {bundle.path} on", "no GPU here", "run this where it serves")
 
 

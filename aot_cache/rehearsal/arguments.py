@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from aot_cache.recipe import Call, Case
+from aot_cache.recipes.declare import Call, Case
+from aot_cache.recipes.dimensions import Point
 from aot_cache.rehearsal.leaves import tensors
-from aot_cache.shapes import Point
-from aot_cache.upstream import real_tensors
+from aot_cache.upstream.codec import real_tensors
 
 SEED = 20_240_229
 _TRIES = 3

@@ -41,7 +41,8 @@ def main() -> int:
 
 
 def _rehearse(job: Mapping[str, Json], send: Send) -> None:
-    from aot_cache import manifest, recipe
+    from aot_cache.artifact import manifest
+    from aot_cache.recipes import declare as declaring
     from aot_cache.rehearsal import points
     from aot_cache.runtime import loader
     from aot_cache.store import read_bundle
@@ -52,8 +53,8 @@ def _rehearse(job: Mapping[str, Json], send: Send) -> None:
     device = "cuda" if on_gpu else "cpu"
     _join(job)
     loader.load(bundle.path, digest=job["digest"], strict=True, policy="fallback")
-    recipe.set_device(device)
-    found = recipe.load(built["spec"])
+    declaring.set_device(device)
+    found = declaring.load(built["spec"])
     chosen = points.choose(found, built["cases"], job["cases"], job["points"])
     second = _start(device, built)
     stage = _stage(device, second, job["tolerance"])
@@ -77,7 +78,7 @@ def _path(job: Mapping[str, Json]) -> Any:
 def _join(job: Mapping[str, Json]) -> None:
     """Be one rank of a job, in which all others do what this one does."""
     if job["ranks"] > 1:
-        from aot_cache.upstream import torch_fake_group
+        from aot_cache.upstream.virtual import torch_fake_group
 
         torch_fake_group.join(job["rank"], job["ranks"])
 
@@ -86,7 +87,7 @@ def _start(device: str, built: Mapping[str, Json]) -> Any:
     """Bring up the device, and count beside the ledger from here on."""
     import torch
 
-    from aot_cache.upstream.second_count import SecondCount
+    from aot_cache.upstream.hooks.second_count import SecondCount
 
     if device == "cuda":
         torch.zeros(1, device=device)
@@ -123,7 +124,7 @@ def _ready() -> str:
 
 
 def _name(device: str) -> str:
-    from aot_cache.upstream import torch_capture
+    from aot_cache.upstream.hooks import torch_capture
 
     return torch_capture.device_name() if device == "cuda" else "cpu"
 

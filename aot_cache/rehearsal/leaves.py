@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
-from aot_cache.upstream import real_tensors
+from aot_cache.upstream.codec import real_tensors
 
 _PLAIN = (str, bytes, bool, int, float, complex, type(None))
 _DEEPEST = 24

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from aot_cache import shapes
 from aot_cache.errors import DeclarationError, UnknownName
-from aot_cache.recipe import Case, Recipe
-from aot_cache.shapes import Point
+from aot_cache.recipes import dimensions
+from aot_cache.recipes.declare import Case, Recipe
+from aot_cache.recipes.dimensions import Point
 
 Json = Any
 MOST = 1_000_000
@@ -49,7 +49,7 @@ def _as_built(recipe: Recipe, built: Mapping[str, Json]) -> Case:
     if set(found.dims) != set(built["dims"]):
         wanted = f"case {found.name!r} with the dimensions {', '.join(built['dims']) or 'none'}, as it was built"
         raise DeclarationError(wanted, f"it has {', '.join(found.dims) or 'none'}", _AGAIN)
-    dims = {name: shapes.parse_dimension(str(text)) for name, text in built["dims"].items()}
+    dims = {name: dimensions.parse_dimension(str(text)) for name, text in built["dims"].items()}
     return replace(found, dims=dims, missed=tuple(built["missed"]))
 
 
@@ -66,14 +66,14 @@ def _chosen(case: Case, most: int | None, wanted: bool) -> Chosen:
             raise DeclarationError(
                 f"at most {MOST} points of case {case.name!r}", f"{everything.total}", "give --points"
             )
-        return Chosen(case, [*shapes.enumerate_points(case.dims, MOST).points, *missed], everything.total)
+        return Chosen(case, [*dimensions.enumerate_points(case.dims, MOST).points, *missed], everything.total)
     return Chosen(case, [*_spread(case.dims, most), *missed], everything.total)
 
 
-def _spread(dims: Mapping[str, shapes.Dimension], most: int) -> list[Point]:
+def _spread(dims: Mapping[str, dimensions.Dimension], most: int) -> list[Point]:
     """At most so many points: ends, ones and where keys change first; else, of the corners alone, evenly many."""
     try:
-        return shapes.enumerate_points(dims, most).points
+        return dimensions.enumerate_points(dims, most).points
     except DeclarationError:  # the ends of many dimensions are more points than that
-        corners = shapes.enumerate_points(dims, 2 ** len(dims)).points
+        corners = dimensions.enumerate_points(dims, 2 ** len(dims)).points
         return [corners[round(n * (len(corners) - 1) / max(1, most - 1))] for n in range(most)]

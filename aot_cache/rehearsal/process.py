@@ -15,8 +15,8 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
-from aot_cache.options import CONFIG_VARIABLE
 from aot_cache.process_group import ProcessGroup
+from aot_cache.recipes.options import CONFIG_VARIABLE
 
 Json = Any
 _KEPT = (CONFIG_VARIABLE, "AOT_CACHE_DEBUG", "AOT_CACHE_MISSES", "AOT_CACHE_UNTESTED")

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from aot_cache.rehearsed import CaseRun, Run
-from aot_cache.shapes import Point, point_text
+from aot_cache.artifact.rehearsed import CaseRun, Run
+from aot_cache.recipes.dimensions import Point, point_text
 
 Json = Any
 

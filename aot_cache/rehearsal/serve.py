@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from aot_cache.recipe import Call, Case
+from aot_cache.recipes.declare import Call, Case
+from aot_cache.recipes.dimensions import Point
 from aot_cache.rehearsal import arguments, compare, place, results
 from aot_cache.rehearsal.arguments import Pair, Shared
 from aot_cache.rehearsal.leaves import Leaf, leaves
 from aot_cache.rehearsal.results import Missed, PointResult
 from aot_cache.runtime import ledger, loader
-from aot_cache.shapes import Point
-from aot_cache.upstream import torch_capture
-from aot_cache.upstream.second_count import SecondCount, contradictions
+from aot_cache.upstream.hooks import torch_capture
+from aot_cache.upstream.hooks.second_count import SecondCount, contradictions
 
 _LATE = "late_install"
 """A kernel was found in the bundle, and no sooner than at its launch: it is said, and no miss."""

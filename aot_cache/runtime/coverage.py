@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aot_cache import manifest, shapes
+from aot_cache.artifact import manifest
 from aot_cache.errors import UnknownName
+from aot_cache.recipes import dimensions
 from aot_cache.runtime import loader
 from aot_cache.runtime.kernels import of_this_rank
 from aot_cache.store import Bundle
-from aot_cache.upstream import torch_ranks
+from aot_cache.upstream.codec import torch_ranks
 
 Json = Any
 
@@ -63,7 +64,7 @@ def will_hit(what: Any, point: Mapping[str, int]) -> Hit:
             if lost and name == case["name"]:
                 return Hit(False, [f"nothing is built of it: {why}" for why in lost])
             reached = [
-                one for one in units if any(shapes.holds(box, point) for box in one.reached.get(case["name"], ()))
+                one for one in units if any(dimensions.holds(box, point) for box in one.reached.get(case["name"], ()))
             ]
             covered |= bool(reached)
             for one in reached:
@@ -118,7 +119,7 @@ def _units(bundle: Bundle, details: Mapping[str, Json]) -> Iterator[_Unit]:
 
 
 def _name_of(what: Any) -> str:
-    from aot_cache.upstream import unwrapping
+    from aot_cache.upstream.codec import unwrapping
 
     function = unwrapping.function_of(what)
     return f"{function.__module__}:{function.__qualname__}" if function is not None else repr(what)

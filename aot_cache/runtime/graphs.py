@@ -20,18 +20,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from aot_cache.artifact.manifest import graph_label, graph_name
 from aot_cache.errors import Incompatible
-from aot_cache.manifest import graph_label, graph_name
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
-from aot_cache.upstream import (
-    code_bytes,
-    dynamo_globals,
-    python_code,
-    torch_capture,
-    torch_ranks,
-)
-from aot_cache.upstream.dynamo_frames import Found, Frame
+from aot_cache.upstream.codec import code_bytes, dynamo_globals, python_code, torch_ranks
+from aot_cache.upstream.hooks import torch_capture
+from aot_cache.upstream.hooks.dynamo_frames import Found, Frame
 
 Json = Any
 
@@ -162,7 +157,7 @@ class GraphSet:
         why = self._differs(number, graph, frame)
         if why:
             return None, why
-        from aot_cache.upstream import dynamo_guards
+        from aot_cache.upstream.codec import dynamo_guards
 
         dynamo_globals.install_modules(graph["imports"], frame.f_globals)
         dynamo_globals.prepare_modules(module for module, _, _ in graph["inlined"])
@@ -225,7 +220,7 @@ class GraphSet:
 
     def _load(self, name: str, digest: str, choices: Mapping[str, int] | None) -> list[Any]:
         """Load a compiled graph; returns its kernels that have several configs."""
-        from aot_cache.upstream import inductor_artifact, inductor_cpp, inductor_tuning
+        from aot_cache.upstream.hooks import inductor_artifact, inductor_cpp, inductor_tuning
 
         with inductor_cpp.serving(self._library), inductor_tuning.choosing(choices) as several:
             made = inductor_artifact.load_graph(self.bundle.object(digest))

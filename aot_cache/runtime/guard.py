@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from aot_cache.errors import CacheMiss
 from aot_cache.runtime import policy
 from aot_cache.runtime.ledger import Ledger
-from aot_cache.runtime.misses import Miss, Misses
-from aot_cache.upstream import torch_capture
+from aot_cache.runtime.miss_log import Miss, Misses
+from aot_cache.upstream.hooks import torch_capture
 
 if TYPE_CHECKING:
-    from aot_cache.upstream.dynamo_frames import Compile, Frame
-    from aot_cache.upstream.triton_miss import GoOn, Launch
-    from aot_cache.upstream.triton_tuner_miss import Tuning
+    from aot_cache.upstream.hooks.dynamo_frames import Compile, Frame
+    from aot_cache.upstream.hooks.triton_miss import GoOn, Launch
+    from aot_cache.upstream.hooks.triton_tuner_miss import Tuning
 
 Json = Any
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class Guard:
 
     def frame(self, frame: Frame, go_on: Compile) -> Any:
         """Dynamo is about to trace a frame."""
-        from aot_cache.upstream import dynamo_frames
+        from aot_cache.upstream.hooks import dynamo_frames
 
         in_capture, own = self._state(policy.place_of(frame.code))
         unknown: tuple[str, Facts] = ("it could not be found out", lambda: None)
@@ -112,7 +112,7 @@ class Guard:
             wanted = f"a specialization of {launch.name} for ({launch.text}){_when(in_capture)}"
             raise CacheMiss(wanted, f"the nearest is for ({nearest.text}): {why}" if nearest is not None else why, _DO)
         if action == "twin" and twin is not None:
-            from aot_cache.upstream import triton_miss
+            from aot_cache.upstream.hooks import triton_miss
 
             return triton_miss.StandIn(launch.function, twin)
         if action == "unsafe":
@@ -122,7 +122,7 @@ class Guard:
 
     def _compile_unsafely(self, launch: Launch, go_on: GoOn) -> Any:
         """Compile and load inside a capture: refusing would stop servers that run today."""
-        from aot_cache.upstream import capture_mode, triton_miss
+        from aot_cache.upstream.hooks import capture_mode, triton_miss
 
         self._warn_once(
             f"the Triton kernel {launch.name} was compiled inside a CUDA graph capture; declare it, "
@@ -172,7 +172,7 @@ class Guard:
         if action == "observed":
             yield
             return
-        from aot_cache.upstream import capture_mode
+        from aot_cache.upstream.hooks import capture_mode
 
         self._warn_once(f"the kernel {name} was loaded inside a CUDA graph capture; launch it, or declare it, before")
         with capture_mode.relaxed():
@@ -209,7 +209,7 @@ class Guard:
     @contextlib.contextmanager
     def installing(self) -> Iterator[None]:
         """What a bundle has is loaded inside: no miss, and in a capture it does not break it."""
-        from aot_cache.upstream import capture_mode
+        from aot_cache.upstream.hooks import capture_mode
 
         with self._decided(), capture_mode.relaxed() if torch_capture.capturing() else contextlib.nullcontext():
             yield

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from aot_cache.artifact.key import function_of
 from aot_cache.errors import one_line
-from aot_cache.key import function_of
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
-from aot_cache.upstream import torch_capture, torch_ranks
+from aot_cache.upstream.codec import torch_ranks
+from aot_cache.upstream.hooks import torch_capture
 
 Json = Any
 
@@ -104,7 +105,8 @@ class KernelSet:
 
     def choose_now(self, tuning: Mapping[str, Json], config: Mapping[str, Json]) -> None:
         """Put a choice that was just measured in place of the default."""
-        from aot_cache.upstream import triton_kernel, triton_launches
+        from aot_cache.upstream.codec import triton_kernel
+        from aot_cache.upstream.hooks import triton_launches
 
         for function in self.functions_of(tuning):
             tuners = triton_launches.tuners_of(function, tuning["tuner"])
@@ -127,7 +129,7 @@ class KernelSet:
         Raises:
             BundleCorrupt: when an object's hash is wrong.
         """
-        from aot_cache.upstream import triton_kernel  # imports Triton, which the process has by now
+        from aot_cache.upstream.codec import triton_kernel  # imports Triton, which the process has by now
 
         with self._lock:
             missing = [n for n in range(len(self._names)) if (os.getpid(), device, n) not in self._done]
@@ -175,7 +177,7 @@ class KernelSet:
 
     def prime(self, device: int) -> int:
         """Load what is installed onto the current device, which must be `device`; returns how many modules."""
-        from aot_cache.upstream import triton_kernel
+        from aot_cache.upstream.codec import triton_kernel
 
         with self._lock:
             place = self._devices.get(device)
@@ -199,7 +201,7 @@ class KernelSet:
         return of_this_rank(self.bundle.manifest["kernels"][number]["ranks"])
 
     def _functions(self, numbers: list[int]) -> dict[int, list[Any]]:
-        from aot_cache.upstream import triton_jit, triton_kernel
+        from aot_cache.upstream.codec import triton_jit, triton_kernel
 
         out: dict[int, list[Any]] = {}
         made: set[str] = set()
@@ -217,7 +219,7 @@ class KernelSet:
 
     def _differs(self, function: Any, number: int) -> str:
         """How a function is not the one that a kernel of the bundle was built from; empty when it is."""
-        from aot_cache.upstream import triton_jit
+        from aot_cache.upstream.codec import triton_jit
 
         return triton_jit.closure_differs(function, self.bundle.manifest["kernels"][number]["closure"])
 
@@ -244,7 +246,7 @@ class KernelSet:
 
     def _unclear(self, functions: list[Any], number: int) -> str:
         """Why it cannot be said which of these is the one that was built; empty when all that they are is in words."""
-        from aot_cache.upstream import triton_names
+        from aot_cache.upstream.codec import triton_names
 
         found = {triton_names.hidden(function) for function in functions}
         found |= {self._hidden[number]} if number in self._hidden else set()
@@ -274,7 +276,7 @@ class KernelSet:
     def _late_key(self, unit_number: int) -> str | None:
         """The key of a unit that is given another jit function; None when that one is not what it was."""
         from aot_cache.errors import TraceError
-        from aot_cache.upstream import triton_jit
+        from aot_cache.upstream.codec import triton_jit
 
         late = self.bundle.manifest["late"][str(unit_number)]
         options = {name: triton_jit.decode(value) for name, value in late["options"]}
@@ -287,7 +289,8 @@ class KernelSet:
 
     def _choose(self, function: Any, number: int) -> None:
         """Fill the autotuners: the recorded choice where it was measured on this kind of GPU, else the first that fits."""
-        from aot_cache.upstream import triton_kernel, triton_launches
+        from aot_cache.upstream.codec import triton_kernel
+        from aot_cache.upstream.hooks import triton_launches
 
         # Those of other ranks may have the same key here, and other candidates.
         tunings = [tuning for tuning in self._tunings.get(number, []) if of_this_rank(tuning["ranks"])]

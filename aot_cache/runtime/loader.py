@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from aot_cache.errors import DeclarationError, Incompatible, NotReady
-from aot_cache.runtime import collection, compatible, finding, policy
+from aot_cache.runtime import bundle_lookup, gc_pause, host_check, policy
 from aot_cache.runtime.guard import Guard
 from aot_cache.runtime.hooks import Hooks, Undo
 from aot_cache.runtime.kernels import KernelSet, Report
 from aot_cache.runtime.ledger import Ledger
-from aot_cache.runtime.misses import Misses
+from aot_cache.runtime.miss_log import Misses
 from aot_cache.store import Bundle
-from aot_cache.upstream import after_import, patch, torch_capture
+from aot_cache.upstream import after_import, patch
+from aot_cache.upstream.hooks import torch_capture
 
 LEDGER = Ledger()
 HOOKS = Hooks()
@@ -78,7 +79,7 @@ def load(
     """
     global _strict
     _strict = _strict or strict
-    with collection.paused():
+    with gc_pause.paused():
         arm(policy)
         return _load(Path(path), digest, strict, [group] if together else [])
 
@@ -86,7 +87,7 @@ def load(
 def _load(path: Path, digest: str | None, strict: bool, together: list[Any]) -> Report | None:
     try:
         for group in together:
-            digest = finding.agreed(path, digest, group)
+            digest = bundle_lookup.agreed(path, digest, group)
         if path.is_dir() and not torch_capture.cuda_is_up():
             with _lock:
                 _folders.append((path, digest))
@@ -109,7 +110,7 @@ def prime() -> int:
     Raises:
         AotCacheError: only after `load(strict=True)`; otherwise what cannot be installed is dropped with a warning.
     """
-    with _lock, collection.paused():
+    with _lock, gc_pause.paused():
         _choose_from_folders()
         return (_prime_kernels() if torch_capture.cuda_is_up() else 0) + _prime_graphs()
 
@@ -117,7 +118,7 @@ def prime() -> int:
 def _prime_kernels() -> int:
     if not _sets:
         return 0
-    from aot_cache.upstream import triton_kernel
+    from aot_cache.upstream.codec import triton_kernel
 
     arm()
     HOOKS.once("triton", _triton_hooks)  # a Triton that was half imported when it was waited for
@@ -126,7 +127,7 @@ def _prime_kernels() -> int:
     for kernels in list(_sets):
         try:
             if kernels.waiting(device):
-                finding.check(kernels.bundle, look_at_gpu=True)
+                bundle_lookup.check(kernels.bundle, look_at_gpu=True)
                 kernels.install(device)
             loaded += kernels.prime(device)
         except Exception as error:
@@ -246,13 +247,13 @@ def missed_before(function: str, case: str, point: Mapping[str, int]) -> str:
 
 
 def _add(path: Path, digest: str | None) -> KernelSet:
-    bundle = finding.find(path, digest)
-    finding.check_form(bundle)
+    bundle = bundle_lookup.find(path, digest)
+    bundle_lookup.check_form(bundle)
     kernels = KernelSet(bundle, LEDGER)
-    finding.check(kernels.bundle, look_at_gpu=False)
-    _heed(finding.doubt(bundle))
+    bundle_lookup.check(kernels.bundle, look_at_gpu=False)
+    _heed(bundle_lookup.doubt(bundle))
     if _strict:
-        finding.check_gpu(bundle)
+        bundle_lookup.check_gpu(bundle)
     with _lock:
         _sets.append(kernels)
         if bundle.manifest["graphs"]:
@@ -294,11 +295,11 @@ def _add_graphs() -> None:
 
     while _graph_bundles:
         bundle = _graph_bundles.pop(0)
-        finding.check_torch(bundle)
-        parts = compatible.differing(compatible.graph_parts(bundle.manifest))
+        bundle_lookup.check_torch(bundle)
+        parts = host_check.differing(host_check.graph_parts(bundle.manifest))
         if parts:
             do = "build for it (aot-cache build)"
-            raise Incompatible(f"graphs for this host, not those of {bundle.path}", compatible.say(parts), do)
+            raise Incompatible(f"graphs for this host, not those of {bundle.path}", host_check.say(parts), do)
         _answers.sets.append(GraphSet(bundle, LEDGER))
 
 
@@ -361,7 +362,7 @@ def _hook_triton() -> None:
 
 def _triton_hooks() -> Iterator[Undo]:
     """Triton's miss paths and its C modules. Nothing here is on the hit path."""
-    from aot_cache.upstream import triton_events, triton_launcher, triton_miss, triton_tuner_miss
+    from aot_cache.upstream.hooks import triton_events, triton_launcher, triton_miss, triton_tuner_miss
 
     yield triton_events.listen(GUARD.count)
     yield triton_launcher.serve(_native)
@@ -375,7 +376,7 @@ def _hook_dynamo() -> None:
     """Inside somebody's import of Dynamo, which must not fail because of us."""
     global _answers
     try:
-        from aot_cache.runtime.answers import Answers
+        from aot_cache.runtime.graph_lookup import Answers
 
         with _lock:
             if _answers is None:
@@ -389,7 +390,7 @@ def _hook_dynamo() -> None:
 
 
 def _native(source_key: str) -> bytes | None:
-    from aot_cache.upstream.triton_launcher import interpreter_tag
+    from aot_cache.upstream.hooks.triton_launcher import interpreter_tag
 
     for kernels in _sets:
         for native in kernels.bundle.manifest["native"]:
@@ -412,7 +413,7 @@ def _prime_libraries() -> None:
     """cuBLAS and cuDNN make their handles at first use, which no capture allows: an eager fallback would be lost, too."""
     if policy.default() == "observe":
         return
-    from aot_cache.upstream import cuda_libraries
+    from aot_cache.upstream.hooks import cuda_libraries
 
     try:
         cuda_libraries.prime()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from aot_cache.errors import DeclarationError
-from aot_cache.upstream import unwrapping
+from aot_cache.upstream.codec import unwrapping
 
 POLICIES = ("fallback", "error", "observe")
 VARIABLE = "AOT_CACHE_POLICY"

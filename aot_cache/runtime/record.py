@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from aot_cache.artifact.plan import Plan, Tuning, Unit, merge, named
 from aot_cache.errors import DeclarationError
-from aot_cache.plan import Plan, Tuning, Unit, merge, named
-from aot_cache.upstream import after_import, torch_capture
+from aot_cache.upstream import after_import
+from aot_cache.upstream.hooks import torch_capture
 
 FOLDER_VARIABLE = "AOT_CACHE_RECORD_TO"
 NAME_VARIABLE = "AOT_CACHE_RECORD_NAME"
@@ -27,7 +28,7 @@ class Recording:
     """A recording under way; `plan()` is what was launched so far."""
 
     def __init__(self, name: str) -> None:
-        from aot_cache.upstream.triton_launches import LaunchLog, beside_launching
+        from aot_cache.upstream.hooks.triton_launches import LaunchLog, beside_launching
 
         self._name = name
         self._log = LaunchLog()
@@ -49,7 +50,7 @@ class Recording:
         """
         import triton
 
-        from aot_cache.upstream import triton_jit
+        from aot_cache.upstream.codec import triton_jit
 
         log = self._log
         closures = {name: log.closures[name] for name in sorted(log.functions)}
@@ -129,8 +130,8 @@ def _at_worker_exit(finish: Any) -> None:
 
 
 def _target_id() -> str:
-    from aot_cache import native
+    from aot_cache.runtime import host_gpu
 
     if not torch_capture.cuda_is_up():
         raise DeclarationError("a recording on a GPU", "kernels were launched and CUDA is not up")
-    return native.native()[0].id
+    return host_gpu.native()[0].id

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from aot_cache import native, rehearsed
-from aot_cache.build.pipeline import Request, build
+from aot_cache.artifact import rehearsed
+from aot_cache.builder.pipeline import Request, build
 from aot_cache.rehearsal import rehearse
-from aot_cache.upstream import torch_capture
+from aot_cache.runtime import host_gpu
+from aot_cache.upstream.hooks import torch_capture
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,7 +48,7 @@ def test_all_of_it_hits_inside_captures(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "on_gpu.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    made = build(Request(native.native()[0], tmp_path / "store", "on_gpu:recipe"))
+    made = build(Request(host_gpu.native()[0], tmp_path / "store", "on_gpu:recipe"))
     found = rehearse(made.path, points=None)
     assert found.passed, found.reasons()
     assert found.hits == 11 and all(point.captured for case in found.cases for point in case.points)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from limits import HANGS
 
-from aot_cache.build.pipeline import Built, Request, build
+from aot_cache.builder.pipeline import Built, Request, build
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -28,7 +28,7 @@ original = triton.compiler.compile
 triton.compiler.compile = lambda *args, **kwargs: compiled.append(1) or original(*args, **kwargs)
 import sample_kernels
 from aot_cache.runtime import loader
-from aot_cache.shapes import enumerate_points
+from aot_cache.recipes.dimensions import enumerate_points
 loader.arm("observe")
 torch.zeros(1, device="cuda")
 aot_cache.ready()
@@ -46,7 +46,7 @@ json.dump({"stats": aot_cache.stats(), "compiled": len(compiled), "points": laun
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    from aot_cache.native import native
+    from aot_cache.runtime.host_gpu import native
 
     folder = tmp_path_factory.mktemp("gpu")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
@@ -91,7 +91,7 @@ def test_without_the_bundle_the_same_program_compiles(tmp_path: Path) -> None:
 
 def test_a_recording_is_what_was_planned(built: Built, tmp_path: Path) -> None:
     """Recorded on the device at the same points: nothing that the plan lacks."""
-    from aot_cache.plan import Plan, diff
+    from aot_cache.artifact.plan import Plan, diff
 
     program = tmp_path / "program.py"
     program.write_text(LAUNCH)
@@ -104,7 +104,7 @@ def test_a_recording_is_what_was_planned(built: Built, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "aot_cache.cli",
+        "aot_cache",
         "record",
         "--out",
         str(out),

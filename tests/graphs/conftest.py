@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from projects import Project
 
-from aot_cache import manifest
+from aot_cache.artifact import manifest
 from aot_cache.store import read_bundle
 
 ELSEWHERE = "another/place"

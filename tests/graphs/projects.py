@@ -59,7 +59,7 @@ class Project:
         self, spec: str = "sample_recipe:recipe", workers: int = 1, more: Sequence[str] = (), **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """`aot-cache build --json`, run in the project's folder; what the tests serve tells more than a rehearsal."""
-        command = "-m aot_cache.cli build --target cpu --no-rehearse --store store --json --model".split()
+        command = "-m aot_cache build --target cpu --no-rehearse --store store --json --model".split()
         return subprocess.run(
             [sys.executable, *command, spec, "--workers", str(workers), *more],
             env={**_environment(), "PYTHONPATH": str(ROOT), **environment},

@@ -9,7 +9,7 @@ import pytest
 from conftest import ELSEWHERE, SEEDS, Built
 from projects import Project, found, hit
 
-from aot_cache import manifest
+from aot_cache.artifact import manifest
 from aot_cache.store import read_bundle
 
 

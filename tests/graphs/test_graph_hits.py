@@ -11,8 +11,8 @@ import pytest
 from conftest import Built, Serve
 from projects import CLOSE, found, hit, missed
 
-from aot_cache import report_files
-from aot_cache.manifest import graph_label
+from aot_cache.artifact.manifest import graph_label
+from aot_cache.cli.facts import files as file_facts
 from aot_cache.store import read_bundle
 
 # --- every way to compile ---------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_the_ledger_says_which_graphs_were_found(kinds: dict[str, Any], built: B
 def test_inspect_shows_what_a_server_counted(kinds: dict[str, Any], built: Built, tmp_path: Path) -> None:
     path = tmp_path / "stats.json"
     path.write_text(json.dumps(kinds["stats"]))
-    facts = report_files.facts(built.bundle, None, False, [path])
+    facts = file_facts.facts(built.bundle, None, False, [path])
     rows = {row["name"]: row for grid in facts["grids"] for row in grid["rows"]}
     assert facts["ledger"]["found"] == kinds["stats"]["graphs"][0]["found"]
     assert all(max(rows[f"sample_model:{name}"]["found"]) > 0 for name in ("decorated", "nested", "Norm.forward"))
@@ -428,7 +428,7 @@ import sample_twin_two
 with torch.no_grad():
     call("one twin alone", sample_twin_two.twin, x)
     if os.environ.get("AOT_CACHE_STRICT") == "0":
-        from aot_cache.upstream import inductor_artifact
+        from aot_cache.upstream.hooks import inductor_artifact
         inductor_artifact.load_graph = None  # whatever happens there
         call("a graph that does not load", m.compiled_pushed, x, x + 1)
 say()

@@ -15,8 +15,8 @@ import pytest
 from limits import HANGS
 from projects import HERE, ROOT, _environment
 
-from aot_cache import manifest
-from aot_cache import target as targets
+from aot_cache.artifact import manifest
+from aot_cache.artifact import target as targets
 from aot_cache.store import read_bundle
 
 AMDGPU = 224
@@ -33,7 +33,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     folder = tmp_path_factory.mktemp("rocm")
     shutil.copy(HERE / "sample_rocm.py", folder)
     chosen = [word for target in MACHINES for word in ("--target", target)]
-    command = "-m aot_cache.cli build --model sample_rocm:recipe --store store --json".split()
+    command = "-m aot_cache build --model sample_rocm:recipe --store store --json".split()
     run = subprocess.run(
         [sys.executable, *command, *chosen],
         env={**_environment(), "PYTHONPATH": str(ROOT)},
@@ -92,7 +92,7 @@ def normed_kernel() -> None: ...
 
 @pytest.mark.parametrize("other", [{"type": "cuda"}, {"cc": "gfx90a"}, {"warp_size": 32}], ids=str)
 def test_a_kernel_for_another_device_is_refused(other: dict[str, Any]) -> None:
-    from aot_cache.upstream import inductor_target
+    from aot_cache.upstream.virtual import inductor_target
 
     inductor_target._keep_what_fits(targets.get("mi300x"), _autotuner())
     with pytest.raises(RuntimeError, match=r"compiled normed_kernel for .*mi300x is"):
@@ -100,7 +100,7 @@ def test_a_kernel_for_another_device_is_refused(other: dict[str, Any]) -> None:
 
 
 def test_configs_that_need_more_shared_memory_are_dropped() -> None:
-    from aot_cache.upstream import inductor_target
+    from aot_cache.upstream.virtual import inductor_target
 
     most = 64 * 1024
     autotuner = _autotuner(most + 1, most, most + 2, 0)

@@ -11,9 +11,9 @@ import pytest
 from conftest import SEEDS, Built
 from projects import found
 
-from aot_cache import manifest
-from aot_cache.missed import Solved, points_for
-from aot_cache.plan import CallPlan, CasePlan
+from aot_cache.artifact import manifest
+from aot_cache.artifact.plan import CallPlan, CasePlan
+from aot_cache.misses.solve import Solved, points_for
 from aot_cache.store import read_bundle
 
 X, N = "L['x']", "L['n']"

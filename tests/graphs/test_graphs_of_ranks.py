@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from projects import HERE, Project
 
-from aot_cache import manifest
+from aot_cache.artifact import manifest
 from aot_cache.errors import Incompatible
 from aot_cache.runtime.graphs import GraphSet
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import read_bundle
-from aot_cache.upstream import torch_capture
+from aot_cache.upstream.hooks import torch_capture
 
 RANKS = 3
 
@@ -91,7 +91,7 @@ def test_graphs_are_for_the_first_gpu_of_a_process(
 
 SERVE = """
 import os
-from aot_cache.upstream import torch_fake_group
+from aot_cache.upstream.virtual import torch_fake_group
 import torch, torch.distributed as dist
 torch_fake_group.join(int(os.environ["AS"]), 3)
 import aot_cache.auto

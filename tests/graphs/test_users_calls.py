@@ -23,7 +23,7 @@ ROOT = HERE.parents[1]
 
 def aot_cache(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "aot_cache.cli", *arguments],
+        [sys.executable, "-m", "aot_cache", *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (folder, HERE, ROOT))), **environment},
         cwd=folder,
         capture_output=True,
@@ -90,8 +90,8 @@ import os
 import torch
 from aot_cache import Call, Range, Recipe, declare, device
 
-if os.environ.get("BREAK") and "aot_cache.upstream.guard_facts" in __import__("sys").modules:
-    from aot_cache.upstream import guard_facts
+if os.environ.get("BREAK") and "aot_cache.upstream.codec.guard_facts" in __import__("sys").modules:
+    from aot_cache.upstream.codec import guard_facts
     guard_facts.type_in_serving = type  # what the builder's own tensors are
 
 @torch.compile
@@ -102,7 +102,10 @@ recipe = Recipe("broken", [declare(name="doubled", n=Range(2, 4), mode="inferenc
     lambda n: Call(doubled, torch.ones(n, 4, device=device())))])
 """
 BUILD = "build --model broken:recipe --target cpu --store store --out b.safetensors --json".split()
-UNSEEN = "import sys; from aot_cache import scan, cli; scan.findings = lambda *_: []; sys.argv[1:1] = {}; cli.main()"
+UNSEEN = (
+    "import sys; from aot_cache.artifact import scan; from aot_cache.cli.main import main; "
+    "scan.findings = lambda *_: []; sys.argv[1:1] = {}; main()"
+)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from aot_cache.models.qwen3_5 import recipe as shipped
 from aot_cache.models.qwen3_5.engine import Engine
 from aot_cache.models.qwen3_5.model import Batch
 from aot_cache.models.qwen3_5.settings import KINDS, SIZES
-from aot_cache.recipe import Case, Recipe
+from aot_cache.recipes.declare import Case, Recipe
 
 ROOT = Path(__file__).parents[2]
 

@@ -24,9 +24,9 @@ else:
     )
     atexit.register(shutil.rmtree, os.environ["TRITON_CACHE_DIR"], ignore_errors=True)
 
-    from aot_cache import target as targets
-    from aot_cache.build import virtual_device
+    from aot_cache.artifact import target as targets
+    from aot_cache.builder import virtual_gpu
 
-    virtual_device.become(targets.get(TARGET))
+    virtual_gpu.become(targets.get(TARGET))
 
     from gpu_stub import device  # noqa: F401  # a fixture; imports Triton

@@ -1,4 +1,4 @@
-"""aot_cache.build.compile and bundles: what fails is named, what an autotuner would skip is pruned, the rest is there."""
+"""builder.kernels_compile and assemble: what fails is named, what an autotuner would skip is pruned, the rest is there."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ import pytest
 from triton.backends.nvidia.compiler import CUDABackend
 
 from aot_cache import Recipe
-from aot_cache import target as targets
-from aot_cache.build import bundles, compile, trace
-from aot_cache.build.compile import Outcome
-from aot_cache.key import UNITS
-from aot_cache.manifest import split, whole
-from aot_cache.plan import Plan, Tuning, Unit
+from aot_cache.artifact import target as targets
+from aot_cache.artifact.key import UNITS
+from aot_cache.artifact.manifest import split, whole
+from aot_cache.artifact.plan import Plan, Tuning, Unit
+from aot_cache.builder import assemble, kernels_compile, kernels_trace
+from aot_cache.builder.kernels_compile import Outcome
 from aot_cache.runtime.kernels import KernelSet
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Store, read_bundle, write_bundle
-from aot_cache.upstream import triton_compile, triton_jit
+from aot_cache.upstream.codec import triton_jit
+from aot_cache.upstream.virtual import triton_compile
 
 SOURCE = """
 import os, signal
@@ -156,17 +157,17 @@ Build = Callable[..., Made]
 def build(kernels: ModuleType, clean_store: Store) -> Build:
     def build(*names: str, target: str = "h200", store: Store = clean_store) -> Made:
         recipe = Recipe("doomed", [kernels.cases[name] for name in names])
-        plan = trace.trace(recipe, target, lambda *_: None, workers=2).plan
+        plan = kernels_trace.trace(recipe, target, lambda *_: None, workers=2).plan
         return finish(plan, recipe, target, store)
 
     return build
 
 
 def finish(plan: Plan, recipe: Recipe | None, target: str, store: Store) -> Made:
-    outcome = compile.compile_plan(
+    outcome = kernels_compile.compile_plan(
         plan, recipe, targets.get(target), store, line_info=False, pythons=[], progress=lambda *_: None, workers=2
     )
-    manifest, objects = bundles.assemble(targets.get(target), "doomed_kernels:recipe", plan, store, vars(outcome))
+    manifest, objects = assemble.assemble(targets.get(target), "doomed_kernels:recipe", plan, store, vars(outcome))
     return Made(plan, outcome, manifest, objects)
 
 
@@ -190,7 +191,9 @@ def test_units_of_one_ir_are_assembled_once(
     kernels: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line_info: bool
 ) -> None:
     """A constexpr that nothing reads: three units, one binary, and one run of LLVM and the assembler to make it."""
-    plan = trace.trace(Recipe("doomed", [kernels.cases["indifferent"]]), "h200", lambda *_: None, workers=1).plan
+    plan = kernels_trace.trace(
+        Recipe("doomed", [kernels.cases["indifferent"]]), "h200", lambda *_: None, workers=1
+    ).plan
     runs = tmp_path / "runs"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
 
@@ -203,7 +206,7 @@ def test_units_of_one_ir_are_assembled_once(
     monkeypatch.setattr(CUDABackend, "make_cubin", counted)
     store = Store(tmp_path / "store")
     arguments = {"line_info": line_info, "pythons": [], "progress": lambda *_: None, "workers": 1}
-    outcome = compile.compile_plan(plan, None, targets.get("h200"), store, **arguments)
+    outcome = kernels_compile.compile_plan(plan, None, targets.get("h200"), store, **arguments)
     assert outcome.compiled == 3 and not outcome.failed
     # With line numbers kept, two units of one IR may still differ in them.
     assert len(runs.read_text().split()) == (3 if line_info else 1)
@@ -277,7 +280,7 @@ def test_too_much_shared_memory_without_a_tuner_is_no_secret(build: Build) -> No
 
 def test_a_compiler_that_dies_loses_one_unit(build: Build, kernels: ModuleType, clean_store: Store) -> None:
     recipe = Recipe("doomed", [kernels.cases["dying"], kernels.cases["good"]])
-    plan = trace.trace(recipe, "h200", lambda *_: None, workers=2).plan
+    plan = kernels_trace.trace(recipe, "h200", lambda *_: None, workers=2).plan
     kernels.dying = True  # children are forked from here
     made = finish(plan, recipe, "h200", clean_store)
     assert made.failed == {"doomed_kernels:make_dying.<locals>.made": "its process was killed by SIGKILL"}
@@ -393,9 +396,9 @@ def test_children_do_not_outlive_a_build(build: Build) -> None:
 
 def test_the_workers_ignore_ctrl_c() -> None:
     """The parent answers it, once."""
-    from aot_cache.build import pool
+    from aot_cache.builder import fork_map
 
     def handler(_: int) -> Any:
         return signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
-    assert [result for _, result in pool.run(handler, [1, 2], 2)] == [True, True]
+    assert [result for _, result in fork_map.run(handler, [1, 2], 2)] == [True, True]

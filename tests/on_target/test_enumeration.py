@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 from sample_kernels import no_benchmark
 from triton.runtime.autotuner import Autotuner
 
-from aot_cache import Call, Case, Range, Recipe, Values, shapes
-from aot_cache.build import trace as tracing
-from aot_cache.plan import Plan
-from aot_cache.upstream import triton_jit
+from aot_cache import Call, Case, Range, Recipe, Values
+from aot_cache.artifact.plan import Plan
+from aot_cache.builder import kernels_trace as tracing
+from aot_cache.recipes import dimensions
+from aot_cache.upstream.codec import triton_jit
 
 Point = dict[str, int]
 Expression = Callable[[Point], int]
@@ -238,7 +239,7 @@ def enumerated(program: Program, kernel: Any) -> dict[Asked, list[Point]]:
     for unit in plan.units:
         specialization = [triton_jit.decode_pair(pair) for pair in unit.specialization]
         options = {name: triton_jit.decode(value) for name, value in unit.options.items()}
-        out[unit.kernel, triton_jit.memory_key(specialization, options)] = shapes.expand(unit.reached["case"])
+        out[unit.kernel, triton_jit.memory_key(specialization, options)] = dimensions.expand(unit.reached["case"])
     assert len(out) == len(plan.units)
     return out
 

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from aot_cache import Call, Case, Range, Recipe, shapes
-from aot_cache import target as targets
-from aot_cache.build import trace as tracing
+from aot_cache import Call, Case, Range, Recipe
+from aot_cache.artifact import target as targets
+from aot_cache.artifact.plan import Plan
+from aot_cache.builder import kernels_trace as tracing
 from aot_cache.models.qwen3_5 import experts
-from aot_cache.plan import Plan
-from aot_cache.upstream import triton_compile, triton_jit
+from aot_cache.recipes import dimensions
+from aot_cache.upstream.codec import triton_jit
+from aot_cache.upstream.virtual import triton_compile
 
 MOST = 40
 
@@ -41,7 +43,7 @@ def test_no_number_of_tokens_is_in_a_key() -> None:
     plan = traced(torch.bfloat16)
     assert [unit.kernel for unit in plan.units] == ["aot_cache.models.qwen3_5.experts_kernel:rows_by_expert"] * 2
     for unit in plan.units:
-        assert [point["tokens"] for point in shapes.expand(unit.reached["forward"])] == [*range(1, MOST + 1)]
+        assert [point["tokens"] for point in dimensions.expand(unit.reached["forward"])] == [*range(1, MOST + 1)]
     assert not plan.tunings
 
 

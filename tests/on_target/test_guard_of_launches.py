@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 import aot_cache
 from aot_cache.errors import CacheMiss, DeclarationError
 from aot_cache.runtime import loader, policy
-from aot_cache.upstream import capture_mode
+from aot_cache.upstream.hooks import capture_mode
 
 
 def kernels() -> dict[str, Any]:

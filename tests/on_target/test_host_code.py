@@ -10,7 +10,7 @@ import torch
 from host_code import Code
 from torch.utils import _pytree as pytree
 
-from aot_cache.build import virtual_device
+from aot_cache.builder import virtual_gpu
 from aot_cache.errors import TraceError
 
 MODES: dict[str, Any] = {"inference": torch.inference_mode, "no_grad": torch.no_grad, "grad": torch.enable_grad}
@@ -31,7 +31,7 @@ def facts(made: Any, device: str) -> list[Any]:
 
 
 def made(code: Code, mode: Any) -> list[Any]:
-    with virtual_device.tensors(), mode():
+    with virtual_gpu.tensors(), mode():
         return facts(code("cuda"), "cuda")
 
 
@@ -63,7 +63,7 @@ def test_a_device_by_its_number(what: str, mode: Any) -> None:
 @pytest.mark.contract("torch_factories")
 @pytest.mark.parametrize("what", {**host_code.PINNED, **host_code.FROM_DATA})
 def test_pinned_memory(what: str, mode: Any) -> None:
-    with virtual_device.tensors(), mode():
+    with virtual_gpu.tensors(), mode():
         pinned = {**host_code.PINNED, **host_code.FROM_DATA}[what]("cuda")
         assert pinned.is_pinned() and pinned[:1].is_pinned() and pinned.device.type == "cpu"
         assert not torch.empty_like(pinned).is_pinned() and pinned.pin_memory() is pinned
@@ -73,7 +73,7 @@ def test_pinned_memory(what: str, mode: Any) -> None:
 
 
 def test_pinned_values_are_read() -> None:
-    with virtual_device.tensors():
+    with virtual_gpu.tensors():
         lengths = torch.empty(3, dtype=torch.int64, pin_memory=True)
         lengths.copy_(torch.tensor([4, 5, 6]))
         assert lengths.to("cuda", non_blocking=True).tolist() == [4, 5, 6]

@@ -21,15 +21,15 @@ from triton.compiler import CompiledKernel
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from aot_cache import manifest
-from aot_cache import target as targets
-from aot_cache.build import pipeline
-from aot_cache.build.pipeline import Built, Request
+from aot_cache.artifact import manifest
+from aot_cache.artifact import target as targets
+from aot_cache.builder import pipeline
+from aot_cache.builder.pipeline import Built, Request
 from aot_cache.errors import BundleCorrupt
 from aot_cache.runtime.kernels import KernelSet
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import read_bundle
-from aot_cache.upstream import triton_kernel, triton_names
+from aot_cache.upstream.codec import triton_kernel, triton_names
 
 pytestmark = pytest.mark.usefixtures("device")
 ROOT = Path(__file__).parents[2]

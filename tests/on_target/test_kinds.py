@@ -1,4 +1,4 @@
-"""aot_cache.build.trace on real kernels: for every way in which a launch is made, the plan is what Triton would ask for."""
+"""builder.kernels_trace on real kernels: for every way in which a launch is made, the plan is what Triton would ask for."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ import triton.language as tl
 from asking import Asked, asked_for, asking
 from triton.runtime.autotuner import Autotuner
 
-from aot_cache import Call, Case, Range, Recipe, Values, shapes
-from aot_cache.build import trace as tracing
+from aot_cache import Call, Case, Range, Recipe, Values
+from aot_cache.artifact.key import function_of
+from aot_cache.artifact.plan import Plan, Tuning, Unit
+from aot_cache.builder import kernels_trace as tracing
 from aot_cache.errors import DataDependent, DeclarationError, TraceError
-from aot_cache.key import function_of
-from aot_cache.plan import Plan, Tuning, Unit
-from aot_cache.upstream import triton_jit, triton_names
+from aot_cache.recipes import dimensions
+from aot_cache.upstream.codec import triton_jit, triton_names
 
 Host = Callable[[int, str], None]
 TUNERS = [value for value in vars(sample).values() if isinstance(value, Autotuner)]
@@ -57,7 +58,7 @@ def key_of(unit: Unit, plan: Plan) -> Asked:
 
 
 def points_of(unit: Unit | Tuning) -> set[int]:
-    return {point["n"] for point in shapes.expand(unit.reached["case"])}
+    return {point["n"] for point in dimensions.expand(unit.reached["case"])}
 
 
 def reached(plan: Plan) -> dict[Asked, set[int]]:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from aot_cache import target as targets
-from aot_cache.build import cuda_driver, nvml, virtual_device
+from aot_cache.artifact import target as targets
+from aot_cache.builder import cuda_driver, nvml, virtual_gpu
 from aot_cache.errors import TraceError
 
 H200 = targets.get("h200")
@@ -92,14 +92,14 @@ def _never(*_: Any) -> Any:
 @pytest.mark.contract("torch_fake", "torch_tensor")
 def test_an_operator_in_c_is_its_shape_rule() -> None:
     run = _operator("shape", "(Tensor x) -> Tensor", CUDA_cpp=_never, Meta=lambda x: x.new_empty(len(x), 3))
-    with virtual_device.tensors():
+    with virtual_gpu.tensors():
         assert run(torch.empty(4, device="cuda")).shape == (4, 3)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_an_operator_in_c_that_only_writes_makes_values_unknown(mode: Any) -> None:
     run = _operator(f"writes_{mode.__name__}", "(Tensor x, Tensor(a!) out) -> ()", CUDA_cpp=_never)
-    with virtual_device.tensors(), mode():
+    with virtual_gpu.tensors(), mode():
         x, out = torch.tensor([1, 2], device="cuda"), torch.tensor([3, 4], device="cuda")
         assert run(x, out) is None and x.tolist() == [1, 2]
         with pytest.raises(TraceError):
@@ -109,7 +109,7 @@ def test_an_operator_in_c_that_only_writes_makes_values_unknown(mode: Any) -> No
 def test_an_operator_in_python_runs() -> None:
     called = []
     run = _operator("python", "(Tensor x) -> Tensor", CUDA=lambda x: called.append(1) or x + 1, Meta=torch.empty_like)
-    with virtual_device.tensors():
+    with virtual_gpu.tensors():
         run(torch.empty(4, device="cuda"))
     assert called == [1]
 
@@ -118,11 +118,11 @@ def test_an_operator_in_python_runs() -> None:
 def test_an_operator_for_another_device_is_named() -> None:
     """Its library found no GPU and registered another device's code: nothing would be launched, without a word."""
     run = _operator("elsewhere", "(Tensor x) -> Tensor", CPU=_never, Meta=torch.empty_like)
-    with virtual_device.tensors(), pytest.raises(TraceError, match=r"of_libraries_elsewhere.*CUDA.*only for CPU"):
+    with virtual_gpu.tensors(), pytest.raises(TraceError, match=r"of_libraries_elsewhere.*CUDA.*only for CPU"):
         run(torch.empty(4, device="cuda"))
 
 
 def test_an_operator_with_a_shape_rule_alone_is_that() -> None:
     run = _operator("rule", "(Tensor x) -> Tensor", Meta=torch.empty_like)
-    with virtual_device.tensors():
+    with virtual_gpu.tensors():
         assert run(torch.empty(4, device="cuda")).shape == (4,)

@@ -15,13 +15,13 @@ from gpu_stub import Device
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from aot_cache import target as targets
-from aot_cache.build.pipeline import Built, Request, build
+from aot_cache.artifact import target as targets
+from aot_cache.builder.pipeline import Built, Request, build
 from aot_cache.runtime import loader
 from aot_cache.runtime.kernels import KernelSet
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import read_bundle
-from aot_cache.upstream import triton_jit, triton_kernel
+from aot_cache.upstream.codec import triton_jit, triton_kernel
 
 ROOT = Path(__file__).parents[2]
 KERNEL = """

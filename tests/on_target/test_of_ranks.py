@@ -11,14 +11,15 @@ import sample_of_ranks as sample
 from asking import asked_for, asking
 from triton.runtime.jit import JITFunction
 
-from aot_cache import manifest, report
-from aot_cache import target as targets
-from aot_cache.build import pipeline
-from aot_cache.build.pipeline import Built, Request
+from aot_cache.artifact import manifest
+from aot_cache.artifact import target as targets
+from aot_cache.builder import pipeline
+from aot_cache.builder.pipeline import Built, Request
+from aot_cache.cli.facts import bundle as bundle_facts
 from aot_cache.runtime.kernels import KernelSet
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import read_bundle
-from aot_cache.upstream import torch_ranks
+from aot_cache.upstream.codec import torch_ranks
 
 pytestmark = pytest.mark.usefixtures("device")
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,7 @@ def test_the_build_says_what_is_of_some_ranks_only(built: Built) -> None:
         "sample_of_ranks:scale": "1 specialization of rank 2",
         "sample_of_ranks:tuned": "1 specialization of ranks 0, 1",
     }
-    assert report.bundle(read_bundle(built.path))["apart"] == built.apart
+    assert bundle_facts.bundle(read_bundle(built.path))["apart"] == built.apart
 
 
 def test_a_rank_whose_host_code_fails_is_named(built: Built) -> None:

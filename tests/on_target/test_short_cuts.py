@@ -1,4 +1,4 @@
-"""aot_cache.upstream.torch_shortcuts: results have the geometry that ATen gives them, whatever the operands look like."""
+"""aot_cache.upstream.virtual.torch_shortcuts: results have the geometry that ATen gives them, whatever the operands look like."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aot_cache.build import virtual_device
+from aot_cache.builder import virtual_gpu
 from aot_cache.errors import TraceError
-from aot_cache.upstream import torch_shortcuts, torch_tensor
+from aot_cache.upstream.virtual import torch_shortcuts, torch_tensor
 
 pytestmark = pytest.mark.contract("torch_shortcuts")
 
@@ -75,7 +75,7 @@ def test_two_operands(pair: tuple[Made, Any], name: str, dtype: torch.dtype) -> 
     one, other = pair
     run = PAIRS[name]
     real = run(one("cpu", dtype), other if isinstance(other, float) else other("cpu", dtype))
-    with virtual_device.tensors():
+    with virtual_gpu.tensors():
         virtual = run(one("cuda", dtype), other if isinstance(other, float) else other("cuda", dtype))
     assert same(virtual, real), f"{virtual.stride()} is not {real.stride()}"
 
@@ -84,7 +84,7 @@ def test_two_operands(pair: tuple[Made, Any], name: str, dtype: torch.dtype) -> 
 @settings(max_examples=150, deadline=None)
 def test_one_operand(made: Made, name: str) -> None:
     real = ONES[name](made("cpu", torch.float32))
-    with virtual_device.tensors():
+    with virtual_gpu.tensors():
         virtual = ONES[name](made("cuda", torch.float32))
     assert same(virtual, real), f"{virtual.stride()} is not {real.stride()}"
 
@@ -95,7 +95,7 @@ def test_joined(data: st.DataObject, shape: list[int]) -> None:
     dim = data.draw(st.integers(-len(shape), len(shape) - 1))
     made = [data.draw(tensors([*shape[:dim], size, *shape[dim:][1:]])) for size in (shape[dim], 3)]
     real = torch.cat([make("cpu", torch.float32) for make in made], dim)
-    with virtual_device.tensors():
+    with virtual_gpu.tensors():
         virtual = torch.cat([make("cuda", torch.float32) for make in made], dim)
     assert same(virtual, real), f"{virtual.stride()} is not {real.stride()}"
 
@@ -129,7 +129,7 @@ def test_types(what: str) -> None:
         return lambda dtype, *shape: torch.zeros(1 << 17, device=device).to(dtype)[: shape_size(shape)].view(shape)
 
     real = TYPES[what](like("cpu"))
-    with virtual_device.tensors():
+    with virtual_gpu.tensors():
         virtual = TYPES[what](like("cuda"))
     assert virtual.known is None and same(virtual, real)
 
@@ -150,14 +150,14 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_does_not_fit_is_torchs_to_refuse(what: str) -> None:
     with (
-        virtual_device.tensors(),
+        virtual_gpu.tensors(),
         pytest.raises((TraceError, RuntimeError, ValueError), match=r"shape|siz|matrix|list"),
     ):
         REFUSED[what](lambda *shape: torch.zeros(*shape, device="cuda"))
 
 
 def test_values_that_are_known_stay_known() -> None:
-    with virtual_device.tensors():
+    with virtual_gpu.tensors():
         positions = torch.arange(6, device="cuda").view(2, 3)
         assert (positions * 2 + 1)[1].tolist() == [7, 9, 11]
         assert torch.cat([positions, positions])[2].tolist() == [0, 1, 2]
@@ -169,7 +169,7 @@ def test_values_that_are_known_stay_known() -> None:
 def test_the_short_way_is_taken() -> None:
     """Or all of the above would hold without it."""
     before = torch_shortcuts._ordered.cache_info()
-    with virtual_device.tensors():
+    with virtual_gpu.tensors():
         torch.zeros(5, 7, 11, device="cuda").transpose(0, 1) * torch.zeros(5, 11, device="cuda")
     after = torch_shortcuts._ordered.cache_info()
     assert after.hits + after.misses > before.hits + before.misses

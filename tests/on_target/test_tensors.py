@@ -1,4 +1,4 @@
-"""aot_cache.upstream.torch_tensor: what host code does with tensors gives the geometry, and the values, that it gives on a CPU.
+"""upstream.virtual.torch_tensor: what host code does with tensors gives the geometry, and the values, that it gives on a CPU.
 
 On a torch without CUDA each of these used to be a way into a device guard that is not there.
 """
@@ -15,10 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aot_cache.build import virtual_device
+from aot_cache.builder import virtual_gpu
 from aot_cache.errors import DataDependent
-from aot_cache.upstream import torch_shortcuts
-from aot_cache.upstream.torch_tensor import VirtualTensor
+from aot_cache.upstream.virtual import torch_shortcuts
+from aot_cache.upstream.virtual.torch_tensor import VirtualTensor
 
 Op = Callable[[torch.Tensor], Any]
 
@@ -186,7 +186,7 @@ def mode(request: pytest.FixtureRequest) -> Any:
 def test_an_operation(what: str, mode: Any) -> None:
     with mode():
         real = OPS[what](base("cpu"))
-        with virtual_device.tensors():
+        with virtual_gpu.tensors():
             virtual = OPS[what](base("cuda"))
     assert facts(virtual) == facts(real)
     assert_values(virtual, real)
@@ -196,7 +196,7 @@ def test_an_operation(what: str, mode: Any) -> None:
 def test_reading(what: str, mode: Any) -> None:
     with mode():
         real = SCALARS[what](base("cpu"))
-        with virtual_device.tensors():
+        with virtual_gpu.tensors():
             virtual = SCALARS[what](base("cuda"))
     assert virtual == real
 
@@ -221,14 +221,14 @@ ON_THE_CPU: dict[str, Op] = {
 def test_plain_tensors_beside_virtual_ones(what: str, mode: Any) -> None:
     with mode():
         real = ON_THE_CPU[what](torch.ones(3, 2))
-        with virtual_device.tensors():
+        with virtual_gpu.tensors():
             beside = ON_THE_CPU[what](torch.ones(3, 2))
     assert type(beside) is torch.Tensor and beside.device.type == "cpu"
     assert facts(beside) == facts(real) and torch.equal(beside, real)
 
 
 def test_a_plain_tensor_that_is_moved_is_virtual(mode: Any) -> None:
-    with mode(), virtual_device.tensors():
+    with mode(), virtual_gpu.tensors():
         moved = torch.ones(3).abs().to("cuda")
         assert isinstance(moved, VirtualTensor) and moved.is_cuda
         assert isinstance(moved.neg(), VirtualTensor)
@@ -251,7 +251,7 @@ def test_writing_through_a_view_is_seen(what: str, mode: Any) -> None:
     real = base("cpu")
     with mode():
         WRITES[what](real)
-        with virtual_device.tensors():
+        with virtual_gpu.tensors():
             virtual = base("cuda")
             WRITES[what](virtual)
             assert virtual.tolist() == real.tolist()
@@ -277,7 +277,7 @@ UNKNOWN: dict[str, Op] = {
 @pytest.mark.parametrize("what", UNKNOWN)
 def test_values_that_were_written_over_are_not_read(what: str, mode: Any) -> None:
     """Old values in place of ones that nobody knows would make a plan that is wrong and looks right."""
-    with mode(), virtual_device.tensors():
+    with mode(), virtual_gpu.tensors():
         x = base("cuda")
         UNKNOWN[what](x)
         with pytest.raises(DataDependent):
@@ -285,7 +285,7 @@ def test_values_that_were_written_over_are_not_read(what: str, mode: Any) -> Non
 
 
 def test_a_view_forgets_what_its_base_is_written_over_with(mode: Any) -> None:
-    with mode(), virtual_device.tensors():
+    with mode(), virtual_gpu.tensors():
         x = base("cuda")
         view = x[0]
         x.copy_(unknown(x))
@@ -299,7 +299,7 @@ def test_a_view_forgets_what_its_base_is_written_over_with(mode: Any) -> None:
 
 def test_what_is_only_read_keeps_its_values(mode: Any) -> None:
     """Declared indices are used to write into states that nobody knows, and read again afterwards."""
-    with mode(), virtual_device.tensors():
+    with mode(), virtual_gpu.tensors():
         state, index = torch.empty(8, 4, device="cuda"), torch.tensor([5, 2], device="cuda")
         state[index] = 0
         state.index_add_(0, index, torch.empty(2, 4, device="cuda"))
@@ -310,7 +310,7 @@ def test_what_is_only_read_keeps_its_values(mode: Any) -> None:
     "make", [torch.rand_like, torch.randn_like, torch.bernoulli, lambda x: torch.dropout(x, 0.5, True)]
 )
 def test_random_numbers_are_not_known(make: Op, mode: Any) -> None:
-    with mode(), virtual_device.tensors(), pytest.raises(DataDependent):
+    with mode(), virtual_gpu.tensors(), pytest.raises(DataDependent):
         make(torch.tensor([0.25, 0.5], device="cuda")).tolist()
 
 
@@ -319,7 +319,7 @@ def test_views_of_views(data: st.DataObject) -> None:
     """Any chain of slices, selections and transpositions has the geometry, the address and the values of the real one."""
     shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
     size = torch.Size(shape).numel()
-    with virtual_device.tensors():
+    with virtual_gpu.tensors():
         real, virtual = torch.arange(size).view(shape), torch.arange(size, device="cuda").view(shape)
         for _ in range(data.draw(st.integers(1, 4))):
             if real.dim() == 0:

@@ -11,7 +11,7 @@ import torch
 from aot_cache.models.qwen3_5 import net, weights
 from aot_cache.models.qwen3_5.model import Batch, Model
 from aot_cache.models.qwen3_5.settings import Settings
-from aot_cache.runtime import captures, loader
+from aot_cache.runtime import capture_loop, loader
 
 _HOTTEST = 1e30
 """Here all tokens are alike; what float32 cannot hold times the noise would be infinite for many, and the first would win."""
@@ -89,7 +89,7 @@ class Engine:
             def covers(size: int, name: str = name) -> tuple[str, Mapping[str, int]]:
                 return name, {"batch": size}
 
-            done = captures.capture(
+            done = capture_loop.capture(
                 self.sizes, batches.__getitem__, run, covers=covers if loaded else None, mixed="drop", progress=progress
             )
             self.graphs |= {(name, size): (graph, done.outputs[size]) for size, graph in done.graphs.items()}

@@ -7,9 +7,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
-from aot_cache import options, recipe
 from aot_cache.errors import AotCacheError, Incompatible
 from aot_cache.models.qwen3_5.settings import Settings
+from aot_cache.recipes import declare as declaring
+from aot_cache.recipes import options
 from aot_cache.runtime import loader
 from aot_cache.store import Bundle
 
@@ -28,7 +29,7 @@ def check(spec: str, strict: bool = False) -> str:
         Incompatible: with `strict`, where no bundle fits: its options, the server's, what to do.
         AotCacheError: `spec` is no recipe's.
     """
-    mine = recipe.load(spec)
+    mine = declaring.load(spec)
     told = [_told(mine, spec, one.bundle) for one in loader.loaded() if one.bundle.manifest["spec"]]
     if not told or None in told:
         return ""
@@ -57,13 +58,13 @@ def differences(mine: Settings, built: Settings) -> dict[str, tuple[str, str]]:
     return {option: (str(here), str(there)) for option, (here, there) in out.items()}
 
 
-def _told(mine: recipe.Recipe, spec: str, bundle: Bundle) -> Incompatible | None:
+def _told(mine: declaring.Recipe, spec: str, bundle: Bundle) -> Incompatible | None:
     """What is wrong with a bundle; None where it fits."""
     built = str(bundle.manifest["spec"])
     do = f"start with the bundle's options, or build: aot-cache build --model '{spec}'"
     wanted = f"a bundle for {options.published(spec)}"
     try:
-        theirs = recipe.load(_with_file(built, spec)).settings
+        theirs = declaring.load(_with_file(built, spec)).settings
     except AotCacheError as error:
         return Incompatible(wanted, f"{bundle.path} is for {built} ({error.wanted}: {error.found})", do)
     if not isinstance(theirs, Settings):

@@ -10,8 +10,8 @@ import torch
 from aot_cache.models.qwen3_5 import net
 from aot_cache.models.qwen3_5.model import Batch, Model
 from aot_cache.models.qwen3_5.settings import CHUNK, SIZES, Settings, settings
-from aot_cache.recipe import Call, Case, Recipe, declare, device
-from aot_cache.shapes import Range
+from aot_cache.recipes.declare import Call, Case, Recipe, declare, device
+from aot_cache.recipes.dimensions import Range
 
 LAYERS = ("linear_attention", "full_attention")
 """Decoder layers that a build runs: one of each kind stands for all of it, which share its graphs."""

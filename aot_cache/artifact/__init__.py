@@ -1,0 +1,1 @@
+"""What is built, as data: keys, targets, plans, manifests. Imports neither torch nor Triton."""

@@ -1,0 +1,429 @@
+"""The plan: every unit that a recipe can launch, with the points that reach it. Readable, diffable JSON; no torch.
+
+The builder writes it from the virtual device, `aot-cache record` from a real GPU, in the same form.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aot_cache.artifact.key import function_of, told_apart, variant
+from aot_cache.artifact.reached import Reached, together
+from aot_cache.errors import DeclarationError
+from aot_cache.recipes.dimensions import point_text
+from aot_cache.store import write_atomic
+
+if TYPE_CHECKING:
+    from aot_cache.recipes.declare import Case
+    from aot_cache.recipes.dimensions import Enumeration
+
+SCHEMA = 1
+Json = Any
+
+
+@dataclass
+class Unit:
+    """One specialization of one kernel.
+
+    Args:
+        kernel: `module:qualname`; where several kernels have that name, with what tells them apart (`key.variant`).
+        source: digest of the kernel's source closure.
+        specialization: Triton's (type, value) for each parameter, encoded.
+        options: launch options in the order in which they were passed.
+        overrides: backend options that are also kernel parameters.
+        via: `[tuning, candidate]` pairs through which it is launched; `[-1, -1]` is a launch without a tuner.
+        reached: the points that reach it.
+        ranks: of a job, those that launch it; empty: all of them do.
+    """
+
+    kernel: str
+    source: str
+    specialization: list[Json]
+    options: dict[str, Json]
+    overrides: dict[str, Json] = field(default_factory=dict)
+    via: list[list[int]] = field(default_factory=list)
+    reached: Reached = field(default_factory=dict)
+    ranks: list[int] = field(default_factory=list)
+
+    @property
+    def id(self) -> str:
+        """Short, stable name of what is compiled (source included, target not)."""
+        options = list(self.options.items())  # their order is part of Triton's key
+        return _digest([function_of(self.kernel), self.source, self.specialization, options, self.overrides])[:16]
+
+    def launched_without_tuner(self) -> bool:
+        return not self.via or [-1, -1] in self.via
+
+
+@dataclass
+class Tuning:
+    """One choice that an autotuner makes: between `candidates`, under `key`.
+
+    Args:
+        kernel: `module:qualname` of the kernel.
+        tuner: which of the autotuners around it.
+        key: the tuner's key, encoded.
+        candidates: each config's launch arguments, after pruning, in order.
+        choice: the config that was measured best, or None: the first that fits is taken.
+        measured: on what, how, with what spread; empty without a measurement.
+        reached: the points that ask for it.
+        ranks: of a job, those that ask for it; empty: all of them do.
+    """
+
+    kernel: str
+    tuner: int
+    key: list[Json]
+    candidates: list[dict[str, Json]]
+    choice: dict[str, Json] | None = None
+    measured: dict[str, Json] = field(default_factory=dict)
+    reached: Reached = field(default_factory=dict)
+    ranks: list[int] = field(default_factory=list)
+
+    @property
+    def id(self) -> str:
+        return _digest([self.kernel, self.tuner, self.key])[:16]
+
+
+@dataclass
+class CasePlan:
+    """What was enumerated of one case."""
+
+    name: str
+    dims: dict[str, str]
+    points: int
+    total: int
+    sampled: list[str]
+    mode: str = "inference"
+    autocast: str | None = None
+    missed: list[dict[str, int]] = field(default_factory=list)
+    """Points that were visited beside those of `dims`, because a serving process had them."""
+    doc: str = ""
+    """One line for people about the case."""
+    sets: list[str] = field(default_factory=list)
+    """Settings of the process that it changes while it makes arguments: its calls are built so."""
+
+    @classmethod
+    def of(cls, case: Case, points: Enumeration) -> CasePlan:
+        """What `points` enumerate of `case`."""
+        return cls(
+            case.name,
+            {name: dim.text for name, dim in case.dims.items()},
+            len(points.points),
+            points.total,
+            list(points.sampled),
+            case.mode,
+            case.autocast,
+            points.points[len(points.points) - points.added :],
+            case.doc,
+        )
+
+
+@dataclass(frozen=True)
+class FailedCase:
+    """A case that could not be run: the others are built without it.
+
+    Args:
+        case: its name.
+        point: the first at which it failed.
+        place: `file:line` in the code of whoever wrote it; empty where nobody knows.
+        why: what went wrong there.
+        rank: `, as rank 2` where the process was one of several ranks.
+    """
+
+    case: str
+    point: dict[str, int]
+    place: str
+    why: str
+    rank: str = ""
+
+    @property
+    def name(self) -> str:
+        """What lists of failures call it, among kernels and functions."""
+        return f"case {self.case}"
+
+    @property
+    def text(self) -> str:
+        """What happened, in one line, for people."""
+        return f"at {self.where}{self.rank}: {self.why}" + (f" ({self.place})" if self.place else "")
+
+    @property
+    def where(self) -> str:
+        return point_text(self.point)
+
+    def failure(self) -> dict[str, str]:
+        """The line of a bundle's list of what failed."""
+        return {"kernel": self.name, "unit": self.where, "error": self.text}
+
+
+@dataclass
+class CallPlan:
+    """One kind of call of a compiled function, for which there is at least one graph.
+
+    Args:
+        function: `module:qualname`.
+        line: where it stands in its file, for people.
+        id: digest of code, wrapping, the arguments' structure and sizes.
+        mode: grad mode and autocast.
+        wrapping: backend, options and dynamic of its `torch.compile`.
+        dynamic: expression of an argument → [dimension, low, high] of what changes with the points; dimension -1 is an
+            integer argument itself.
+        hint: case → the point at which it is traced first.
+        reached: the points at which it is made.
+        structure: digest of everything about the call but its sizes (see `call_leaves.structure_of`).
+        follows: case → how all sizes that are not the model's follow from its dimensions (see `follows`), one for each
+            place that makes such a call.
+    """
+
+    function: str
+    line: int
+    id: str
+    mode: str
+    wrapping: dict[str, Json]
+    dynamic: dict[str, list[list[int]]]
+    hint: dict[str, dict[str, int]] = field(default_factory=dict)
+    reached: Reached = field(default_factory=dict)
+    structure: str = ""
+    follows: dict[str, list[dict[str, list[Json]]]] = field(default_factory=dict)
+
+
+@dataclass
+class Plan:
+    """All units of a recipe for one target. `origin` is `traced` or `recorded`."""
+
+    recipe: str
+    target: str
+    origin: str = "traced"
+    triton: str = ""
+    cases: list[CasePlan] = field(default_factory=list)
+    units: list[Unit] = field(default_factory=list)
+    tunings: list[Tuning] = field(default_factory=list)
+    closures: dict[str, Json] = field(default_factory=dict)
+    """Kernel → source closure (see `upstream.triton_jit.closure`)."""
+    calls: list[CallPlan] = field(default_factory=list)
+    """Calls of compiled functions."""
+    ranks: int = 1
+    """Of the job that it is for."""
+    failed: list[FailedCase] = field(default_factory=list)
+    """Cases of which nothing is in it; they are among `cases`, because they are declared."""
+
+    def to_json(self) -> dict[str, Json]:
+        return {"aot-cache plan": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Json]) -> Plan:
+        """Raises DeclarationError when `data` is no plan of this schema."""
+        if data.get("aot-cache plan") != SCHEMA:
+            raise DeclarationError(
+                f"a plan of schema {SCHEMA}",
+                f"schema {data.get('aot-cache plan')!r}",
+                "write it anew with this version",
+            )
+        try:
+            return cls(
+                recipe=data["recipe"],
+                target=data["target"],
+                origin=data["origin"],
+                triton=data["triton"],
+                cases=[CasePlan(**c) for c in data["cases"]],
+                units=[Unit(**u) for u in data["units"]],
+                tunings=[Tuning(**t) for t in data["tunings"]],
+                closures=dict(data["closures"]),
+                calls=[CallPlan(**c) for c in data.get("calls", [])],
+                ranks=data.get("ranks", 1),
+                failed=[FailedCase(**f) for f in data.get("failed", [])],
+            )
+        except (KeyError, TypeError) as error:
+            raise DeclarationError("a complete plan", f"{type(error).__name__}: {error}", "write it anew") from error
+
+    def write(self, path: Path) -> None:
+        """Write the plan, one unit a line, so that a diff of two plans reads well."""
+        data = self.to_json()
+        lines = ["{"]
+        for name, value in data.items():
+            if name in ("units", "tunings", "cases", "calls", "failed") and value:
+                body = ",\n  ".join(json.dumps(v) for v in value)
+                lines.append(f"{json.dumps(name)}: [\n  {body}\n],")
+            else:
+                lines.append(f"{json.dumps(name)}: {json.dumps(value)},")
+        lines[-1] = lines[-1].rstrip(",")
+        write_atomic(path, ("\n".join([*lines, "}"]) + "\n").encode())
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Raises DeclarationError when the file is no plan."""
+        try:
+            data = json.loads(path.read_text())
+        except OSError as error:
+            raise DeclarationError(f"a plan at {path}", error.strerror or str(error)) from error
+        except (ValueError, RecursionError) as error:
+            raise DeclarationError(f"a plan at {path}", f"not JSON ({error})") from error
+        if not isinstance(data, dict):
+            raise DeclarationError(f"a plan at {path}", "JSON of another kind")
+        return cls.from_json(data)
+
+    def without(self, cases: Collection[str]) -> tuple[Plan, list[int]]:
+        """(the plan with nothing of what only these cases reach, the numbers of the units that stay).
+
+        What no case reaches stays: it was missed somewhere, or recorded.
+        """
+        tunings = [n for n, tuning in enumerate(self.tunings) if _stays(tuning.reached, cases)]
+        renumber = {-1: -1, **{old: new for new, old in enumerate(tunings)}}
+        units = [n for n, unit in enumerate(self.units) if _stays(unit.reached, cases)]
+        kept = [
+            replace(
+                unit,
+                via=[[renumber[t], c] for t, c in unit.via if t in renumber],
+                reached=_others(unit.reached, cases),
+            )
+            for unit in (self.units[n] for n in units)
+        ]
+        kernels = {unit.kernel for unit in kept}
+        plan = replace(
+            self,
+            units=kept,
+            tunings=[replace(t, reached=_others(t.reached, cases)) for t in (self.tunings[n] for n in tunings)],
+            closures={name: closure for name, closure in self.closures.items() if name in kernels},
+            calls=[
+                replace(
+                    call,
+                    hint=_others(call.hint, cases),
+                    reached=_others(call.reached, cases),
+                    follows=_others(call.follows, cases),
+                )
+                for call in self.calls
+                if _stays(call.reached, cases)
+            ],
+        )
+        return plan, units
+
+    def note_sets(self, by_case: Mapping[str, Iterable[str]]) -> None:
+        """Write down which settings of the process each case changes while it makes arguments."""
+        for case in self.cases:
+            case.sets = sorted({*case.sets, *by_case.get(case.name, ())})
+
+    @property
+    def sampled(self) -> list[str]:
+        """Dimensions that were sampled, as `case.dimension`; empty when everything declared was enumerated."""
+        return [f"{case.name}.{dim}" for case in self.cases for dim in case.sampled]
+
+
+def _others(by_case: Mapping[str, Json], cases: Collection[str]) -> dict[str, Json]:
+    return {name: value for name, value in by_case.items() if name not in cases}
+
+
+def _stays(reached: Reached, cases: Collection[str]) -> bool:
+    return not reached or bool(_others(reached, cases))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What one plan has and another lacks."""
+
+    only_left: list[Unit]
+    only_right: list[Unit]
+    tunings_left: list[Tuning]
+    tunings_right: list[Tuning]
+
+    @property
+    def same(self) -> bool:
+        return not (self.only_left or self.only_right or self.tunings_left or self.tunings_right)
+
+
+def diff(left: Plan, right: Plan) -> Difference:
+    """Compare what is launched, whatever points reach it."""
+    units_left, units_right = {u.id: u for u in left.units}, {u.id: u for u in right.units}
+    tunings_left = {tuning_identity(t, function_of(t.kernel)): t for t in left.tunings}
+    tunings_right = {tuning_identity(t, function_of(t.kernel)): t for t in right.tunings}
+    return Difference(
+        [u for i, u in units_left.items() if i not in units_right],
+        [u for i, u in units_right.items() if i not in units_left],
+        [t for i, t in tunings_left.items() if i not in tunings_right],
+        [t for i, t in tunings_right.items() if i not in tunings_left],
+    )
+
+
+def merge(plans: Iterable[Plan]) -> Plan:
+    """One plan of several recordings of one program (its processes), or of several ranks of one job.
+
+    Raises:
+        DeclarationError: when there is none, or they are for different targets.
+    """
+    parts = copy.deepcopy(list(plans))  # they are renumbered below
+    if not parts:
+        raise DeclarationError("at least one recorded plan", "none", "did the program launch a Triton kernel?")
+    targets = sorted({p.target for p in parts})
+    if len(targets) > 1:
+        raise DeclarationError("recordings of one target", f"{', '.join(targets)}")
+    for plan in parts:
+        _rename(plan, {unit.kernel: variant(function_of(unit.kernel), unit.source) for unit in plan.units})
+    out = Plan(parts[0].recipe, parts[0].target, parts[0].origin, parts[0].triton)
+    out.failed = each_once(failed for plan in parts for failed in plan.failed)
+    units: dict[str, Unit] = {}
+    tunings: dict[str, int] = {}
+    for plan in parts:
+        renumber = {-1: -1}
+        for number, tuning in enumerate(plan.tunings):
+            identity = tuning_identity(tuning, tuning.kernel)
+            if identity not in tunings:
+                tunings[identity] = len(out.tunings)
+                out.tunings.append(tuning)
+            known = out.tunings[tunings[identity]]
+            known.choice = known.choice or tuning.choice  # not every process has tuned
+            known.reached = together([known.reached, tuning.reached])
+            renumber[number] = tunings[identity]
+        for unit in plan.units:
+            unit.via = [[renumber[t], c] for t, c in unit.via]
+            same = units.setdefault(unit.id, unit)
+            same.via = [list(v) for v in sorted({tuple(v) for v in [*same.via, *unit.via]})]
+            same.reached = together([same.reached, unit.reached])
+        out.closures.update(plan.closures)
+    out.units = list(units.values())
+    return named(out)
+
+
+def named(plan: Plan) -> Plan:
+    """Call the kernels of `plan`, which are called by all that they are, as short as they can be told apart."""
+    kernels = [unit.kernel for unit in plan.units] + [tuning.kernel for tuning in plan.tunings]
+    _rename(plan, told_apart([*kernels, *plan.closures]))
+    return plan
+
+
+def _rename(plan: Plan, names: Mapping[str, str]) -> None:
+    named: list[Unit | Tuning] = [*plan.units, *plan.tunings]
+    for one in named:
+        one.kernel = names.get(one.kernel, one.kernel)
+    plan.closures = {names.get(name, name): closure for name, closure in plan.closures.items()}
+
+
+def each_once(failed: Iterable[FailedCase]) -> list[FailedCase]:
+    """One entry a case: the first that was found."""
+    found: dict[str, FailedCase] = {}
+    for one in failed:
+        found.setdefault(one.case, one)
+    return list(found.values())
+
+
+def extended(plan: Plan, parts: Iterable[Plan]) -> Plan:
+    """`plan` with the units and tunings of `parts` that it does not have, which are for the same target.
+
+    Raises:
+        DeclarationError: they are for different targets.
+    """
+    out = merge([plan, *parts])
+    out.cases, out.calls, out.ranks = plan.cases, plan.calls, plan.ranks
+    return out
+
+
+def tuning_identity(tuning: Tuning, kernel: str) -> str:
+    """What makes a tuning another one than those of the same kernel, which is called `kernel`."""
+    return _digest([kernel, tuning.tuner, tuning.key, tuning.candidates])
+
+
+def _digest(value: Json) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

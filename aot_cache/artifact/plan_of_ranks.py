@@ -1,0 +1,89 @@
+"""One plan of a job: what any of its ranks launches, and by which of them, where not all do. No torch.
+
+A bundle is for all ranks, and each of them was traced: a specialization that one rank launches is built for it, and said so.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+
+from aot_cache.artifact.key import function_of, variant
+from aot_cache.artifact.plan import Plan, merge, tuning_identity
+from aot_cache.errors import DeclarationError
+
+
+def of_ranks(plans: Sequence[Plan]) -> Plan:
+    """One plan of the plans of all ranks, in their order.
+
+    Raises:
+        DeclarationError: the ranks do not declare the same cases.
+    """
+    first, *others = plans
+    for rank, plan in enumerate(others, 1):
+        _check_declared(first, plan, rank)
+    out = merge(plans)
+    units, tunings = [{unit.id for unit in plan.units} for plan in plans], [{*_identities(plan)} for plan in plans]
+    for unit in out.units:
+        unit.ranks = _having(unit.id, units)
+    for tuning, identity in zip(out.tunings, _identities(out)):
+        tuning.ranks = _having(identity, tunings)
+    out.cases, out.calls, out.ranks = copy.deepcopy(first.cases), first.calls, len(plans)
+    for plan in others:
+        out.note_sets({case.name: case.sets for case in plan.cases})
+    return out
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """`rank 2`, `ranks 0, 1, 3`."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def apart(plan: Plan) -> dict[str, str]:
+    """Kernel of which not every rank launches every specialization → which ranks launch how many besides."""
+    counts: dict[str, dict[tuple[int, ...], int]] = {}
+    for unit in plan.units:
+        if unit.ranks:
+            of_kernel = counts.setdefault(unit.kernel, {})
+            of_kernel[tuple(unit.ranks)] = of_kernel.get(tuple(unit.ranks), 0) + 1
+    return {
+        kernel: "; ".join(
+            f"{n} specialization{'s' * (n > 1)} of {ranks_text(ranks)}" for ranks, n in sorted(found.items())
+        )
+        for kernel, found in sorted(counts.items())
+    }
+
+
+def ranks_of_kernel(plan: Plan, kernel: str) -> list[int]:
+    """The ranks that launch a kernel; empty: all of them do."""
+    found = [unit.ranks for unit in plan.units if unit.kernel == kernel]
+    ranks = sorted({rank for one in found for rank in one})
+    return [] if not all(found) or len(ranks) == plan.ranks else ranks
+
+
+def _having(one: str, ranks: Sequence[set[str]]) -> list[int]:
+    """The ranks that have `one`; none, where all have it."""
+    found = [rank for rank, known in enumerate(ranks) if one in known]
+    return found if len(found) < len(ranks) else []
+
+
+def _identities(plan: Plan) -> Iterable[str]:
+    """What each tuning is, whatever its kernel is called in this plan."""
+    names = {unit.kernel: variant(function_of(unit.kernel), unit.source) for unit in plan.units}
+    return [tuning_identity(tuning, names.get(tuning.kernel, tuning.kernel)) for tuning in plan.tunings]
+
+
+def _check_declared(first: Plan, other: Plan, rank: int) -> None:
+    here, there = ({case.name: case.dims for case in plan.cases} for plan in (first, other))
+    for name in dict.fromkeys([*here, *there]):
+        if here.get(name) != there.get(name):
+            found = f"{_text(here.get(name))} as rank 0, {_text(there.get(name))} as rank {rank}"
+            raise DeclarationError(
+                f"case {name!r} to be declared alike on all ranks", found, "declare what any of them needs"
+            )
+
+
+def _text(dims: Mapping[str, str] | None) -> str:
+    if dims is None:
+        return "not declared"
+    return " ".join(f"{dim}={values}" for dim, values in dims.items()) or "no dimensions"

@@ -1,0 +1,124 @@
+"""Specializations in words: what one kernel binary was compiled for, on one line. Knows neither torch nor Triton.
+
+Plans hold no parameter names, for Triton's key has none. They are read from the kernel's source file, where that is the
+source that the plan was made from; importing the module could take seconds and run anything.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+from aot_cache.artifact.key import function_of
+from aot_cache.artifact.plan import Unit
+
+Json = Any
+Names = Callable[[str, Mapping[str, Json]], Sequence[str]]
+"""(kernel, its source closure) → its parameters' names, or none when they are not known here."""
+
+
+def no_names(kernel: str, closure: Mapping[str, Json]) -> Sequence[str]:
+    """Arguments are then called by their position."""
+    return ()
+
+
+def signature(unit: Unit, names: Sequence[str] = ()) -> str:
+    """`q:*bf16:16 T:i32 K=128 num_warps=1`: what one specialization was compiled for, on one line."""
+    if len(names) != len(unit.specialization):
+        names = [f"#{n}" for n in range(len(unit.specialization))]
+    words = [_argument(name, pair) for name, pair in zip(names, unit.specialization)]
+    # Options that are off, or empty, say nothing.
+    words += [f"{k}={value_text(v)}" for k, v in unit.options.items() if v not in (None, False, "") and k not in names]
+    return " ".join(words)
+
+
+def _argument(name: str, pair: Json) -> str:
+    kind, value = pair["t"]
+    if isinstance(kind, dict):  # a tuple: each element has a type and a value of its own
+        values = value["t"] if isinstance(value, dict) else [None] * len(kind["t"])
+        return " ".join(_argument(f"{name}.{n}", {"t": [k, v]}) for n, (k, v) in enumerate(zip(kind["t"], values)))
+    if kind == "constexpr":
+        return f"{name}={value_text(value)}"
+    # Triton's letters: D is divisible by 16, S a pointer into less than 2 GiB (AMD's 32-bit offsets).
+    marks = {"D": ":16", "S": ":32bit"}
+    return f"{name}:{kind}" + "".join(marks.get(c, f":{c}") for c in (value if isinstance(value, str) else ""))
+
+
+def value_text(value: Json) -> str:
+    """An encoded value (see `upstream.triton_jit.encode`) as Python would write it."""
+    if not isinstance(value, dict):
+        return repr(value)
+    if "named" in value:
+        return f"{value['named'].rpartition(':')[2]}({', '.join(map(value_text, value['t']))})"
+    if "enum" in value:
+        return f"{value['enum'].rpartition(':')[2]}({value_text(value['value'])})"
+    for tag, write in _WRITTEN.items():
+        if tag in value:
+            return write(value[tag])
+    raise ValueError(f"no value of a known kind: {value}")
+
+
+_WRITTEN: dict[str, Callable[[Json], str]] = {
+    "constexpr": value_text,
+    "dtype": str,
+    "torch": "torch.{}".format,
+    "float": str,
+    "jit": lambda name: str(name).rpartition(":")[2],
+    "t": lambda items: f"({', '.join(map(value_text, items))})",
+    "l": lambda items: f"[{', '.join(map(value_text, items))}]",
+}
+
+
+def closure_digest(closure: Mapping[str, Json]) -> str:
+    """The same as `upstream.triton_jit.closure_digest`, which cannot be had without importing Triton."""
+    return hashlib.sha256(json.dumps(closure, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _module_text(module: str) -> str:
+    """A module's source, found without importing it or the packages above it; empty when it is not here."""
+    path: list[str] | None = [os.getcwd(), *sys.path]  # the builder's worker looks in the working folder first, too
+    name, origin = "", None
+    for part in module.split("."):
+        name = f"{name}.{part}".lstrip(".")
+        spec = PathFinder.find_spec(name, path)
+        if spec is None:
+            return ""
+        try:
+            path = list(spec.submodule_search_locations or ())
+        except KeyError:  # a namespace package wants its parent imported to say where it is
+            return ""
+        origin = spec.origin
+    try:
+        return Path(origin).read_text(encoding="utf-8") if origin and origin.endswith(".py") else ""
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def parameter_names(kernel: str, closure: Mapping[str, Json]) -> Sequence[str]:
+    """A kernel's parameters, from the source that is installed here; none unless it is the source it was built from."""
+    function = function_of(kernel)
+    module, _, qualname = function.partition(":")
+    text = _module_text(module)
+    wanted = str(closure[function]["src"]) or "-"
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return ()
+    lines = [line + "\n" for line in text.split("\n")]  # as ast counts them; splitlines knows more line ends
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef) or node.name != qualname.rpartition(".")[2]:
+            continue
+        body = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno]))
+        if hashlib.sha256(body.encode()).hexdigest()[: len(wanted)] == wanted:
+            return [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+    return ()

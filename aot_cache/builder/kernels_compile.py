@@ -1,0 +1,272 @@
+"""Compile a plan's units for the target, in forked children, into the store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from aot_cache.artifact import key
+from aot_cache.artifact.key import IR, NATIVE, UNITS
+from aot_cache.artifact.plan import Plan, Unit
+from aot_cache.artifact.target import Target
+from aot_cache.builder import fork_map
+from aot_cache.builder.kernels_trace import functions_at
+from aot_cache.errors import TargetError, one_line
+from aot_cache.recipes import dimensions
+from aot_cache.recipes.declare import Recipe
+from aot_cache.store import Store
+from aot_cache.upstream.codec import triton_jit
+from aot_cache.upstream.hooks import triton_launcher
+from aot_cache.upstream.virtual import triton_compile
+
+Progress = Callable[[str, int, int], None]
+Json = Any
+
+
+@dataclass
+class Outcome:
+    """What became of a plan's units: `keys[i]` is the store key of `plan.units[i]`."""
+
+    keys: list[str]
+    memory_keys: list[str | None]
+    compiled: int = 0
+    native: list[dict[str, str]] = field(default_factory=list)
+    failed: list[dict[str, str]] = field(default_factory=list)
+    toolchain: dict[str, Json] = field(default_factory=dict)
+
+
+def toolchain(target: Target, line_info: bool) -> dict[str, Json]:
+    """The key's parts that all kernels of this build share."""
+    import triton
+
+    return key.toolchain_parts(
+        triton=triton.__version__,
+        target={"backend": target.backend, "arch": target.arch, "warp_size": target.warp_size},
+        toolkit=triton_compile.toolkit(target),
+        environment=triton_compile.code_environment(),
+        line_info=line_info,
+    )
+
+
+def compile_plan(
+    plan: Plan,
+    recipe: Recipe | None,
+    target: Target,
+    store: Store,
+    *,
+    line_info: bool,
+    pythons: list[triton_launcher.Python],
+    progress: Progress,
+    workers: int | None = None,
+    unclear: Mapping[str, str] | None = None,
+) -> Outcome:
+    """Compile what the store lacks. A unit that fails is listed in `failed`; the rest goes on.
+
+    Args:
+        unclear: kernel → why it is not compiled (see `trace.Traced`).
+    """
+    unclear = unclear or {}
+    shared = toolchain(target, line_info)
+    keys = [
+        key.unit_key(
+            key.unit_parts(key.function_of(u.kernel), u.source, u.specialization, u.options, u.overrides, shared)
+        )
+        for u in plan.units
+    ]
+    outcome = Outcome(keys, [_memory_key(unit) for unit in plan.units], toolchain=shared)
+    first: dict[str, int] = {}
+    for number, unit_key in enumerate(keys):
+        first.setdefault(unit_key, number)
+    # A plan that was handed over may be of other source than is here: nobody could load that, so it fails, kept or not.
+    # This also imports its kernels in this process, and not in a child only, so that their source is part of the stamp.
+    stale = set() if recipe is not None else {name for name in plan.closures if _differs(name, plan)}
+    # In the order of their hashes: units that turn out to be equal are neighbours in the plan, and two children that
+    # compile them at the same time would both do all of it.
+    missing = [
+        number
+        for unit_key, number in sorted(first.items())
+        if plan.units[number].kernel in {*stale, *unclear} or not _stored(store, unit_key)
+    ]
+
+    def run(number: int) -> _Result:
+        if plan.units[number].kernel in unclear:
+            return _Result(error=unclear[plan.units[number].kernel])
+
+        def known(ir: str) -> Json:
+            record = store.get_record(IR, _ir_key(plan.units[number], ir, shared))
+            return record if record is not None and store.has(record["object"]) else None
+
+        return _compile(plan, number, recipe, target, None if line_info else known)
+
+    progress("compile", 0, len(missing))
+    for done, (index, result) in enumerate(fork_map.run(run, missing, workers), 1):
+        number = missing[index]
+        if isinstance(result, fork_map.Died):
+            result = _Result(error=result.why)
+        _keep(store, plan.units[number], keys[number], result, outcome, shared)
+        progress("compile", done, len(missing))
+    if target.backend == "cuda":
+        _build_native(plan, outcome, store, pythons, progress, workers)
+    return outcome
+
+
+def _differs(name: str, plan: Plan) -> str:
+    """How a kernel that is here differs from the plan's; empty when it does not, or is not here at all."""
+    function = triton_jit.unwrap(triton_jit.find(key.function_of(name)))
+    return triton_jit.closure_differs(function, plan.closures[name]) if function is not None else ""
+
+
+def _memory_key(unit: Unit) -> str | None:
+    """Triton's in-memory key of a unit; None where only the serving process can compute it."""
+    if triton_jit.names_a_function(unit.specialization):
+        return None
+    options = {name: triton_jit.decode(value) for name, value in unit.options.items()}
+    return triton_jit.memory_key([triton_jit.decode_pair(pair) for pair in unit.specialization], options)
+
+
+@dataclass
+class _Result:
+    binary: bytes = b""
+    metadata: dict[str, Json] = field(default_factory=dict)
+    error: str = ""
+    pruned: str = ""
+    ir: str = ""
+    same: dict[str, Json] | None = None
+    """The record of a unit of equal IR."""
+
+
+def _ir_key(unit: Unit, ir: str, shared: dict[str, Json]) -> str:
+    return key.digest({**shared, "kernel": key.function_of(unit.kernel), "source": unit.source, "ir": ir})
+
+
+def _stored(store: Store, unit_key: str) -> bool:
+    record = store.get_record(UNITS, unit_key)
+    return record is not None and ("pruned" in record or store.has(record["object"]))
+
+
+def _compile(
+    plan: Plan, number: int, recipe: Recipe | None, target: Target, known: Callable[[str], Json] | None
+) -> _Result:
+    unit = plan.units[number]
+    try:
+        function = _function(unit, plan, recipe)
+        if function is None:
+            return _Result(error="no kernel of this name can be reached: is its module installed here?")
+        differs = triton_jit.closure_differs(function, plan.closures[unit.kernel])
+        if differs:
+            return _Result(error=f"the plan is of other source: {differs}")
+        specialization = [triton_jit.decode(pair) for pair in unit.specialization]
+        kwargs = {k: triton_jit.decode(v) for k, v in {**unit.overrides, **unit.options}.items()}
+        compiled = triton_compile.compile_specialization(function, specialization, kwargs, target, known)
+    except triton_compile.Known as found:
+        return _Result(same=found.value)
+    except Exception as error:
+        if not unit.launched_without_tuner() and triton_compile.is_pruned_like_triton(error):
+            return _Result(pruned=one_line(error))
+        return _Result(error=one_line(error))
+    return _Result(compiled.binary, compiled.metadata, ir=compiled.ir)
+
+
+def made_by_host_code(unit: Unit, plan: Plan) -> bool:
+    """Whether no module has the unit's kernel by its name: only host code that is run makes it."""
+    function = _by_name(unit)
+    return function is None or bool(triton_jit.closure_differs(function, plan.closures[unit.kernel]))
+
+
+def _by_name(unit: Unit) -> Any:
+    name = key.function_of(unit.kernel)
+    function = triton_jit.unwrap(triton_jit.find(name))
+    return function if function is not None and triton_jit.name_of(function) == name else None
+
+
+def _function(unit: Unit, plan: Plan, recipe: Recipe | None) -> Any:
+    name, function = key.function_of(unit.kernel), _by_name(unit)
+    if recipe is None or not made_by_host_code(unit, plan):
+        return function
+    # Made inside a function: run the host code that makes it. No declared point may reach a unit that was missed.
+    others = (other.reached for other in plan.units if other.kernel == unit.kernel and other.reached)
+    for case_name, boxes in (unit.reached or next(others, {})).items():
+        case = next(c for c in recipe.cases if c.name == case_name)
+        made = functions_at(case, dimensions.expand(boxes[:1])[0])
+        return made.get(key.variant(name, unit.source), function)
+    return function
+
+
+def _keep(store: Store, unit: Unit, unit_key: str, result: _Result, outcome: Outcome, shared: dict[str, Json]) -> None:
+    if result.error:
+        outcome.failed.append({"kernel": unit.kernel, "unit": unit.id, "error": result.error})
+        return
+    outcome.compiled += 1
+    if result.pruned:
+        store.put_record(UNITS, unit_key, {"pruned": result.pruned})
+        return
+    record = result.same
+    if record is None:
+        digest = store.put(result.binary)
+        record = {"object": digest, "size": len(result.binary), "metadata": result.metadata}
+        if result.ir:
+            store.put_record(IR, _ir_key(unit, result.ir, shared), record)
+    store.put_record(UNITS, unit_key, record)
+
+
+# --- C modules ---------------------------------------------------------------------------------------------------------
+
+
+def _build_native(
+    plan: Plan,
+    outcome: Outcome,
+    store: Store,
+    pythons: list[triton_launcher.Python],
+    progress: Progress,
+    workers: int | None,
+) -> None:
+    """The C modules that Triton would build with gcc when the kernels are loaded."""
+    sources = {triton_launcher.source_key(s): (s, triton_launcher.UTILS) for s in [triton_launcher.utils_source()]}
+    for unit, unit_key in zip(plan.units, outcome.keys):
+        record = store.get_record(UNITS, unit_key)
+        if record is None or "pruned" in record:
+            continue
+        source = _launcher_source(unit, record["metadata"])
+        if source is not None:
+            sources.setdefault(triton_launcher.source_key(source), (source, triton_launcher.LAUNCHER))
+    jobs = [(k, s, name, python) for k, (s, name) in sorted(sources.items()) for python in pythons]
+    todo = [job for job in jobs if not _native_stored(store, job)]
+
+    def run(job: Any) -> Any:
+        _, source, name, python = job
+        try:
+            return triton_launcher.build(source, name, python)
+        except TargetError as error:
+            return error
+
+    for index, result in fork_map.run(run, todo, workers):
+        job = todo[index]
+        if isinstance(result, bytes):
+            store.put_record(NATIVE, _native_key(job), {"object": store.put(result), "size": len(result)})
+        else:
+            message = result.why if isinstance(result, fork_map.Died) else str(result)
+            outcome.failed.append({"kernel": f"{job[2]} ({job[3].suffix})", "unit": job[0][:16], "error": message})
+    for job in jobs:
+        record = store.get_record(NATIVE, _native_key(job))
+        if record is not None:
+            outcome.native.append(
+                {"name": job[2], "source": job[0], "suffix": job[3].suffix, "object": record["object"]}
+            )
+
+
+def _launcher_source(unit: Unit, metadata: dict[str, Json]) -> str | None:
+    types = [triton_jit.decode(pair)[0] for pair in unit.specialization]
+    return triton_launcher.launcher_source({str(n): t for n, t in enumerate(types)}, metadata.get("tensordesc_meta"))
+
+
+def _native_key(job: Any) -> str:
+    return key.digest(
+        {"schema": key.SCHEMA, "source": job[0], "suffix": job[3].suffix, "cc": os.environ.get("CC", "gcc")}
+    )
+
+
+def _native_stored(store: Store, job: Any) -> bool:
+    record = store.get_record(NATIVE, _native_key(job))
+    return record is not None and store.has(record["object"])

@@ -1,0 +1,77 @@
+"""Calls of compiled functions that missed: the points that they add to a recipe, and whether its graphs serve them then.
+
+A miss that is not covered fails nothing, because nobody declared it. Reasons go by the miss's number in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from aot_cache.artifact.plan import Plan
+from aot_cache.builder.call_kinds import Kind
+from aot_cache.errors import AotCacheError
+from aot_cache.misses.file import GRAPH, Miss
+from aot_cache.misses.solve import points_for
+from aot_cache.recipes.declare import Recipe
+from aot_cache.recipes.dimensions import Point
+
+Json = Any
+
+
+def widen(recipe: Recipe, misses: Sequence[Miss]) -> tuple[Recipe, dict[int, str]]:
+    """The recipe with the points of all `misses`, and why some have none that it could take."""
+    why: dict[int, str] = {}
+    for number, miss in enumerate(misses):
+        try:
+            recipe = recipe.widened({case: [point] for case, point in miss.facts.get("points", {}).items()})
+        except AotCacheError as error:
+            why[number] = str(error)
+    return recipe, why
+
+
+def uncovered(
+    misses: Sequence[Miss],
+    kinds: Iterable[Kind],
+    plan: Plan,
+    failed: Mapping[str, str],
+    why: Mapping[int, str],
+    refused: Iterable[tuple[str, Point, str]],
+) -> dict[int, str]:
+    """Number of each missed call → why it will miss again; empty when it will not.
+
+    Args:
+        kinds: of calls that the recipe makes now.
+        plan: what those kinds are in words.
+        failed: id of a kind → why it was not compiled.
+        why: of `widen`.
+        refused: (case, point, why) where the recipe's code could not run.
+    """
+    by_name: dict[str, list[Kind]] = {}
+    for kind in kinds:
+        by_name.setdefault(f"{kind.module}:{kind.function}", []).append(kind)
+    out = {}
+    for number, miss in enumerate(misses):
+        if miss.kind == GRAPH:
+            mine = [k for k in by_name.get(miss.name, ()) if k.takes(miss.facts["structure"], miss.facts["sizes"])]
+            out[number] = _served(miss, mine, failed) if mine else why.get(number) or _unmade(miss, plan, refused)
+    return out
+
+
+def _served(miss: Miss, kinds: Sequence[Kind], failed: Mapping[str, str]) -> str:
+    """Why a call that the recipe makes will miss all the same."""
+    if all(kind.id in failed for kind in kinds):
+        return f"it was not compiled: {failed[kinds[0].id]}"
+    if miss.facts["points"] and not miss.facts["declare"]:
+        return f"it was declared already, and missed because {'; '.join(miss.why) or 'of something unknown'}"
+    return ""
+
+
+def _unmade(miss: Miss, plan: Plan, refused: Iterable[tuple[str, Point, str]]) -> str:
+    """Why the recipe makes no such call."""
+    points = miss.facts["points"]
+    for case, point, why in refused:
+        if points.get(case) == point:
+            return why
+    solved = points_for(plan.calls, plan.cases, miss.name, miss.facts["structure"], miss.facts["sizes"])
+    return solved.why or f"no declared case makes this call; this would: {solved.declare}"

@@ -1,0 +1,166 @@
+"""One point of a case is run, and what goes wrong there is told as `FailedCase`: with the place in the user's own code.
+
+Nothing that a recipe's code raises ends a build: the case is left out, and named. Only what it cannot be told apart from a
+wrong declaration (no cases, unknown dimensions, a module that does not import) comes before any point is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib import util
+
+from aot_cache.artifact.plan import FailedCase
+from aot_cache.errors import AotCacheError, DeclarationError, TraceError, first_cause, one_line
+from aot_cache.recipes import shipped
+from aot_cache.recipes.declare import Case
+from aot_cache.recipes.dimensions import Point, point_text
+from aot_cache.upstream.codec import torch_ranks, triton_sources
+from aot_cache.upstream.virtual import process_settings
+
+sets: dict[str, set[str]] = {}
+"""Case → what it has set for this process while it made arguments: a server that does not do so misses."""
+
+Within = Callable[[], contextlib.AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A case that cannot be run.
+
+    Args:
+        failed: what a plan and a bundle say of it.
+        error: what the build raises where there is no other case.
+    """
+
+    failed: FailedCase
+    error: AotCacheError
+
+
+def run(
+    case: Case,
+    point: Point,
+    within: Within = contextlib.nullcontext,
+    needs_values: tuple[type[Exception], ...] = (),
+) -> Broken | None:
+    """Run a point; what it sets in this process is put back after it.
+
+    Args:
+        within: the modes in which it is run.
+        needs_values: what is raised where host code reads values of a tensor that has none.
+    """
+    try:
+        with within(), process_settings.kept() as settings:
+            call = case.call(point)
+            sets.setdefault(case.name, set()).update(settings.changed().names)
+            call()
+    except (Exception, SystemExit) as error:  # `sys.exit()` in a model is no reason to end the build
+        return broken(case, point, error, needs_values)
+    return None
+
+
+def broken(case: Case, point: Point, error: BaseException, needs_values: tuple[type[Exception], ...] = ()) -> Broken:
+    """What is said of a case that raised `error` at `point`."""
+    where, (file, line) = f"{point_text(point)}{_as_rank()}", place_of(error) or _place_of_code(case)
+    place = f"{file}:{line}"  # whole, for who reads the error here; a bundle says the same wherever it was built
+    wanted = f"case {case.name!r} to run at {where}"
+    error = triton_sources.unreadable(error) or error
+    told: AotCacheError
+    if isinstance(error, TraceError):
+        do = shipped.what_to_do(case.make, error.do)
+        told = type(error)(f"{error.wanted}, in case {case.name!r} at {where}", error.found, do)
+        why = str(error)
+    elif isinstance(error, AotCacheError):
+        told, why = type(error)(f"{error.wanted}{_as_rank()}", error.found, error.do), str(error)
+    elif isinstance(error, needs_values):
+        why = f"reads the values of a tensor ({error})"
+        told = TraceError(wanted, f"{place} {why}", shipped.what_to_do(case.make, "hand the number in as an argument"))
+    else:
+        lines = str(error).splitlines() or [""]
+        why = f"{type(error).__name__}: {lines[0]}"
+        if isinstance(error, ImportError) and error.__cause__ is not None:
+            why += f", from {one_line(first_cause(error))}"
+        told = DeclarationError(wanted, f"{why} ({place})", shipped.what_to_do(case.make))
+    return Broken(FailedCase(case.name, point, f"{short(file)}:{line}", why, _as_rank()), told)
+
+
+def died(case: str, point: Point, why: str) -> Broken:
+    """What is said of a case that ended the process in which it ran."""
+    return known(FailedCase(case, point, "", why, _as_rank()))
+
+
+def known(failed: FailedCase) -> Broken:
+    """What is said of a case of which no more is known than this."""
+    return Broken(failed, TraceError(f"case {failed.case!r} to run at {failed.where}{failed.rank}", failed.why))
+
+
+def _as_rank() -> str:
+    """Which rank of a job this process is, where it is one of several: others may run what it cannot."""
+    return f", as rank {torch_ranks.own_rank()}" if torch_ranks.up() else ""
+
+
+def all_of(broken: Iterable[Broken]) -> AotCacheError:
+    """The error of a recipe of which no case can be run: the first case's, which names the others, too."""
+    first, *others = broken
+    if not others:
+        return first.error
+    more = "; ".join(f"{one.failed.name} {one.failed.text}" for one in others)
+    return type(first.error)(first.error.wanted, f"{first.error.found}; {more}", first.error.do)
+
+
+# --- where in the user's code -----------------------------------------------------------------------------------------
+
+
+def place_of(error: BaseException) -> tuple[str, int] | None:
+    """(file, line) of the last frame that is the user's own; None where there is none."""
+    frames = [(f.filename, f.lineno or 0) for f in traceback.extract_tb(error.__traceback__)]
+    frames += [(f.filename, f.lineno or 0) for f in getattr(error, "real_stack", None) or ()]  # where Dynamo was
+    return next((frame for frame in reversed(frames) if _is_of_user(frame[0])), None)
+
+
+def _place_of_code(case: Case) -> tuple[str, int]:
+    """Where the case is declared."""
+    code = getattr(inspect.unwrap(case.make), "__code__", None)
+    return ("", 0) if code is None else (code.co_filename, code.co_firstlineno)
+
+
+def _is_of_user(file: str) -> bool:
+    if file.startswith("<"):
+        return False
+    real = os.path.realpath(file)
+    if real.startswith(_folders("purelib", "platlib")):
+        return not real.startswith(_machinery())
+    return not real.startswith((*_folders("stdlib"), *_machinery()))
+
+
+@cache
+def _folders(*names: str) -> tuple[str, ...]:
+    return tuple(os.path.realpath(sysconfig.get_paths()[name]) + os.sep for name in names)
+
+
+@cache
+def _machinery() -> tuple[str, ...]:
+    """Folders whose code nobody takes for the recipe's: torch's, Triton's, NumPy's, and ours but for the models."""
+    package = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    ours = [os.path.join(package, entry) for entry in os.listdir(package) if entry not in ("models", "engines")]
+    return (*ours, *filter(None, map(_folder, ("torch", "triton", "numpy"))))
+
+
+def _folder(package: str) -> str:
+    """Where a package is, without importing it; empty where it is not installed."""
+    spec = util.find_spec(package)
+    return os.path.dirname(os.path.realpath(spec.origin)) + os.sep if spec is not None and spec.origin else ""
+
+
+def short(file: str) -> str:
+    """A path without the folder that Python found it in: a bundle says the same wherever it was built."""
+    folders = sorted({os.path.realpath(path) for path in sys.path}, key=len, reverse=True)
+    real = os.path.realpath(file)
+    return next((os.path.relpath(real, at) for at in folders if real.startswith(at.rstrip(os.sep) + os.sep)), file)

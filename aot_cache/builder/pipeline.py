@@ -1,0 +1,264 @@
+"""`build` from end to end: recipe or plan → worker (trace, compile) → bundle. Imports neither torch nor Triton."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aot_cache import tested
+from aot_cache.artifact import key, plan_of_ranks
+from aot_cache.artifact.manifest import split
+from aot_cache.artifact.plan import Plan
+from aot_cache.artifact.target import Target
+from aot_cache.builder import fingerprint, workers
+from aot_cache.builder.assemble import assemble, covered
+from aot_cache.errors import AotCacheError, TraceError
+from aot_cache.misses import file as miss_file
+from aot_cache.misses.describe import asked
+from aot_cache.misses.file import GRAPH, Misses
+from aot_cache.recipes import declare as declaring
+from aot_cache.recipes import options
+from aot_cache.store import Store, read_bundle, write_bundle
+
+Json = Any
+Progress = Callable[[str, int, int], None]
+STAMPS = "stamps"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to build.
+
+    Args:
+        model: a recipe's name or `module:object`, with its options (see `recipe.load`); None when `plan` is given.
+        plan: a plan file (recorded, or edited) to build instead.
+        target: the GPU kind.
+        store: the store's folder.
+        ranges: dimension → text, in place of the declared one.
+        out: the bundle's path; default `STORE/bundles/MODEL-OPTIONS-TARGET.safetensors` (see `options.file_name`).
+        line_info: keep line numbers for profilers (binaries then hold paths).
+        pythons: further interpreters to build C modules for.
+        workers: processes; default all cores.
+        misses: files of what serving processes missed; it is built with the model.
+        ranks: how many the job has: graphs that hold a rank's number are built for each (see `by_rank`); None: as the
+            recipe says.
+    """
+
+    target: Target
+    store: Path
+    model: str | None = None
+    plan: Path | None = None
+    ranges: Mapping[str, str] = field(default_factory=dict)
+    out: Path | None = None
+    line_info: bool = False
+    pythons: tuple[str, ...] = ()
+    workers: int | None = None
+    misses: tuple[Path, ...] = ()
+    ranks: int | None = None
+
+
+@dataclass
+class Built:
+    """What a build did and where its bundle is; `misses` says what became of those that were given.
+
+    `digest` is empty where all that was to be built failed: no bundle was written, and one that was there is as it was.
+    Of `declared` points `points` were run on the virtual device, and at `covered` of these all that is reached was built.
+    It is for a job of `ranks`.
+    """
+
+    target: str
+    path: Path
+    digest: str
+    size: int
+    units: int
+    graphs: int
+    compiled: int
+    pruned: int
+    failed: list[dict[str, str]]
+    sampled: list[str]
+    points: int
+    seconds: float
+    nothing_to_do: bool = False
+    misses: dict[str, Json] = field(default_factory=dict)
+    per_rank: dict[str, str] = field(default_factory=dict)
+    """Function whose graphs are built for each rank → why."""
+    apart: dict[str, str] = field(default_factory=dict)
+    """Kernel of which not every rank launches every specialization → which ranks launch what."""
+    sets: dict[str, list[str]] = field(default_factory=dict)
+    """Case → settings of the process that it changes while it makes arguments."""
+    declared: int = 0
+    covered: int = 0
+    ranks: int = 1
+    untested: str = ""
+    """What speaks against trusting the releases of torch, Triton and transformers that built it."""
+
+    def to_json(self) -> dict[str, Json]:
+        return {**self.__dict__, "path": str(self.path)}
+
+
+def build(request: Request, progress: Progress = lambda *_: None) -> Built:
+    """Build one bundle.
+
+    Raises:
+        UnknownName, DeclarationError, TraceError: what was asked for is wrong, or nothing can be built of it; nothing was
+            written.
+        StoreUnwritable: the store cannot take it; it is as it was.
+    """
+    began = time.perf_counter()
+    store = Store(request.store)
+    store.check_writable()
+    if request.model is not None:
+        declaring.resolve(request.model)
+    misses = miss_file.read(request.misses)
+    question = _question(request, misses)
+    before = store.get_record(STAMPS, question)
+    if before is not None and not fingerprint.changed(before["inputs"]):
+        same = _still_there(before)
+        if same is not None:
+            same.seconds = time.perf_counter() - began
+            return same
+    with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
+        answer, plan = workers.run(request, Path(scratch), misses, progress)
+        built = _finish(request, store, plan, answer, misses)
+    built.per_rank = answer.get("per_rank", {})
+    built.misses = _became(misses, answer, request.target)
+    built.seconds = time.perf_counter() - began
+    if not built.failed:
+        result = built.to_json()
+        with store.writer():
+            store.put_record(STAMPS, question, {"inputs": answer["inputs"], "built": result})
+    return built
+
+
+def plan_only(request: Request, progress: Progress = lambda *_: None) -> Plan:
+    """Trace without compiling: what `build` would compile."""
+    with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
+        return workers.run(request, Path(scratch), miss_file.read(request.misses), progress, show_plan=True)[1]
+
+
+def bundle_path(request: Request, name: str, spec: str = "", misses: Misses | None = None) -> Path:
+    """Where the bundle of the recipe called `name` goes.
+
+    The options in `spec` are part of the file's name. So is what makes a bundle narrower or wider than the recipe's own, which it
+    must not replace. A bundle of a plan is called as the plan's file.
+    """
+    if request.out is not None:
+        return request.out
+    if request.plan is not None:
+        file = request.plan.name.removesuffix(".json").removesuffix(".plan").removesuffix(f"-{request.target.id}")
+    else:
+        more = {f"range.{dim}": text for dim, text in sorted(request.ranges.items())}
+        if request.ranks is not None:
+            more["ranks"] = str(request.ranks)
+        if misses is not None and misses.found:
+            more["misses"] = key.digest(asdict(misses))[:12]
+        file = options.file_name(name, spec, more)
+    return request.store / "bundles" / f"{file}-{request.target.id}.safetensors"
+
+
+def _question(request: Request, misses: Misses) -> str:
+    """The stamp's key: everything about the request, and the environment."""
+    plan = key.digest(request.plan.read_text()) if request.plan is not None and request.plan.is_file() else ""
+    return key.digest(
+        {
+            "model": options.published(request.model) if request.model is not None else None,
+            "plan": plan,
+            "target": request.target.properties(),
+            "ranges": dict(request.ranges),
+            "out": str(request.out.absolute()) if request.out else "",
+            "line_info": request.line_info,
+            "pythons": list(request.pythons),
+            "misses": asdict(misses),
+            "ranks": request.ranks,
+            "environment": fingerprint.environment(),
+        }
+    )
+
+
+def _still_there(before: Mapping[str, Json]) -> Built | None:
+    built = Built(**{**before["built"], "path": Path(before["built"]["path"])})
+    try:
+        found = read_bundle(built.path)
+    except AotCacheError:
+        return None
+    if found.digest != built.digest or found.check_all():
+        return None
+    built.nothing_to_do, built.compiled = True, 0
+    return built
+
+
+def _became(misses: Misses, answer: Mapping[str, Json], target: Target) -> dict[str, Json]:
+    """What became of the misses that the build was given."""
+    why = dict([*answer.get("missed_kernels", []), *answer.get("missed_calls", [])])
+    nobody = {GRAPH: "no declared case calls a compiled function"}
+    rows = [
+        {
+            "kind": miss.kind,
+            "name": miss.name,
+            "asked": asked(miss),
+            "count": miss.count,
+            "why": why.get(number, nobody.get(miss.kind, f"nothing is built of it for {target.id}")),
+        }
+        for number, miss in enumerate(misses.found)
+    ]
+    uncovered = [row for row in rows if row["why"]]
+    return {
+        "given": len(rows),
+        "covered": len(rows) - len(uncovered),
+        "uncovered": uncovered,
+        "cut_off": misses.cut_off,
+    }
+
+
+def _finish(request: Request, store: Store, plan: Plan, answer: Mapping[str, Json], misses: Misses) -> Built:
+    spec = options.published(answer.get("spec", ""))  # without the options that are the recipe's defaults
+    manifest, objects = assemble(request.target, spec, plan, store, answer)
+    path = bundle_path(request, plan.recipe, spec, misses)
+    lean, details = split(manifest)
+    objects[lean["details"]] = details
+    digest = ""
+    if manifest["units"] or manifest["graphs"]:
+        with store.writer():
+            digest = write_bundle(path, lean, objects)
+            plan.write(path.with_suffix(".plan.json"))
+    elif not manifest["failed"]:
+        raise _nothing(plan, request.target)
+    return Built(
+        target=request.target.id,
+        path=path,
+        digest=digest,
+        size=path.stat().st_size if digest else 0,
+        units=len(manifest["units"]),
+        graphs=len(manifest["graphs"]),
+        compiled=answer.get("compiled", 0) + answer.get("graphs_compiled", 0),
+        pruned=len(manifest["pruned"]),
+        failed=list(manifest["failed"]),
+        sampled=plan.sampled,
+        points=sum(case.points for case in plan.cases),
+        seconds=0.0,
+        declared=sum(case.total for case in plan.cases),
+        covered=covered(plan, manifest["failed"]),
+        ranks=plan.ranks,
+        apart=plan_of_ranks.apart(plan),
+        sets={case.name: case.sets for case in plan.cases if case.sets},
+        untested=tested.doubt_here(request.target.backend == "cpu", _imported("transformers", answer["inputs"])),
+    )
+
+
+def _nothing(plan: Plan, target: Target) -> TraceError:
+    points = sum(case.points for case in plan.cases)
+    do = "see `aot-cache build --show-plan`"
+    if target.backend == "cpu":
+        do = "Triton kernels are for a GPU: name one with --target (`aot-cache targets`)"
+    found = f"none of either at any of {points} points"
+    return TraceError(f"a Triton kernel or a compiled function of {plan.recipe} for {target.id}", found, do)
+
+
+def _imported(package: str, inputs: Mapping[str, Json]) -> bool:
+    """Whether a build imported a package: one that an installer recorded, or any other."""
+    files = (Path(path) for path in inputs.get("files", ()))
+    return package in inputs.get("packages", ()) or any(f.parts[-2:] == (package, "__init__.py") for f in files)

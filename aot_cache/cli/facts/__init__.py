@@ -1,0 +1,1 @@
+"""What the commands print, as plain JSON-able dicts: what `--json` gives. Formats nothing."""

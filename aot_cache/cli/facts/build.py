@@ -1,0 +1,99 @@
+"""Facts about targets, and what `build` would make and has made, as plain JSON-able dicts. Knows neither torch nor Triton."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aot_cache.artifact.plan import Plan
+from aot_cache.artifact.reached import together
+from aot_cache.artifact.rehearsed import NO_STAMP, Stamp
+from aot_cache.artifact.specialization import Names, no_names
+from aot_cache.artifact.target import Difference, Target
+from aot_cache.cli.facts import bundle as bundle_facts
+
+if TYPE_CHECKING:
+    from aot_cache.builder.pipeline import Built
+
+Json = Any
+Facts = dict[str, Json]
+
+IMAGE = "/opt/aot-cache"
+"""Where the lines for a Dockerfile put bundles."""
+SERVER = "import aot_cache.auto  # before the model"
+"""What a serving process begins with."""
+
+
+def plan(found: Plan, path: Path, names: Names = no_names) -> Facts:
+    """What would be built, and why: `report.plan`, and for each kernel and call the points of all cases that reach it."""
+    facts = bundle_facts.plan(found, path, names=names)
+    for row in facts["kernels"]:
+        row["reached"] = together(unit.reached for unit in found.units if unit.kernel == row["kernel"])
+    for row in [*facts["kernels"], *facts["calls"]]:
+        row["reached_by"] = bundle_facts.reached_text(row["reached"]) or ["no declared point"]
+    return facts
+
+
+def built(result: Built, stamp: Stamp = NO_STAMP, rehearsal: Facts | None = None) -> Facts:
+    """What one build did, and what to write where it is used: nothing, where it is not whole or does not hit.
+
+    Args:
+        stamp: what was rehearsed of it.
+        rehearsal: what is shown of the one with which it ended; None where there was none.
+    """
+    good = not result.failed and (rehearsal is None or rehearsal["passed"])
+    return {
+        **result.to_json(),
+        "path": str(result.path.absolute()),
+        "written": bool(result.digest),
+        "complete": not result.failed,
+        "coverage": _coverage(result, stamp, rehearsal),
+        **stamp.facts(),
+        "rehearsal": rehearsal,
+        "dockerfile": dockerfile(result.path, result.digest) if good else [],
+        "server": SERVER if good else "",
+    }
+
+
+def _coverage(result: Built, stamp: Stamp, rehearsal: Facts | None) -> str:
+    if not result.failed and rehearsal is not None and not rehearsal["passed"]:
+        return str(rehearsal["verdict"])
+    return bundle_facts.coverage("", result.points, result.sampled, failed=len(result.failed), stamp=stamp)
+
+
+def dockerfile(bundle: Path, digest: str) -> list[str]:
+    """The lines that put a bundle into an image, and say that no other may be loaded."""
+    path = bundle.absolute()
+    there = f"{IMAGE}/{path.name}"
+    # Docker copies from its context, which a build's folder mostly is; from a stage of the image, it wants the whole path.
+    here = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return [f"COPY {_copied(str(here), there)}", f"ENV AOT_CACHE={_quoted(there)} AOT_CACHE_DIGEST={digest}"]
+
+
+def _copied(source: str, there: str) -> str:
+    """The arguments of a Dockerfile's COPY; as JSON where a space would take a path apart."""
+    both = [path.replace("$", "\\$") for path in (source, there)]
+    return json.dumps(both, ensure_ascii=False) if re.search(r"\s", source + there) else " ".join(both)
+
+
+def _quoted(path: str) -> str:
+    """A path as the value of a Dockerfile's ENV."""
+    plain = path.replace("\\", "\\\\").replace("$", "\\$").replace('"', '\\"')
+    return path if plain == path and " " not in path else f'"{plain}"'
+
+
+def targets(rows: Iterable[Target]) -> list[Facts]:
+    """The table of targets, with the sources of its numbers."""
+    return [row.properties() for row in rows]
+
+
+def differences(target: str, found: Iterable[Difference]) -> list[Facts]:
+    """Where this machine's GPU is not what the table says of `target`."""
+    return [{"target": target, "field": d.field, "table": _plain(d.table), "device": _plain(d.device)} for d in found]
+
+
+def _plain(value: object) -> Json:
+    return list(value) if isinstance(value, tuple) else value

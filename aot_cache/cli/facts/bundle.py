@@ -1,0 +1,366 @@
+"""Facts about plans and bundles as plain JSON-able dicts: what `--json` prints and tables are made of.
+
+Pure functions; they know neither torch nor Triton.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from aot_cache.artifact.key import Part
+from aot_cache.artifact.manifest import unit_label, whole
+from aot_cache.artifact.plan import SCHEMA, Plan, Tuning
+from aot_cache.artifact.plan_of_ranks import apart
+from aot_cache.artifact.rehearsed import NO_STAMP, Stamp
+from aot_cache.artifact.specialization import Names, closure_digest, no_names, signature
+from aot_cache.cli.facts import coverage_grid
+from aot_cache.cli.facts import graphs as graph_facts
+from aot_cache.cli.facts import ledger as ledger_facts
+from aot_cache.cli.facts import sizes as size_facts
+from aot_cache.cli.facts.coverage_grid import CALL, GRAPH, KERNEL, Served
+from aot_cache.errors import AotCacheError, BundleCorrupt, DeclarationError, DigestMismatch, Incompatible, NotReady
+from aot_cache.recipes.dimensions import point_text
+from aot_cache.store import Bundle
+
+Json = Any
+Facts = dict[str, Json]
+_TUNING = tuple(field.name for field in fields(Tuning))
+"""A bundle says more of a tuning than a plan does."""
+
+SHORT = 16
+"""Characters of a digest that are shown to people."""
+
+
+# --- plans and bundles ------------------------------------------------------------------------------------------------
+
+
+def bundle(
+    found: Bundle,
+    kernel: str | None = None,
+    points: bool = False,
+    names: Names = no_names,
+    ledger: ledger_facts.Ledger | None = None,
+    stamp: Stamp = NO_STAMP,
+) -> Facts:
+    """What a bundle holds; with `kernel` or `points` also its specializations.
+
+    Args:
+        kernel: list the specializations of the kernels with this in their name.
+        points: list those of every kernel.
+        ledger: what serving processes counted.
+        stamp: what was rehearsed of it.
+
+    Raises:
+        BundleCorrupt: the manifest has another form than this version writes.
+        DeclarationError: no kernel is called so.
+    """
+    m = whole(found)
+    with form_of(found):
+        inside = plan_of(m)
+        objects = [(unit["object"], int(m["objects"][unit["object"]])) for unit in m["units"]]
+        compiled = [
+            {
+                "key": unit["key"],
+                "bytes": size,
+                "shared": int({**m["metadata"], **unit["metadata"]}.get("shared", 0)),
+            }
+            for unit, (_, size) in zip(m["units"], objects)
+        ]
+        facts = {
+            "kind": "bundle",
+            "path": str(found.path),
+            "digest": found.digest,
+            "bytes": found.size,
+            "spec": m["spec"],
+            "device": m["target"]["name"],
+            "properties": dict(m["target"]),
+            "complete": bool(m["complete"]),
+            "pruned": len(m["pruned"]),
+            "key": dict(m["toolchain"]),
+            **_common(inside, failures(m["failed"]), stamp),
+            **stamp.facts(),
+            "kernels": _kernels(inside, _chosen(inside, kernel), objects),
+        }
+        facts["graphs"] = graph_facts.graphs(m, m["objects"])
+        facts["graph_key"] = {k: v for k, v in m["graph_key"].items() if k != "target"}
+        facts["sizes"] = size_facts.sizes(m, found.manifest["details"], found.size)
+        facts["grids"] = _grids(inside, GRAPH, facts["graphs"], ledger.missed() if ledger is not None else ())
+        if ledger is not None:
+            parts = {name for graph in m["graphs"] for name in graph["graphs"]}
+            facts["ledger"] = ledger_facts.facts(ledger, found.digest, len(parts))
+            ledger_facts.annotate(facts["grids"], facts["ledger"])
+        if kernel is not None or points:
+            facts["specializations"] = _specializations(inside, _chosen(inside, kernel), compiled, names)
+    return facts
+
+
+def plan(found: Plan, path: Path, kernel: str | None = None, points: bool = False, names: Names = no_names) -> Facts:
+    """What a plan asks for; the arguments are those of `bundle`.
+
+    Raises:
+        DeclarationError: a value in it has another form than this version writes, or no kernel is called so.
+    """
+    with form(DeclarationError, f"a plan of this version at {path}"):
+        facts = {"kind": "plan", "path": str(path), **_common(found, [one.failure() for one in found.failed])}
+        facts["kernels"] = _kernels(found, _chosen(found, kernel), [])
+        facts["grids"] = _grids(found, CALL, facts["calls"])
+        if kernel is not None or points:
+            facts["specializations"] = _specializations(found, _chosen(found, kernel), [], names)
+    return facts
+
+
+def plan_of(manifest: Mapping[str, Json]) -> Plan:
+    """The plan that a bundle's whole manifest carries, without the units that failed or do not fit.
+
+    Raises:
+        KeyError, ValueError, ...: the manifest has another form than this version writes; see `form`.
+    """
+    name = [k["name"] for k in manifest["kernels"]]
+    closures = {k["name"]: k["closure"] for k in manifest["kernels"]}
+    sources = {k: closure_digest(closure) for k, closure in closures.items()}
+    units = [
+        {
+            "kernel": name[u["kernel"]],
+            "source": sources[name[u["kernel"]]],
+            "options": {option: u["options"][option] for option in u["option_order"]},
+            **{k: u[k] for k in ("specialization", "via", "reached", "ranks")},
+        }
+        for u in manifest["units"]
+    ]
+    tunings = [{**{k: t[k] for k in _TUNING if k in t}, "kernel": name[t["kernel"]]} for t in manifest["tunings"]]
+    document = {
+        "aot-cache plan": SCHEMA,
+        "recipe": manifest["recipe"],
+        "target": manifest["target"]["id"],
+        "origin": manifest["origin"],
+        "triton": manifest["toolchain"]["triton"],
+        "cases": manifest["cases"],
+        "units": units,
+        "tunings": tunings,
+        "closures": closures,
+        "calls": manifest["calls"],
+        "ranks": manifest["ranks"],
+    }
+    try:
+        return Plan.from_json(document)
+    except DeclarationError as error:  # it would tell of a plan file, and this is none
+        raise ValueError(error.found) from error
+
+
+def failures(found: Iterable[Mapping[str, Json]]) -> list[Facts]:
+    """What of a recipe is not in a bundle, and why: cases, kernels, compiled functions."""
+    return [{k: str(f[k]) for k in ("kernel", "unit", "error")} for f in found]
+
+
+def coverage(origin: str, points: int, sampled: Sequence[str], *, failed: int = 0, stamp: Stamp = NO_STAMP) -> str:
+    """What the declared ranges promise, in words: `proved` only of what was rehearsed, and at all points."""
+    if failed:
+        return f"not proved: {failed} failed"
+    rehearsals = "; ".join(run.text() for run in stamp.runs)
+    if sampled and not any(run.proved for run in stamp.runs):
+        return "; ".join(filter(None, (f"sampled: {', '.join(sampled)}", rehearsals)))
+    if rehearsals:
+        return rehearsals
+    if origin == "recorded" or not points:
+        return "recorded: what ran, nothing else"
+    return f"enumerated {points} point{'s' if points > 1 else ''}"
+
+
+def _common(found: Plan, failed: list[Facts], stamp: Stamp = NO_STAMP) -> Facts:
+    points = sum(case.points for case in found.cases)
+    gone = {failure["kernel"] for failure in failed}
+    return {
+        "recipe": found.recipe,
+        "target": found.target,
+        "origin": found.origin,
+        "ranks": int(found.ranks),
+        "apart": apart(found),
+        "triton": found.triton,
+        "cases": [
+            {
+                "name": c.name,
+                "dims": {dim: str(v) for dim, v in c.dims.items()},
+                "points": c.points,
+                "total": c.total,
+                "mode": c.mode,
+                "missed": [point_text(point) for point in c.missed],
+                "doc": c.doc,
+                "built": f"case {c.name}" not in gone,
+            }
+            for c in found.cases
+        ],
+        "points": points,
+        "sampled": found.sampled,
+        "coverage": coverage(found.origin, points, found.sampled, failed=len(failed), stamp=stamp),
+        "failed": failed,
+        "units": len(found.units),
+        "kernel_count": len({unit.kernel for unit in found.units}),
+        "calls": graph_facts.calls(found.calls),
+        "untuned": sum(_is_choice(t) and t.choice is None for t in found.tunings),
+    }
+
+
+def _grids(
+    found: Plan, kind: str, functions: Sequence[Facts], missed: Iterable[coverage_grid.Missed] = ()
+) -> list[Facts]:
+    """The coverage by kernels and `functions`: graphs, or the calls that a plan, which has none yet, asks graphs for."""
+    served = [Served(row["label"], kind, row["function"], row["reached"]) for row in functions]
+    served += [Served(unit_label(n), KERNEL, unit.kernel, unit.reached) for n, unit in enumerate(found.units)]
+    try:
+        return coverage_grid.grids(found.cases, served, missed)
+    except DeclarationError as error:  # nobody declared it here: the file has another form than this version writes
+        raise ValueError(str(error)) from error
+
+
+def _is_choice(tuning: Tuning) -> bool:
+    return len(tuning.candidates) > 1
+
+
+def _kernels(found: Plan, kernels: Collection[str], objects: Sequence[tuple[str, int]]) -> list[Facts]:
+    """One row a kernel. `objects` are (digest, bytes) of each unit; equal binaries are stored, and counted, once."""
+    rows = []
+    for name in sorted(kernels):
+        tunings = [t for t in found.tunings if t.kernel == name]
+        choices = [t for t in tunings if _is_choice(t)]
+        configs = {json.dumps(c, sort_keys=True) for t in tunings for c in t.candidates}
+        mine = {objects[n] for n, u in enumerate(found.units) if u.kernel == name} if objects else set()
+        rows.append(
+            {
+                "kernel": name,
+                "specializations": sum(u.kernel == name for u in found.units),
+                "configs": max(1, len(configs)),
+                "bytes": sum(size for _, size in mine) if objects else None,
+                "choices": len(choices),
+                "tuned": sum(t.choice is not None for t in choices),
+            }
+        )
+    return rows
+
+
+def _chosen(found: Plan, kernel: str | None) -> set[str]:
+    known = {unit.kernel for unit in found.units}
+    chosen = {name for name in known if kernel is None or kernel in name}
+    if kernel is not None and not chosen:
+        raise DeclarationError(
+            f"a kernel with {kernel!r} in its name", f"there are {', '.join(sorted(known)) or 'none'}", "name one"
+        )
+    return chosen
+
+
+def _specializations(found: Plan, kernels: Collection[str], compiled: Sequence[Facts], names: Names) -> list[Facts]:
+    called = {kernel: list(names(kernel, found.closures[kernel])) for kernel in kernels}
+    rows = []
+    for number, unit in enumerate(found.units):
+        if unit.kernel not in kernels:
+            continue
+        parts = {
+            "kernel": unit.kernel,
+            "source": unit.source,
+            "specialization": unit.specialization,
+            "options": unit.options,
+        }
+        if unit.overrides:
+            parts["overrides"] = unit.overrides
+        rows.append(
+            {
+                "label": unit_label(number),
+                "kernel": unit.kernel,
+                "signature": signature(unit, called[unit.kernel]),
+                **(compiled[number] if compiled else {"id": unit.id}),
+                "reached": unit.reached,
+                "reached_by": reached_text(unit.reached) or ["no declared point"],
+                "ranks": unit.ranks,
+                "parts": parts,
+            }
+        )
+    return sorted(rows, key=lambda row: str(row["kernel"]))
+
+
+@contextmanager
+def form(error: type[AotCacheError], wanted: str) -> Iterator[None]:
+    """A file may hash right and still be another version's, or hostile: one clear error instead of a traceback."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as caught:
+        raise error(wanted, f"{type(caught).__name__}: {caught}", "build it again with this version") from caught
+
+
+def form_of(found: Bundle) -> AbstractContextManager[None]:
+    """Inside, a manifest of another form than this version writes is a BundleCorrupt."""
+    return form(BundleCorrupt, f"a bundle of this version at {found.path}")
+
+
+def many(count: int, what: str) -> str:
+    """`1 graph`, `2 graphs`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def reached_text(reached: Mapping[str, Iterable[Mapping[str, str]]]) -> list[str]:
+    """`decode: batch 1..64, tokens 1`: one line for each box of points."""
+    return [
+        f"{case}: {', '.join(f'{dim} {values}' for dim, values in box.items()) or 'always'}"
+        for case, boxes in reached.items()
+        for box in boxes
+    ]
+
+
+# --- a bundle on this host --------------------------------------------------------------------------------------------
+
+
+def findings(found: Bundle, digest: str | None, parts: Iterable[Part]) -> list[Facts]:
+    """What is wrong with a bundle whose header is sound; each with the bit that it sets in the exit code."""
+    out: list[Facts] = []
+    if digest is not None and digest != found.digest:
+        out.append(finding(DigestMismatch, f"the bundle is {found.digest}, and {digest} was pinned"))
+    out += [finding(BundleCorrupt, f"the bytes of object {name} do not hash to its name") for name in found.check_all()]
+    with form_of(found):
+        for name in found.manifest["binaries"]:
+            if name not in found.manifest["objects"]:
+                out.append(finding(BundleCorrupt, f"binary {name[:SHORT]} is not among the bundle's objects"))
+        for part in parts:
+            if part.needed and not part.same:
+                what = f"{part.name}: the bundle is for {part.wanted}, this host has {part.found}"
+                out.append(finding(Incompatible, what))
+        if found.manifest["complete"] is not True:
+            out += [finding(NotReady, f"the build was not complete: {what}") for what in _failed(found)]
+    return out
+
+
+def _failed(found: Bundle) -> list[str]:
+    """What is not in an incomplete bundle, and why."""
+    nobody_knows = ["something did not compile"]
+    try:
+        failed = whole(found)["failed"]
+    except BundleCorrupt:  # its hash is wrong, which is a finding of its own
+        return nobody_knows
+    return [f"{f['kernel']}: {f['error']}" for f in failures(failed)] or nobody_knows
+
+
+def finding(error: type[AotCacheError], what: str) -> Facts:
+    """One finding of `verify`."""
+    kinds = {8: "corrupt", 16: "not for this host", 32: "incomplete"}
+    return {"code": error.exit_code, "kind": kinds[error.exit_code], "what": what}
+
+
+def explain(found: Bundle, parts: Iterable[Part]) -> Facts:
+    """This host beside what the bundle was built for."""
+    parts = list(parts)
+    return {
+        "path": str(found.path),
+        "digest": found.digest,
+        "loads": all(part.same or not part.needed for part in parts),
+        "parts": [
+            {"name": part.name, "bundle": part.wanted, "host": part.found, "status": _status(part)} for part in parts
+        ],
+    }
+
+
+def _status(part: Part) -> str:
+    if part.same:
+        return "ok"
+    return "differs" if part.needed else "costs"

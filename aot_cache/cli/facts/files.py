@@ -1,0 +1,55 @@
+"""Facts about a file that is a plan or a bundle, whichever it is. Knows neither torch nor Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aot_cache.artifact import rehearsed
+from aot_cache.artifact.plan import Plan
+from aot_cache.artifact.specialization import parameter_names
+from aot_cache.cli.facts import bundle as bundle_facts
+from aot_cache.cli.facts import diff as diff_facts
+from aot_cache.cli.facts import ledger as ledger_facts
+from aot_cache.errors import BundleCorrupt, DeclarationError
+from aot_cache.store import Bundle, read_bundle
+
+
+def facts(path: Path, kernel: str | None, points: bool, ledger: Sequence[Path]) -> dict[str, Any]:
+    """What `inspect` says: `report.plan` or `report.bundle`, whose arguments these are.
+
+    Raises:
+        DeclarationError: `ledger` is given with a plan, or a file of it is none of this bundle.
+    """
+    if not _is_plan(path):
+        bundle = read_bundle(path)
+        _check(bundle)
+        found = ledger_facts.read(ledger, bundle.digest) if ledger else None
+        return bundle_facts.bundle(bundle, kernel, points, parameter_names, found, rehearsed.read(path, bundle.digest))
+    if ledger:
+        raise DeclarationError("a bundle with --ledger", f"{path} is a plan", "name the bundle that was served")
+    return bundle_facts.plan(Plan.read(path), path, kernel, points, parameter_names)
+
+
+def _check(bundle: Bundle) -> None:
+    """Raises BundleCorrupt where bytes are not what the header says, also of objects that only a server would read."""
+    bad = bundle.check_all()
+    if bad:
+        found = f"the bytes of {len(bad)} of its objects do not hash to their names ({', '.join(name[:12] for name in bad[:3])})"
+        raise BundleCorrupt(f"a sound bundle at {bundle.path}", found, "copy or build it again")
+
+
+def side(path: Path) -> diff_facts.Side:
+    """One side of `diff`."""
+    return diff_facts.Side(path, Plan.read(path)) if _is_plan(path) else diff_facts.side(read_bundle(path))
+
+
+def _is_plan(path: Path) -> bool:
+    """By content: a bundle begins with a length of 8 bytes, whose last are zero, and JSON has no such byte."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+    except OSError:
+        return False  # read_bundle says what is wrong
+    return b"\0" not in head and head.lstrip()[:1] == b"{"

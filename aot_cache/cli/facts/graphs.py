@@ -1,0 +1,85 @@
+"""Facts about compiled graphs and the calls that they are for, as plain JSON-able dicts. Knows neither torch nor Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from aot_cache.artifact.key import objects_of
+from aot_cache.artifact.manifest import call_label, graph_label, graph_name
+from aot_cache.artifact.plan import CallPlan
+from aot_cache.misses.size_relations import readable
+
+Json = Any
+Facts = dict[str, Json]
+
+
+def calls(found: Iterable[CallPlan]) -> list[Facts]:
+    """One row a kind of call that a plan asks graphs for."""
+    return [
+        {
+            "label": call_label(number),
+            "function": call.function,
+            "line": call.line,
+            "mode": call.mode,
+            "options": options_text(call.wrapping),
+            "changes": changes(call.dynamic),
+            "hint": call.hint,
+            "reached": call.reached,
+            "id": call.id,
+        }
+        for number, call in enumerate(found)
+    ]
+
+
+def graphs(manifest: Mapping[str, Json], sizes: Mapping[str, int]) -> list[Facts]:
+    """One row a graph of a bundle.
+
+    Args:
+        manifest: the bundle's whole manifest.
+        sizes: digest → bytes of the bundle's objects.
+
+    `open` names the kernels with several configs of which none was chosen yet; `chosen` counts the others.
+    """
+    return [
+        {
+            "label": graph_label(number),
+            "function": graph_name(graph),
+            "line": graph["line"],
+            "mode": graph["mode"],
+            "options": options_text(graph["wrapping"]),
+            "changes": changes(graph["dynamic"]),
+            "kernels": list(graph["kernels"]),
+            "open": [
+                k["kernel"]
+                for n, found in graph["candidates"].items()
+                for key, k in found.items()
+                if key not in graph["choices"].get(n, {})
+            ],
+            "chosen": sum(len(found) for found in graph["choices"].values()),
+            "breaks": len(graph["resumes"]),
+            "bytes": sum(sizes[digest] for digest in objects_of(graph)),
+            "guards": list(graph["guards"]),
+            "identities": [f"{name} is {what}" for _, name, what in graph["identities"]],
+            "inlined": [f"{module}:{name}" for module, name, _ in graph["inlined"]],
+            "rank": graph["rank"],
+            "per_rank": graph["per_rank"],
+            "reached": graph["reached"],
+        }
+        for number, graph in enumerate(manifest["graphs"])
+    ]
+
+
+def changes(dynamic: Mapping[str, Sequence[Sequence[int]]]) -> str:
+    """`x[0] 2..512, n 2..5`: what a graph leaves open, and between which bounds."""
+    words = []
+    for path, dims in dynamic.items():
+        name = readable(path)
+        words += [f"{name}[{d}] {low}..{high}" if d >= 0 else f"{name} {low}..{high}" for d, low, high in dims]
+    return ", ".join(words) or "nothing"
+
+
+def options_text(wrapping: Mapping[str, Json]) -> str:
+    """The options and `dynamic` of a `torch.compile`; empty for its defaults."""
+    words = [f"{name}={value}" for name, value in wrapping.get("options", {}).items()]
+    return " ".join([*words, *([f"dynamic={wrapping['dynamic']}"] if wrapping.get("dynamic") is not None else [])])

@@ -1,0 +1,116 @@
+"""What `build` prints: which targets, what would be built and why, and what was built. Formats only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from aot_cache.cli.facts.bundle import many
+from aot_cache.cli.render.bundle import overview
+from aot_cache.cli.render.rehearsal import trouble
+from aot_cache.cli.render.terminal import line, size, table, times
+
+Facts = Mapping[str, Any]
+
+
+def chosen(facts: Facts) -> None:
+    """Which targets, why, and how to choose; then where a native one is not what the table says."""
+    line(f"target: {', '.join(facts['targets'])} ({facts['why']})")
+    for d in facts["differences"]:
+        line(f"native: {d['field']} is {d['device']} on this {d['target']}, and {d['table']} in the table")
+
+
+def builds(rows: Sequence[Facts]) -> None:
+    """The summary at the end of a build."""
+    numbers = ("specializations", "graphs", "compiled now", "does not fit", "failed", "size", "points", "seconds")
+    cells = [
+        (
+            b["target"],
+            b["units"],
+            b["graphs"],
+            b["compiled"],
+            b["pruned"],
+            len(b["failed"]),
+            size(b["size"]),
+            f"{b['covered']} of {b['declared']}" if b["declared"] else "-",
+            b["coverage"],
+            f"{b['seconds']:.2f}",
+        )
+        for b in rows
+    ]
+    table(("target", *numbers[:-1], "coverage", "seconds"), cells, numbers)
+    for doubt in sorted({b["untested"] for b in rows if b["untested"]}):
+        line(f"warning: {doubt}")
+    for b in rows:
+        line()
+        _rehearsal(b)
+        if b["nothing_to_do"]:
+            line(f"{b['target']}: nothing to do, nothing has changed since this was built")
+        if b["ranks"] > 1:
+            line(f"{b['target']}: for a job of {b['ranks']} ranks")
+        if not b["complete"]:
+            lost = f"without {many(len(b['failed']), 'part')} of the recipe"
+            line(f"{b['target']}: {f'INCOMPLETE: {lost}' if b['written'] else 'FAILED: nothing could be built'}")
+        for failure in b["failed"]:
+            line(f"{b['target']}: failed: {failure['kernel']}: {failure['error']}")
+        for name, settings in b["sets"].items():
+            what = f"{', '.join(settings)} while it makes arguments, and is built so: a server that does not, misses"
+            line(f"{b['target']}: case {name} sets {what}")
+        for name, why in b["per_rank"].items():
+            line(f"{b['target']}: built for each rank: {name}: {why}")
+        for name, which in b["apart"].items():
+            line(f"{b['target']}: not the same on all ranks: {name}: {which}")
+        _became(b)
+        if not b["written"]:
+            line(f"bundle: none was written; {b['path']} is as it was")
+            continue
+        line(f"bundle: {b['path']}")
+        line(f"digest: {b['digest']}")
+        for instruction in b["dockerfile"]:
+            line(f"Dockerfile: {instruction}")
+        if b["server"]:
+            line(f"server: {b['server']}")
+
+
+def _rehearsal(built: Facts) -> None:
+    """What the rehearsal found with which a build ended."""
+    found = built["rehearsal"]
+    if found is None:
+        return
+    if not found["passed"]:
+        line(f"{built['target']}: the bundle does not hit where it is served; it is kept: {built['path']}")
+    trouble(found)
+
+
+def _became(built: Facts) -> None:
+    """What became of the misses that a build was given."""
+    given = built["misses"]
+    if given.get("given"):
+        line(f"{built['target']}: misses: {given['covered']} of {given['given']} covered")
+    if given.get("cut_off"):
+        line(f"{built['target']}: misses: lines cut off, by a process that was killed: {given['cut_off']}")
+    for miss in given.get("uncovered", ()):
+        what = f"{miss['kind']} {miss['name']} ({', '.join(filter(None, (times(miss['count']), miss['asked'])))})"
+        line(f"{built['target']}: not covered: {what}: {miss['why']}")
+
+
+def plan(facts: Facts) -> None:
+    """`build --show-plan`: what is where at one glance, then what exactly reaches each compiled call and each kernel."""
+    overview(facts)
+    if facts["calls"]:
+        line("Each compiled call gets a graph, or one for each way that its code takes:")
+        line()
+    for call in facts["calls"]:
+        words = filter(None, (f"{call['function']}:{call['line']}", call["mode"], call["options"]))
+        _reached(f"{call['label']}  {', '.join(words)}, changes {call['changes']}", call)
+    for kernel in facts["kernels"]:
+        counts = f"{many(kernel['specializations'], 'specialization')}, {many(kernel['configs'], 'config')}"
+        tuned = f"{kernel['tuned']} of {many(kernel['choices'], 'choice')} tuned" if kernel["choices"] else "no choice"
+        _reached(f"{kernel['kernel']}: {counts}, {tuned}", kernel)
+
+
+def _reached(what: str, facts: Facts) -> None:
+    line(what)
+    for points in facts["reached_by"]:
+        line(f"  reached by {points}")
+    line()

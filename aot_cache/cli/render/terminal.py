@@ -1,0 +1,249 @@
+"""Tables and lines from the dicts of `report`. Formats only: nothing is computed or looked up here.
+
+What is shown can come from a file of unknown origin, so no text is ever read as markup or reaches the terminal with its
+control characters.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from aot_cache.cli.facts.bundle import SHORT
+
+Json = Any
+Facts = Mapping[str, Json]
+WIDE = 100_000
+"""Columns when stdout is no terminal: a pipe or a log shall have whole names, not ones folded at 80."""
+
+
+def clean(text: object) -> str:
+    """`text` on one line and without control characters."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in str(text))
+
+
+def line(text: object = "") -> None:
+    """One line on stdout, never folded: people copy them."""
+    sys.stdout.write(clean(text) + "\n")
+
+
+def document(value: Json) -> None:
+    """The one JSON document of `--json`."""
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> None:
+    """A table on stdout; the columns in `right` hold numbers."""
+    drawn = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
+    for name in head:
+        drawn.add_column(Text(name), justify="right" if name in right else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text(clean(cell)) for cell in row))
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDE, highlight=False)
+    console.print(drawn)
+
+
+def size(count: int | None) -> str:
+    """Bytes for people; `-` where there are none to speak of."""
+    if count is None:
+        return "-"
+    amount, units = float(count), ["B", "kB", "MB", "GB"]
+    while amount >= 1000 and len(units) > 1:
+        amount, units = amount / 1000, units[1:]
+    return f"{count} B" if units[0] == "B" else f"{amount:.1f} {units[0]}"
+
+
+class Progress:
+    """Bars on stderr for `build(progress=...)`; where that is no terminal, as in an image build, a line now and then."""
+
+    SECONDS = 10.0
+    """Between two lines: what takes less is silent."""
+    LONG = 600.0
+    """Seconds that a stage may be said to take without a word about taking less."""
+
+    def __init__(self) -> None:
+        self.target = ""
+        self._began = self._said = time.monotonic()
+        self._stages: dict[str, float] = {}
+        self._tasks: dict[str, TaskID] = {}
+        columns = (
+            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
+            *(TextColumn("left:"), TimeRemainingColumn()),
+        )
+        self._bars = Bars(*columns, console=Console(file=sys.stderr), disable=not sys.stderr.isatty(), transient=True)
+
+    def __enter__(self) -> Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if not total:
+            return
+        label = f"{self.target}: {stage}" if self.target else stage
+        began = self._stages.setdefault(label, time.monotonic())
+        if self._bars.disable:
+            self._line(f"{label} {done}/{total}", done, total, began)
+            return
+        if label not in self._tasks:
+            self._tasks[label] = self._bars.add_task(label, total=total)
+        self._bars.update(self._tasks[label], completed=done, total=total)
+
+    def _line(self, text: str, done: int, total: int, began: float) -> None:
+        now = time.monotonic()
+        if now - self._said >= self.SECONDS:
+            self._said = now
+            left = (now - began) / done * (total - done) if done else 0.0
+            more = f", about {left / 60:.0f} min more" if left > self.LONG else ""
+            more += "; a narrower --range takes less" if more and done < total / 2 else ""
+            sys.stderr.write(f"{clean(text)}, {now - self._began:.0f} s{more}\n")
+            sys.stderr.flush()
+
+
+# --- misses and differences --------------------------------------------------------------------------------------------
+
+
+def misses(facts: Facts) -> None:
+    """`inspect --misses`."""
+    rows = [
+        (
+            m["kind"],
+            m["name"],
+            m["asked"],
+            m["count"],
+            "yes" if m["in_capture"] else "no",
+            ", ".join(m["actions"]),
+            "; ".join(m["why"]),
+            m["declare"] or "; ".join(m["nearest"]) or "-",
+        )
+        for m in facts["misses"]
+    ]
+    head = ("kind", "name", "asked for", "count", "in capture", "done instead", "why", "declare, or what differs")
+    if rows:
+        table(head, rows, ("count",))
+        line()
+    line(f"different misses: {facts['different']}, {facts['in_capture']} of them inside captures")
+    line(f"missed calls in all: {facts['count']}")
+    line(f"covered by a wider declaration: {facts['declarable']}; `aot-cache build --misses` builds what can be built")
+    if facts["cut_off"]:
+        line(f"lines cut off, by a process that was killed: {facts['cut_off']}")
+
+
+def times(count: int) -> str:
+    """`once`, or `12 times`."""
+    return "once" if count == 1 else f"{count} times"
+
+
+def difference(facts: Facts) -> None:
+    """`diff`: how much differs, then what each side has and the other lacks."""
+    line(facts["summary"])
+    for side, path in (("only_left", facts["left"]), ("only_right", facts["right"])):
+        only = facts[side]
+        if any(only.values()):
+            line(f"only in {path}:")
+        for unit in only["units"]:
+            line(f"  {unit['kernel']} (source {unit['source'][:SHORT]})")
+            line(f"    {unit['signature']}")
+            _reached(unit)
+        for tuning in only["tunings"]:
+            line(f"  {tuning['kernel']}: choice of {tuning['candidates']} configs for ({', '.join(tuning['key'])})")
+        for found in [*only.get("graphs", ()), *only.get("calls", ())]:
+            _compiled(found)
+    if facts["compiled_otherwise"]:
+        line("for the same calls, compiled otherwise:")
+    for found in facts["compiled_otherwise"]:
+        _compiled(found)
+
+
+def _compiled(found: Facts) -> None:
+    """A graph, or a call for which a plan asks one."""
+    words = " ".join(filter(None, (found["mode"], found["options"])))
+    line(f"  {found['function']} ({words}; changes: {found['changes']})")
+    if found.get("differs"):
+        line(f"    differs in {', '.join(found['differs'])}")
+    _reached(found)
+
+
+def _reached(found: Facts) -> None:
+    for text in found["reached_by"]:
+        line(f"    reached by {text}")
+
+
+# --- hosts and targets ------------------------------------------------------------------------------------------------
+
+
+def findings(facts: Facts) -> None:
+    """`verify`: a line for each finding, or `ok`."""
+    for found in facts["findings"]:
+        line(f"{found['kind']}: {found['what']}")
+    if not facts["findings"]:
+        line("ok")
+    stamp(facts)
+
+
+def stamp(facts: Facts) -> None:
+    """What was rehearsed of a bundle: a line for each device."""
+    for name, text in stamp_lines(facts):
+        line(f"{name}: {text}")
+
+
+def stamp_lines(facts: Facts) -> list[tuple[str, str]]:
+    """(what it is, text) of each line about rehearsals."""
+    out = []
+    for run in facts.get("rehearsed", ()):
+        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)
+        worst = max((case["distance"] for case in run["cases"]), default=0.0)
+        out.append(("rehearsed", f"{run['text']}, {run['date']}, within {worst:.2g} of eager ({versions})"))
+    if facts.get("stamp_ignored"):
+        out.append(("not rehearsed", facts["stamp_ignored"]))
+    return out
+
+
+def explanation(facts: Facts) -> None:
+    """`explain`: this host beside the bundle."""
+    table(
+        ("part", "bundle", "this host", ""), [(p["name"], p["bundle"], p["host"], p["status"]) for p in facts["parts"]]
+    )
+    line()
+    line("this bundle loads here" if facts["loads"] else "this bundle does not load here: see the parts that differ")
+
+
+def targets(rows: Sequence[Facts]) -> None:
+    """The table of targets and, below it, where its numbers come from."""
+    right = ("SMs", "shared memory", "memory")
+    cells = [
+        (
+            t["id"],
+            t["name"],
+            f"{t['backend']} {t['arch']}",
+            t["multiprocessors"],
+            t["shared_memory_per_block_optin"],
+            size(t["memory_bytes"]),
+            "measured" if t["measured"] else "published",
+        )
+        for t in rows
+    ]
+    table(("target", "device", "arch", *right, "numbers"), cells, right)
+    line()
+    for t in rows:
+        line(f"{t['id']}: {t['source']}")
+
+
+def pairs(facts: Facts, head: Sequence[str]) -> None:
+    """A mapping as a table of two columns."""
+    table(head, [(k, v if isinstance(v, (str, int, float)) else json.dumps(v)) for k, v in facts.items()])

@@ -1,0 +1,1 @@
+"""What a serving process missed: the file of it, and which declaration would have covered it."""

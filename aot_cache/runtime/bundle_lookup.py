@@ -1,0 +1,129 @@
+"""The bundle for this host, at a path or in a folder, and what keeps a bundle from being loaded here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from aot_cache import tested
+from aot_cache.errors import BundleMissing, Incompatible
+from aot_cache.runtime import host_check, host_gpu, rank_agreement
+from aot_cache.store import Bundle, read_bundle
+from aot_cache.tested import UNTESTED, installed
+from aot_cache.upstream.hooks import torch_capture
+
+_FORM = (
+    "target",
+    "toolchain",
+    "kernels",
+    "units",
+    "tunings",
+    "native",
+    "metadata",
+    "metadata_sets",
+    "signatures",
+    "binaries",
+    "graph_key",
+    "graphs",
+)
+
+
+def find(path: Path, digest: str | None) -> Bundle:
+    """A bundle by its path, or the one of a folder that is for this host.
+
+    Raises:
+        StoreError: it cannot be read, or none fits.
+        Incompatible: several of a folder fit, or one of them has another form.
+    """
+    if not path.is_dir():
+        return read_bundle(path, digest, prefetch=True)
+    files = sorted(path.glob("*.safetensors"))
+    bundles = [bundle for bundle in map(read_bundle, files) if digest in (None, bundle.digest)]
+    for bundle in bundles:
+        check_form(bundle)
+    fitting = [b for b in bundles if not host_check.differing(host_check.parts(b.manifest, look_at_gpu=False))]
+    if torch_capture.cuda_is_up():  # one for the target cpu fits everywhere
+        fitting = [b for b in fitting if b.manifest["target"]["backend"] != "cpu"] or fitting
+    if not fitting:
+        raise BundleMissing(
+            f"a bundle for this host in {path}", f"{len(files)} bundles, none fits", "see aot-cache explain FILE"
+        )
+    if len(fitting) > 1:
+        named = ", ".join(b.path.name for b in fitting)
+        raise Incompatible(f"one bundle for this host in {path}", f"{named}", "name the file")
+    return fitting[0]
+
+
+def agreed(path: Path, digest: str | None, group: Any) -> str:
+    """The digest of the bundle that every rank of `group` has found and can use.
+
+    Raises:
+        RankDisagreement: on every rank, when one has another bundle, or none.
+    """
+    try:
+        bundle = find(path, digest)
+        check_form(bundle)
+        check(bundle, look_at_gpu=False)
+        mine = bundle.digest
+    except Exception as error:  # said to the others, who must not wait for this rank
+        mine = f"none ({error})"
+    rank_agreement.agree_same(mine, "bundle", group=group)
+    if mine.startswith("none"):
+        raise BundleMissing(f"a bundle at {path} that every rank can use", mine, "see aot-cache explain FILE")
+    return mine
+
+
+def check_form(bundle: Bundle) -> None:
+    """Raises Incompatible for a bundle of another kind, or of another version's form."""
+    kind = bundle.manifest.get("kind")
+    do = "build it with this version of aot-cache"
+    if kind != "units":
+        raise Incompatible(f"a bundle of units at {bundle.path}", f"one of {kind!r}", do)
+    lacking = [name for name in _FORM if name not in bundle.manifest]
+    if lacking:
+        raise Incompatible(f"a whole manifest in {bundle.path}", f"it lacks {', '.join(lacking)}", do)
+
+
+def check(bundle: Bundle, look_at_gpu: bool) -> None:
+    """Raises Incompatible when a bundle's kernels are not for this host."""
+    if bundle.manifest["units"] and installed("triton"):
+        _check_releases(bundle, tested.KERNELS)
+    differing = host_check.differing(host_check.parts(bundle.manifest, look_at_gpu=look_at_gpu))
+    if differing:
+        raise Incompatible(
+            f"a bundle for this host, not {bundle.path}",
+            host_check.say(differing),
+            "build one for it (aot-cache build)",
+        )
+
+
+def check_gpu(bundle: Bundle) -> None:
+    """Raises Incompatible for a bundle that is for a GPU where there is none: nothing of it would be used."""
+    if not _on_cpu(bundle) and not torch_capture.cuda_is_up() and not host_gpu.gpu_here():
+        name = bundle.manifest["target"]["name"]
+        wanted = f"a GPU for {bundle.path}, which is for {name}"
+        raise Incompatible(
+            wanted, "there is none here, or it is hidden", "build for the target cpu, or serve where it is"
+        )
+
+
+def check_torch(bundle: Bundle) -> None:
+    """Raises Incompatible when a bundle's graphs are known not to work with what is installed."""
+    _check_releases(bundle, tested.GRAPHS)
+
+
+def _check_releases(bundle: Bundle, what: str) -> None:
+    why = tested.refused_here(what, _on_cpu(bundle))
+    if why:
+        wanted = f"releases under which the {what} of {bundle.path} can be served"
+        raise Incompatible(wanted, why, f"update aot-cache, or set {UNTESTED}=1 to try")
+
+
+def doubt(bundle: Bundle) -> str:
+    """What speaks against trusting what is installed with this bundle, in one line; empty where it was tested."""
+    said = tested.doubt_here(_on_cpu(bundle))
+    return f"{said}; it may miss, or compile where it should not; {UNTESTED}=1 takes that upon you" if said else ""
+
+
+def _on_cpu(bundle: Bundle) -> bool:
+    return bool(bundle.manifest["target"]["backend"] == "cpu")

@@ -1,0 +1,247 @@
+"""Capture the CUDA graphs of all shapes so that the ranks of a job never do different things.
+
+For each shape every rank says, before anything runs, whether it has a batch and whether all is installed; then all go, all
+skip, or, where they differ, all raise or all drop the shape. What was captured and missed on one rank is thrown away on all.
+Engines with a loop of their own call `before_capture` and `after_capture` in it; `capture` is that loop.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from aot_cache.errors import DeclarationError, RankDisagreement
+from aot_cache.runtime import loader, rank_agreement
+from aot_cache.runtime.coverage import will_hit
+from aot_cache.upstream.hooks import torch_capture
+
+Json = Any
+MIXED = ("error", "drop")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do with a shape.
+
+    Args:
+        action: `capture`, `skip` (no rank has a batch), or `drop` (the ranks differ: it is served without a graph).
+        why: for `drop`, what each rank says.
+    """
+
+    action: str
+    why: str = ""
+
+    def __bool__(self) -> bool:
+        return self.action == "capture"
+
+
+def before_capture(
+    key: str,
+    batch_ok: bool,
+    *,
+    hits: bool = True,
+    why: str = "",
+    mixed: str = "error",
+    group: Any = None,
+    timeout: float = rank_agreement.TIMEOUT,
+) -> Decision:
+    """Decide with all other ranks what is done with a shape, before its warm-up and its capture.
+
+    Args:
+        key: what is captured; the same text on every rank, in the same order.
+        batch_ok: whether this rank has a batch for it.
+        hits: whether all units of it are installed here (`will_hit`).
+        why: said of this rank when one of the two is no.
+        mixed: what to do where ranks differ: `error` raises on all, `drop` drops the shape on all.
+        group: the process group whose ranks decide; None is the whole job.
+
+    Raises:
+        RankDisagreement: the ranks differ and `mixed` is `error`; or one does not answer within `timeout` seconds.
+        DeclarationError: `mixed` is something else.
+    """
+    if mixed not in MIXED:
+        raise DeclarationError(f"mixed to be one of {', '.join(MIXED)}", repr(mixed))
+    mine = {"batch": bool(batch_ok), "hits": bool(hits), "why": why}
+    said = rank_agreement.of(group).gather(mine, f"capture of {key}", timeout)
+    _remember(key)
+    if not any(one["batch"] for one in said.values()):
+        return Decision("skip", "no rank has a batch")
+    no = {rank: _reason(one) for rank, one in said.items() if not (one["batch"] and one["hits"])}
+    if not no:
+        return Decision("capture")
+    text = rank_agreement.say(no)
+    alike = len(no) == len(said) and len({(one["batch"], one["hits"]) for one in said.values()}) == 1
+    if mixed == "error" and not alike:
+        others = "the other ranks could go" if len(no) < len(said) else ""
+        raise RankDisagreement(f"every rank to capture {key}, or none", text, others)
+    return Decision("drop", text)
+
+
+def after_capture(key: str, *, group: Any = None, timeout: float = rank_agreement.TIMEOUT) -> Decision:
+    """Decide with all other ranks whether what was just captured is kept; outside of the capture.
+
+    Returns:
+        `capture` when no rank missed while it captured, else `drop`: every rank throws its graph away.
+
+    Raises:
+        RankDisagreement: a rank does not answer within `timeout` seconds.
+        DeclarationError: there was no `before_capture` for this key.
+    """
+    if key not in _before:
+        raise DeclarationError(f"before_capture({key!r}) first", "it was not called for this key")
+    mine = _misses_since(key)
+    said = rank_agreement.of(group).gather(mine, f"captured {key}", timeout)
+    missed = {rank: "; ".join(one) for rank, one in said.items() if one}
+    return Decision("drop", rank_agreement.say(missed)) if missed else Decision("capture")
+
+
+_before: dict[str, int] = {}
+
+
+def _remember(key: str) -> None:
+    _before[key] = loader.MISSES.count_in_capture()
+
+
+def _misses_since(key: str) -> list[str]:
+    """What missed inside captures since `before_capture` of the same key."""
+    new = loader.MISSES.count_in_capture() - _before.pop(key)
+    found = [m for m in loader.MISSES.to_json() if m["in_capture"]][-new:] if new > 0 else []
+    return [f"{miss['name']} ({miss['action']})" for miss in found] or ["misses"] * (new > 0)
+
+
+def _reason(one: Mapping[str, Json]) -> str:
+    what = "batch is None" if not one["batch"] else "not all of it is installed"
+    return f"{what} ({one['why']})" if one["why"] else what
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Captured:
+    """What `capture` made.
+
+    Args:
+        graphs: shape → its graph; on a machine without CUDA there is none, and the value is None.
+        outputs: shape → what `run` returned while it was captured: where replays write.
+        batches: shape → the batch, whose tensors replays read.
+        report: one entry for each shape: `shape`, `action` (captured, skipped, dropped) and `why`.
+    """
+
+    graphs: dict[Any, Any] = field(default_factory=dict)
+    outputs: dict[Any, Any] = field(default_factory=dict)
+    batches: dict[Any, Any] = field(default_factory=dict)
+    report: list[dict[str, Json]] = field(default_factory=list)
+
+    def note(self, shape: Any, action: str, why: str) -> None:
+        """Add an entry to the report."""
+        self.report.append({"shape": shape, "action": action, "why": why})
+
+
+def capture(
+    shapes: Iterable[Any],
+    make_batch: Callable[[Any], Any],
+    run: Callable[[Any], Any],
+    *,
+    group: Any = None,
+    pool: Any = None,
+    stream: Any = None,
+    mixed: str = "error",
+    covers: Callable[[Any], tuple[str, Mapping[str, int]]] | None = None,
+    timeout: float = rank_agreement.TIMEOUT,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Captured:
+    """Capture a graph for each shape, on all ranks or on none: first all are warmed up, then all are captured.
+
+    Args:
+        shapes: integers or tuples of them; the largest goes first, so that the others find its memory in the pool.
+        make_batch: a shape → what `run` is called with, or None where this rank has no room for it.
+        run: the model's step.
+        group: the process group whose ranks go together; None is the whole job.
+        pool, stream: as `torch.cuda.graph` takes them; by default one of each is made for all shapes. Warm-ups run on the
+            same stream, so that what libraries make for a stream is made before.
+        mixed: what to do where ranks differ, see `before_capture`.
+        covers: a shape → (case, point) that must be installed for it (`will_hit`).
+        timeout: seconds that a rank waits for the others.
+        progress: called on the first rank with what is done, how many are, and of how many; by default a line on a terminal.
+
+    Raises:
+        RankDisagreement: see `before_capture`.
+        Exception: what `make_batch` or `run` raise; the other ranks are told, and raise, too.
+    """
+    members, found = rank_agreement.of(group), Captured()
+    todo = sorted(shapes, key=lambda shape: shape if isinstance(shape, tuple) else (shape,), reverse=True)
+    say = (progress or _on_terminal) if members.leads else _silent
+    agreeing: dict[str, Any] = {"group": group, "timeout": timeout}
+    maker = _Maker(pool, stream)
+    with members.together():
+        for done, shape in enumerate(todo, 1):
+            batch = make_batch(shape)
+            hit = will_hit(*covers(shape)) if covers is not None and batch is not None else None
+            why = "; ".join(hit.why[:3]) if hit is not None else ""
+            hits = hit is None or hit.hit
+            decision = before_capture(str(shape), batch is not None, hits=hits, why=why, mixed=mixed, **agreeing)
+            if decision:
+                maker.warm_up(run, batch)
+                found.batches[shape] = batch
+            else:
+                found.note(shape, "skipped" if decision.action == "skip" else "dropped", decision.why)
+            say("warmed up", done, len(todo))
+        loader.GUARD.capture_is_over()
+        for done, shape in enumerate(list(found.batches), 1):
+            _remember(str(shape))
+            graph, out = maker.make(run, found.batches[shape])
+            kept = after_capture(str(shape), **agreeing)
+            if kept:
+                found.graphs[shape], found.outputs[shape] = graph, out
+            else:
+                del found.batches[shape]
+            found.note(shape, "captured" if kept else "dropped", kept.why)
+            say("captured", done, len(todo))
+    return found
+
+
+def _on_terminal(what: str, done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{what} {done}/{total} shapes", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def _silent(*_: Any) -> None: ...
+
+
+class _Maker:
+    """Captures one graph after the other into one pool, on one stream; without CUDA it only runs."""
+
+    def __init__(self, pool: Any, stream: Any) -> None:
+        self._pool, self._stream = pool, stream
+        if torch_capture.cuda_is_up():
+            import torch
+
+            self._pool = torch.cuda.graph_pool_handle() if pool is None else pool
+            cuda: Any = torch.cuda
+            self._stream = cuda.Stream() if stream is None else stream
+
+    def warm_up(self, run: Callable[[Any], Any], batch: Any) -> None:
+        """Run once, on the stream that will be captured."""
+        if self._stream is None:
+            run(batch)
+            return
+        import torch
+
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            run(batch)
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def make(self, run: Callable[[Any], Any], batch: Any) -> tuple[Any, Any]:
+        """(the graph, what `run` returned); no graph without CUDA."""
+        if self._stream is None:
+            return None, run(batch)
+        import torch
+
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            out = run(batch)
+        return graph, out

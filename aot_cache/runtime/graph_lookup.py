@@ -1,0 +1,141 @@
+"""Dynamo's misses, answered from all bundles of this process; and why there is no answer.
+
+Imported inside somebody's import of Dynamo, like `graphs`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from aot_cache.artifact import manifest
+from aot_cache.artifact.plan import CallPlan, CasePlan
+from aot_cache.misses import call_signature, solve
+from aot_cache.runtime.graphs import GraphSet, short
+from aot_cache.runtime.guard import Guard
+from aot_cache.store import Bundle
+from aot_cache.upstream.codec import dynamo_globals
+from aot_cache.upstream.hooks import dynamo_frames, inductor_events, inductor_later, inductor_miss
+from aot_cache.upstream.hooks.dynamo_frames import Found, Frame
+
+Json = Any
+_REASONS = 3
+_MOST_MISSED = 65536
+
+
+class Answers:
+    """What Dynamo is told where it has no code for a call.
+
+    Args:
+        guard: decides what is done where there is no answer.
+        refuse: told when a bundle's graphs cannot be used, and are dropped.
+    """
+
+    def __init__(self, guard: Guard, refuse: Callable[[Exception], None]) -> None:
+        self._guard, self._refuse = guard, refuse
+        self.sets: list[GraphSet] = []
+        self.missed: dict[tuple[Any, ...], str] = {}
+        """Function, case and each dimension's (name, value) of calls that missed at points that they can be told to have."""
+        self._declared: dict[str, tuple[list[CallPlan], list[CasePlan]]] = {}
+
+    def hook(self) -> Iterator[Callable[[], None]]:
+        """Hook Dynamo's and Inductor's miss paths; yields what takes each hook out. The process has imported Dynamo."""
+        guard = self._guard
+        yield dynamo_frames.count(guard.count)
+        yield inductor_events.listen(guard.count)
+        yield inductor_later.import_when_compiling()
+        yield inductor_later.give_debug_back
+        yield inductor_miss.around_loading(guard.loading)
+        yield inductor_miss.instead_of_tuning(guard.first_of_inductor, guard.later)
+        # Outside of what counts: a frame that is not traced is not counted as one.
+        yield dynamo_frames.instead_of_compiling(guard.frame)
+        yield dynamo_frames.before_compiling(self.find, self.wanted)
+
+    def wanted(self, code: Any) -> bool:
+        """Whether any graph may be for this code."""
+        return any(graphs.wanted(code) for graphs in self.sets)
+
+    def find(self, frame: Frame) -> Found | None:
+        """A graph for a call, out of the first bundle that has one."""
+        for graphs in list(self.sets):
+            try:
+                with self._guard.installing():
+                    found = graphs.find(frame)
+            except Exception as error:  # the call goes on as it would without us
+                self.sets.remove(graphs)
+                self._refuse(error)
+                continue
+            if found is not None:
+                return found
+        return None
+
+    def reasons(self, frame: Frame) -> tuple[str, Callable[[], Mapping[str, Json]]]:
+        """(why no graph is for this call, what the next build needs to know of it)."""
+        found = list(dict.fromkeys(why for graphs in self.sets for _, why in graphs.reasons(frame) if why))
+        if frame.wrapping is None:
+            why = "it is not compiled by Inductor"
+        elif not self.sets:
+            why = "no bundle with graphs is loaded"
+        else:
+            why = "; ".join(found[:_REASONS]) or "no graph is of this function"
+            self._remember(frame, why)
+        return why, lambda: self._facts(frame)
+
+    def _remember(self, frame: Frame, why: str) -> None:
+        """What missed once is no hit to whoever asks (`will_hit`), even if Dynamo has compiled it since."""
+        with contextlib.suppress(Exception):  # the call goes on
+            for case, point in self._facts(frame)["points"].items():
+                if len(self.missed) < _MOST_MISSED:
+                    self.missed[(frame.function, case, *point.items())] = why
+
+    def _facts(self, frame: Frame) -> dict[str, Json]:
+        mode = _mode()
+        structure, leaves = call_signature.structure_of(frame, mode)
+        sizes = {leaf.path: list(leaf.sizes) for leaf in leaves if not leaf.fixed}
+        solved = [solve.points_for(*self._plan(g.bundle), frame.function, structure, sizes) for g in self.sets]
+        best = next((one for one in solved if one.points), solved[0] if solved else solve.Solved({}, "", ""))
+        return {
+            "place": f"{frame.code.co_filename}:{frame.code.co_firstlineno}",
+            "wrapping": frame.wrapping or {},
+            "mode": mode,
+            "structure": structure,
+            "sizes": sizes,
+            "points": best.points,
+            "declare": best.declare,
+        }
+
+    def _plan(self, bundle: Bundle) -> tuple[list[CallPlan], list[CasePlan]]:
+        """(the calls, the cases) that a bundle was built for."""
+        if bundle.digest not in self._declared:
+            details = manifest.details(bundle)
+            calls = [CallPlan(**call) for call in details["calls"]]
+            self._declared[bundle.digest] = calls, [CasePlan(**case) for case in details["cases"]]
+        return self._declared[bundle.digest]
+
+    def explain(self, call: Callable[[], Any]) -> list[dict[str, Json]]:
+        """Make a call without compiling anything, and say of each frame that misses why."""
+        out: list[dict[str, Json]] = []
+
+        def look(frame: Frame, _go_on: Any) -> Any:
+            reasons = [(graph, why) for graphs in self.sets for graph, why in graphs.reasons(frame)]
+            out.append(
+                {
+                    "function": frame.function,
+                    "place": f"{frame.code.co_filename}:{frame.code.co_firstlineno}",
+                    "graphs": [{"graph": short(graph), "why": why} for graph, why in reasons],
+                }
+            )
+            return dynamo_frames.run_without_compiling()
+
+        with dynamo_frames.hooked(look):
+            call()
+        return out
+
+
+def _mode() -> str:
+    """Grad mode and autocast, as a plan has them."""
+    casts = [str(torch.get_autocast_dtype(d)) for d in ("cuda", "cpu") if torch.is_autocast_enabled(d)]
+    return " ".join([dynamo_globals.mode(), *(cast.removeprefix("torch.") for cast in casts[:1])])

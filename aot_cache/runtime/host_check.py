@@ -1,0 +1,99 @@
+"""Whether a bundle is for this host, part by part. Initialises no GPU unless the process has."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections.abc import Mapping
+from typing import Any
+
+from aot_cache.artifact.key import Part
+from aot_cache.tested import installed
+from aot_cache.upstream.codec import torch_release
+from aot_cache.upstream.hooks import torch_capture
+
+Json = Any
+NO_GPU = "no GPU looked at"
+
+
+def parts(manifest: Mapping[str, Json], look_at_gpu: bool = True) -> list[Part]:
+    """The named parts of the bundle's key beside this host's: of what its kernels are bound to (graphs: `graph_parts`).
+
+    Args:
+        manifest: a bundle's manifest.
+        look_at_gpu: read device 0 when there is one; otherwise only when the process has CUDA up already.
+    """
+    wanted = manifest["target"]
+    if wanted["backend"] == "cpu":
+        return []
+    out = [Part("triton", str(manifest["toolchain"]["triton"]), installed("triton") or "not installed")]
+    gpu = _gpu(look_at_gpu)
+    if gpu is None:
+        out.append(Part("gpu", _describe(wanted), NO_GPU, needed=False))
+    else:
+        for name in ("backend", "arch", "warp_size"):
+            out.append(Part(name, str(wanted[name]), str(gpu[name])))
+        out.append(Part("gpu name", str(wanted["name"]), str(gpu["name"]), needed=False))
+    natives = {n["suffix"] for n in manifest["native"]}
+    if natives:
+        mine = str(sysconfig.get_config_var("EXT_SUFFIX"))
+        out.append(Part("launchers", mine if mine in natives else ", ".join(sorted(natives)), mine, needed=False))
+    return out
+
+
+def graph_parts(manifest: Mapping[str, Json]) -> list[Part]:
+    """The parts of what a bundle's graphs are bound to (see `key.graph_parts`); none where it has no graph.
+
+    Works without torch. What the kernels are bound to, too (the GPU), is among `parts`.
+    """
+    if not manifest["graphs"]:
+        return []
+    wanted, target = manifest["graph_key"], manifest["target"]
+    here = {
+        "torch": torch_release.release(),
+        "torch git": torch_release.git(),
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "triton": installed("triton"),
+    }
+    names = [name for name in here if name != "triton" or target["backend"] != "cpu"]
+    out = [Part(name, str(wanted[name]), here[name] or "not installed") for name in names]
+    if target["backend"] == "cpu":
+        isa = torch_release.cpu_isa() if here["torch"] else "not known without torch"
+        out.append(Part("vector instructions", str(wanted["target"]["isa"]), isa))
+    return out
+
+
+def differing(found: list[Part]) -> list[Part]:
+    """The parts that forbid loading."""
+    return [part for part in found if part.needed and not part.same]
+
+
+def say(found: list[Part]) -> str:
+    """`triton: bundle 3.6.0, here 3.7.1; arch: …` for the parts given."""
+    return "; ".join(f"{p.name}: bundle {p.wanted}, here {p.found}" for p in found)
+
+
+def _describe(target: Mapping[str, Json]) -> str:
+    return f"{target['name']} ({target['backend']} {target['arch']})"
+
+
+def _gpu(look: bool) -> Mapping[str, Json] | None:
+    if torch_capture.cuda_is_up():
+        from aot_cache.upstream.codec import triton_kernel
+
+        current = triton_kernel.current_target()
+        return {
+            "backend": current.backend,
+            "arch": current.arch,
+            "warp_size": current.warp_size,
+            "name": torch_capture.device_name(),
+        }
+    if not look:
+        return None
+    from aot_cache.errors import TargetError
+    from aot_cache.runtime import host_gpu
+
+    try:
+        return host_gpu.native()[0].properties()
+    except (TargetError, ImportError):
+        return None

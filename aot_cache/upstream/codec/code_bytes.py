@@ -1,0 +1,105 @@
+"""Code objects as bytes that another process of the same Python minor runs.
+
+Upstream: CPython's `marshal` (`Python/marshal.c`), in version 2, whose output does not depend on reference counts or
+interning, so that equal code gives equal bytes; `torch/_dynamo/codegen.py` (devices, dtypes and enums are constants of its
+bytecode).
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import marshal
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from aot_cache.upstream.codec.python_code import identity
+
+_MARSHAL = 2
+
+
+def dump(code: types.CodeType, names: Mapping[str, str], filename: str) -> bytes:
+    """`code` as bytes, its names changed by `names`, its file called `filename`.
+
+    Raises:
+        ValueError: a constant is of a kind that has no bytes.
+    """
+    strange = sorted({identity(value) or type(value).__name__ for value in _without_bytes(code)})
+    if strange:
+        raise ValueError(f"constants of the bytecode have no bytes: {', '.join(strange)}")
+    return marshal.dumps(_portable(code, names, filename), _MARSHAL)
+
+
+def _without_bytes(code: types.CodeType) -> Iterator[object]:
+    for value in code.co_consts:
+        if isinstance(value, types.CodeType):
+            yield from _without_bytes(value)
+        else:
+            try:
+                marshal.dumps(_encoded(value), _MARSHAL)
+            except ValueError:
+                yield value
+
+
+_STANDS_FOR = "aot-cache: stands for"
+"""Marks the constants that `marshal` does not know: Dynamo puts devices and dtypes into its bytecode."""
+
+_OF_TORCH = frozenset(f"torch:{name}" for name in ("device", "dtype", "layout", "memory_format"))
+
+
+def _encoded(value: Any) -> Any:
+    kind = f"{type(value).__module__}:{type(value).__qualname__}"
+    if kind in _OF_TORCH:
+        return (_STANDS_FOR, kind, str(value))
+    if isinstance(value, enum.Enum):
+        return (_STANDS_FOR, "enum", type(value).__module__, type(value).__qualname__, value.name)
+    if type(value) is tuple:
+        return tuple(map(_encoded, value))
+    return value
+
+
+def _decoded(value: Any) -> Any:
+    if type(value) is not tuple or not value:
+        return value
+    if value[0] != _STANDS_FOR:
+        return tuple(map(_decoded, value))
+    _, kind, *rest = value
+    if kind == "enum":
+        owner: Any = importlib.import_module(rest[0])
+        for step in rest[1].split("."):
+            owner = getattr(owner, step)
+        return owner[rest[2]]
+    torch: Any = importlib.import_module("torch")
+    return torch.device(rest[0]) if kind == "torch:device" else getattr(torch, rest[0].removeprefix("torch."))
+
+
+def _portable(code: types.CodeType, names: Mapping[str, str], filename: str) -> types.CodeType:
+    consts = tuple(
+        _portable(value, names, filename) if isinstance(value, types.CodeType) else _renamed(value, names)
+        for value in code.co_consts
+    )
+    return code.replace(
+        co_filename=filename,
+        co_name=names.get(code.co_name, code.co_name),
+        co_names=tuple(names.get(name, name) for name in code.co_names),
+        co_consts=consts,
+    )
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    return names.get(value, value) if isinstance(value, str) else _encoded(value)
+
+
+def load(data: bytes) -> types.CodeType:
+    """The code in `data`, which must have been hashed before."""
+    code = marshal.loads(data)  # noqa: S302  # hashed by the caller
+    if not isinstance(code, types.CodeType):
+        raise ValueError(f"bytes of a code object, not of a {type(code).__name__}")
+    return _restored(code)
+
+
+def _restored(code: types.CodeType) -> types.CodeType:
+    return code.replace(
+        co_consts=tuple(_restored(v) if isinstance(v, types.CodeType) else _decoded(v) for v in code.co_consts)
+    )

@@ -1,0 +1,367 @@
+"""Code objects and other values as text: digests of what a function does, names of what `is` and `==` compare.
+
+Nothing here depends on where a function stands: no path, no line.
+
+Upstream: CPython's code objects; `torch/_dynamo/eval_frame.py` (`OptimizedModule`).
+"""
+
+from __future__ import annotations
+
+import collections
+import enum
+import functools
+import hashlib
+import inspect
+import sys
+import types
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+
+@cache
+def digest(code: types.CodeType) -> str:
+    """What `code` does, as 32 hex digits: instructions, constants, names, nested functions. Bound to the Python minor."""
+    parts: list[object] = [
+        code.co_code,
+        code.co_names,
+        code.co_varnames,
+        code.co_freevars,
+        code.co_cellvars,
+        code.co_argcount,
+        code.co_posonlyargcount,
+        code.co_kwonlyargcount,
+        code.co_flags,
+        code.co_name,
+        getattr(code, "co_exceptiontable", b""),
+        [_constant(value) for value in code.co_consts],
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _constant(value: object) -> object:
+    if isinstance(value, types.CodeType):
+        return digest(value)
+    if isinstance(value, frozenset):
+        return sorted(map(repr, value))
+    if isinstance(value, tuple):
+        return tuple(map(_constant, value))
+    return repr(value)
+
+
+def identity(value: object) -> str:
+    """A name for what `is` would compare, which is the same in another process; empty where there is none.
+
+    Python functions are named by what they do, too: one that was replaced, or changed, has another name.
+    """
+    if isinstance(value, types.ModuleType):
+        return f"module {value.__name__}"
+    if isinstance(value, type):
+        return f"class {value.__module__}:{value.__qualname__}{_generated(value)}"
+    if isinstance(value, types.FunctionType):
+        return f"function {value.__module__}:{value.__qualname__} {digest(value.__code__)}"
+    if isinstance(value, types.CodeType):
+        return f"code {value.co_name} {digest(value)}"
+    if isinstance(value, types.MethodType):
+        inner = identity(value.__func__)
+        return f"method {inner}" if inner else ""
+    if isinstance(value, enum.Enum):
+        return f"enum {type(value).__module__}:{type(value).__qualname__}.{value.name}"
+    if value is None or isinstance(value, (bool, int, float, str, bytes, type(...), type(NotImplemented))):
+        return f"value {value!r}"
+    return _named(value)
+
+
+def _generated(owner: type) -> str:
+    """What the generated methods of a class do: those of dataclasses, named tuples, `torch.fx` and the like.
+
+    They stand in no file, so that nothing else tells that they changed (`place`).
+    """
+    made = [
+        (name, digest(method.__code__), _held_by(method))
+        for name, method in sorted(vars(owner).items())
+        if isinstance(method, types.FunctionType) and method.__code__.co_filename.startswith("<")
+    ]
+    return f" {hashlib.sha256(repr(made).encode()).hexdigest()[:32]}" if made else ""
+
+
+def _held_by(function: types.FunctionType) -> str:
+    cells = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
+    others = [value for value in cells if not isinstance(value, type)]  # a class would ask itself
+    return literal([function.__defaults__, sorted((function.__kwdefaults__ or {}).items()), others])
+
+
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, type(...))
+
+
+_TOP = 4
+"""Containers in one another that `literal` looks into."""
+
+
+def literal(value: object, depth: int = _TOP) -> str:
+    """What a guard on `value` compares, as text that is the same in another process: constants and containers of them.
+
+    Anything else is named (`identity`), or by its type alone: what is inside has guards of its own.
+    """
+    if isinstance(value, enum.Enum):
+        return f"{identity(value)} {literal(value.value, depth - 1)}" if depth else identity(value)
+    if type(value) in _ATOMS:
+        return repr(value)
+    kind = _kind(value)
+    if isinstance(value, (list, tuple)) and depth:
+        return f"{kind} [{', '.join(literal(item, depth - 1) for item in value)}]"
+    if isinstance(value, (set, frozenset)) and depth:
+        return f"{kind} {{{', '.join(sorted(literal(item, depth - 1) for item in value))}}}"
+    if isinstance(value, dict) and depth == _TOP:
+        return f"{kind} of {len(value)}"
+    return identity(value) or kind
+
+
+_MOST = 10_000
+"""Values that `exact` looks into before it gives up: what holds more is no constant."""
+
+
+def exact(value: object) -> str:
+    """Everything that `==` would compare of `value`, as text that is the same in another process; empty where it cannot be told.
+
+    Containers by what is in them, in their order; an object of a Python class by its class and all its attributes.
+    """
+    try:
+        return _Exact().text(value)
+    except _NotExact:
+        return ""
+
+
+class _NotExact(Exception):
+    """Something of which no text says what it is."""
+
+
+class _Exact:
+    def __init__(self) -> None:
+        self._around: list[int] = []
+        self._left = _MOST
+
+    def text(self, value: object) -> str:
+        self._left -= 1
+        if self._left < 0 or id(value) in self._around:
+            raise _NotExact
+        self._around.append(id(value))
+        try:
+            return self._text(value)
+        finally:
+            self._around.pop()
+
+    def _text(self, value: Any) -> str:
+        if isinstance(value, enum.Enum):
+            return f"{identity(value)} {self.text(value.value)}"
+        if type(value) in _ATOMS:
+            return repr(value)
+        kind = _kind(value)
+        if isinstance(value, (set, frozenset)):
+            return f"{kind} {{{', '.join(sorted(map(self.text, value)))}}}{self._attributes(value)}"
+        if isinstance(value, Mapping):
+            items = ", ".join(f"{self.text(k)}: {self.text(v)}" for k, v in value.items())
+            return f"{kind} {{{items}}}{self._attributes(value)}"
+        if isinstance(value, _SEQUENCES):
+            return f"{kind} [{', '.join([self.text(item) for item in value])}]{self._attributes(value)}"
+        if isinstance(value, (slice, range)):
+            return f"{kind} [{self.text(value.start)}, {self.text(value.stop)}, {self.text(value.step)}]"
+        return identity(value) or f"{kind}{self._inside(value)}"
+
+    def _inside(self, value: Any) -> str:
+        if isinstance(value, functools.partial):
+            return " " + self.text([value.func, value.args, value.keywords])
+        if type(value).__module__ == "numpy":
+            return " " + self._of_numpy(value)
+        if type(value) is not object and not _is_pythons(type(value)):
+            raise _NotExact
+        return self._attributes(value)
+
+    def _of_numpy(self, value: Any) -> str:
+        if not hasattr(value, "dtype"):
+            raise _NotExact
+        return self.text([str(value.dtype), value.tolist()])
+
+    def _attributes(self, value: Any) -> str:
+        held = attributes(value)
+        return f" ({', '.join(f'{name}={self.text(inner)}' for name, inner in sorted(held.items()))})" if held else ""
+
+
+_SEQUENCES: tuple[type[Any], ...] = (
+    list,
+    tuple,
+    collections.deque,
+    type({}.keys()),
+    type({}.values()),
+    type({}.items()),
+)
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """What an object holds by name, in its own dictionary or in slots."""
+    slots = (slot for cls in type(value).__mro__ for slot in _slots(vars(cls).get("__slots__", ())))
+    held = {name: getattr(value, name) for name in slots if name.isidentifier() and hasattr(value, name)}
+    held.pop("__weakref__", None)
+    held.pop("__dict__", None)
+    return {**held, **getattr(value, "__dict__", {})}
+
+
+def _slots(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _is_pythons(kind: type) -> bool:
+    """Whether an object of this class holds nothing but attributes: no fields of C code beside them."""
+    slots = sum(len(_slots(vars(base).get("__slots__", ()))) for base in kind.__mro__)
+    return (
+        kind.__basicsize__ <= object.__basicsize__ + (2 + slots) * tuple.__itemsize__
+    )  # its dictionary, weak references
+
+
+def _kind(value: object) -> str:
+    """The class of a value, as a serving process has it."""
+    kind = type(value)
+    if kind.__module__ == "torch._subclasses.fake_tensor" and hasattr(value, "_is_param"):
+        return "torch.nn.parameter:Parameter"
+    if kind.__module__ == "torch._subclasses.fake_tensor":
+        return "torch:Tensor"
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+_NAMED_BY_TEXT = frozenset(
+    f"torch:{name}" for name in ("dtype", "device", "layout", "memory_format", "Size", "iinfo", "finfo")
+)
+
+
+def _named(value: object) -> str:
+    """Builtins, operators, dtypes and the like: objects that a module has under their own name."""
+    kind = f"{type(value).__module__}:{type(value).__qualname__}"
+    if kind in _NAMED_BY_TEXT or type(value).__module__ == "torch._ops":
+        return f"{kind} {value}"  # dtypes, layouts, operators: their text is their name
+    if isinstance(value, _MADE_BY_CALLS):
+        return ""
+    if isinstance(value, types.GenericAlias):
+        return f"{kind} {value!r}"
+    if type(value).__module__.startswith("triton.runtime."):
+        return _kernel(value)
+    qualified = _qualified(value)
+    if qualified is not None:
+        return f"{kind} {qualified}" if qualified else ""
+    for owner in ("typing", "operator", "itertools"):
+        known = sys.modules.get(owner)
+        if known is not None and any(value is item for item in vars(known).values()):
+            return f"{kind} {owner}:{value!r}"
+    return ""
+
+
+def _kernel(value: Any) -> str:
+    """A Triton kernel is named by its source and that of all that it calls; a graph holds its binary."""
+    from aot_cache.upstream.codec import triton_jit  # Triton is here: the kernel is
+
+    function = triton_jit.unwrap(value)
+    if function is None:
+        return ""
+    configs = [str(config) for layer in triton_jit.wrappers(value) for config in getattr(layer, "configs", None) or ()]
+    parts = [triton_jit.name_of(function), triton_jit.closure_digest(triton_jit.closure(function)), *configs]
+    return f"kernel {hashlib.sha256(repr(parts).encode()).hexdigest()[:32]} {parts[0]}"
+
+
+def _qualified(value: Any) -> str | None:
+    """The name that a function or the like has of its own, with what it is bound to or wraps; empty where that has none."""
+    owner, wraps = getattr(value, "__self__", None), getattr(value, "__wrapped__", None)
+    name, module = getattr(value, "__qualname__", ""), getattr(value, "__module__", None) or "builtins"
+    if not (isinstance(name, str) and name and isinstance(module, str)):
+        return None
+    if _of_pybind(owner):
+        name = str(value.__name__)  # the qualified one has how pybind11 was compiled
+    # What is bound to a value, or what functools' caches wrap, is part of it.
+    constant = isinstance(owner, (tuple, frozenset))  # `keyword.iskeyword` is a method of one
+    bound = [] if _stands_alone(owner) else [exact(owner) if constant else identity(owner)]
+    parts = [*bound, *([identity(wraps)] if wraps is not None else [])]
+    return " ".join([f"{module}:{name}", *parts]) if all(parts) else ""
+
+
+_MADE_BY_CALLS = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
+
+
+def _stands_alone(owner: object) -> bool:
+    """Whether what is bound to `owner` is named by its own name: a function of a module, or of a class.
+
+    pybind11 binds what it makes for a module to a capsule, or to a record of its own.
+    """
+    return owner is None or isinstance(owner, (types.ModuleType, type)) or _of_pybind(owner)
+
+
+def _of_pybind(owner: object) -> bool:
+    kind = type(owner)
+    return kind.__name__ == "PyCapsule" or kind.__module__.startswith("pybind11")
+
+
+def place(code: types.CodeType, module: str) -> tuple[str, types.CodeType] | None:
+    """(qualified name, code) of the function of `module` that `code` is, or is written in; None when it has none."""
+    owner = sys.modules.get(module)
+    return _places(owner).get(code) if owner is not None else None
+
+
+def digests(module: str) -> dict[str, set[str]]:
+    """Qualified name → digests of the functions of `module`, as imported here, that have it."""
+    owner = sys.modules.get(module)
+    found: dict[str, set[str]] = {}
+    for name, code in _places(owner).values() if owner is not None else ():
+        found.setdefault(name, set()).add(digest(code))
+    return found
+
+
+def _places(module: types.ModuleType) -> dict[types.CodeType, tuple[str, types.CodeType]]:
+    """Every code object that `module`'s functions and classes lead to, with the outermost function around it."""
+    found: dict[types.CodeType, tuple[str, types.CodeType]] = {}
+    seen: set[int] = set()
+
+    def nested(code: types.CodeType, name: str, outermost: types.CodeType) -> None:
+        if code not in found:
+            found[code] = (name, outermost)
+            for value in code.co_consts:
+                if isinstance(value, types.CodeType):
+                    nested(value, name, outermost)
+
+    def visit(value: Any, depth: int) -> None:
+        if id(value) in seen or depth > _DEPTH:
+            return
+        seen.add(id(value))
+        if isinstance(value, types.FunctionType):
+            if value.__globals__ is vars(module):  # a decorator's wrapper calls itself by the name of what it wraps
+                nested(value.__code__, value.__qualname__, value.__code__)
+            for cell in value.__closure__ or ():
+                visit(cell.cell_contents if _filled(cell) else None, depth + 1)
+        elif isinstance(value, (staticmethod, classmethod, types.MethodType)):
+            visit(value.__func__, depth + 1)
+        elif isinstance(value, property):
+            for other in (value.fget, value.fset):
+                visit(other, depth + 1)
+        elif isinstance(value, type) and value.__module__ == module.__name__:
+            for other in list(vars(value).values()):
+                visit(other, depth + 1)
+        elif isinstance(value, (functools.partial, functools.cached_property)):
+            visit(value.func, depth + 1)
+        elif isinstance(value, (dict, list, tuple)) and len(value) <= _MANY:
+            for other in list(value.values() if isinstance(value, dict) else value):
+                visit(other, depth + 1)
+        if callable(value) and not isinstance(value, type):
+            visit(inspect.getattr_static(value, "__wrapped__", None), depth + 1)
+
+    for value in list(vars(module).values()):
+        visit(value, 0)
+    return found
+
+
+_DEPTH = 5
+_MANY = 1000
+"""Items of a container up to which functions are looked for in it: more is a vocabulary or a table."""
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,33 @@
+"""Kernels whose source cannot be read: Triton compiles from text, and refuses them where they are defined.
+
+Upstream: `triton/runtime/jit.py` (`JITCallable.__init__`: `inspect.getsourcelines`, and a `ValueError` from its `OSError`).
+"""
+
+from __future__ import annotations
+
+import os
+from types import FunctionType
+
+from aot_cache.errors import TraceError
+from aot_cache.upstream.codec import triton_names
+
+
+def unreadable(error: BaseException | None) -> TraceError | None:
+    """What is said of a kernel whose source is not there, where that is what `error` is about; else None."""
+    if not isinstance(error, (OSError, ValueError)):
+        return None
+    if not isinstance(error, OSError) and not isinstance(error.__cause__, OSError):
+        return None
+    function, trace = None, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code is triton_names.JITCallable.__init__.__code__:
+            function = trace.tb_frame.f_locals.get("fn")
+        trace = trace.tb_next
+    if not isinstance(function, FunctionType):
+        return None
+    wanted = f"the source of kernel {function.__module__}:{function.__qualname__}, which Triton compiles from"
+    file = function.__code__.co_filename
+    if file.startswith("<"):  # of text that was executed; a notebook leaves its cells' text where `inspect` finds it
+        return TraceError(wanted, f"it was executed as {file}, and no text is kept of that", "define it in a file")
+    found = f"there is only compiled code of {os.path.basename(file)}"
+    return TraceError(wanted, found, "install its package with its .py files: no server can compile it without, either")

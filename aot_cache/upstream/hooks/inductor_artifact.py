@@ -1,0 +1,244 @@
+"""What Inductor makes of one graph, as bytes that another process can run.
+
+Upstream: `torch/_dynamo/aot_compile_types.py` (`BundledAOTAutogradSerializableCallable`),
+`torch/_functorch/_aot_autograd/autograd_cache.py`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import random
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
+from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Serializable
+from torch._functorch._aot_autograd.aot_autograd_result import GenericAOTAutogradResult
+from torch._inductor.async_compile import CompiledTritonKernels
+from torch._inductor.codecache import FxGraphCache
+from torch._inductor.output_code import CompiledFxGraph
+from torch._inductor.triton_bundler import TritonBundler
+
+from aot_cache.upstream import patch
+from aot_cache.upstream.codec import inductor_source
+from aot_cache.upstream.hooks import inductor_later
+
+_SETTINGS: dict[str, Any] = {
+    "strict_autograd_cache": True,
+    "bypass_autograd_cache_key": True,
+    "bundled_autograd_cache": True,
+    "force_non_lazy_backward_lowering": True,
+    "force_autograd_cache": True,
+}
+
+
+MEASURED = (
+    "max_autotune",
+    "max_autotune_pointwise",
+    "max_autotune_gemm",
+    "coordinate_descent_tuning",
+    "shape_padding",
+)
+"""Choices that Inductor would make by measuring, on a GPU, while it compiles. A build makes none of them: matrix products
+are the library's own and not padded, and a kernel has the configs that Inductor tries by default (`inductor_tuning`)."""
+
+_NOT_MEASURED: dict[str, Any] = {
+    **dict.fromkeys(MEASURED, False),
+    "static_launch_user_defined_triton_kernels": True,  # else their launcher is C, compiled where they are loaded
+}
+
+
+def compile_graph(wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs: Any) -> bytes:
+    """Compile a Dynamo graph with Inductor and write the result down.
+
+    Args:
+        wrapper: what `torch.compile` made of its backend, mode and options.
+        backend: the wrapper's own `__call__`.
+
+    Raises:
+        Exception: whatever Inductor raises.
+    """
+    seen: Any = CompiledTritonKernels
+    seen.cache_clear()  # a kernel that another graph has, too, would be missing from this one's artifact
+    asked = wrapper.config
+    wrapper.config = {name: value for name, value in asked.items() if name not in MEASURED}
+    try:
+        with (
+            _keys_of_their_own(),
+            functorch_config.patch(_SETTINGS),
+            inductor_config.patch(_NOT_MEASURED),
+            _without_sources(),
+        ):
+            compiled = backend(graph, inputs, **kwargs)
+            data = Serializable.serialize_compile_artifacts(Serializable(compiled))
+    finally:
+        wrapper.config = asked
+    return _named_alike(data)
+
+
+@contextlib.contextmanager
+def _keys_of_their_own() -> Iterator[None]:
+    """Where upstream has no key for a graph in its cache (`cond`), it takes `random.random()`. Children of a build begin with
+    the same seed, and share the cache: one would be given another's code."""
+    state = random.getstate()
+    random.seed()  # from the system
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+_TEXTS = ("runnable_graph_str", "inductor_post_grad_graph_str")
+_AUTOGRAD_TEXTS = ("aot_joint_graph_str", "aot_forward_graph_str", "aot_backward_graph_str")
+_TIMES = ("forward_time_taken_ns", "backward_time_taken_ns")
+
+
+@contextlib.contextmanager
+def _without_sources() -> Iterator[None]:
+    """Artifacts without what is in them for logs (graphs as text, user code's lines with the paths of this machine), and
+    without imports that they do not need."""
+    graphs: Any = CompiledFxGraph
+    results: Any = GenericAOTAutogradResult
+    prepare, serialized = graphs.prepare_for_serialization, results.__dict__.get("__getstate__")
+
+    def prepare_for_serialization(self: Any) -> Any:
+        for name in _TEXTS:
+            setattr(self, name, "")
+        self.cache_linemap = []
+        result = prepare(self)
+        self.source_code = inductor_source.lean(self.source_code)
+        return result
+
+    def __getstate__(self: Any) -> Any:
+        self.runtime_metadata.tangent_source_stack_traces = None
+        return {**self.__dict__, **dict.fromkeys(_AUTOGRAD_TEXTS), **dict.fromkeys(_TIMES, 0)}
+
+    graphs.prepare_for_serialization, results.__getstate__ = prepare_for_serialization, __getstate__
+    try:
+        yield
+    finally:
+        graphs.prepare_for_serialization = prepare
+        if serialized is None:
+            del results.__getstate__
+        else:
+            results.__getstate__ = serialized
+
+
+_CACHE_KEY = re.compile(rb"cache_key\x94\x8c\x34(c[a-z2-7]{51})")
+
+
+def _named_alike(data: bytes) -> bytes:
+    """`data` with the key of upstream's cache, which depends on the moment, replaced by one of the same length."""
+    for found in set(_CACHE_KEY.findall(data)):
+        data = data.replace(found, b"c" + b"a" * (len(found) - 1))
+    for name in _FOLDERS:  # where this build works for the moment; nothing looks there again
+        folder = os.path.basename(os.path.dirname(os.environ.get(name, ""))).encode()
+        if folder:
+            data = data.replace(folder, b"0" * len(folder))
+    return data
+
+
+def name_of(graph: Any) -> str:
+    """The global name by which Dynamo's bytecode calls what `graph` is compiled to."""
+    return str(graph._backend_id)
+
+
+_KERNEL = re.compile(rb"^(\w+) = async_compile\.", re.MULTILINE)
+
+
+def kernels_in(data: bytes) -> list[str]:
+    """Names of the kernels that an artifact's code defines, in order."""
+    return [name.decode() for name in dict.fromkeys(_KERNEL.findall(data))]
+
+
+def load_graph(data: bytes) -> Any:
+    """The function in `data`, which must have been hashed before. Its kernels go onto the current device.
+
+    Upstream writes source and binaries into its cache folders to read them again; here these are private, and removed when
+    the process ends.
+    """
+    with _private_folders(), _without_the_compiler():
+        return Serializable.deserialize_compile_artifacts(data)
+
+
+@contextlib.contextmanager
+def _without_the_compiler() -> Iterator[None]:
+    """Upstream's cache, having loaded a graph, imports all of `torch._inductor.graph` for a hook of its own tests, and
+    asks another cache for what was measured elsewhere; neither is wanted here."""
+    inductor_later.call_without_debug()
+
+    def cache_hit_post_compile(_: Any, graph: Any, cache_info: Any, constants: Any) -> Any:
+        if graph._triton_bundle:
+            TritonBundler.read_and_emit(graph._triton_bundle)
+        graph.after_deserialization(constants)
+        return graph, cache_info
+
+    with _post_compile.replaced(cache_hit_post_compile):
+        yield
+
+
+_post_compile = patch.OnThisThread(FxGraphCache, "cache_hit_post_compile")
+
+
+@contextlib.contextmanager
+def _private_folders() -> Iterator[None]:
+    """Upstream's cache folders are this process's own inside, one thread at a time.
+
+    Upstream has no other way to say so than variables that all threads see. What another thread compiles at this moment goes
+    into the same folder: that is why it stays until the process ends.
+    """
+    with _one_at_a_time:
+        before = {name: os.environ.get(name) for name in _FOLDERS}
+        # Each load has its own: upstream takes a file of the same name for one of the same kernels.
+        folder = tempfile.mkdtemp(dir=_folder_of(os.getpid()))
+        os.environ.update({name: os.path.join(folder, name.lower()) for name in _FOLDERS})
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+@functools.cache
+def _folder_of(pid: int) -> str:
+    folder = tempfile.mkdtemp(prefix="aot-cache-")
+
+    def remove() -> None:
+        if os.getpid() == pid:  # a forked child runs this, too
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
+
+
+_one_at_a_time = threading.RLock()
+_FOLDERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
+@contextlib.contextmanager
+def instead(handler: Callable[..., Any]) -> Iterator[None]:
+    """`handler(wrapper, backend, graph, inputs, **kwargs)` answers in place of Inductor, which is `backend`."""
+    wrapper: Any = torch._TorchCompileInductorWrapper
+    original = wrapper.__call__
+
+    def __call__(self: Any, graph: Any, inputs: Any, **kwargs: Any) -> Any:
+        return handler(self, partial(original, self), graph, inputs, **kwargs)
+
+    wrapper.__call__ = __call__
+    try:
+        yield
+    finally:
+        wrapper.__call__ = original

@@ -1,0 +1,316 @@
+"""Every launch of a Triton kernel, written down: instead of running it (virtual device) or beside it (recording).
+
+Upstream: `triton/runtime/jit.py` (`JITFunction.run`), `triton/runtime/autotuner.py` (`Autotuner.run`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from triton.runtime.autotuner import Autotuner, Heuristics
+from triton.runtime.jit import JITFunction
+
+from aot_cache.upstream import patch
+from aot_cache.upstream.codec import triton_jit, triton_names
+
+Json = Any
+
+
+class LaunchLog:
+    """What was launched: units and tunings as JSON, with the marks (points) at which each was seen.
+
+    `units[id] = {"kernel", "specialization", "options", "overrides"}`, `tunings[id] = {"kernel", "tuner", "key",
+    "candidates", "choice"}`; `seen_units[id]` and `seen_tunings[id]` are lists of marks in order, `via[id]` the set of
+    (tuning id, candidate) through which a unit was launched, with (-1, -1) for a launch without a tuner.
+
+    A kernel is called by its `triton_jit.identity`: a factory's kernels have one name. `functions`, `closures` and
+    `hidden` (see `triton_names.hidden`: more than one, and they cannot be told apart) go by it.
+    """
+
+    def __init__(self) -> None:
+        self.units: list[dict[str, Json]] = []
+        self.tunings: list[dict[str, Json]] = []
+        self.seen_units: list[list[Any]] = []
+        self.seen_tunings: list[list[Any]] = []
+        self.via: list[set[tuple[int, int]]] = []
+        self.functions: dict[str, JITFunction] = {}
+        self.closures: dict[str, Json] = {}
+        self.hidden: dict[str, set[tuple[tuple[str, int], ...]]] = {}
+        self._names: dict[int, tuple[weakref.ref[JITFunction], str]] = {}
+        self.mark: Any = None
+        self._unit_ids: dict[tuple[str, str], int] = {}
+        self._tuning_ids: dict[Any, int] = {}
+        self._expansions: dict[Any, list[tuple[int, int]]] = {}
+        self._ordinals: dict[int, tuple[int, Autotuner]] = {}
+        self._lock = threading.RLock()
+        self._thread = threading.local()
+
+    def launch(self, function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Note one launch and return its unit's id."""
+        kwargs = triton_jit.launch_defaults(function, dict(kwargs))
+        key, specialization, options = triton_jit.bind(function, args, kwargs)
+        name = self._name(function)
+        with self._lock:
+            unit = self._unit_ids.get((name, key))
+            if unit is None:
+                unit = self._new_unit(name, function, key, specialization, options, kwargs)
+            self._see(self.seen_units[unit], self.mark)
+            self.via[unit].add(getattr(self._thread, "via", (-1, -1)))
+        return unit
+
+    def _new_unit(
+        self,
+        name: str,
+        function: JITFunction,
+        key: str,
+        specialization: list[Any],
+        options: dict[str, Any],
+        kwargs: dict[str, Any],
+    ) -> int:
+        self.units.append(
+            {
+                "kernel": name,
+                "specialization": triton_jit.encode(specialization)["l"],
+                "options": {k: triton_jit.encode(v) for k, v in options.items()},
+                "overrides": triton_jit.option_overrides(function, kwargs, options),
+            }
+        )
+        self.seen_units.append([])
+        self.via.append(set())
+        self.functions[name] = function
+        unit = len(self.units) - 1
+        self._unit_ids[name, key] = unit
+        return unit
+
+    def tuning(self, tuner: Autotuner, key: tuple[Any, ...], configs: list[Any]) -> int:
+        """Note that `tuner` chooses between `configs` under `key`, and return the tuning's id."""
+        function = triton_jit.unwrap(tuner)
+        assert function is not None
+        name = self._name(function)
+        ordinal = self._ordinal(tuner)
+        with self._lock:
+            # What pruning leaves may depend on more than the key: other candidates are another tuning.
+            identity = (name, ordinal, repr(key), tuple(str(c) for c in configs))
+            found = self._tuning_ids.get(identity)
+            if found is None:
+                candidates = [triton_jit.encoded_config(config) for config in configs]
+                self.tunings.append(
+                    {
+                        "kernel": name,
+                        "tuner": ordinal,
+                        "key": [triton_jit.encode(k) for k in key],
+                        "candidates": candidates,
+                        "choice": None,
+                    }
+                )
+                self.seen_tunings.append([])
+                found = len(self.tunings) - 1
+                self._tuning_ids[identity] = found
+                self.functions[name] = function
+            self._see(self.seen_tunings[found], self.mark)
+        return found
+
+    def forget(self) -> None:
+        """Start again with nothing seen."""
+        for kept in (self.units, self.tunings, self.seen_units, self.seen_tunings, self.via):
+            kept.clear()
+        for known in (self._unit_ids, self._tuning_ids, self._expansions):
+            known.clear()
+
+    def _name(self, function: JITFunction) -> str:
+        kept = self._names.get(id(function))
+        if kept is not None and kept[0]() is function:
+            return kept[1]
+        closure = triton_jit.closure(function)
+        name = triton_jit.identity(function, closure)
+        with self._lock:
+            self._names[id(function)] = weakref.ref(function), name
+            self.closures[name] = closure
+            self.hidden.setdefault(name, set()).add(triton_names.hidden(function))
+        return name
+
+    def _ordinal(self, tuner: Autotuner) -> int:
+        if id(tuner) not in self._ordinals:
+            self._ordinals[id(tuner)] = (tuner_ordinal(tuner), tuner)  # keeps it alive, so that the id stays its own
+        return self._ordinals[id(tuner)][0]
+
+    @staticmethod
+    def _see(marks: list[Any], mark: Any) -> None:
+        if not marks or marks[-1] != mark:
+            marks.append(mark)
+
+    @contextlib.contextmanager
+    def through(self, tuning: int, candidate: int) -> Iterator[None]:
+        """Launches inside come from this candidate of this tuning."""
+        before = getattr(self._thread, "via", (-1, -1))
+        self._thread.via = (tuning, candidate)
+        try:
+            yield
+        finally:
+            self._thread.via = before
+
+    # --- the virtual device -------------------------------------------------------------------------------------------
+
+    def expand(self, tuner: Autotuner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Launch every candidate that `tuner` would choose between, as its first call here would."""
+        tuner.nargs = dict(zip(tuner.arg_names, args))
+        key = triton_jit.tuning_key(tuner, args, kwargs) if len(tuner.configs) > 1 else ()
+        if len(tuner.configs) <= 1:
+            configs, tuning = list(tuner.configs), -1
+        elif key in tuner.cache:  # the library has its own table of choices (fla's config files)
+            configs, tuning = [tuner.cache[key]], -1
+        else:
+            configs = list(tuner.prune_configs(kwargs))
+            tuning = self.tuning(tuner, key, configs)
+        memo = self._memo_key(tuner, args, kwargs, configs, tuning)
+        known = self._expansions.get(memo) if memo is not None else None
+        if known is not None:
+            for unit, _ in known:
+                self._see(self.seen_units[unit], self.mark)
+            return
+        launched: list[tuple[int, int]] = []
+        for number, config in enumerate(configs):
+            extra = triton_jit.config_kwargs(config)
+            if config.pre_hook is not None:
+                config.pre_hook({**tuner.nargs, **kwargs, **extra})
+            with self.through(tuning, number if tuning >= 0 else -1):
+                unit = tuner.fn.run(*args, **kwargs, **extra)
+            if isinstance(unit, LaunchedUnit):
+                launched.append((unit.unit, number))
+        if memo is not None and len(launched) == len(configs):
+            self._expansions[memo] = launched
+
+    def _memo_key(
+        self, tuner: Autotuner, args: tuple[Any, ...], kwargs: dict[str, Any], configs: list[Any], tuning: int
+    ) -> Any:
+        """What decides all candidates' units together, or None when only running them tells.
+
+        The candidates differ from the first by their configs alone unless something between the tuner and the kernel
+        looks at raw arguments (inner heuristics) or a config has a hook.
+        """
+        if not isinstance(tuner.fn, JITFunction) or any(c.pre_hook is not None for c in configs):
+            return None
+        full = triton_jit.launch_defaults(tuner.fn, {**kwargs, **triton_jit.config_kwargs(configs[0])})
+        full.pop("grid", None)
+        full.pop("warmup", None)
+        key, _, _ = triton_jit.bind(tuner.fn, args, full)
+        return (id(tuner), tuning, tuple(id(c) for c in configs), key)
+
+
+class LaunchedUnit:
+    """What a launch returns on the virtual device."""
+
+    __slots__ = ("unit",)
+
+    def __init__(self, unit: int) -> None:
+        self.unit = unit
+
+
+def tuner_ordinal(tuner: Autotuner) -> int:
+    """Which of several autotuners around one kernel this is: its place among those in the kernel's module, or the next one."""
+    function = triton_jit.unwrap(tuner)
+    assert function is not None
+    found = _tuners_of_module(function)
+    return next((n for n, t in enumerate(found) if t is tuner), len(found))
+
+
+def tuners_of(function: JITFunction, ordinal: int) -> list[Autotuner]:
+    """The autotuners around `function` that are its `ordinal`th: one of its module, or all that its module does not have.
+
+    A factory's kernel, and the autotuner around it, may be held by a cache only (torchao); nothing tells several such
+    autotuners apart but their configs. They are looked for among all objects of the process: a tenth of a second.
+    """
+    found = _tuners_of_module(function)
+    if ordinal < len(found):
+        return [found[ordinal]]
+    alive = _tuners_among(function, gc.get_objects())
+    return [tuner for tuner in alive if not any(tuner is other for other in found)]
+
+
+def _tuners_of_module(function: JITFunction) -> list[Autotuner]:
+    return _tuners_among(function, list(function.fn.__globals__.values()))
+
+
+def _tuners_among(function: JITFunction, values: Sequence[Any]) -> list[Autotuner]:
+    found: list[Autotuner] = []
+    for value in values:
+        # By its type: asking the value itself would wake lazy proxies.
+        if not issubclass(type(value), (Autotuner, Heuristics)) or triton_jit.unwrap(value) is not function:
+            continue
+        for layer in triton_jit.wrappers(value):
+            if isinstance(layer, Autotuner) and not any(layer is other for other in found):
+                found.append(layer)
+    return found
+
+
+@contextlib.contextmanager
+def instead_of_launching(log: LaunchLog) -> Iterator[None]:
+    """Launches are written to `log` and nothing runs: the virtual device."""
+    jit_run, tuner_run = JITFunction.run, Autotuner.run
+
+    def run(self: JITFunction, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> LaunchedUnit:
+        for hook in self.pre_run_hooks:
+            hook(*args, **kwargs)
+        return LaunchedUnit(log.launch(self, args, kwargs))
+
+    def tune(self: Autotuner, *args: Any, **kwargs: Any) -> None:
+        log.expand(self, args, kwargs)
+
+    JITFunction.run, Autotuner.run = run, tune
+    try:
+        yield
+    finally:
+        JITFunction.run, Autotuner.run = jit_run, tuner_run
+
+
+def beside_launching(log: LaunchLog) -> Any:
+    """Write launches to `log` and run them too. Returns a function that takes the hooks out again."""
+
+    def run(jit_run: Any, self: JITFunction, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> Any:
+        log.launch(self, args, kwargs)
+        return jit_run(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+    def tune(tuner_run: Any, self: Autotuner, *args: Any, **kwargs: Any) -> Any:
+        if len(self.configs) <= 1:
+            return tuner_run(self, *args, **kwargs)
+        key = triton_jit.tuning_key(self, args, kwargs)
+        self.nargs = dict(zip(self.arg_names, args))
+        candidates = list(self.prune_configs(kwargs))
+        tuning = log.tuning(self, key, candidates)
+        configs = [triton_jit.config_kwargs(c) for c in candidates]
+
+        # The candidate of a launch is told by its config: the tuner launches each with its own arguments.
+        inner = self.fn
+
+        class Marked:
+            """Stands before the kernel while this call runs, to tell which candidate launches."""
+
+            fn = inner
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(inner, name)
+
+            def run(self, *a: Any, **kw: Any) -> Any:
+                number = next((n for n, c in enumerate(configs) if all(kw.get(k) == v for k, v in c.items())), -1)
+                with log.through(tuning, number):
+                    return inner.run(*a, **kw)
+
+        self.fn = Marked()
+        try:
+            result = tuner_run(self, *args, **kwargs)
+        finally:
+            self.fn = inner
+        choice = self.cache.get(key)
+        if choice is not None:
+            log.tunings[tuning]["choice"] = triton_jit.encoded_config(choice)
+        return result
+
+    with contextlib.ExitStack() as undo:
+        undo.callback(patch.replace(JITFunction, "run", run))
+        undo.callback(patch.replace(Autotuner, "run", tune))
+        return undo.pop_all().close

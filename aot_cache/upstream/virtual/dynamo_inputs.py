@@ -1,0 +1,169 @@
+"""What Dynamo is told about a call before it traces it.
+
+Upstream: `torch/_dynamo/decorators.py` (`mark_dynamic`), `torch.compiler.config.dynamic_sources`,
+`torch/fx/experimental/symbolic_shapes.py` (`StrictMinMaxConstraint`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import sysconfig
+import types
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch._dynamo as dynamo
+from torch._dynamo import bytecode_transformation, config
+from torch._dynamo.output_graph import OutputGraph, get_builtins_dict
+from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint
+
+from aot_cache.upstream.hooks.dynamo_frames import Frame
+from aot_cache.upstream.virtual.torch_fake import HostMode
+
+BUILTINS = "__aot_builtins__"
+
+
+def alias_of(module: str) -> str:
+    """The global by which Dynamo's guards and bytecode call an imported module."""
+    return f"__import_{module.replace('.', '_dot_')}"
+
+
+Dynamic = Mapping[str, Sequence[Sequence[int]]]
+"""Expression → [dimension, low, high] of what changes; dimension -1 is an integer argument."""
+
+
+@contextlib.contextmanager
+def session(dynamic: Dynamic, most_graphs: int) -> Iterator[None]:
+    """Dynamo's settings while the calls of one kind are traced, in a process that has traced nothing else."""
+    integers = ",".join(path for path, dims in dynamic.items() if dims[0][0] < 0)
+    with (
+        _lasting_names(),
+        _ranges_may_split(),
+        config.patch(
+            recompile_limit=most_graphs,
+            accumulated_recompile_limit=8 * most_graphs,
+            fail_on_recompile_limit_hit=True,
+            automatic_dynamic_shapes=False,  # what is dynamic was seen beforehand
+            suppress_errors=False,
+        ),
+    ):
+        compiler: Any = torch.compiler.config
+        with compiler.patch(dynamic_sources=integers):
+            yield
+
+
+@contextlib.contextmanager
+def _lasting_names() -> Iterator[None]:
+    """Dynamo numbers the global that holds the builtins; a number of this process may be taken in the one that loads.
+
+    So it does for modules that a guard or bytecode needs; they have an alias by their name, as imported ones have.
+    And it draws lots for the names of graphs, which end up in the artifact; that is to be the same each time.
+    """
+    graph: Any = OutputGraph
+    original, by_id = graph.install_builtins_dict_in_fglobals, graph.install_global_by_id
+
+    def install(self: Any) -> str:
+        self.global_scope.setdefault(BUILTINS, get_builtins_dict(self.global_scope))
+        return BUILTINS
+
+    def install_global_by_id(self: Any, prefix: str, value: Any) -> str:
+        if not isinstance(value, types.ModuleType):
+            return str(by_id(self, prefix, value))
+        alias = alias_of(value.__name__)
+        self.global_scope.setdefault(alias, value)
+        if self.package is not None:
+            self.package.add_import_source(alias, value.__name__)
+        return alias
+
+    graph.install_builtins_dict_in_fglobals, graph.install_global_by_id = install, install_global_by_id
+    names: Any = bytecode_transformation
+    lots = names.uuid
+    names.uuid = types.SimpleNamespace(uuid4=lambda: uuid.UUID(int=0))
+    try:
+        yield
+    finally:
+        graph.install_builtins_dict_in_fglobals, graph.install_global_by_id = original, by_id
+        names.uuid = lots
+
+
+@contextlib.contextmanager
+def _ranges_may_split() -> Iterator[None]:
+    """Bounds of a marked dimension are kept, and code may still branch within them: such a graph serves a part of the
+    range, and a point outside that part is traced again. Upstream makes it an error, as of a promise of its caller's."""
+    constraint: Any = StrictMinMaxConstraint
+    start = constraint.__init__
+
+    def __init__(self: Any, **fields: Any) -> None:
+        start(self, **{**fields, "warn_only": True})
+
+    constraint.__init__ = __init__
+    try:
+        yield
+    finally:
+        constraint.__init__ = start
+
+
+def mark(frame: Frame, dynamic: Dynamic) -> None:
+    """Tell Dynamo which dimensions of a call's tensors change, and between which bounds."""
+    for path, dims in dynamic.items():
+        value = _get(frame, path)
+        if isinstance(value, torch.Tensor):
+            for dim, low, high in dims:
+                dynamo.mark_dynamic(value, dim, min=low, max=high)
+
+
+def _get(frame: Frame, path: str) -> Any:
+    # The paths are our own (`build.calls`), made of names that the call's own structure has.
+    return eval(path, {"L": frame.f_locals})  # noqa: S307
+
+
+def forget() -> None:
+    """Let Dynamo trace again what it has traced in this process."""
+    dynamo.reset()
+
+
+def warm_up(device: str) -> None:
+    """Import and set up what every compile needs, once, before children are forked."""
+    from aot_cache.upstream.hooks import inductor_artifact, inductor_cpp
+
+    if device == "cpu":
+        inductor_cpp.find_vector_instructions()
+
+    @torch.compile
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    def keep(_wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs: Any) -> Any:
+        backend(graph, inputs, **kwargs)
+        return graph.forward
+
+    with HostMode(device), torch.no_grad(), inductor_artifact.instead(keep):
+        double(torch.empty(8, 8, device=device))
+    dynamo.reset()
+
+
+@cache
+def module_of(code: types.CodeType) -> str | None:
+    """The imported module that `code` was written in; None for torch, the standard library and generated code."""
+    path = os.path.realpath(code.co_filename)
+    roots = (os.path.dirname(os.path.realpath(torch.__file__)), os.path.realpath(sysconfig.get_paths()["stdlib"]))
+    site = os.path.realpath(sysconfig.get_paths()["purelib"])
+    if path.startswith(roots[0]) or (path.startswith(roots[1]) and not path.startswith(site)):
+        return None
+    return _files(len(sys.modules)).get(path)
+
+
+@cache
+def _files(_imported: int) -> dict[str, str]:
+    """File → module, of what is imported; made anew when there is more of it."""
+    found: dict[str, str] = {}
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__dict__", {}).get("__file__")  # not `getattr`: lazy modules import something to answer
+        if isinstance(file, str):
+            found.setdefault(os.path.realpath(file), name)
+    return found

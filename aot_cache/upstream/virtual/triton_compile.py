@@ -1,0 +1,161 @@
+"""Compile one specialization for a target, without a GPU.
+
+Upstream: `triton/compiler/compiler.py` (`compile`, `CompiledKernel`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import triton
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction
+
+from aot_cache.upstream.virtual.triton_driver import gpu_target
+
+if TYPE_CHECKING:
+    from aot_cache.artifact.target import Target
+
+Json = Any
+
+# Fields of Triton's metadata that say where and by what process a kernel was compiled, not what it is.
+_PLACE = ("hash", "target", "extern_libs", "triton_version", "ir_override")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel binary (cubin or hsaco) and what its launch needs to know."""
+
+    binary: bytes
+    metadata: dict[str, Json]
+    ir: str = ""
+    """sha256 of what the machine code was made from: the optimized Triton IR and the options. Empty where unknown."""
+
+
+class Known(Exception):
+    """Not an error: the IR at hand was compiled before, and `value` is what the caller keeps of it."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__("known")
+        self.value = value
+
+
+def compile_specialization(
+    function: JITFunction,
+    specialization: list[Any],
+    kwargs: dict[str, Any],
+    target: Target,
+    known: Callable[[str], Any] | None = None,
+) -> Compiled:
+    """Compile `function` for `target`.
+
+    Args:
+        known: called with the digest of the IR (see `Compiled.ir`); an answer that is not None ends the work there.
+
+    Raises:
+        Known: with the answer of `known`.
+        Exception: whatever Triton's compiler raises.
+    """
+    place = gpu_target(target)
+    options, signature, constexprs, attrs = _pack(function, specialization, kwargs, place)
+    _ = function.device_caches[0]  # gluon and plain kernels bind their own kind of source here
+    source = function.ASTSource(function, signature, constexprs, attrs)
+    with _asking(known, place) as ir:
+        kernel = triton.compile(source, target=place, options=options.__dict__)
+    path = next(Path(p) for name, p in kernel.metadata_group.items() if name.endswith(".json"))
+    metadata = json.loads(path.read_text())
+    return Compiled(bytes(kernel.kernel), _portable(metadata), ir[0])
+
+
+@contextlib.contextmanager
+def _asking(known: Callable[[str], Any] | None, place: Any) -> Iterator[list[str]]:
+    """Ask `known` when the Triton IR is there: what follows (LLVM, the assembler) is four fifths of the time.
+
+    Many specializations differ in nothing that is left in the IR: a divisible stride that no address uses, a head
+    count that only the host reads. The text of the IR is all that the later stages are given (upstream compiles `.ttir`
+    files, `IRSource`), but for source positions, which assertions carry: callers ask within one kernel's source only.
+    """
+    ir = [""]
+    if known is None:
+        yield ir
+        return
+    backend = type(make_backend(place))
+    add_stages = backend.add_stages
+
+    def adding(self: Any, stages: dict[str, Any], options: Any, *rest: Any) -> None:
+        add_stages(self, stages, options, *rest)
+        if "ttir" not in stages:
+            return  # gluon: its first stages have other names
+        optimize = stages["ttir"]
+
+        def asking(module: Any, metadata: dict[str, Any]) -> Any:
+            module = optimize(module, metadata)
+            text = json.dumps([str(module), options.__dict__], sort_keys=True, default=vars)
+            ir[0] = hashlib.sha256(text.encode()).hexdigest()
+            value = known(ir[0])
+            if value is not None:
+                raise Known(value)
+            return module
+
+        stages["ttir"] = asking
+
+    backend.add_stages = adding
+    try:
+        yield ir
+    finally:
+        backend.add_stages = add_stages
+
+
+def _pack(function: JITFunction, specialization: list[Any], kwargs: dict[str, Any], place: Any) -> tuple[Any, ...]:
+    from aot_cache.upstream.codec import triton_jit
+
+    return triton_jit.pack(function, specialization, kwargs, place)
+
+
+def _portable(metadata: dict[str, Json]) -> dict[str, Json]:
+    return {k: v for k, v in metadata.items() if k not in _PLACE and not k.isupper() and not k.startswith("TRITON_")}
+
+
+def is_pruned_like_triton(error: BaseException) -> bool:
+    """Whether Triton's autotuner would count this error as "this config does not work here" and go on."""
+    from triton.compiler.errors import CompileTimeAssertionFailure
+    from triton.runtime.errors import OutOfResources
+
+    kinds: list[type[BaseException]] = [CompileTimeAssertionFailure, OutOfResources]
+    try:
+        from triton.runtime.errors import PTXASError
+
+        kinds.append(PTXASError)
+    except ImportError:  # pragma: no cover
+        pass
+    return isinstance(error, tuple(kinds))
+
+
+def toolkit(target: Target) -> str:
+    """The assembler's version line for `target`; empty for backends that assemble in-process."""
+    if target.backend != "cuda":
+        return ""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    text = subprocess.check_output([get_ptxas(int(target.arch)).path, "--version"], text=True)
+    return next((line.strip() for line in text.splitlines() if line.startswith("Build")), text.strip())
+
+
+def code_environment() -> dict[str, str]:
+    """Environment variables that change generated code, as Triton lists them; line info is a key part of its own."""
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+
+    found = dict(get_cache_invalidating_env_vars())
+    found.pop("TRITON_DISABLE_LINE_INFO", None)
+    return {k: str(v) for k, v in found.items()}
+
+
+def backend_of(target: Target) -> Any:
+    return make_backend(gpu_target(target))
