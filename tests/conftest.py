@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,12 @@ for _name in [name for name in os.environ if name.startswith("AOT_CACHE")]:
     del os.environ[_name]
 os.environ["AOT_CACHE_UNTESTED"] = "1"  # whether a release works is for the tests to say, not for the table
 
+# Each source is compiled once in a run: by the compilers in this folder, which ask the real ones. Workers and children inherit.
+COMPILED = "" if "AOT_TESTS_COMPILED" in os.environ else tempfile.mkdtemp(prefix="aot-tests-compiled-")
+if COMPILED:
+    os.environ["AOT_TESTS_COMPILED"] = COMPILED
+    os.environ["PATH"] = os.pathsep.join([str(Path(__file__).parent / "compilers"), os.environ.get("PATH", os.defpath)])
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what runs in its background so, and all children inherit it: a Ctrl-C of a test would reach nobody.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -44,6 +52,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "graphs" if "/graphs/" in file else file
 
     return ByFixture(config, log)
+
+
+def pytest_sessionfinish() -> None:
+    """What was compiled goes with the run, which is over where it began."""
+    if COMPILED:
+        shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

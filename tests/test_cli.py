@@ -102,7 +102,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 
     def call(*arguments: object) -> Said:
         capfd.readouterr()
-        code = main.main([str(a) for a in arguments])
+        code = main([str(a) for a in arguments])
         return Said(code, *capfd.readouterr())
 
     return call

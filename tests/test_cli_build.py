@@ -224,7 +224,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     monkeypatch.setattr(pipeline, "build", build)
 
     def call(arguments: str) -> tuple[int, str, str, list[str | None]]:
-        code = main.main(["build", *arguments.split()])
+        code = main(["build", *arguments.split()])
         return code, *capfd.readouterr(), asked
 
     return call

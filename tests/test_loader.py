@@ -312,7 +312,7 @@ def test_a_folder_with_one_for_the_cpu(
 
     monkeypatch.setattr(bundle_lookup, "read_bundle", read)
     monkeypatch.setattr(bundle_lookup, "check_form", lambda bundle: None)
-    monkeypatch.setattr(bundle_lookup.compatible, "parts", lambda manifest, look_at_gpu: [])
+    monkeypatch.setattr(bundle_lookup.host_check, "parts", lambda manifest, look_at_gpu: [])
     monkeypatch.setattr(bundle_lookup.torch_capture, "cuda_is_up", lambda: up)
     if found is None:
         with pytest.raises(Incompatible, match="name the file"):

@@ -32,7 +32,14 @@ from torch._guards import CompileId, Guard
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from aot_cache import tested
-from aot_cache.upstream.codec import code_bytes, dynamo_globals, dynamo_guards, dynamo_package, guard_facts
+from aot_cache.upstream.codec import (
+    code_bytes,
+    dynamo_globals,
+    dynamo_guards,
+    dynamo_package,
+    guard_facts,
+    real_tensors,
+)
 from aot_cache.upstream.hooks import dynamo_frames, inductor_artifact, inductor_cpp, inductor_events, second_count
 from aot_cache.upstream.hooks.dynamo_frames import Frame
 from aot_cache.upstream.virtual import dynamo_answers, dynamo_inputs, inductor_target, torch_fake
@@ -995,12 +1002,12 @@ def test_dynamo_traces_fake_tensors() -> None:
     need(len(graphs) == 1 and made.shape == (3, 4), "Dynamo does not trace under a fake tensor mode of ours")
 
 
-@pytest.mark.contract("torch_fake")
+@pytest.mark.contract("torch_fake", "real_tensors")
 def test_what_is_a_parameter() -> None:
     with torch_fake.HostMode("cpu"):
         layer = torch.nn.Linear(2, 2)
-        need(torch_fake.is_parameter(layer.weight), "a Parameter under a fake tensor mode is not told from a tensor")
-        need(not torch_fake.is_parameter(layer.weight.detach()), "a plain tensor is taken for a Parameter")
+        need(real_tensors.is_parameter(layer.weight), "a Parameter under a fake tensor mode is not told from a tensor")
+        need(not real_tensors.is_parameter(layer.weight.detach()), "a plain tensor is taken for a Parameter")
 
 
 # --- a device guard ---------------------------------------------------------------------------------------------------

@@ -900,7 +900,7 @@ def test_which_globals_a_kernel_may_use() -> None:
 @pytest.mark.contract("torch_cuda")
 def test_what_pretending_replaces_is_there() -> None:
     """A name that torch.cuda no longer has would be replaced without any effect."""
-    tree = ast.parse((UPSTREAM / "torch_cuda.py").read_text())
+    tree = ast.parse(UPSTREAM["torch_cuda"].read_text())
     tables = [n for n in ast.walk(tree) if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "answers"]
     names, more = [
         [key.value for key in table.value.keys if isinstance(key, ast.Constant)]
