@@ -19,4 +19,4 @@ def built_for_h200(folder: Path, module: str, source: str) -> Built:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("PYTHONPATH", str(ROOT))
-        return pipeline.build(Request(targets.get("h200"), folder / "store", f"{module}:recipe"))
+        return pipeline.build(Request(target=targets.get("h200"), store=folder / "store", model=f"{module}:recipe"))

@@ -189,7 +189,9 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("PYTHONPATH", str(ROOT))
-        made = pipeline.build(Request(targets.get("cpu"), folder / "store", "odd_functions:recipe", workers=2))
+        made = pipeline.build(
+            Request(target=targets.get("cpu"), store=folder / "store", model="odd_functions:recipe", workers=2)
+        )
     assert not made.failed, made.failed
     said = {
         "serve": _python(folder, "-c", SERVER, str(made.path), json.dumps(NS)),

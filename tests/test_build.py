@@ -126,7 +126,7 @@ class Project:
 
     def snapshot(self, built: Built) -> dict[str, set[str]]:
         """Kernel → the store's keys of its units."""
-        whole = manifest.whole(read_bundle(built.path, built.digest))
+        whole = manifest.whole(read_bundle(built.path, built.digest)).to_json()
         out: dict[str, set[str]] = {}
         for unit in whole["units"]:
             name = whole["kernels"][unit["kernel"]]["name"].partition(":")[2]
@@ -388,7 +388,7 @@ def test_the_cpu_has_no_kernels(bad: Project) -> None:
 
 
 def test_a_plan_of_kernels_for_the_cpu(bad: Project, tmp_path: Path) -> None:
-    Plan("project", "h200").write(tmp_path / "kernels.plan.json")
+    Plan(recipe="project", target="h200").write(tmp_path / "kernels.plan.json")
     with pytest.raises(AotCacheError) as caught:
         bad.build(model=None, plan=tmp_path / "kernels.plan.json", target=targets.get("cpu"))
     assert isinstance(caught.value, DeclarationError) and "aot-cache-" not in str(caught.value), (
@@ -397,8 +397,10 @@ def test_a_plan_of_kernels_for_the_cpu(bad: Project, tmp_path: Path) -> None:
 
 
 def test_a_plan_with_calls_is_not_complete_without_their_graphs(bad: Project, tmp_path: Path) -> None:
-    call = CallPlan("project:f", 3, "0" * 16, "inference", {"backend": "inductor"}, {})
-    Plan("project", "h200", calls=[call]).write(tmp_path / "calls.plan.json")
+    call = CallPlan(
+        function="project:f", line=3, id="0" * 16, mode="inference", wrapping={"backend": "inductor"}, dynamic={}
+    )
+    Plan(recipe="project", target="h200", calls=[call]).write(tmp_path / "calls.plan.json")
     try:
         built, refused = bad.build(model=None, plan=tmp_path / "calls.plan.json"), ""
     except AotCacheError as error:  # to refuse it is right as well
@@ -439,7 +441,7 @@ def test_kernels_that_nothing_tells_apart_are_not_built(tmp_path: Path) -> None:
     built = built_for_h200(tmp_path, "factory_project", FACTORY)
     ((kernel, why),) = {(failure["kernel"], failure["error"]) for failure in built.failed}
     assert kernel == "factory_project:factory.<locals>.unclear" and "table.values in" in why
-    whole = manifest.whole(read_bundle(built.path))
+    whole = manifest.whole(read_bundle(built.path)).to_json()
     assert not whole["complete"] and built.units == 2 and built.covered == 0
     assert len({unit["object"] for unit in whole["units"]}) == 2, "each with its own constant"
     assert all("<locals>.clear@" in kernel["name"] for kernel in whole["kernels"] if "unclear" not in kernel["name"])
@@ -745,7 +747,7 @@ def after_misses(twins: Sequence[tuple[Project, Built]]) -> AfterMisses:
     path = project.folder / "misses.jsonl"
     path.write_text("".join(lines) + lines[0][:50])
     served = Project(project.folder, project.store, "served").build(misses=(path,))
-    whole = manifest.whole(read_bundle(served.path, served.digest))
+    whole = manifest.whole(read_bundle(served.path, served.digest)).to_json()
     return AfterMisses(served, whole, Plan.read(served.path.with_suffix(".plan.json")))
 
 
@@ -801,6 +803,6 @@ def test_other_misses_are_another_build(twins: Sequence[tuple[Project, Built]], 
     nothing, something = tmp_path / "nothing", tmp_path / "something"
     nothing.write_text("")
     something.write_text(missed("load", "m:k"))
-    request = Request(targets.get("h200"), project.store, "project:recipe")
+    request = Request(target=targets.get("h200"), store=project.store, model="project:recipe")
     asked = {pipeline._question(request, pipeline.miss_file.read(paths)) for paths in ((), [nothing], [something])}
     assert len(asked) == 2, "a file with nothing in it is as none"

@@ -217,7 +217,20 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 
     def build(request: Request, progress: object) -> Built:
         asked.append(request.model)
-        return Built(request.target.id, Path("b"), "d" * 64, 9, 1, 0, 1, 0, [], [], 1, 0.1)
+        return Built(
+            target=request.target.id,
+            path=Path("b"),
+            digest="d" * 64,
+            size=9,
+            units=1,
+            graphs=0,
+            compiled=1,
+            pruned=0,
+            failed=[],
+            sampled=[],
+            points=1,
+            seconds=0.1,
+        )
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(native_gpu, "gpu_here", lambda: False)
@@ -272,10 +285,16 @@ def test_a_mistake_is_found_before_anything_starts(run: Run, arguments: str, wor
 
 
 def test_points_that_reach_what_failed_are_not_covered() -> None:
-    units = [Unit("m:k", "s", [n], {}, reached={"a": [{"n": values}]}) for n, values in enumerate(("1..4", "3..6"))]
-    call = CallPlan("m:f", 1, "c" * 16, "inference", {}, {}, reached={"b": [{}]})
-    cases = [CasePlan("a", {"n": "1..10"}, 10, 10, []), CasePlan("b", {}, 1, 1, [])]
-    plan = Plan("r", "h200", cases=cases, units=units, calls=[call])
+    units = [
+        Unit(kernel="m:k", source="s", specialization=[n], options={}, reached={"a": [{"n": values}]})
+        for n, values in enumerate(("1..4", "3..6"))
+    ]
+    call = CallPlan(function="m:f", line=1, id="c" * 16, mode="inference", wrapping={}, dynamic={}, reached={"b": [{}]})
+    cases = [
+        CasePlan(name="a", dims={"n": "1..10"}, points=10, total=10, sampled=[]),
+        CasePlan(name="b", dims={}, points=1, total=1, sampled=[]),
+    ]
+    plan = Plan(recipe="r", target="h200", cases=cases, units=units, calls=[call])
 
     def covered(*failed: tuple[str, str]) -> int:
         return assemble.covered(plan, [{"kernel": kernel, "unit": unit, "error": ""} for kernel, unit in failed])

@@ -17,7 +17,7 @@ def a_case(name: str = "decode", sampled: list[str] | None = None, **dims: str) 
     points = 1
     for text in dims.values():
         points *= len(dimensions.parse_dimension(text))
-    return CasePlan(name, dims, points, points, sampled or [])
+    return CasePlan(name=name, dims=dims, points=points, total=points, sampled=sampled or [])
 
 
 def graph(label: str, name: str = "m:layer", case: str = "decode", **box: str) -> Served:

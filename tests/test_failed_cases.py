@@ -119,7 +119,7 @@ class Done:
 
     @property
     def whole(self) -> dict[str, Any]:
-        return manifest.whole(read_bundle(self.bundle))
+        return manifest.whole(read_bundle(self.bundle)).to_json()
 
     def why(self, name: str) -> list[str]:
         """Why a case or a function failed, for each time that it did."""

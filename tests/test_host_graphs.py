@@ -14,6 +14,7 @@ import pytest
 from test_manifest import GRAPH_FACTS, OBJECTS, of_graphs
 
 from aot_cache.artifact import manifest
+from aot_cache.artifact.manifest import served
 from aot_cache.artifact.target import TARGETS
 from aot_cache.runtime import host_check
 from aot_cache.store import read_bundle, write_bundle
@@ -54,7 +55,7 @@ def command(*arguments: str, path: str = str(ROOT), isolated: bool = False) -> s
 
 def test_what_is_built_here_is_for_here(tmp_path: Path, here: dict[str, Any]) -> None:
     bundle = a_bundle(tmp_path / "b", here)
-    parts = host_check.graph_parts(read_bundle(bundle).manifest)
+    parts = host_check.graph_parts(served(read_bundle(bundle)))
     assert [part.name for part in parts] == ["torch", "torch git", "python", "vector instructions"]
     assert all(part.same for part in parts), parts
     assert command("verify", str(bundle)).stdout == "ok\n"
@@ -72,7 +73,7 @@ OTHERS = [
 def test_what_is_built_elsewhere_is_not(tmp_path: Path, here: dict[str, Any], name: str, value: Any) -> None:
     other = {**here, **({"target": value} if isinstance(value, dict) else {name: value})}
     bundle = a_bundle(tmp_path / "b", other)
-    differing = host_check.differing(host_check.graph_parts(read_bundle(bundle).manifest))
+    differing = host_check.differing(host_check.graph_parts(served(read_bundle(bundle))))
     assert [part.name for part in differing] == [name]
     done = command("verify", str(bundle), "--json")
     (found,) = json.loads(done.stdout)["findings"]
@@ -84,14 +85,14 @@ def test_what_is_built_elsewhere_is_not(tmp_path: Path, here: dict[str, Any], na
 
 def test_of_graphs_for_a_gpu_triton_counts_and_vector_instructions_do_not(tmp_path: Path, here: dict[str, Any]) -> None:
     bundle = a_bundle(tmp_path / "b", {**here, "triton": "3.0.0", "target": TARGETS["h200"].properties()}, "h200")
-    parts = {part.name: part.same for part in host_check.graph_parts(read_bundle(bundle).manifest)}
+    parts = {part.name: part.same for part in host_check.graph_parts(served(read_bundle(bundle)))}
     assert parts == {"torch": True, "torch git": True, "python": True, "triton": False}
 
 
 def test_a_bundle_without_graphs_is_bound_to_no_torch(tmp_path: Path) -> None:
     lean, details = manifest.split(of_graphs(graph_key={}, calls=[]))
     write_bundle(tmp_path / "b", lean, {**OBJECTS, lean["details"]: details})
-    assert host_check.graph_parts(read_bundle(tmp_path / "b").manifest) == []
+    assert host_check.graph_parts(served(read_bundle(tmp_path / "b"))) == []
 
 
 def test_without_torch(tmp_path: Path, here: dict[str, Any]) -> None:

@@ -85,7 +85,7 @@ def test_a_product_whose_sizes_are_not_aligned_is_built(built: Built) -> None:
 
 
 def compiled_while_loading(built: Built, how: str) -> list[str]:
-    graphs = {graph["function"]: graph for graph in manifest.whole(read_bundle(built.path))["graphs"]}
+    graphs = {graph["function"]: graph for graph in manifest.whole(read_bundle(built.path)).to_json()["graphs"]}
     (digest,) = graphs["summed"]["graphs"].values()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", "-c", LOAD, str(built.path), digest, how]

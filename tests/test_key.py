@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aot_cache.artifact import key
-from aot_cache.artifact.key import Part, graph_parts, objects_of, toolchain_parts, unit_key, unit_parts
+from aot_cache.artifact.key import Part, graph_parts, toolchain_parts, unit_key, unit_parts
+from aot_cache.artifact.manifest import ServedGraph, graph_from_json
 
 TOOLCHAIN: dict[str, Any] = {
     "triton": "3.7.1",
@@ -192,7 +193,8 @@ def test_the_objects_of_a_graph_are_all_that_it_names() -> None:
         "libraries": {"source": "f6"}, "resumes": {"r": {"code": "a7", "module": "m", "free": False}},
         "function": "model:f", "code": "b8", "inlined": [["m", "f", "c9"]], "identities": [], "imports": {"i": "m"},
     }  # fmt: skip
-    assert objects_of(graph) == {"a1", "b2", "c3", "d4", "e5", "f6", "a7"}
+    graph |= {"mode": "", "wrapping": None, "values": [], "choices": {}, "module": "model"}
+    assert graph_from_json(ServedGraph, graph).objects() == {"a1", "b2", "c3", "d4", "e5", "f6", "a7"}
 
 
 def test_kinds_of_records_are_told_apart() -> None:

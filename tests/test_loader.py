@@ -22,7 +22,9 @@ from typing import Any
 import pytest
 from limits import HANGS
 
+from aot_cache.artifact import manifest as manifests
 from aot_cache.artifact import target as targets
+from aot_cache.artifact.manifest import served
 from aot_cache.builder import pipeline
 from aot_cache.builder.pipeline import Request
 from aot_cache.errors import Incompatible
@@ -38,7 +40,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One case of the samples, built."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)]))
-        request = Request(targets.get("h200"), tmp_path_factory.mktemp("store"), "sample_kernels:packed", workers=2)
+        request = Request(
+            target=targets.get("h200"), store=tmp_path_factory.mktemp("store"), model="sample_kernels:packed", workers=2
+        )
         built = pipeline.build(request)
     assert not built.failed
     return built.path
@@ -542,7 +546,7 @@ def test_the_ledger_counts_in_many_threads() -> None:
 
 
 def test_parts_of_the_key_beside_this_host(bundle: Path) -> None:
-    manifest = read_bundle(bundle).manifest
+    manifest = served(read_bundle(bundle))
     parts = {part.name: part for part in host_check.parts(manifest, look_at_gpu=False)}
     assert parts["triton"].same and parts["launchers"].same
     assert not parts["gpu"].needed and parts["gpu"].found == host_check.NO_GPU and "H200" in parts["gpu"].wanted
@@ -553,7 +557,9 @@ def test_a_bundle_without_launchers_for_this_python_only_costs(bundle: Path) -> 
     manifest = json.loads(json.dumps(read_bundle(bundle).manifest))
     for native in manifest["native"]:
         native["suffix"] = ".cpython-38-other.so"
-    (part,) = [p for p in host_check.parts(manifest, look_at_gpu=False) if p.name == "launchers"]
+    (part,) = [
+        p for p in host_check.parts(manifests.Served.from_json(manifest), look_at_gpu=False) if p.name == "launchers"
+    ]
     assert not part.same and not part.needed and part.wanted == ".cpython-38-other.so"
 
 

@@ -6,19 +6,21 @@ import copy
 import hashlib
 import json
 import pickle
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import raw_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aot_cache.artifact import manifest
-from aot_cache.artifact.key import objects_of
-from aot_cache.artifact.plan import CallPlan, Plan
+from aot_cache.artifact.manifest import Graph, Manifest, ServedGraph, graph_from_json
+from aot_cache.artifact.plan import CallPlan, CasePlan, Failure, Plan
 from aot_cache.artifact.target import TARGETS
 from aot_cache.builder import assemble
+from aot_cache.builder.workers import BuildResult
 from aot_cache.errors import BundleCorrupt
 from aot_cache.store import Bundle, Store, read_bundle, write_bundle
 
@@ -65,6 +67,7 @@ def units(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+several = st.fixed_dictionaries({"kernel": text, "configs": st.lists(text, max_size=2)})
 graphs = st.fixed_dictionaries(
     {
         "module": text,
@@ -81,7 +84,7 @@ graphs = st.fixed_dictionaries(
         "libraries": st.dictionaries(text, digests, max_size=2),
         "rank": st.none() | st.integers(0, 7),
         "per_rank": text,
-        "candidates": st.dictionaries(text, st.dictionaries(text, mappings, max_size=2), max_size=2),
+        "candidates": st.dictionaries(text, st.dictionaries(text, several, max_size=2), max_size=2),
         "choices": st.dictionaries(text, st.dictionaries(text, st.integers(0, 9), max_size=2), max_size=2),
         "imports": st.dictionaries(text, text, max_size=2),
         "resumes": st.dictionaries(
@@ -89,6 +92,7 @@ graphs = st.fixed_dictionaries(
         ),
         "inlined": st.lists(st.lists(text, min_size=3, max_size=3), max_size=2),
         "identities": st.lists(st.lists(text, min_size=3, max_size=3), max_size=2),
+        "values": st.lists(st.lists(text, min_size=3, max_size=3), max_size=2),
         "guards": st.lists(text, max_size=2),
         "dynamic": st.dictionaries(text, st.lists(st.lists(st.integers(), min_size=3, max_size=3)), max_size=2),
         "reached": reached,
@@ -108,9 +112,20 @@ def tunings(draw: st.DrawFn) -> dict[str, Any]:
         "measured": draw(mappings),
         "reached": draw(reached),
         "default": draw(st.none() | st.integers(0, len(candidates) - 1)),
+        "ranks": draw(st.lists(st.integers(0, 7), max_size=2)),
     }
 
 
+ranks = st.lists(st.integers(0, 7), max_size=2)
+kernels = st.fixed_dictionaries({"name": text, "closure": mappings, "ranks": ranks})
+cases = st.builds(CasePlan, name=text, dims=st.dictionaries(text, text), points=st.integers(0, 9), total=st.integers(0, 9),
+                  sampled=st.lists(text, max_size=2), missed=st.lists(st.dictionaries(text, st.integers()), max_size=2),
+                  doc=text, autocast=st.none() | text, sets=st.lists(text, max_size=2)).map(asdict)  # fmt: skip
+calls = st.builds(CallPlan, function=text, line=st.integers(1, 9), id=text, mode=text, wrapping=mappings, structure=text,
+                  dynamic=st.just({}), reached=reached).map(asdict)  # fmt: skip
+pruned = st.fixed_dictionaries({"kernel": text, "unit": text, "via": st.just([[0, 1]]), "why": text})
+failures = st.fixed_dictionaries({"kernel": text, "unit": text, "error": text}, optional={"reached": reached})
+natives = st.fixed_dictionaries({"name": text, "source": text, "suffix": text, "object": digests})
 manifests = st.fixed_dictionaries(
     {
         "kind": st.just("units"),
@@ -120,24 +135,24 @@ manifests = st.fixed_dictionaries(
         "ranks": st.integers(1, 8),
         "target": st.just(TARGETS["h200"].properties()),
         "toolchain": mappings,
-        "cases": st.lists(mappings, max_size=2),
-        "kernels": st.lists(st.fixed_dictionaries({"name": text, "closure": mappings}), max_size=2),
+        "cases": st.lists(cases, max_size=2),
+        "kernels": st.lists(kernels, max_size=2),
         "metadata": mappings,
         "units": st.lists(units(), max_size=3),
         "tunings": st.lists(tunings(), max_size=2),
-        "pruned": st.lists(mappings, max_size=1),
-        "failed": st.lists(mappings, max_size=1),
-        "native": st.lists(mappings, max_size=1),
+        "pruned": st.lists(pruned, max_size=1),
+        "failed": st.lists(failures, max_size=1),
+        "native": st.lists(natives, max_size=1),
         "graph_key": mappings,
         "graphs": st.lists(graphs, max_size=3),
-        "calls": st.lists(mappings, max_size=2),
+        "calls": st.lists(calls, max_size=2),
         "complete": st.booleans(),
     }
 )
 
 
 def through_a_file(whole: dict[str, Any], folder: Path) -> Bundle:
-    lean, details = manifest.split(whole)
+    lean, details = manifest.split(Manifest.from_json(whole))
     path = folder / "a.safetensors"
     write_bundle(path, lean, {**OBJECTS, lean["details"]: details})
     return read_bundle(path)
@@ -146,16 +161,23 @@ def through_a_file(whole: dict[str, Any], folder: Path) -> Bundle:
 @given(whole=manifests)
 def test_a_manifest_comes_back(whole: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     before = copy.deepcopy(whole)
-    back = manifest.whole(through_a_file(whole, tmp_path_factory.mktemp("bundle")))
+    back = manifest.whole(through_a_file(whole, tmp_path_factory.mktemp("bundle"))).to_json()
     assert whole == before, "split changes what it is given"
     back.pop("objects")
     assert back == json.loads(json.dumps(whole))
 
 
 @given(whole=manifests)
+def test_what_is_written_is_what_is_read(whole: dict[str, Any]) -> None:
+    """Byte for byte what a writer that knows no types makes of it."""
+    header, details = manifest.split(Manifest.from_json(whole))
+    assert (header, details) == raw_manifest.split(json.loads(json.dumps(whole)))
+
+
+@given(whole=manifests)
 def test_the_same_manifest_gives_the_same_bytes(whole: dict[str, Any]) -> None:
-    one, details = manifest.split(whole)
-    two, again = manifest.split(json.loads(json.dumps(whole)))
+    one, details = manifest.split(Manifest.from_json(whole))
+    two, again = manifest.split(Manifest.from_json(json.loads(json.dumps(whole))))
     assert details == again and one["details"] == sha(details)
     assert json.dumps(one, sort_keys=True) == json.dumps(two, sort_keys=True)
 
@@ -192,25 +214,43 @@ GRAPH_FACTS: dict[str, Any] = {
 }
 
 
+CALL = CallPlan(
+    function="model:Layer.forward",
+    line=7,
+    id="0" * 16,
+    mode="inference",
+    wrapping={"backend": "inductor"},
+    dynamic={"L['x']": [[0, 2, 9]]},
+)
+
+
+FACTS = graph_from_json(Graph, GRAPH_FACTS)
+OF_FACTS = FACTS.objects()
+
+
 def of_graphs(*found: dict[str, Any], **more: Any) -> dict[str, Any]:
     """The whole manifest of a bundle of graphs."""
     return {
         "kind": "units", "recipe": "tiny", "spec": "tiny:recipe", "origin": "traced", "ranks": 1,
         "target": TARGETS["cpu"].properties(), "toolchain": {"triton": ""}, "cases": [], "kernels": [], "metadata": {},
         "units": [], "tunings": [], "pruned": [], "failed": [], "native": [], "graph_key": {"torch": "2.13.0"},
-        "graphs": list(found), "calls": [{"function": "model:Layer.forward"}], "complete": True, **more,
+        "graphs": list(found), "calls": [asdict(CALL)], "complete": True, **more,
     }  # fmt: skip
 
 
 def test_what_a_server_needs_of_a_graph_is_in_the_header() -> None:
     """Looking a call up must not parse what only people read; and what it needs must not be among the details."""
-    lean, details = manifest.split(of_graphs(GRAPH_FACTS))
+    lean, details = manifest.split(Manifest.from_json(of_graphs(GRAPH_FACTS)))
     (graph,) = lean["graphs"]
     needed = {"module", "function", "code", "mode", "wrapping", "settings", "guard_state", "bytecode", "graphs"}
     needed |= {"imports", "resumes", "inlined", "identities", "values", "libraries", "choices"}
     assert needed <= set(graph), "the loader reads these"
     assert not {"guards", "dynamic", "reached", "line", "candidates", "per_rank"} & set(graph), "only people read these"
-    assert objects_of(graph) == objects_of(GRAPH_FACTS) == {SETTINGS, GUARDS, BYTECODE, GRAPH, RESUME, LIBRARY}
+    assert (
+        graph_from_json(ServedGraph, graph).objects()
+        == OF_FACTS
+        == {SETTINGS, GUARDS, BYTECODE, GRAPH, RESUME, LIBRARY}
+    )
     assert "calls" not in lean and "graph_key" in lean
     assert json.loads(details)["graphs"] == [
         {
@@ -221,7 +261,7 @@ def test_what_a_server_needs_of_a_graph_is_in_the_header() -> None:
 
 
 def test_details_of_another_number_of_graphs(tmp_path: Path) -> None:
-    lean, details = manifest.split(of_graphs(GRAPH_FACTS, GRAPH_FACTS))
+    lean, details = manifest.split(Manifest.from_json(of_graphs(GRAPH_FACTS, GRAPH_FACTS)))
     lean["graphs"].pop()
     write_bundle(tmp_path / "a.safetensors", lean, {**OBJECTS, lean["details"]: details})
     with pytest.raises(BundleCorrupt, match="do not fit its manifest"):
@@ -230,7 +270,7 @@ def test_details_of_another_number_of_graphs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lacking", ["graphs", "calls"])
 def test_details_that_lack_a_part(tmp_path: Path, lacking: str) -> None:
-    lean, details = manifest.split(of_graphs(GRAPH_FACTS))
+    lean, details = manifest.split(Manifest.from_json(of_graphs(GRAPH_FACTS)))
     data = json.dumps({k: v for k, v in json.loads(details).items() if k != lacking}).encode()
     lean["details"] = sha(data)
     write_bundle(tmp_path / "a.safetensors", lean, {**OBJECTS, sha(data): data})
@@ -249,37 +289,39 @@ def kept(clean_store: Store) -> Store:
     return clean_store
 
 
-CALL = CallPlan("model:Layer.forward", 7, "0" * 16, "inference", {"backend": "inductor"}, {"L['x']": [[0, 2, 9]]})
 CPU = TARGETS["cpu"]
 BOUND = {"torch": "2.13.0", "target": {"backend": "cpu", "isa": "x86_64 AVX2"}}
 
 
 def test_graphs_are_put_into_a_bundle_with_all_that_they_need(kept: Store) -> None:
-    answer = {"graphs": [GRAPH_FACTS], "graph_failed": [], "graph_key": BOUND}
-    made, objects = assemble.assemble(CPU, "tiny:recipe", Plan("tiny", "cpu", calls=[CALL]), kept, answer)
+    result = BuildResult(plan=Plan(recipe="tiny", target="cpu", calls=[CALL]), graphs=[FACTS], graph_key=BOUND)
+    found, objects = assemble.assemble(CPU, "tiny:recipe", result, kept)
+    made = found.to_json()
     assert made["graphs"] == [GRAPH_FACTS] and made["graph_key"] == BOUND and made["complete"] is True
     assert made["calls"] == [asdict(CALL)] and made["units"] == [] and made["toolchain"] == {"triton": ""}
-    assert objects == {digest: OBJECTS[digest] for digest in objects_of(GRAPH_FACTS)}
+    assert objects == {digest: OBJECTS[digest] for digest in OF_FACTS}
     json.dumps(made)
 
 
 def test_a_bundle_without_graphs_is_bound_to_no_torch(kept: Store) -> None:
     """Kernels serve any torch: a key of graphs that are not there must not refuse them."""
-    made, objects = assemble.assemble(CPU, "tiny:recipe", Plan("tiny", "cpu"), kept, {"graph_key": BOUND})
-    assert (made["graphs"], made["calls"], made["graph_key"], objects) == ([], [], {}, {})
+    result = BuildResult(plan=Plan(recipe="tiny", target="cpu"), graph_key=BOUND)
+    made, objects = assemble.assemble(CPU, "tiny:recipe", result, kept)
+    assert (made.graphs, made.calls, made.graph_key, objects) == ([], [], {}, {})
 
 
 def test_a_call_of_which_nothing_could_be_compiled_makes_a_bundle_incomplete(kept: Store) -> None:
-    failure = {"kernel": "model:Layer.forward", "unit": "0" * 16, "error": "it reads a value"}
-    answer = {"graphs": [GRAPH_FACTS], "graph_failed": [failure], "graph_key": BOUND}
-    made, objects = assemble.assemble(CPU, "tiny:recipe", Plan("tiny", "cpu", calls=[CALL]), kept, answer)
-    assert made["failed"] == [failure] and made["complete"] is False
+    failure = Failure(kernel="model:Layer.forward", unit="0" * 16, error="it reads a value")
+    plan = Plan(recipe="tiny", target="cpu", calls=[CALL])
+    result = BuildResult(plan=plan, graphs=[FACTS], failed=[failure], graph_key=BOUND)
+    made, objects = assemble.assemble(CPU, "tiny:recipe", result, kept)
+    assert made.failed == [failure] and made.complete is False
     assert GRAPH in objects, "what could be compiled is there"
 
 
 def test_what_two_graphs_share_is_in_a_bundle_once(kept: Store) -> None:
-    other = {**GRAPH_FACTS, "bytecode": RESUME, "resumes": {}}
-    answer = {"graphs": [GRAPH_FACTS, other], "graph_key": BOUND}
-    _, objects = assemble.assemble(CPU, "tiny:recipe", Plan("tiny", "cpu"), kept, answer)
-    assert set(objects) == objects_of(GRAPH_FACTS) | objects_of(other)
+    other = replace(FACTS, bytecode=RESUME, resumes={})
+    result = BuildResult(plan=Plan(recipe="tiny", target="cpu"), graphs=[FACTS, other], graph_key=BOUND)
+    _, objects = assemble.assemble(CPU, "tiny:recipe", result, kept)
+    assert set(objects) == OF_FACTS | other.objects()
     assert len(objects) == 6

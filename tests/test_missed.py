@@ -122,8 +122,15 @@ def test_a_size_that_is_not_understood_does_no_harm_where_others_tell_everything
 # --- which declaration would have covered it --------------------------------------------------------------------------
 
 CASES = [
-    CasePlan("decode", {"batch": "1..512", "heads": "16,32"}, 1024, 1024, [], missed=[{"batch": 700, "heads": 16}]),
-    CasePlan("prefill", {"tokens": "16..4096/16"}, 200, 256, ["tokens"]),
+    CasePlan(
+        name="decode",
+        dims={"batch": "1..512", "heads": "16,32"},
+        points=1024,
+        total=1024,
+        sampled=[],
+        missed=[{"batch": 700, "heads": 16}],
+    ),
+    CasePlan(name="prefill", dims={"tokens": "16..4096/16"}, points=200, total=256, sampled=["tokens"]),
 ]
 
 
@@ -133,7 +140,18 @@ def call(function: str, structure: str, **follows: Any) -> CallPlan:
         "prefill": [{"tokens": "16..4096/16 except 48"}],
     }
     mine = {case: reached[case] for case in follows}
-    return CallPlan(function, 1, structure, "inference", {}, {}, {}, mine, structure, follows)
+    return CallPlan(
+        function=function,
+        line=1,
+        id=structure,
+        mode="inference",
+        wrapping={},
+        dynamic={},
+        hint={},
+        reached=mine,
+        structure=structure,
+        follows=follows,
+    )
 
 
 CALLS = [
@@ -425,15 +443,26 @@ def test_the_most_frequent_miss_comes_first(tmp_path: Path) -> None:
 
 def test_what_was_missed_is_added_to_a_plan_once() -> None:
     def unit(block: int, *via: list[int], **more: Any) -> Unit:
-        return Unit("m:k", "ab", [{"t": ["constexpr", block]}], {}, via=list(via), **more)
+        return Unit(
+            kernel="m:k", source="ab", specialization=[{"t": ["constexpr", block]}], options={}, via=list(via), **more
+        )
 
     def tuning(key: int) -> Tuning:
-        return Tuning("m:k", 0, [key], [{"B": 16}, {"B": 32}])
+        return Tuning(kernel="m:k", tuner=0, key=[key], candidates=[{"B": 16}, {"B": 32}])
 
     reached = {"decode": [{"batch": "1"}]}
-    traced = Plan("r", "h200", units=[unit(16, [0, 0], reached=reached)], tunings=[tuning(1)], cases=CASES, calls=CALLS)
-    part = Plan("r", "h200", units=[unit(16, [0, 0]), unit(32, [0, 1])], tunings=[tuning(2)], closures={"m:k": {}})
-    found = extended(traced, [part, copy.deepcopy(part), Plan("r", "h200", units=[unit(64)])])
+    traced = Plan(
+        recipe="r",
+        target="h200",
+        units=[unit(16, [0, 0], reached=reached)],
+        tunings=[tuning(1)],
+        cases=CASES,
+        calls=CALLS,
+    )
+    part = Plan(
+        recipe="r", target="h200", units=[unit(16, [0, 0]), unit(32, [0, 1])], tunings=[tuning(2)], closures={"m:k": {}}
+    )
+    found = extended(traced, [part, copy.deepcopy(part), Plan(recipe="r", target="h200", units=[unit(64)])])
     assert [(u.specialization[0]["t"][1], u.via) for u in found.units] == [
         (16, [[0, 0], [1, 0]]),
         (32, [[1, 1]]),

@@ -109,14 +109,16 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
             patch.setenv("PYTHONPATH", str(ROOT))
-            return pipeline.build(Request(targets.get("cpu"), folder / "store", f"odd_model:{recipe}", workers=1))
+            return pipeline.build(
+                Request(target=targets.get("cpu"), store=folder / "store", model=f"odd_model:{recipe}", workers=1)
+            )
 
     return build
 
 
 @pytest.fixture(scope="module")
 def whole(build: Callable[[str], Built]) -> dict[str, Any]:
-    return manifest.whole(read_bundle(build("odd").path))
+    return manifest.whole(read_bundle(build("odd").path)).to_json()
 
 
 def graphs_of(whole: dict[str, Any], function: str) -> list[dict[str, Any]]:

@@ -82,7 +82,12 @@ def plans(draw: st.DrawFn, target: str | None = None) -> Plan:
         reached=reached,
     )
     cases = st.builds(
-        CasePlan, text, st.dictionaries(text, text, max_size=2), st.integers(0, 99), st.integers(0, 99), st.lists(text)
+        CasePlan,
+        name=text,
+        dims=st.dictionaries(text, text, max_size=2),
+        points=st.integers(0, 99),
+        total=st.integers(0, 99),
+        sampled=st.lists(text),
     )
     return Plan(
         recipe=draw(text),
@@ -131,7 +136,7 @@ def test_a_plan_is_json_with_a_unit_a_line(plan: Plan, tmp_path_factory: pytest.
     assert content.endswith("}\n")
 
 
-GOOD = Plan("r", "h200", units=[Unit("a:k", "aa", [], {})]).to_json()
+GOOD = Plan(recipe="r", target="h200", units=[Unit(kernel="a:k", source="aa", specialization=[], options={})]).to_json()
 
 
 @pytest.mark.parametrize(
@@ -164,9 +169,18 @@ def test_a_plan_of_a_version_that_knew_no_calls() -> None:
 
 
 def test_a_call_says_what_a_person_asks_of_it() -> None:
-    call = CallPlan("a:f", 3, "0" * 16, "inference", {"backend": "inductor"}, {"L['x']": [[0, 2, 9]]})
+    call = CallPlan(
+        function="a:f",
+        line=3,
+        id="0" * 16,
+        mode="inference",
+        wrapping={"backend": "inductor"},
+        dynamic={"L['x']": [[0, 2, 9]]},
+    )
     assert (call.hint, call.reached) == ({}, {})
-    assert Plan.from_json(json.loads(json.dumps(Plan("r", "cpu", calls=[call]).to_json()))).calls == [call]
+    assert Plan.from_json(json.loads(json.dumps(Plan(recipe="r", target="cpu", calls=[call]).to_json()))).calls == [
+        call
+    ]
 
 
 def test_a_case_in_a_plan_is_what_was_enumerated_of_it() -> None:
@@ -174,8 +188,15 @@ def test_a_case_in_a_plan_is_what_was_enumerated_of_it() -> None:
     case = Case("decode", lambda n, heads: Call(print), dims, "no_grad", "bfloat16", {"n": 4})
     found = enumerate_points(dims)
     made = CasePlan.of(case, found)
-    assert made == CasePlan("decode", {name: dim.text for name, dim in dims.items()}, len(found.points), found.total,
-                            list(found.sampled), "no_grad", "bfloat16")  # fmt: skip
+    assert made == CasePlan(
+        name="decode",
+        dims={name: dim.text for name, dim in dims.items()},
+        points=len(found.points),
+        total=found.total,
+        sampled=list(found.sampled),
+        mode="no_grad",
+        autocast="bfloat16",
+    )
     assert list(made.dims) == ["n", "heads"], "in the declared order"
     large = enumerate_points({"n": Range(1, 100)}, 10)
     assert CasePlan.of(Case("c", lambda n: Call(print), {"n": Range(1, 100)}), large).sampled == ["n"]
@@ -198,12 +219,12 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreUnwritable):
-        Plan("r", "h200").write(tmp_path / "file" / "plan.json")
+        Plan(recipe="r", target="h200").write(tmp_path / "file" / "plan.json")
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------
 
-UNIT = Unit("a:k", "aa", [{"t": ["i32", "D"]}], {"num_warps": 4, "debug": False})
+UNIT = Unit(kernel="a:k", source="aa", specialization=[{"t": ["i32", "D"]}], options={"num_warps": 4, "debug": False})
 
 
 def test_a_unit_s_id_is_what_is_compiled() -> None:
@@ -229,8 +250,11 @@ def test_who_launches_a_unit(via: list[list[int]], expected: bool) -> None:
 
 
 def test_what_was_sampled() -> None:
-    cases = [CasePlan("a", {"n": "1..9"}, 4, 9, ["n"]), CasePlan("b", {"n": "1..9"}, 9, 9, [])]
-    assert Plan("r", "h200", cases=cases).sampled == ["a.n"]
+    cases = [
+        CasePlan(name="a", dims={"n": "1..9"}, points=4, total=9, sampled=["n"]),
+        CasePlan(name="b", dims={"n": "1..9"}, points=9, total=9, sampled=[]),
+    ]
+    assert Plan(recipe="r", target="h200", cases=cases).sampled == ["a.n"]
 
 
 # --- differences ------------------------------------------------------------------------------------------------------
@@ -253,9 +277,11 @@ def test_a_difference_is_what_one_has_and_the_other_lacks(left: Plan, right: Pla
 
 
 def test_points_and_choices_make_no_difference() -> None:
-    tuning = Tuning("a:k", 0, [64], [{"B": 1}, {"B": 2}])
-    left = Plan("r", "h200", units=[UNIT], tunings=[tuning])
-    right = Plan("s", "a100", units=[replace(UNIT, reached={"x": []})], tunings=[replace(tuning, choice={"B": 2})])
+    tuning = Tuning(kernel="a:k", tuner=0, key=[64], candidates=[{"B": 1}, {"B": 2}])
+    left = Plan(recipe="r", target="h200", units=[UNIT], tunings=[tuning])
+    right = Plan(
+        recipe="s", target="a100", units=[replace(UNIT, reached={"x": []})], tunings=[replace(tuning, choice={"B": 2})]
+    )
     assert diff(left, right).same
     assert not diff(left, replace(right, tunings=[replace(tuning, candidates=[{"B": 1}])])).same
 
@@ -277,12 +303,12 @@ def test_merging_tells_kernels_of_one_name_apart() -> None:
     """Two processes that each saw one of a factory's kernels."""
 
     def part(source: str) -> Plan:
-        units = [Unit("m:f.<locals>.k", source * 32, [], {}, via=[[0, 0]])]
+        units = [Unit(kernel="m:f.<locals>.k", source=source * 32, specialization=[], options={}, via=[[0, 0]])]
         return Plan(
-            "r",
-            "h200",
+            recipe="r",
+            target="h200",
             units=units,
-            tunings=[Tuning("m:f.<locals>.k", 0, [], [{}])],
+            tunings=[Tuning(kernel="m:f.<locals>.k", tuner=0, key=[], candidates=[{}])],
             closures={"m:f.<locals>.k": source},
         )
 
@@ -323,8 +349,10 @@ def test_merging_with_itself_changes_nothing(plan: Plan) -> None:
 
 
 def test_a_choice_that_any_process_recorded_is_kept() -> None:
-    tuning = Tuning("a:k", 0, [64], [{"B": 1}, {"B": 2}])
-    without, with_choice = (Plan("r", "h200", tunings=[t]) for t in (tuning, replace(tuning, choice={"B": 2})))
+    tuning = Tuning(kernel="a:k", tuner=0, key=[64], candidates=[{"B": 1}, {"B": 2}])
+    without, with_choice = (
+        Plan(recipe="r", target="h200", tunings=[t]) for t in (tuning, replace(tuning, choice={"B": 2}))
+    )
     for order in ([without, with_choice], [with_choice, without]):
         (merged,) = merge(copy.deepcopy(order)).tunings
         assert merged.choice == {"B": 2}
@@ -332,7 +360,7 @@ def test_a_choice_that_any_process_recorded_is_kept() -> None:
 
 def test_recordings_of_two_gpus_are_refused() -> None:
     with pytest.raises(DeclarationError, match="a100, h200"):
-        merge([Plan("r", "h200"), Plan("r", "a100")])
+        merge([Plan(recipe="r", target="h200"), Plan(recipe="r", target="a100")])
 
 
 def test_no_recording_is_refused() -> None:
@@ -341,7 +369,7 @@ def test_no_recording_is_refused() -> None:
 
 
 def test_merging_reads_an_iterator() -> None:
-    merged: Any = merge(iter([Plan("r", "h200", units=[UNIT])]))
+    merged: Any = merge(iter([Plan(recipe="r", target="h200", units=[UNIT])]))
     assert len(merged.units) == 1
 
 
@@ -349,12 +377,14 @@ def test_merging_reads_an_iterator() -> None:
 
 
 def of_rank(*units: Unit, **more: Any) -> Plan:
-    cases = [CasePlan("c", {"n": "1..4"}, 4, 4, [])]
-    return replace(Plan("r", "h200", cases=cases, units=list(units), closures={"a:k": {}}), **more)
+    cases = [CasePlan(name="c", dims={"n": "1..4"}, points=4, total=4, sampled=[])]
+    return replace(Plan(recipe="r", target="h200", cases=cases, units=list(units), closures={"a:k": {}}), **more)
 
 
 def launched(warps: int, points: str) -> Unit:
-    return Unit("a:k", "aa" * 32, [], {"num_warps": warps}, reached={"c": [{"n": points}]})
+    return Unit(
+        kernel="a:k", source="aa" * 32, specialization=[], options={"num_warps": warps}, reached={"c": [{"n": points}]}
+    )
 
 
 def test_what_only_the_third_rank_launches_is_in_the_plan_of_all() -> None:
@@ -367,12 +397,15 @@ def test_what_only_the_third_rank_launches_is_in_the_plan_of_all() -> None:
 
 
 def test_a_choice_between_other_candidates_is_of_its_rank() -> None:
-    one, other = (of_rank(launched(1, "1"), tunings=[Tuning("a:k", 0, [64], [{"B": b}])]) for b in (1, 2))
+    one, other = (
+        of_rank(launched(1, "1"), tunings=[Tuning(kernel="a:k", tuner=0, key=[64], candidates=[{"B": b}])])
+        for b in (1, 2)
+    )
     plan = of_ranks([one, other, other])
     assert [(tuning.candidates, tuning.ranks) for tuning in plan.tunings] == [([{"B": 1}], [0]), ([{"B": 2}], [1, 2])]
 
 
 def test_ranks_that_declare_otherwise_are_refused() -> None:
-    other = of_rank(cases=[CasePlan("c", {"n": "1..8"}, 8, 8, [])])
+    other = of_rank(cases=[CasePlan(name="c", dims={"n": "1..8"}, points=8, total=8, sampled=[])])
     with pytest.raises(DeclarationError, match=r"case 'c' .* alike on all ranks; n=1..4 as rank 0, n=1..8 as rank 2"):
         of_ranks([of_rank(), of_rank(), other])

@@ -35,7 +35,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         patch.chdir(folder)
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("SAMPLE_BREAK", "1")
-        made = pipeline.build(Request(targets.get("cpu"), folder / "store", "rehearsal_recipe:recipe", workers=1))
+        made = pipeline.build(
+            Request(target=targets.get("cpu"), store=folder / "store", model="rehearsal_recipe:recipe", workers=1)
+        )
     assert not made.failed
     return made
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from raw_manifest import split
+from test_manifest import FACTS
 
 from aot_cache.artifact.key import Part
-from aot_cache.artifact.manifest import split
+from aot_cache.artifact.manifest import Manifest, NativeModule
 from aot_cache.artifact.plan import CallPlan, CasePlan, Plan, Tuning, Unit
 from aot_cache.artifact.reached import together
 from aot_cache.artifact.specialization import closure_digest, parameter_names, signature, value_text
@@ -43,20 +45,34 @@ def sha(data: bytes) -> str:
 
 def a_unit(kernel: str = KERNEL, warps: int = 4, **more: Any) -> Unit:
     return Unit(
-        kernel,
-        closure_digest(CLOSURES[kernel]),
-        copy.deepcopy(SPECIALIZATION),
-        {"num_warps": warps, "debug": False},  # not in order of name: a manifest sorts its keys
+        kernel=kernel,
+        source=closure_digest(CLOSURES[kernel]),
+        specialization=copy.deepcopy(SPECIALIZATION),
+        options={"num_warps": warps, "debug": False},  # not in order of name: a manifest sorts its keys
         reached={"decode": [{"batch": "1..4", "tokens": "1"}]},
         **more,
     )
 
 
 def a_plan(**more: Any) -> Plan:
-    cases = [CasePlan("decode", {"batch": "1..4", "tokens": "1"}, 4, 4, [])]
+    cases = [CasePlan(name="decode", dims={"batch": "1..4", "tokens": "1"}, points=4, total=4, sampled=[])]
     units = [a_unit(), a_unit(OTHER, 1, via=[[0, 0]]), a_unit(OTHER, 2, via=[[0, 1]])]
-    tunings = [Tuning(OTHER, 0, [128, "torch.bfloat16"], [{"num_warps": 1}, {"num_warps": 2}])]
-    return replace(Plan("tiny", "h200", "traced", "3.7.1", cases, units, tunings, CLOSURES), **more)
+    tunings = [
+        Tuning(kernel=OTHER, tuner=0, key=[128, "torch.bfloat16"], candidates=[{"num_warps": 1}, {"num_warps": 2}])
+    ]
+    return replace(
+        Plan(
+            recipe="tiny",
+            target="h200",
+            origin="traced",
+            triton="3.7.1",
+            cases=cases,
+            units=units,
+            tunings=tunings,
+            closures=CLOSURES,
+        ),
+        **more,
+    )
 
 
 def a_manifest(plan: Plan | None = None) -> dict[str, Any]:
@@ -227,9 +243,11 @@ def test_the_bytes_add_up_to_the_file_s(tmp_path: Path) -> None:
 
 def test_bytes_by_what_they_are_for() -> None:
     """Of objects that two kinds use, the first has the bytes."""
-    graph = {"graphs": {"x": "c"}, "libraries": {}, "guard_state": "g", "bytecode": "c", "settings": "s", "resumes": {}}
+    graph = replace(FACTS, graphs={"x": "c"}, libraries={}, guard_state="g", bytecode="c", settings="s", resumes={})
     stored = {"u": 1, "c": 10, "g": 100, "s": 1000, "n": 10_000, "d": 100_000, "?": 1_000_000}
-    whole = {"objects": stored, "units": [{"object": "u"}], "graphs": [graph], "native": [{"object": "n"}]}
+    native = NativeModule(name="", source="", suffix="", object="n")
+    found = Manifest.from_json(a_manifest())
+    whole = replace(found, objects=stored, units=[replace(found.units[0], object="u")], graphs=[graph], native=[native])
     rows = {row["kind"]: (row["objects"], row["bytes"]) for row in size_facts.sizes(whole, "d", 9_000_000)}
     assert rows == {
         "kernels": (1, 1),
@@ -255,14 +273,14 @@ def test_the_coverage_of_a_bundle_and_of_its_plan(tmp_path: Path) -> None:
 
 def test_a_choice_that_was_measured_counts_as_tuned(tmp_path: Path) -> None:
     plan = a_plan()
-    plan.tunings[0].choice = {"num_warps": 2}
+    plan = replace(plan, tunings=[replace(plan.tunings[0], choice={"num_warps": 2}), *plan.tunings[1:]])
     facts = bundle_facts.bundle(a_bundle(tmp_path, a_manifest(plan)))
     assert facts["untuned"] == 0
     assert facts["kernels"][1]["tuned"] == 1
 
 
 def test_one_candidate_is_no_choice() -> None:
-    plan = a_plan(tunings=[Tuning(OTHER, 0, [1], [{"num_warps": 1}])])
+    plan = a_plan(tunings=[Tuning(kernel=OTHER, tuner=0, key=[1], candidates=[{"num_warps": 1}])])
     facts = bundle_facts.plan(plan, Path("p"))
     assert (facts["untuned"], facts["kernels"][1]["choices"]) == (0, 0)
 
@@ -281,7 +299,7 @@ def test_the_specializations_of_a_kernel(tmp_path: Path) -> None:
 
 def test_points_lists_every_kernel() -> None:
     plan = a_plan()
-    plan.units[0].overrides = {"num_warps": 4}
+    plan = replace(plan, units=[replace(plan.units[0], overrides={"num_warps": 4}), *plan.units[1:]])
     facts = as_json(bundle_facts.plan(plan, Path("p"), points=True))
     assert [s["kernel"] for s in facts["specializations"]] == [KERNEL, OTHER, OTHER]
     assert facts["specializations"][0]["id"] == plan.units[0].id
@@ -305,8 +323,17 @@ def test_a_bundle_without_units(tmp_path: Path) -> None:
     ("whole", "header"),
     [
         ({"cases": [{"name": "x"}]}, {}),
-        ({"cases": [CasePlan("decode", {"batch": "many", "tokens": "1"}, 4, 4, []).__dict__]}, {}),
-        ({"cases": [CasePlan("decode", {"other": "1..4"}, 4, 4, []).__dict__]}, {}),
+        (
+            {
+                "cases": [
+                    CasePlan(
+                        name="decode", dims={"batch": "many", "tokens": "1"}, points=4, total=4, sampled=[]
+                    ).__dict__
+                ]
+            },
+            {},
+        ),
+        ({"cases": [CasePlan(name="decode", dims={"other": "1..4"}, points=4, total=4, sampled=[]).__dict__]}, {}),
         ({"failed": [1]}, {}),
         ({"failed": None}, {}),
         ({}, {"units": 3}),
@@ -367,9 +394,10 @@ def test_a_plan_is_the_same_as_itself_and_its_bundle(tmp_path: Path) -> None:
 
 def test_what_a_bundle_left_out_as_unfit_is_no_difference(tmp_path: Path) -> None:
     plan, manifest = a_plan(), a_manifest()
-    plan.units[1].overrides = {"num_warps": 1}  # which a bundle does not write down
+    first, second, *others = plan.units
+    second = replace(second, overrides={"num_warps": 1})  # which a bundle does not write down
     unfit = a_unit(OTHER, 32, via=[[0, 2]])
-    plan.units.append(unfit)
+    plan = replace(plan, units=[first, second, *others, unfit])
     assert not diff_facts.diff(side(plan), diff_facts.side(a_bundle(tmp_path, manifest)))["same"]
     manifest["pruned"] = [{"kernel": OTHER, "unit": unfit.id, "via": [[0, 2]], "why": "too much shared memory"}]
     assert diff_facts.diff(side(plan), diff_facts.side(a_bundle(tmp_path, manifest)))["same"]
@@ -437,7 +465,7 @@ def test_explaining_part_by_part(tmp_path: Path) -> None:
 
 def a_built(path: Path, **more: Any) -> Built:
     given = {"failed": [], "sampled": [], "points": 4, "seconds": 0.5, **more}
-    return Built("h200", path, "d" * 64, 10, 3, 0, 3, 0, **given)
+    return Built(target="h200", path=path, digest="d" * 64, size=10, units=3, graphs=0, compiled=3, pruned=0, **given)
 
 
 def test_a_build_says_what_goes_into_the_dockerfile() -> None:
@@ -520,8 +548,10 @@ def test_a_table_that_is_piped_folds_no_name(capsys: pytest.CaptureFixture[str])
 
 
 def test_tuned_in_words(capsys: pytest.CaptureFixture[str]) -> None:
-    tunings = [Tuning(OTHER, 0, [n], [{"num_warps": 1}, {"num_warps": 2}]) for n in range(2)]
-    tunings[0].choice = {"num_warps": 1}
+    tunings = [
+        Tuning(kernel=OTHER, tuner=0, key=[n], candidates=[{"num_warps": 1}, {"num_warps": 2}]) for n in range(2)
+    ]
+    tunings[0] = replace(tunings[0], choice={"num_warps": 1})
     render_bundle.plan_or_bundle(bundle_facts.plan(a_plan(tunings=tunings), Path("p")))
     out = capsys.readouterr().out
     assert "1 of 2" in out and "no choice" in out
@@ -532,11 +562,21 @@ def test_a_plan_that_is_shown_says_each_thing_once(capsys: pytest.CaptureFixture
     """What is served at which sizes comes first, then all that reaches each call and each kernel."""
     boxes = ({"batch": "1", "tokens": "1"}, {"batch": "2..4", "tokens": "1"})
     calls = [
-        CallPlan("m:f", 7, f"{n}", "inference", {"options": {"epilogue_fusion": True}}, {}, reached={"decode": [box]})
+        CallPlan(
+            function="m:f",
+            line=7,
+            id=f"{n}",
+            mode="inference",
+            wrapping={"options": {"epilogue_fusion": True}},
+            dynamic={},
+            reached={"decode": [box]},
+        )
         for n, box in enumerate(boxes)
     ]
-    tunings = [Tuning(OTHER, 0, [n], [{"num_warps": 1}, {"num_warps": 2}]) for n in range(2)]
-    tunings[0].choice = {"num_warps": 1}
+    tunings = [
+        Tuning(kernel=OTHER, tuner=0, key=[n], candidates=[{"num_warps": 1}, {"num_warps": 2}]) for n in range(2)
+    ]
+    tunings[0] = replace(tunings[0], choice={"num_warps": 1})
     cases = [replace(a_plan().cases[0], doc="One token each.")]
     render_build.plan(build_facts.plan(a_plan(cases=cases, calls=calls, tunings=tunings), Path("p")))
     lines = capsys.readouterr().out.splitlines()

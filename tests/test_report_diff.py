@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import raw_manifest
 from test_manifest import GRAPH_FACTS, OBJECTS, of_graphs
 
-from aot_cache.artifact import manifest
 from aot_cache.artifact.plan import CallPlan, Plan
 from aot_cache.cli.facts import diff as diff_facts
 from aot_cache.cli.render import terminal
@@ -19,7 +19,7 @@ KEY = {"torch": "2.13.0", "torch git": "abc", "python": "3.11", "triton": "", "t
 
 
 def a_bundle(path: Path, *graphs: dict[str, Any], **more: Any) -> diff_facts.Side:
-    lean, details = manifest.split(of_graphs(*graphs, **{"graph_key": KEY, "calls": [], **more}))
+    lean, details = raw_manifest.split(of_graphs(*graphs, **{"graph_key": KEY, "calls": [], **more}))
     write_bundle(path, lean, {**OBJECTS, lean["details"]: details})
     return diff_facts.side(read_bundle(path))
 
@@ -86,8 +86,18 @@ def test_the_same_calls_compiled_otherwise(tmp_path: Path) -> None:
 
 def test_plans_differ_in_their_calls(tmp_path: Path) -> None:
     def a_plan(*ids: str) -> diff_facts.Side:
-        calls = [CallPlan("model:f", 3, i, "inference", {"backend": "inductor", "options": {}}, {}) for i in ids]
-        return diff_facts.Side(tmp_path, Plan("tiny", "cpu", calls=calls))
+        calls = [
+            CallPlan(
+                function="model:f",
+                line=3,
+                id=i,
+                mode="inference",
+                wrapping={"backend": "inductor", "options": {}},
+                dynamic={},
+            )
+            for i in ids
+        ]
+        return diff_facts.Side(tmp_path, Plan(recipe="tiny", target="cpu", calls=calls))
 
     facts = diff_facts.diff(a_plan("1", "2"), a_plan("2"))
     assert facts["summary"] == "only left: 1 compiled call"

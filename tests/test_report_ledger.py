@@ -97,7 +97,9 @@ def a_grid(ledger: ledger_facts.Ledger) -> list[dict[str, Any]]:
         Served("g2", GRAPH, "m:layer", {"decode": [{"n": "9..16"}]}),
         *(Served(name, KERNEL, f"m:{name}", {"decode": [{"n": "1..16"}]}) for name in ("scale", "old", "late")),
     ]
-    return coverage_grid.grids([CasePlan("decode", {"n": "1..16"}, 16, 16, [])], units, ledger.missed())
+    return coverage_grid.grids(
+        [CasePlan(name="decode", dims={"n": "1..16"}, points=16, total=16, sampled=[])], units, ledger.missed()
+    )
 
 
 def test_the_grid_says_what_was_seen(tmp_path: Path) -> None:

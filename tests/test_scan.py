@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from aot_cache.artifact import scan
+from aot_cache.artifact.manifest import Graph, graph_from_json
 
 FAKE = "class torch._subclasses.fake_tensor:FakeTensor"
 TENSOR = "class torch:Tensor torch.float32 torch.strided on cpu, keys 8000010001"
@@ -26,12 +27,22 @@ GRAPH: dict[str, Any] = {
     "bytecode": "bytecode",
     "resumes": {},
     "libraries": {"source": "library"},
+    "code": "",
+    "mode": "",
+    "wrapping": None,
+    "settings": "",
+    "choices": {},
+    "inlined": [],
+    "line": 1,
+    "dynamic": {},
+    "kernels": [],
+    "candidates": {},
 }
 
 
 def found(graph: dict[str, Any], **objects: bytes) -> list[str]:
     held = {"guards": pickle.dumps(("x", torch.Size([2]))), "code": b"def f", "bytecode": b"c", "library": b"ELF"}
-    return [f.what for f in scan.findings([graph], {**held, **objects}.__getitem__)]
+    return [f.what for f in scan.findings([graph_from_json(Graph, graph)], {**held, **objects}.__getitem__)]
 
 
 def test_a_sound_graph_has_nothing() -> None:

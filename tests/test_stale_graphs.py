@@ -152,7 +152,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder / "old")
         patch.setenv("PYTHONPATH", str(ROOT))
-        made = pipeline.build(Request(targets.get("cpu"), folder / "store", "stale_model:recipe", workers=2))
+        made = pipeline.build(
+            Request(target=targets.get("cpu"), store=folder / "store", model="stale_model:recipe", workers=2)
+        )
     assert not made.failed and made.graphs == len(FUNCTIONS)
     return made
 

@@ -40,7 +40,7 @@ def bench_build(options: argparse.Namespace) -> Json:
     from aot_cache.builder.pipeline import Request, build
 
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        request = Request(targets.get(options.target), Path(folder, "store"), options.model)
+        request = Request(target=targets.get(options.target), store=Path(folder, "store"), model=options.model)
         stages: dict[str, float] = {}
         began = time.perf_counter()
 

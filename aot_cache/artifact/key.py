@@ -11,16 +11,16 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from aot_cache.store import JsonObject, JsonValue
 
 SCHEMA = "1"
 UNITS, NATIVE, IR, GRAPHS = "units", "native", "ir", "graphs"
 """Kinds of records in the store: compiled units, the C modules that Triton would build at run time, what became of an
 intermediate representation that several units share, and the graphs of one kind of call."""
-Json = Any
 
 
-def digest(value: Json) -> str:
+def digest(value: object) -> str:
     """sha256 of a value's canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -43,8 +43,8 @@ def told_apart(variants: Iterable[str]) -> dict[str, str]:
 
 
 def toolchain_parts(
-    *, triton: str, target: Mapping[str, Json], toolkit: str, environment: Mapping[str, str], line_info: bool
-) -> dict[str, Json]:
+    *, triton: str, target: JsonObject, toolkit: str, environment: Mapping[str, str], line_info: bool
+) -> dict[str, JsonValue]:
     """What the compiled bytes of every kernel of one build depend on.
 
     Args:
@@ -65,8 +65,13 @@ def toolchain_parts(
 
 
 def unit_parts(
-    kernel: str, source: str, specialization: Json, options: Json, overrides: Json, toolchain: Mapping[str, Json]
-) -> dict[str, Json]:
+    kernel: str,
+    source: str,
+    specialization: JsonValue,
+    options: JsonObject,
+    overrides: JsonObject,
+    toolchain: JsonObject,
+) -> dict[str, JsonValue]:
     """All named parts of one kernel unit's key. Options are a mapping here: their order changes no code."""
     return {
         **toolchain,
@@ -78,12 +83,12 @@ def unit_parts(
     }
 
 
-def unit_key(parts: Mapping[str, Json]) -> str:
+def unit_key(parts: JsonObject) -> str:
     """The key itself: the hash of the parts' hashes."""
     return digest({name: digest(value) for name, value in parts.items()})
 
 
-def graph_parts(*, torch: str, git: str, python: str, triton: str, target: Mapping[str, Json]) -> dict[str, Json]:
+def graph_parts(*, torch: str, git: str, python: str, triton: str, target: JsonObject) -> dict[str, JsonValue]:
     """What every graph of one build is bound to.
 
     Args:
@@ -94,19 +99,6 @@ def graph_parts(*, torch: str, git: str, python: str, triton: str, target: Mappi
         target: the whole target: Inductor looks at more of it than Triton does.
     """
     return {"torch": torch, "torch git": git, "python": python, "triton": triton, "target": dict(target)}
-
-
-def objects_of(graph: Mapping[str, Json]) -> set[str]:
-    """Digests of everything that a graph needs of the store."""
-    resumes = [resume["code"] for resume in graph["resumes"].values()]
-    return {
-        graph["guard_state"],
-        graph["bytecode"],
-        graph["settings"],
-        *graph["graphs"].values(),
-        *graph["libraries"].values(),
-        *resumes,
-    }
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,542 @@
-"""A bundle's manifest in its two forms: whole, as people and tools read it, and lean, as the loader parses it.
+"""A bundle's manifest: what is in it, with types; and its two forms in a file.
 
-Every start of a server parses the header, so it keeps what loading needs and says each thing once: a unit is five
-numbers and Triton's own key. What only `inspect`, `tune` and `diff` need (which points reach a unit, what lost,
-measurements) goes into one object of the bundle, hashed like the others.
+Every start of a server parses the header, so it keeps what loading needs and says each thing once (`Served`): a unit is five
+numbers and Triton's own key. What only `inspect`, `tune` and `diff` need (which points reach a unit, what lost, measurements)
+goes into one object of the bundle, hashed like the others. `split` and `whole` lead from one to the other, and this module is
+the only one that reads or writes the JSON of either.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from functools import lru_cache
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
+from aot_cache.artifact.plan import CallPlan, CasePlan, Encoded, Failure, Origin, Pair
+from aot_cache.artifact.reached import Reached
 from aot_cache.errors import BundleCorrupt
-from aot_cache.store import Bundle
+from aot_cache.store import Bundle, JsonObject, JsonValue
 
-Json = Any
+KIND = "units"
+"""What a bundle of kernels and graphs says that it is."""
 
+T = TypeVar("T")
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A kernel that has units in the bundle.
+
+    Args:
+        name: `module:qualname`; where several kernels have that name, with what tells them apart (`key.variant`).
+        closure: its source closure, see `upstream.codec.triton_jit.closure`.
+        ranks: of a job, those that launch it; empty: all of them do.
+    """
+
+    name: str
+    closure: JsonObject
+    ranks: Sequence[int] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelUnit:
+    """One specialization of a kernel, compiled.
+
+    Args:
+        kernel: number in `Manifest.kernels`.
+        key: the store's key.
+        memory_key: Triton's key in memory; None where only the serving process can compute it, because the unit is given
+            another jit function, whose own key depends on where it stands in its file.
+        specialization: Triton's (type, value) for each parameter, encoded.
+        options: launch options.
+        option_order: their names in the order in which they were passed, which is part of Triton's key.
+        object: digest of the binary.
+        metadata: what Triton says of the binary, without what all units have in common (`Manifest.metadata`).
+        via: `[tuning, candidate]` pairs through which it is launched; `[-1, -1]` is a launch without a tuner.
+        reached: the points that reach it.
+        ranks: of a job, those that launch it; empty: all of them do.
+    """
+
+    kernel: int
+    key: str
+    memory_key: str | None
+    specialization: Sequence[Pair]
+    options: Mapping[str, Encoded]
+    option_order: Sequence[str]
+    object: str
+    metadata: Mapping[str, Any]
+    via: Sequence[Sequence[int]]
+    reached: Reached
+    ranks: Sequence[int] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedTuning:
+    """One choice of an autotuner, as far as loading needs it.
+
+    Args:
+        kernel: number in `Manifest.kernels`.
+        tuner: which of the autotuners around it.
+        key: the tuner's key, encoded.
+        choice: the config that was measured best; None without a measurement.
+        first: the config that is taken without a measurement: the first that compiled and fits; None: there is none.
+        ranks: of a job, those that ask for it; empty: all of them do.
+    """
+
+    kernel: int
+    tuner: int
+    key: Sequence[Encoded]
+    choice: Mapping[str, Encoded] | None
+    first: Mapping[str, Encoded] | None = None
+    ranks: Sequence[int] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningChoice:
+    """One choice of an autotuner: `ServedTuning` with the candidates, of which number `default` is the first that fits.
+
+    Args:
+        measured: on what, how, with what spread; empty without a measurement.
+        reached: the points that ask for it.
+    """
+
+    kernel: int
+    tuner: int
+    key: Sequence[Encoded]
+    candidates: Sequence[Mapping[str, Encoded]]
+    choice: Mapping[str, Encoded] | None
+    measured: JsonObject
+    reached: Reached
+    default: int | None
+    ranks: Sequence[int] = ()
+
+    def served(self) -> ServedTuning:
+        first = None if self.default is None else self.candidates[self.default]
+        return ServedTuning(
+            kernel=self.kernel, tuner=self.tuner, key=self.key, choice=self.choice, first=first, ranks=self.ranks
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """A unit that was left out because it does not fit the target; its autotuner passes it over, too."""
+
+    kernel: str
+    unit: str
+    via: Sequence[Sequence[int]]
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeModule:
+    """A C module that Triton would build at run time.
+
+    Args:
+        name: what Triton calls it.
+        source: digest of its source, as Triton asks for it.
+        suffix: the interpreter's, such as `.cpython-311-x86_64-linux-gnu.so`.
+        object: digest of its bytes.
+    """
+
+    name: str
+    source: str
+    suffix: str
+    object: str
+
+
+# --- graphs -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """A function with the rest of one that has a graph break; `free` says whether it has free variables."""
+
+    module: str
+    code: str
+    free: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedGraph:
+    """The bytecode that Dynamo made of one function for one kind of call, as far as loading needs it.
+
+    Digests name objects of the bundle, unless it says otherwise.
+
+    Args:
+        module, function: where the function is, and its qualname.
+        code: digest of what its code does (`upstream.codec.python_code.digest`): which calls it is looked up for.
+        mode: grad mode and autocast.
+        wrapping: backend, options and dynamic of its `torch.compile`.
+        settings: digest of Inductor's settings.
+        guard_state: digest of the guards; `identities` and `values` are those that compare with what the process has, as
+            `(kind of guard, expression, text)`.
+        bytecode: digest of the code that Dynamo made.
+        graphs: name in the bytecode → digest of a compiled graph.
+        choices: compiled graph → kernel → number of the config that was measured best.
+        libraries: digest of a C++ source → digest of the shared library.
+        imports: name in the bytecode → module.
+        resumes: name in the bytecode → the rest of the function after a graph break.
+        inlined: (module, qualname, digest of its code) of functions that were traced with it.
+        rank: of a job, the only one that may run it; None: all may.
+    """
+
+    module: str
+    function: str
+    code: str
+    mode: str
+    wrapping: JsonObject | None
+    settings: str
+    guard_state: str
+    identities: Sequence[Sequence[str]]
+    values: Sequence[Sequence[str]]
+    bytecode: str
+    graphs: Mapping[str, str]
+    choices: Mapping[str, Mapping[str, int]]
+    libraries: Mapping[str, str]
+    imports: Mapping[str, str]
+    resumes: Mapping[str, Resume]
+    inlined: Sequence[Sequence[str]]
+    rank: int | None = None
+
+    @property
+    def name(self) -> str:
+        """`module:qualname` of the function."""
+        return f"{self.module}:{self.function}"
+
+    def objects(self) -> set[str]:
+        """Digests of everything that it needs of the store."""
+        resumes = [resume.code for resume in self.resumes.values()]
+        return {
+            self.guard_state,
+            self.bytecode,
+            self.settings,
+            *self.graphs.values(),
+            *self.libraries.values(),
+            *resumes,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeveralConfigs:
+    """A kernel of Inductor's that is compiled with several configs, each of them in words."""
+
+    kernel: str
+    configs: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph(ServedGraph):
+    """`ServedGraph` with what people are told.
+
+    Args:
+        line: where the function stands in its file.
+        guards: all of them, as Python.
+        dynamic: expression of an argument → [dimension, low, high] of what it leaves open (see `plan.CallPlan`).
+        kernels: those that it launches.
+        candidates: compiled graph → its kernels with several configs, by their keys.
+        reached: the points at which it is called.
+        per_rank: why it is built for one rank; empty where it is for all.
+    """
+
+    line: int
+    guards: Sequence[str]
+    dynamic: Mapping[str, Sequence[Sequence[int]]]
+    kernels: Sequence[str]
+    candidates: Mapping[str, Mapping[str, SeveralConfigs]]
+    reached: Reached = field(default_factory=dict)
+    per_rank: str = ""
+
+
+# --- the whole, and what is served ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything that a bundle says of itself.
+
+    Args:
+        kind: `KIND`.
+        recipe: its name, and `spec` the text that loads it.
+        origin: `traced` or `recorded`.
+        ranks: how many the job has that it is for.
+        target: the GPU kind's properties (`target.Target.properties`).
+        toolchain: what the bytes of all kernels depend on (`key.toolchain_parts`).
+        metadata: what Triton says of every unit's binary.
+        graph_key: what all graphs are bound to (`key.graph_parts`); empty without a graph.
+        complete: whether nothing failed.
+        objects: digest → bytes of everything in the file; empty until it is written.
+    """
+
+    kind: str
+    recipe: str
+    spec: str
+    origin: Origin
+    ranks: int
+    target: Mapping[str, Any]
+    toolchain: Mapping[str, Any]
+    cases: Sequence[CasePlan]
+    kernels: Sequence[Kernel]
+    metadata: Mapping[str, Any]
+    units: Sequence[KernelUnit]
+    tunings: Sequence[TuningChoice]
+    pruned: Sequence[Pruned]
+    failed: Sequence[Failure]
+    native: Sequence[NativeModule]
+    graph_key: Mapping[str, Any]
+    graphs: Sequence[Graph]
+    calls: Sequence[CallPlan]
+    complete: bool
+    objects: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in plain(self).items() if name != "objects" or value}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Manifest:
+        """Raises KeyError, TypeError or ValueError where `data` has another form than `to_json` gives it."""
+        parts = dict(data)
+        for name, part in _PARTS.items():
+            parts[name] = [part(**one) for one in parts[name]]
+        parts["graphs"] = [graph_from_json(Graph, one) for one in parts["graphs"]]
+        return cls(**parts)
+
+
+class UnitRow(NamedTuple):
+    """A unit as the header has it: numbers into `kernels`, `signatures`, `metadata_sets` and `binaries`, and its key."""
+
+    kernel: int
+    signature: int
+    metadata: int
+    binary: int
+    memory_key: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LateKey:
+    """What the serving process makes a unit's key of, where it has none: (type, value) pairs, and (name, value) of options."""
+
+    specialization: Sequence[Sequence[Any]]
+    options: Sequence[tuple[str, Encoded]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What the header of a bundle holds, and all that loading reads.
+
+    Args:
+        signatures: each a list of its parameters' types.
+        metadata_sets: what Triton says of a binary beside `metadata`.
+        binaries: digests.
+        late: number of a unit → what its key is made of.
+        details: digest of the object with everything else.
+
+    The others are as in `Manifest`.
+    """
+
+    kind: str
+    recipe: str
+    spec: str
+    origin: Origin
+    ranks: int
+    target: Mapping[str, Any]
+    toolchain: Mapping[str, Any]
+    kernels: Sequence[Kernel]
+    metadata: Mapping[str, Any]
+    units: Sequence[UnitRow]
+    signatures: Sequence[Sequence[Any]]
+    metadata_sets: Sequence[Mapping[str, Any]]
+    binaries: Sequence[str]
+    late: Mapping[int, LateKey]
+    tunings: Sequence[ServedTuning]
+    native: Sequence[NativeModule]
+    graph_key: Mapping[str, Any]
+    graphs: Sequence[ServedGraph]
+    complete: bool
+    details: str
+    objects: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def on_cpu(self) -> bool:
+        return bool(self.target["backend"] == "cpu")
+
+    def unit_names(self) -> list[str]:
+        """The kernels' names, by their numbers."""
+        return [kernel.name for kernel in self.kernels]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Served:
+        """Raises KeyError, TypeError or ValueError where `data` has another form than `split` gives it."""
+        parts = dict(data)
+        parts["kernels"] = [Kernel(**one) for one in parts["kernels"]]
+        parts["units"] = [UnitRow(*one) for one in parts["units"]]
+        parts["late"] = {int(number): LateKey(**one) for number, one in parts["late"].items()}
+        parts["tunings"] = [ServedTuning(**one) for one in parts["tunings"]]
+        parts["native"] = [NativeModule(**one) for one in parts["native"]]
+        parts["graphs"] = [graph_from_json(ServedGraph, one) for one in parts["graphs"]]
+        return cls(**parts)
+
+
+_PARTS: Mapping[str, type] = {
+    "cases": CasePlan,
+    "kernels": Kernel,
+    "units": KernelUnit,
+    "tunings": TuningChoice,
+    "pruned": Pruned,
+    "failed": Failure,
+    "native": NativeModule,
+    "calls": CallPlan,
+}
+_HEADER_OF_GRAPH = frozenset(one.name for one in fields(ServedGraph))
+_IN_BOTH = tuple(one.name for one in fields(Manifest) if one.name in {part.name for part in fields(Served)})
 _UNIT_DETAILS = ("key", "specialization", "options", "option_order", "via", "reached", "ranks")
 _TUNING_DETAILS = ("candidates", "default", "measured", "reached")
-_GRAPH_DETAILS = ("guards", "dynamic", "line", "reached", "kernels", "candidates", "per_rank")
 _DETAILS = ("cases", "pruned", "failed", "calls")
 
 
-def graph_name(graph: Mapping[str, Json]) -> str:
-    """`module:qualname` of the function that a graph is of."""
-    return f"{graph['module']}:{graph['function']}"
+def lacking(header: Mapping[str, object]) -> list[str]:
+    """What a header has not that this version's has."""
+    needed = [one.name for one in fields(Served) if one.default_factory is MISSING]
+    return [name for name in needed if name not in header]
+
+
+def served(bundle: Bundle) -> Served:
+    """What loading reads of a bundle; parsed once.
+
+    Raises:
+        BundleCorrupt: its header has another form than this version writes.
+    """
+    known = _served.get(bundle)
+    if known is not None:
+        return known
+    try:
+        return _served.setdefault(bundle, Served.from_json(bundle.manifest))
+    except _OTHER_FORM as error:
+        raise _misfit(bundle, f"its header has another form ({error})") from error
+
+
+def split(manifest: Manifest) -> tuple[dict[str, Any], bytes]:
+    """(header, details object) of a manifest, both as they are written."""
+    signatures, metadata_sets, binaries = _Table(), _Table(), _Table()
+    late: dict[str, Any] = {}
+    rows = []
+    for number, unit in enumerate(manifest.units):
+        pairs = [pair["t"] for pair in unit.specialization]
+        if unit.memory_key is None:
+            options = [[name, unit.options[name]] for name in unit.option_order]
+            late[str(number)] = {"specialization": pairs, "options": options}
+        rows.append(
+            [
+                unit.kernel,
+                signatures.number([first for first, _ in pairs]),
+                metadata_sets.number(unit.metadata),
+                binaries.number(unit.object),
+                unit.memory_key,
+            ]
+        )
+    graphs, tunings = [plain(graph) for graph in manifest.graphs], [plain(tuning) for tuning in manifest.tunings]
+    details = {name: plain(getattr(manifest, name)) for name in _DETAILS}
+    details["graphs"] = [{k: v for k, v in graph.items() if k not in _HEADER_OF_GRAPH} for graph in graphs]
+    details["units"] = [{k: plain(getattr(unit, k)) for k in _UNIT_DETAILS} for unit in manifest.units]
+    details["tunings"] = [{k: tuning[k] for k in _TUNING_DETAILS} for tuning in tunings]
+    data = json.dumps(details, sort_keys=True, separators=(",", ":")).encode()
+    header = {name: plain(getattr(manifest, name)) for name in _IN_BOTH if name not in ("objects", "units", "graphs")}
+    header |= {
+        "units": rows,
+        "late": late,
+        "signatures": signatures.values,
+        "metadata_sets": metadata_sets.values,
+        "binaries": binaries.values,
+        "tunings": [plain(tuning.served()) for tuning in manifest.tunings],
+        "graphs": [{k: v for k, v in graph.items() if k in _HEADER_OF_GRAPH} for graph in graphs],
+        "details": hashlib.sha256(data).hexdigest(),
+    }
+    return header, data
+
+
+def whole(bundle: Bundle) -> Manifest:
+    """Everything that a bundle says of itself: `split` undone. Read once; nobody changes it.
+
+    Raises:
+        BundleCorrupt: the details are missing, do not hash, or do not fit the header.
+    """
+    known = _whole.get(bundle)
+    if known is not None:
+        return known
+    header = dict(bundle.manifest)
+    try:
+        details = json.loads(bundle.object(header["details"]))
+        sets, binaries = header["metadata_sets"], header["binaries"]
+        units = [
+            {"kernel": kernel, "metadata": sets[metadata], "object": binaries[binary], "memory_key": key, **more}
+            for (kernel, _, metadata, binary, key), more in zip(header["units"], details["units"], strict=True)
+        ]
+        tunings = [
+            {**{k: v for k, v in tuning.items() if k != "first"}, **more}
+            for tuning, more in zip(header["tunings"], details["tunings"], strict=True)
+        ]
+        graphs = [{**graph, **more} for graph, more in zip(header["graphs"], details["graphs"], strict=True)]
+        both = {name: header[name] for name in _IN_BOTH}
+        rest = {name: details[name] for name in _DETAILS}
+        found = Manifest.from_json({**both, **rest, "units": units, "tunings": tunings, "graphs": graphs})
+        return _whole.setdefault(bundle, found)
+    except _OTHER_FORM as error:
+        raise _misfit(bundle, f"they do not fit its manifest ({error})") from error
+
+
+_served: WeakKeyDictionary[Bundle, Served] = WeakKeyDictionary()
+_whole: WeakKeyDictionary[Bundle, Manifest] = WeakKeyDictionary()
+_OTHER_FORM = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+
+
+def _misfit(bundle: Bundle, found: str) -> BundleCorrupt:
+    return BundleCorrupt(f"the details of {bundle.path}", found, "build the bundle again")
+
+
+def graph_from_json(kind: type[T], data: Mapping[str, Any]) -> T:
+    """A graph of the type `kind`: `ServedGraph`, or one with more fields. Raises as `Manifest.from_json`."""
+    parts = {**data, "resumes": {name: Resume(**one) for name, one in data["resumes"].items()}}
+    if "candidates" in parts:
+        parts["candidates"] = {
+            name: {key: SeveralConfigs(**one) for key, one in found.items()}
+            for name, found in parts["candidates"].items()
+        }
+    return kind(**parts)
+
+
+def plain(value: Any) -> Any:
+    """A value of this module's types, or of the plan's, as JSON has it."""
+    if hasattr(value, "__dataclass_fields__"):
+        found = {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
+        return {k: v for k, v in found.items() if v is not None} if isinstance(value, Failure) else found
+    if isinstance(value, Mapping):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    return value
+
+
+class _Table:
+    """Values by number, each once."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+        self.values: list[JsonValue] = []
+
+    def number(self, value: Any) -> int:
+        text = json.dumps(value, sort_keys=True)
+        if text not in self._numbers:
+            self._numbers[text] = len(self.values)
+            self.values.append(value)
+        return self._numbers[text]
+
+
+# --- what people call its parts ---------------------------------------------------------------------------------------
 
 
 def graph_label(number: int) -> str:
@@ -42,109 +552,3 @@ def call_label(number: int) -> str:
 def unit_label(number: int) -> str:
     """What people call a bundle's specialization: `k1` is the first in its manifest."""
     return f"k{number + 1}"
-
-
-class _Table:
-    """Values by number, each once."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-        self.values: list[Json] = []
-
-    def number(self, value: Json) -> int:
-        text = json.dumps(value, sort_keys=True)
-        if text not in self._numbers:
-            self._numbers[text] = len(self.values)
-            self.values.append(value)
-        return self._numbers[text]
-
-
-def split(whole: Mapping[str, Json]) -> tuple[dict[str, Json], bytes]:
-    """(lean manifest, details object) of a whole manifest.
-
-    A lean unit is `[kernel, signature, metadata, binary, Triton's key]`: numbers into `kernels`, `signatures` (each
-    parameter's type), `metadata_sets` and `binaries` (digests). The key is null where it names another jit function:
-    such a function's own key depends on where it stands in its file, so the loader computes it from `late`.
-    """
-    signatures, metadata_sets, binaries = _Table(), _Table(), _Table()
-    lean = {k: v for k, v in whole.items() if k not in _DETAILS}
-    lean["late"] = {}
-    lean["units"] = []
-    for number, unit in enumerate(whole["units"]):
-        pairs = [pair["t"] for pair in unit["specialization"]]
-        if unit["memory_key"] is None:
-            options = [[name, unit["options"][name]] for name in unit["option_order"]]
-            lean["late"][str(number)] = {"specialization": pairs, "options": options}
-        lean["units"].append(
-            [
-                unit["kernel"],
-                signatures.number([first for first, _ in pairs]),
-                metadata_sets.number(unit["metadata"]),
-                binaries.number(unit["object"]),
-                unit["memory_key"],
-            ]
-        )
-    lean |= {"signatures": signatures.values, "metadata_sets": metadata_sets.values, "binaries": binaries.values}
-    lean["tunings"] = [{**_without(t, _TUNING_DETAILS), "first": _first(t)} for t in whole["tunings"]]
-    lean["graphs"] = [_without(graph, _GRAPH_DETAILS) for graph in whole["graphs"]]
-    details = {name: whole[name] for name in _DETAILS}
-    details["graphs"] = [{k: graph[k] for k in _GRAPH_DETAILS} for graph in whole["graphs"]]
-    details["units"] = [{k: unit[k] for k in _UNIT_DETAILS} for unit in whole["units"]]
-    details["tunings"] = [{k: t[k] for k in _TUNING_DETAILS} for t in whole["tunings"]]
-    data = json.dumps(details, sort_keys=True, separators=(",", ":")).encode()
-    lean["details"] = hashlib.sha256(data).hexdigest()
-    return lean, data
-
-
-@lru_cache(maxsize=16)
-def _parsed(_digest: str, bundle: Bundle) -> dict[str, Json]:
-    found: dict[str, Json] = json.loads(bundle.object(_digest))
-    return found
-
-
-def details(bundle: Bundle) -> Mapping[str, Json]:
-    """What a server needs of a bundle for people and misses only; read once, not to be changed."""
-    return _parsed(bundle.manifest["details"], bundle)
-
-
-def whole(bundle: Bundle) -> dict[str, Json]:
-    """The whole manifest of a bundle: `split` undone.
-
-    Raises:
-        BundleCorrupt: when the details are missing, do not hash, or do not fit the manifest.
-    """
-    lean = dict(bundle.manifest)
-    try:
-        details = json.loads(bundle.object(lean.pop("details")))
-        lean.pop("late")
-        lean.pop("signatures")
-        metadata_sets, binaries = lean.pop("metadata_sets"), lean.pop("binaries")
-        units = [
-            {
-                "kernel": unit[0],
-                "metadata": metadata_sets[unit[2]],
-                "object": binaries[unit[3]],
-                "memory_key": unit[4],
-                **more,
-            }
-            for unit, more in zip(lean["units"], details["units"], strict=True)
-        ]
-        tunings = [
-            {**_without(t, ("first",)), **more} for t, more in zip(lean["tunings"], details["tunings"], strict=True)
-        ]
-        graphs = [{**graph, **more} for graph, more in zip(lean["graphs"], details["graphs"], strict=True)]
-        rest = {name: details[name] for name in _DETAILS}
-        return {**lean, **rest, "units": units, "tunings": tunings, "graphs": graphs}
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise BundleCorrupt(
-            f"the details of {bundle.path}", f"they do not fit its manifest ({error})", "build the bundle again"
-        ) from error
-
-
-def _first(tuning: Mapping[str, Json]) -> Json:
-    default = tuning["default"]
-    return None if default is None else tuning["candidates"][default]
-
-
-def _without(value: Mapping[str, Json], names: tuple[str, ...]) -> dict[str, Json]:
-    return {k: v for k, v in value.items() if k not in names}

@@ -5,29 +5,35 @@ The builder writes it from the virtual device, `aot-cache record` from a real GP
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from aot_cache.artifact.key import function_of, told_apart, variant
 from aot_cache.artifact.reached import Reached, together
 from aot_cache.errors import DeclarationError
-from aot_cache.recipes.dimensions import point_text
-from aot_cache.store import write_atomic
+from aot_cache.recipes.dimensions import Point, point_text
+from aot_cache.store import JsonObject, JsonValue, write_atomic
 
 if TYPE_CHECKING:
     from aot_cache.recipes.declare import Case
     from aot_cache.recipes.dimensions import Enumeration
 
 SCHEMA = 1
-Json = Any
+T = TypeVar("T")
+Origin = Literal["traced", "recorded"]
+Encoded: TypeAlias = JsonValue
+"""A value of a kernel's call as JSON, see `upstream.codec.triton_jit.encode`."""
+Pair: TypeAlias = Mapping[str, Sequence[Any]]
+"""`{"t": [type, value]}`: what one parameter of a kernel is specialized to, encoded."""
+Config: TypeAlias = Mapping[str, Encoded]
+"""What an autotuner's config passes to a launch."""
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Unit:
     """One specialization of one kernel.
 
@@ -44,12 +50,12 @@ class Unit:
 
     kernel: str
     source: str
-    specialization: list[Json]
-    options: dict[str, Json]
-    overrides: dict[str, Json] = field(default_factory=dict)
-    via: list[list[int]] = field(default_factory=list)
+    specialization: Sequence[Pair]
+    options: Mapping[str, Encoded]
+    overrides: Mapping[str, Encoded] = field(default_factory=dict)
+    via: Sequence[Sequence[int]] = field(default_factory=list)
     reached: Reached = field(default_factory=dict)
-    ranks: list[int] = field(default_factory=list)
+    ranks: Sequence[int] = field(default_factory=list)
 
     @property
     def id(self) -> str:
@@ -61,7 +67,7 @@ class Unit:
         return not self.via or [-1, -1] in self.via
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Tuning:
     """One choice that an autotuner makes: between `candidates`, under `key`.
 
@@ -78,53 +84,74 @@ class Tuning:
 
     kernel: str
     tuner: int
-    key: list[Json]
-    candidates: list[dict[str, Json]]
-    choice: dict[str, Json] | None = None
-    measured: dict[str, Json] = field(default_factory=dict)
+    key: Sequence[Encoded]
+    candidates: Sequence[Config]
+    choice: Config | None = None
+    measured: JsonObject = field(default_factory=dict)
     reached: Reached = field(default_factory=dict)
-    ranks: list[int] = field(default_factory=list)
+    ranks: Sequence[int] = field(default_factory=list)
 
     @property
     def id(self) -> str:
         return _digest([self.kernel, self.tuner, self.key])[:16]
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class CasePlan:
     """What was enumerated of one case."""
 
     name: str
-    dims: dict[str, str]
+    dims: Mapping[str, str]
     points: int
     total: int
-    sampled: list[str]
+    sampled: Sequence[str]
     mode: str = "inference"
     autocast: str | None = None
-    missed: list[dict[str, int]] = field(default_factory=list)
+    missed: Sequence[Point] = field(default_factory=list)
     """Points that were visited beside those of `dims`, because a serving process had them."""
     doc: str = ""
     """One line for people about the case."""
-    sets: list[str] = field(default_factory=list)
+    sets: Sequence[str] = field(default_factory=list)
     """Settings of the process that it changes while it makes arguments: its calls are built so."""
 
     @classmethod
     def of(cls, case: Case, points: Enumeration) -> CasePlan:
         """What `points` enumerate of `case`."""
         return cls(
-            case.name,
-            {name: dim.text for name, dim in case.dims.items()},
-            len(points.points),
-            points.total,
-            list(points.sampled),
-            case.mode,
-            case.autocast,
-            points.points[len(points.points) - points.added :],
-            case.doc,
+            name=case.name,
+            dims={name: dim.text for name, dim in case.dims.items()},
+            points=len(points.points),
+            total=points.total,
+            sampled=list(points.sampled),
+            mode=case.mode,
+            autocast=case.autocast,
+            missed=points.points[len(points.points) - points.added :],
+            doc=case.doc,
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Something that is not in the bundle: a kernel's unit, calls of a compiled function, a C module, or a case.
+
+    Args:
+        kernel: its name; `case NAME` for a case.
+        unit: id of the unit or of the call; of a case the point.
+        error: why, for people.
+        reached: the points that lose it; None where that is not known.
+    """
+
+    kernel: str
+    unit: str
+    error: str
+    reached: Reached | None = None
+
+    def text(self) -> dict[str, str]:
+        """What people and `--json` are told."""
+        return {"kernel": self.kernel, "unit": self.unit, "error": self.error}
+
+
+@dataclass(frozen=True, kw_only=True)
 class FailedCase:
     """A case that could not be run: the others are built without it.
 
@@ -137,7 +164,7 @@ class FailedCase:
     """
 
     case: str
-    point: dict[str, int]
+    point: Point
     place: str
     why: str
     rank: str = ""
@@ -156,12 +183,12 @@ class FailedCase:
     def where(self) -> str:
         return point_text(self.point)
 
-    def failure(self) -> dict[str, str]:
+    def failure(self) -> Failure:
         """The line of a bundle's list of what failed."""
-        return {"kernel": self.name, "unit": self.where, "error": self.text}
+        return Failure(kernel=self.name, unit=self.where, error=self.text)
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class CallPlan:
     """One kind of call of a compiled function, for which there is at least one graph.
 
@@ -184,39 +211,39 @@ class CallPlan:
     line: int
     id: str
     mode: str
-    wrapping: dict[str, Json]
-    dynamic: dict[str, list[list[int]]]
-    hint: dict[str, dict[str, int]] = field(default_factory=dict)
+    wrapping: JsonObject
+    dynamic: Mapping[str, Sequence[Sequence[int]]]
+    hint: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     reached: Reached = field(default_factory=dict)
     structure: str = ""
-    follows: dict[str, list[dict[str, list[Json]]]] = field(default_factory=dict)
+    follows: Mapping[str, Sequence[Mapping[str, Sequence[Any]]]] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """All units of a recipe for one target. `origin` is `traced` or `recorded`."""
 
     recipe: str
     target: str
-    origin: str = "traced"
+    origin: Origin = "traced"
     triton: str = ""
-    cases: list[CasePlan] = field(default_factory=list)
-    units: list[Unit] = field(default_factory=list)
-    tunings: list[Tuning] = field(default_factory=list)
-    closures: dict[str, Json] = field(default_factory=dict)
-    """Kernel → source closure (see `upstream.triton_jit.closure`)."""
-    calls: list[CallPlan] = field(default_factory=list)
+    cases: Sequence[CasePlan] = field(default_factory=list)
+    units: Sequence[Unit] = field(default_factory=list)
+    tunings: Sequence[Tuning] = field(default_factory=list)
+    closures: Mapping[str, JsonObject] = field(default_factory=dict)
+    """Kernel → source closure (see `upstream.codec.triton_jit.closure`)."""
+    calls: Sequence[CallPlan] = field(default_factory=list)
     """Calls of compiled functions."""
     ranks: int = 1
     """Of the job that it is for."""
-    failed: list[FailedCase] = field(default_factory=list)
+    failed: Sequence[FailedCase] = field(default_factory=list)
     """Cases of which nothing is in it; they are among `cases`, because they are declared."""
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, Any]:
         return {"aot-cache plan": SCHEMA, **asdict(self)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Json]) -> Plan:
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """Raises DeclarationError when `data` is no plan of this schema."""
         if data.get("aot-cache plan") != SCHEMA:
             raise DeclarationError(
@@ -302,10 +329,10 @@ class Plan:
         )
         return plan, units
 
-    def note_sets(self, by_case: Mapping[str, Iterable[str]]) -> None:
-        """Write down which settings of the process each case changes while it makes arguments."""
-        for case in self.cases:
-            case.sets = sorted({*case.sets, *by_case.get(case.name, ())})
+    def with_sets(self, by_case: Mapping[str, Iterable[str]]) -> Plan:
+        """The plan with the settings of the process that each case changes while it makes arguments."""
+        cases = [replace(case, sets=sorted({*case.sets, *by_case.get(case.name, ())})) for case in self.cases]
+        return replace(self, cases=cases)
 
     @property
     def sampled(self) -> list[str]:
@@ -313,7 +340,7 @@ class Plan:
         return [f"{case.name}.{dim}" for case in self.cases for dim in case.sampled]
 
 
-def _others(by_case: Mapping[str, Json], cases: Collection[str]) -> dict[str, Json]:
+def _others(by_case: Mapping[str, T], cases: Collection[str]) -> dict[str, T]:
     return {name: value for name, value in by_case.items() if name not in cases}
 
 
@@ -354,51 +381,63 @@ def merge(plans: Iterable[Plan]) -> Plan:
     Raises:
         DeclarationError: when there is none, or they are for different targets.
     """
-    parts = copy.deepcopy(list(plans))  # they are renumbered below
+    parts = list(plans)
     if not parts:
         raise DeclarationError("at least one recorded plan", "none", "did the program launch a Triton kernel?")
     targets = sorted({p.target for p in parts})
     if len(targets) > 1:
         raise DeclarationError("recordings of one target", f"{', '.join(targets)}")
-    for plan in parts:
-        _rename(plan, {unit.kernel: variant(function_of(unit.kernel), unit.source) for unit in plan.units})
-    out = Plan(parts[0].recipe, parts[0].target, parts[0].origin, parts[0].triton)
-    out.failed = each_once(failed for plan in parts for failed in plan.failed)
     units: dict[str, Unit] = {}
-    tunings: dict[str, int] = {}
-    for plan in parts:
+    tunings: dict[str, Tuning] = {}
+    numbers: dict[str, int] = {}
+    closures: dict[str, JsonObject] = {}
+    for plan in (_renamed(p, {u.kernel: variant(function_of(u.kernel), u.source) for u in p.units}) for p in parts):
         renumber = {-1: -1}
         for number, tuning in enumerate(plan.tunings):
             identity = tuning_identity(tuning, tuning.kernel)
-            if identity not in tunings:
-                tunings[identity] = len(out.tunings)
-                out.tunings.append(tuning)
-            known = out.tunings[tunings[identity]]
-            known.choice = known.choice or tuning.choice  # not every process has tuned
-            known.reached = together([known.reached, tuning.reached])
-            renumber[number] = tunings[identity]
+            known = tunings.setdefault(identity, tuning)
+            tunings[identity] = replace(
+                known,
+                choice=known.choice or tuning.choice,  # not every process has tuned
+                reached=together([known.reached, tuning.reached]),
+            )
+            renumber[number] = numbers.setdefault(identity, len(numbers))
         for unit in plan.units:
-            unit.via = [[renumber[t], c] for t, c in unit.via]
-            same = units.setdefault(unit.id, unit)
-            same.via = [list(v) for v in sorted({tuple(v) for v in [*same.via, *unit.via]})]
-            same.reached = together([same.reached, unit.reached])
-        out.closures.update(plan.closures)
-    out.units = list(units.values())
-    return named(out)
+            via = [[renumber[t], c] for t, c in unit.via]
+            same = units.get(unit.id, replace(unit, via=via))
+            units[unit.id] = replace(
+                same,
+                via=[list(v) for v in sorted({tuple(v) for v in [*same.via, *via]})],
+                reached=together([same.reached, unit.reached]),
+            )
+        closures.update(plan.closures)
+    return named(
+        Plan(
+            recipe=parts[0].recipe,
+            target=parts[0].target,
+            origin=parts[0].origin,
+            triton=parts[0].triton,
+            units=list(units.values()),
+            tunings=list(tunings.values()),
+            closures=closures,
+            failed=each_once(failed for plan in parts for failed in plan.failed),
+        )
+    )
 
 
 def named(plan: Plan) -> Plan:
-    """Call the kernels of `plan`, which are called by all that they are, as short as they can be told apart."""
+    """`plan` with kernels that are called by all that they are called as short as they can be told apart."""
     kernels = [unit.kernel for unit in plan.units] + [tuning.kernel for tuning in plan.tunings]
-    _rename(plan, told_apart([*kernels, *plan.closures]))
-    return plan
+    return _renamed(plan, told_apart([*kernels, *plan.closures]))
 
 
-def _rename(plan: Plan, names: Mapping[str, str]) -> None:
-    named: list[Unit | Tuning] = [*plan.units, *plan.tunings]
-    for one in named:
-        one.kernel = names.get(one.kernel, one.kernel)
-    plan.closures = {names.get(name, name): closure for name, closure in plan.closures.items()}
+def _renamed(plan: Plan, names: Mapping[str, str]) -> Plan:
+    return replace(
+        plan,
+        units=[replace(unit, kernel=names.get(unit.kernel, unit.kernel)) for unit in plan.units],
+        tunings=[replace(tuning, kernel=names.get(tuning.kernel, tuning.kernel)) for tuning in plan.tunings],
+        closures={names.get(name, name): closure for name, closure in plan.closures.items()},
+    )
 
 
 def each_once(failed: Iterable[FailedCase]) -> list[FailedCase]:
@@ -415,9 +454,7 @@ def extended(plan: Plan, parts: Iterable[Plan]) -> Plan:
     Raises:
         DeclarationError: they are for different targets.
     """
-    out = merge([plan, *parts])
-    out.cases, out.calls, out.ranks = plan.cases, plan.calls, plan.ranks
-    return out
+    return replace(merge([plan, *parts]), cases=plan.cases, calls=plan.calls, ranks=plan.ranks)
 
 
 def tuning_identity(tuning: Tuning, kernel: str) -> str:
@@ -425,5 +462,5 @@ def tuning_identity(tuning: Tuning, kernel: str) -> str:
     return _digest([kernel, tuning.tuner, tuning.key, tuning.candidates])
 
 
-def _digest(value: Json) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -5,8 +5,8 @@ A bundle is for all ranks, and each of them was traced: a specialization that on
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from aot_cache.artifact.key import function_of, variant
 from aot_cache.artifact.plan import Plan, merge, tuning_identity
@@ -24,13 +24,18 @@ def of_ranks(plans: Sequence[Plan]) -> Plan:
         _check_declared(first, plan, rank)
     out = merge(plans)
     units, tunings = [{unit.id for unit in plan.units} for plan in plans], [{*_identities(plan)} for plan in plans]
-    for unit in out.units:
-        unit.ranks = _having(unit.id, units)
-    for tuning, identity in zip(out.tunings, _identities(out)):
-        tuning.ranks = _having(identity, tunings)
-    out.cases, out.calls, out.ranks = copy.deepcopy(first.cases), first.calls, len(plans)
+    out = replace(
+        out,
+        units=[replace(unit, ranks=_having(unit.id, units)) for unit in out.units],
+        tunings=[
+            replace(tuning, ranks=_having(identity, tunings)) for tuning, identity in zip(out.tunings, _identities(out))
+        ],
+        cases=first.cases,
+        calls=first.calls,
+        ranks=len(plans),
+    )
     for plan in others:
-        out.note_sets({case.name: case.sets for case in plan.cases})
+        out = out.with_sets({case.name: case.sets for case in plan.cases})
     return out
 
 

@@ -12,11 +12,10 @@ import pickletools
 import re
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-Json = Any
+from aot_cache.artifact.manifest import Graph
 
 _BUILDERS = re.compile(
     r"\b(torch\._subclasses\.fake_tensor\b|torch\._subclasses\.functional_tensor\b|aot_cache\.builder\b"
@@ -46,7 +45,7 @@ class Finding:
     what: str
 
 
-def findings(graphs: Sequence[Mapping[str, Json]], read: Callable[[str], bytes]) -> list[Finding]:
+def findings(graphs: Sequence[Graph], read: Callable[[str], bytes]) -> list[Finding]:
     """Everything in `graphs` (of a manifest) that no server has.
 
     Args:
@@ -54,29 +53,28 @@ def findings(graphs: Sequence[Mapping[str, Json]], read: Callable[[str], bytes])
     """
     out = []
     for number, graph in enumerate(graphs):
-        name = f"{graph['module']}:{graph['function']}"
-        out += [Finding(number, name, what) for what in dict.fromkeys(_in_graph(graph, read))]
+        out += [Finding(number, graph.name, what) for what in dict.fromkeys(_in_graph(graph, read))]
     return out
 
 
-def _in_graph(graph: Mapping[str, Json], read: Callable[[str], bytes]) -> Iterator[str]:
-    for kind, expression, text in [*graph["identities"], *graph["values"]]:
+def _in_graph(graph: Graph, read: Callable[[str], bytes]) -> Iterator[str]:
+    for kind, expression, text in [*graph.identities, *graph.values]:
         about_the_call = kind in _OF_TYPES or expression.startswith("type(")
         if about_the_call and _BUILDERS.search(text):
             yield f"guard {kind} on {expression} compares with {text}"
         yield from _of_the_process(f"guard {kind} on {expression}", f"{expression} {text}")
-    for expression in graph.get("guards", ()):
+    for expression in graph.guards:
         if ".fake_tensor." in expression or ", FakeTensor," in expression:
             yield f"guard {expression}"
         yield from _of_the_process("guard", expression)
-    for module in graph["imports"].values():
+    for module in graph.imports.values():
         if _BUILDERS.search(module):
             yield f"imports {module}"
-    yield from _in_pickle("guards", read(graph["guard_state"]))
-    for digest in graph["graphs"].values():
+    yield from _in_pickle("guards", read(graph.guard_state))
+    for digest in graph.graphs.values():
         yield from _in_code("compiled code", read(digest))
-    for what in ("bytecode", *graph["resumes"]):
-        digest = graph["bytecode"] if what == "bytecode" else graph["resumes"][what]["code"]
+    for what in ("bytecode", *graph.resumes):
+        digest = graph.bytecode if what == "bytecode" else graph.resumes[what].code
         yield from _in_code(f"bytecode {what}", read(digest))
 
 

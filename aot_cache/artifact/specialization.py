@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from aot_cache.artifact.key import function_of
-from aot_cache.artifact.plan import Unit
+from aot_cache.artifact.plan import Pair, Unit
 
-Json = Any
-Names = Callable[[str, Mapping[str, Json]], Sequence[str]]
+Names = Callable[[str, Mapping[str, Any]], Sequence[str]]
 """(kernel, its source closure) → its parameters' names, or none when they are not known here."""
 
 
-def no_names(kernel: str, closure: Mapping[str, Json]) -> Sequence[str]:
+def no_names(kernel: str, closure: Mapping[str, Any]) -> Sequence[str]:
     """Arguments are then called by their position."""
     return ()
 
@@ -41,7 +40,7 @@ def signature(unit: Unit, names: Sequence[str] = ()) -> str:
     return " ".join(words)
 
 
-def _argument(name: str, pair: Json) -> str:
+def _argument(name: str, pair: Pair) -> str:
     kind, value = pair["t"]
     if isinstance(kind, dict):  # a tuple: each element has a type and a value of its own
         values = value["t"] if isinstance(value, dict) else [None] * len(kind["t"])
@@ -53,7 +52,7 @@ def _argument(name: str, pair: Json) -> str:
     return f"{name}:{kind}" + "".join(marks.get(c, f":{c}") for c in (value if isinstance(value, str) else ""))
 
 
-def value_text(value: Json) -> str:
+def value_text(value: Any) -> str:
     """An encoded value (see `upstream.triton_jit.encode`) as Python would write it."""
     if not isinstance(value, dict):
         return repr(value)
@@ -67,7 +66,7 @@ def value_text(value: Json) -> str:
     raise ValueError(f"no value of a known kind: {value}")
 
 
-_WRITTEN: dict[str, Callable[[Json], str]] = {
+_WRITTEN: dict[str, Callable[[Any], str]] = {
     "constexpr": value_text,
     "dtype": str,
     "torch": "torch.{}".format,
@@ -78,7 +77,7 @@ _WRITTEN: dict[str, Callable[[Json], str]] = {
 }
 
 
-def closure_digest(closure: Mapping[str, Json]) -> str:
+def closure_digest(closure: Mapping[str, Any]) -> str:
     """The same as `upstream.triton_jit.closure_digest`, which cannot be had without importing Triton."""
     return hashlib.sha256(json.dumps(closure, sort_keys=True).encode()).hexdigest()
 
@@ -104,7 +103,7 @@ def _module_text(module: str) -> str:
         return ""
 
 
-def parameter_names(kernel: str, closure: Mapping[str, Json]) -> Sequence[str]:
+def parameter_names(kernel: str, closure: Mapping[str, Any]) -> Sequence[str]:
     """A kernel's parameters, from the source that is installed here; none unless it is the source it was built from."""
     function = function_of(kernel)
     module, _, qualname = function.partition(":")

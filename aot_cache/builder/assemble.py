@@ -1,114 +1,108 @@
-"""Put a plan's compiled units together into a bundle's manifest and objects."""
+"""Put what workers have compiled together into a bundle's manifest and objects."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from aot_cache.artifact import scan
-from aot_cache.artifact.key import UNITS, objects_of
-from aot_cache.artifact.plan import Plan, Tuning
+from aot_cache.artifact.key import UNITS
+from aot_cache.artifact.manifest import KIND, Graph, Kernel, KernelUnit, Manifest, Pruned, TuningChoice
+from aot_cache.artifact.plan import Failure, Plan, Tuning
 from aot_cache.artifact.plan_of_ranks import ranks_of_kernel
 from aot_cache.artifact.target import Target
 from aot_cache.recipes import dimensions
 from aot_cache.store import Store
 
-Json = Any
+if TYPE_CHECKING:
+    from aot_cache.builder.workers import BuildResult
 
 
-def assemble(
-    target: Target, spec: str, plan: Plan, store: Store, answer: Mapping[str, Json]
-) -> tuple[dict[str, Json], dict[str, bytes]]:
-    """(manifest, objects) of the bundle for `plan`; `answer` is the worker's `compiled` event."""
+def assemble(target: Target, spec: str, result: BuildResult, store: Store) -> tuple[Manifest, dict[str, bytes]]:
+    """(manifest, objects) of the bundle with all that `result` has for `target`.
+
+    Args:
+        spec: text that loads the recipe.
+    """
+    plan = result.plan
     kernels = sorted({unit.kernel for unit in plan.units})
     number = {name: n for n, name in enumerate(kernels)}
-    units: list[dict[str, Json]] = []
-    pruned: list[dict[str, Json]] = []
-    failed = [case.failure() for case in plan.failed]
-    failed += [*answer.get("failed", []), *answer.get("graph_failed", [])]
-    listed = {failure["unit"] for failure in failed}
+    units: list[KernelUnit] = []
+    pruned: list[Pruned] = []
+    failed = [*(case.failure() for case in plan.failed), *result.failed]
+    listed = {failure.unit for failure in failed}
     objects: dict[str, bytes] = {}
-    for unit, unit_key, memory_key in zip(
-        plan.units, answer.get("keys", []), answer.get("memory_keys", []), strict=True
-    ):
+    for unit, unit_key, memory_key in zip(plan.units, result.keys, result.memory_keys, strict=True):
         record = store.get_record(UNITS, unit_key)
         if record is None or unit.id in listed:
             continue  # it failed, and is listed so
         why = record.get("pruned") or misfit(record["metadata"], target)
         if why and unit.launched_without_tuner():  # no tuner will pass it over: its launch fails
-            failed.append({"kernel": unit.kernel, "unit": unit.id, "error": why})
+            failed.append(Failure(kernel=unit.kernel, unit=unit.id, error=why))
             continue
         if why:
-            pruned.append({"kernel": unit.kernel, "unit": unit.id, "via": unit.via, "why": why})
+            pruned.append(Pruned(kernel=unit.kernel, unit=unit.id, via=unit.via, why=why))
             continue
         objects[record["object"]] = store.get(record["object"])
         units.append(
-            {
-                "kernel": number[unit.kernel],
-                "key": unit_key,
-                "memory_key": memory_key,
-                "specialization": unit.specialization,
-                "options": unit.options,
-                "option_order": list(unit.options),  # part of Triton's key, and a manifest's keys are sorted
-                "object": record["object"],
-                "metadata": record["metadata"],
-                "via": unit.via,
-                "reached": unit.reached,
-                "ranks": unit.ranks,
-            }
+            KernelUnit(
+                kernel=number[unit.kernel],
+                key=unit_key,
+                memory_key=memory_key,
+                specialization=unit.specialization,
+                options=unit.options,
+                option_order=list(unit.options),  # part of Triton's key, and a manifest's keys are sorted
+                object=record["object"],
+                metadata=record["metadata"],
+                via=unit.via,
+                reached=unit.reached,
+                ranks=unit.ranks,
+            )
         )
-    graphs = _for_servers(answer.get("graphs", []), store, failed)
-    for digest in sorted({digest for graph in graphs for digest in objects_of(graph)}):
+    graphs = _for_servers(result.graphs, store, failed)
+    for digest in sorted({digest for graph in graphs for digest in graph.objects()}):
         objects[digest] = store.get(digest)
-    for native in answer.get("native", []):
-        objects[native["object"]] = store.get(native["object"])
+    for native in result.native:
+        objects[native.object] = store.get(native.object)
     reached = {unit.id: unit.reached for unit in plan.units}
-    manifest = {
-        "kind": "units",
-        "recipe": plan.recipe,
-        "spec": spec,
-        "origin": plan.origin,
-        "ranks": plan.ranks,
-        "target": target.properties(),
-        "toolchain": answer.get("toolchain", {"triton": ""}),
-        "cases": [asdict(case) for case in plan.cases],
-        "kernels": [
-            {"name": name, "closure": plan.closures[name], "ranks": ranks_of_kernel(plan, name)} for name in kernels
-        ],
-        "metadata": _factor(units),
-        "units": units,
-        "tunings": [
-            {**asdict(t), "kernel": number[t.kernel], "default": _first_that_fits(n, t, units, pruned)}
-            for n, t in enumerate(plan.tunings)
-        ],
-        "pruned": pruned,
-        "failed": [{**({"reached": reached[f["unit"]]} if f["unit"] in reached else {}), **f} for f in failed],
-        "native": list(answer.get("native", [])),
-        "graph_key": answer.get("graph_key", {}) if graphs else {},
-        "graphs": graphs,
-        "calls": [asdict(call) for call in plan.calls],
-        "complete": not failed,
-    }
+    common, units = _factor(units)
+    manifest = Manifest(
+        kind=KIND,
+        recipe=plan.recipe,
+        spec=spec,
+        origin=plan.origin,
+        ranks=plan.ranks,
+        target=target.properties(),
+        toolchain=result.toolchain or {"triton": ""},
+        cases=plan.cases,
+        kernels=[Kernel(name=name, closure=plan.closures[name], ranks=ranks_of_kernel(plan, name)) for name in kernels],
+        metadata=common,
+        units=units,
+        tunings=[_tuning(n, tuning, number, units, pruned) for n, tuning in enumerate(plan.tunings)],
+        pruned=pruned,
+        failed=[one if one.reached is not None else replace(one, reached=reached.get(one.unit)) for one in failed],
+        native=result.native,
+        graph_key=result.graph_key if graphs else {},
+        graphs=graphs,
+        calls=plan.calls,
+        complete=not failed,
+    )
     return manifest, objects
 
 
-def _for_servers(
-    graphs: Sequence[dict[str, Json]], store: Store, failed: list[dict[str, Json]]
-) -> list[dict[str, Json]]:
+def _for_servers(graphs: Sequence[Graph], store: Store, failed: list[Failure]) -> list[Graph]:
     """Graphs without those that hold something which no server has (`scan`): they are added to what failed."""
     wrong: dict[int, list[str]] = {}
     for finding in scan.findings(graphs, store.get):
         wrong.setdefault(finding.graph, []).append(finding.what)
     for number, what in sorted(wrong.items()):
-        graph = graphs[number]
-        name, why = f"{graph['module']}:{graph['function']}", f"its graph would hit nowhere: {'; '.join(what[:3])}"
-        unit = {"unit": graph["guard_state"][:16], "reached": graph["reached"]}
-        failed.append({"kernel": name, "error": why, **unit})
+        graph, why = graphs[number], f"its graph would hit nowhere: {'; '.join(what[:3])}"
+        failed.append(Failure(kernel=graph.name, unit=graph.guard_state[:16], error=why, reached=graph.reached))
     return [graph for number, graph in enumerate(graphs) if number not in wrong]
 
 
-def covered(plan: Plan, failed: Iterable[Mapping[str, Json]]) -> int:
+def covered(plan: Plan, failed: Iterable[Failure]) -> int:
     """How many of the visited points reach nothing that failed; 0 where a failure belongs to no point that is known.
 
     Of a case that could not be run none is covered.
@@ -117,26 +111,37 @@ def covered(plan: Plan, failed: Iterable[Mapping[str, Json]]) -> int:
     gone = {one.case for one in plan.failed}
     lost: set[tuple[str, str]] = set()
     for failure in failed:
-        if failure["kernel"].startswith("case "):  # a point of it, which is all that such a failure names
-            lost.add((failure["kernel"].removeprefix("case "), failure["unit"]))
-        elif failure["unit"] not in reached and "reached" not in failure:
+        if failure.kernel.startswith("case "):  # a point of it, which is all that such a failure names
+            lost.add((failure.kernel.removeprefix("case "), failure.unit))
+        elif failure.unit not in reached and failure.reached is None:
             return 0
-        for case, boxes in failure.get("reached", reached.get(failure["unit"], {})).items():
+        at = failure.reached if failure.reached is not None else reached.get(failure.unit, {})
+        for case, boxes in at.items():
             lost.update((case, dimensions.point_text(point)) for point in dimensions.expand(boxes))
     visited = sum(case.points for case in plan.cases if case.name not in gone)
     return visited - sum(case not in gone for case, _ in lost)
 
 
-def _first_that_fits(
-    number: int, tuning: Tuning, units: list[dict[str, Json]], pruned: list[dict[str, Json]]
-) -> int | None:
-    """The candidate that is taken without a measurement: the first whose every unit is in the bundle."""
-    here = {c for unit in units for t, c in unit["via"] if t == number}
-    lacking = {c for unit in pruned for t, c in unit["via"] if t == number}
-    return next((c for c in range(len(tuning.candidates)) if c in here and c not in lacking), None)
+def _tuning(
+    number: int, tuning: Tuning, kernels: Mapping[str, int], units: Sequence[KernelUnit], pruned: Sequence[Pruned]
+) -> TuningChoice:
+    """A tuning of the plan; without a measurement the first candidate is taken whose every unit is in the bundle."""
+    here = {c for unit in units for t, c in unit.via if t == number}
+    lacking = {c for unit in pruned for t, c in unit.via if t == number}
+    return TuningChoice(
+        kernel=kernels[tuning.kernel],
+        tuner=tuning.tuner,
+        key=tuning.key,
+        candidates=tuning.candidates,
+        choice=tuning.choice,
+        measured=tuning.measured,
+        reached=tuning.reached,
+        default=next((c for c in range(len(tuning.candidates)) if c in here and c not in lacking), None),
+        ranks=tuning.ranks,
+    )
 
 
-def misfit(metadata: Mapping[str, Json], target: Target) -> str:
+def misfit(metadata: Mapping[str, Any], target: Target) -> str:
     """Why a compiled kernel cannot be loaded on `target`; empty when it can. Triton finds out at the first launch."""
     if metadata.get("shared", 0) > target.shared_memory_per_block_optin:
         return (
@@ -145,14 +150,12 @@ def misfit(metadata: Mapping[str, Json], target: Target) -> str:
     return ""
 
 
-def _factor(units: list[dict[str, Json]]) -> dict[str, Json]:
-    """Move what all units' metadata have in common into one mapping: most of it, and load parses it once."""
+def _factor(units: Sequence[KernelUnit]) -> tuple[dict[str, Any], list[KernelUnit]]:
+    """(what all units' metadata have in common, the units without it): it is most of it, and load parses it once."""
     if not units:
-        return {}
-    common = dict(units[0]["metadata"])
+        return {}, []
+    common = dict(units[0].metadata)
     for unit in units:
-        metadata = unit["metadata"]
-        common = {k: v for k, v in common.items() if k in metadata and metadata[k] == v}
-    for unit in units:
-        unit["metadata"] = {k: v for k, v in unit["metadata"].items() if k not in common}
-    return common
+        common = {k: v for k, v in common.items() if k in unit.metadata and unit.metadata[k] == v}
+    own = [{k: v for k, v in unit.metadata.items() if k not in common} for unit in units]
+    return common, [replace(unit, metadata=metadata) for unit, metadata in zip(units, own)]

@@ -11,12 +11,10 @@ import os
 import platform
 import sys
 import sysconfig
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-Json = Any
 
 # Variables that say where and for whom a shell runs. Any other may steer host code, and is part of the stamp.
 _SHELL = frozenset(
@@ -27,11 +25,26 @@ _SHELL = frozenset(
 )
 
 
-def inputs(also: Mapping[str, str] | None = None) -> dict[str, Json]:
-    """What this process imported: `{"python", "packages": {name: digest}, "files": {path: sha256}}`.
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What processes of a build imported.
 
-    `also` names modules and files that its children imported.
+    Args:
+        python: its version; empty where nothing was imported yet.
+        packages: name → version and digest of its RECORD.
+        files: path → sha256.
     """
+
+    python: str = ""
+    packages: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+NO_INPUTS = Inputs()
+
+
+def inputs(also: Mapping[str, str] | None = None) -> Inputs:
+    """What this process imported; `also` names modules and files that its children imported."""
     roots = tuple({sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]})
     standard = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["platstdlib"])
     tops: set[str] = set()
@@ -47,7 +60,7 @@ def inputs(also: Mapping[str, str] | None = None) -> dict[str, Json]:
             files[path] = _file_digest(path)
     owners = metadata.packages_distributions()
     packages = {name: package_digest(name) for top in sorted(tops) for name in owners.get(top, [])}
-    return {"python": platform.python_version(), "packages": packages, "files": dict(sorted(files.items()))}
+    return Inputs(python=platform.python_version(), packages=packages, files=dict(sorted(files.items())))
 
 
 def _on_disk(path: object) -> str | None:
@@ -67,15 +80,16 @@ def imported_since(before: Collection[str]) -> dict[str, str]:
     return {name: path for name, path in new.items() if isinstance(path, str)}
 
 
-def both(one: dict[str, Json], other: dict[str, Json]) -> dict[str, Json]:
-    """What two processes of one build imported."""
-    if not one or not other:
-        return one or other
-    return {
-        "python": one["python"],
-        "packages": {**one["packages"], **other["packages"]},
-        "files": {**one["files"], **other["files"]},
-    }
+def together(parts: Iterable[Inputs]) -> Inputs:
+    """What several processes of one build imported."""
+    out = NO_INPUTS
+    for part in parts:
+        out = Inputs(
+            python=out.python or part.python,
+            packages={**out.packages, **part.packages},
+            files={**out.files, **part.files},
+        )
+    return out
 
 
 def environment() -> str:
@@ -84,15 +98,14 @@ def environment() -> str:
     return hashlib.sha256("\n".join(kept).encode()).hexdigest()
 
 
-def changed(before: dict[str, Json]) -> str:
+def changed(before: Inputs) -> str:
     """What differs from `before` now; empty when nothing does."""
-    if before.get("python") != platform.python_version():
+    if before.python != platform.python_version():
         return "Python's version"
-    for name, digest in before.get("packages", {}).items():
+    for name, digest in before.packages.items():
         if str(package_digest(name)) != digest:
             return f"package {name}"
-    files: dict[str, str] = before.get("files", {})
-    for path, digest in files.items():
+    for path, digest in before.files.items():
         try:
             if _file_digest(path) != digest:
                 return path

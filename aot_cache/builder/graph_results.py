@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from aot_cache.artifact import key
 from aot_cache.artifact.key import GRAPHS
+from aot_cache.artifact.manifest import graph_from_json, plain
+from aot_cache.artifact.plan import Failure
+from aot_cache.builder.messages import TracedGraph
 from aot_cache.builder.one_point import Broken
-from aot_cache.store import Store
-
-Json = Any
+from aot_cache.store import JsonObject, Store
 
 
 @dataclass
@@ -25,17 +24,17 @@ class Made:
         key: what all graphs are bound to, see `key.graph_parts`.
     """
 
-    graphs: list[dict[str, Json]] = field(default_factory=list)
-    failed: list[dict[str, Json]] = field(default_factory=list)
+    graphs: list[TracedGraph] = field(default_factory=list)
+    failed: list[Failure] = field(default_factory=list)
     compiled: int = 0
-    key: dict[str, Json] = field(default_factory=dict)
+    key: JsonObject = field(default_factory=dict)
 
 
 @dataclass
 class Answer:
     """What a child made of one kind of call."""
 
-    graphs: list[dict[str, Json]] = field(default_factory=list)
+    graphs: list[TracedGraph] = field(default_factory=list)
     failed: dict[int, str] = field(default_factory=dict)
     """Case → why its calls could not be compiled."""
     broken: Broken | None = None
@@ -47,9 +46,17 @@ class Answer:
 
 def stored(store: Store, graph_key: str) -> Answer | None:
     record = store.get_record(GRAPHS, graph_key)
-    if record is None or not all(store.has(digest) for graph in record["graphs"] for digest in key.objects_of(graph)):
+    if record is None:
         return None
-    return Answer(record["graphs"], strange=[(case, at) for case, at in record["strange"]])
+    graphs = [graph_from_json(TracedGraph, graph) for graph in record["graphs"]]
+    if not all(store.has(digest) for graph in graphs for digest in graph.objects()):
+        return None
+    return Answer(graphs, strange=[(case, at) for case, at in record["strange"]])
+
+
+def put(store: Store, graph_key: str, answer: Answer) -> None:
+    """Keep what a child made, for `stored`."""
+    store.put_record(GRAPHS, graph_key, {"graphs": plain(answer.graphs), "strange": answer.strange})
 
 
 def together(answers: Sequence[Answer]) -> Answer:
@@ -64,7 +71,7 @@ def together(answers: Sequence[Answer]) -> Answer:
     return out
 
 
-def order(item: tuple[str, dict[str, Json]]) -> tuple[str, ...]:
+def order(item: tuple[str, TracedGraph]) -> tuple[str, ...]:
     digest, graph = item
     names = ("module", "function", "mode", "dynamic", "guards")  # for people first, and for a diff of two builds
-    return (*(str(graph[name]) for name in names), digest)
+    return (*(str(getattr(graph, name)) for name in names), digest)

@@ -20,13 +20,15 @@ from dataclasses import replace
 from typing import Any
 
 from aot_cache.artifact import key
-from aot_cache.artifact.key import GRAPHS
-from aot_cache.artifact.plan import CallPlan, CasePlan, Plan
+from aot_cache.artifact.manifest import plain
+from aot_cache.artifact.plan import CallPlan, CasePlan, Failure, Plan
 from aot_cache.artifact.target import Target
-from aot_cache.builder import fingerprint, fork_map, one_point, point_groups
+from aot_cache.builder import fingerprint, fork_map, graph_results, one_point, point_groups
 from aot_cache.builder.call_kinds import Kind, follows
+from aot_cache.builder.fingerprint import Inputs
 from aot_cache.builder.graph_results import Answer, Made, order, stored, together
 from aot_cache.builder.graphs_capture import Job
+from aot_cache.builder.messages import Refused, TracedGraph
 from aot_cache.builder.one_point import Broken
 from aot_cache.builder.point_groups import Group, Look, Seen, by_values
 from aot_cache.builder.point_runner import Looker, mode_of
@@ -34,7 +36,6 @@ from aot_cache.builder.recorded_calls import Recorded
 from aot_cache.errors import one_line
 from aot_cache.recipes import dimensions
 from aot_cache.recipes.declare import Recipe
-from aot_cache.recipes.dimensions import Point
 from aot_cache.store import Store
 from aot_cache.upstream.codec import dynamo_globals, dynamo_guards
 from aot_cache.upstream.hooks import dynamo_frames
@@ -42,7 +43,6 @@ from aot_cache.upstream.hooks.dynamo_frames import Frame
 from aot_cache.upstream.virtual import dynamo_inputs
 
 Progress = Callable[[str, int, int], None]
-Json = Any
 MOST_GRAPHS = 64
 """Graphs that one kind of call may split into before the build gives up on it."""
 
@@ -50,7 +50,7 @@ MOST_GRAPHS = 64
 def empty_plan(recipe: Recipe, target: str) -> Plan:
     """The plan of a recipe without its units: for a target that has no Triton kernels."""
     cases = [CasePlan.of(case, case.points()) for case in recipe.cases]
-    return Plan(recipe.name, target, cases=cases)
+    return Plan(recipe=recipe.name, target=target, cases=cases)
 
 
 class Runs:
@@ -75,8 +75,7 @@ class Runs:
         self.kinds: dict[str, Kind] = {}
         self._trusted: set[tuple[str, int]] = set()
         """(kind, case) of which every call is recorded."""
-        self.refused: list[tuple[str, Point, str]] = []
-        """(case, point, why) of the missed points that the recipe's code cannot run at."""
+        self.refused: list[Refused] = []
         self._missed = {
             (number, at)
             for number, found in enumerate(enumerations)
@@ -196,7 +195,7 @@ class Runs:
         self._missed.clear()
         for job, found in self._looker.look(jobs):
             if isinstance(found, Broken):
-                self.refused.append((found.failed.case, found.failed.point, str(found.error)))
+                self.refused.append(Refused(case=found.failed.case, point=found.failed.point, why=str(found.error)))
                 job.group.points.remove(job.first)
 
     def _take_out(self, number: int, broken: Broken) -> None:
@@ -211,33 +210,38 @@ class Runs:
             for number, points in enumerate(self.points)
         ]
 
-        def follow(kind: Kind, number: int) -> list[dict[str, list[Json]]]:
+        def follow(kind: Kind, number: int) -> list[Mapping[str, Sequence[Any]]]:
             found = [told[number].get((kind.structure, n), {}) for n in sorted(kind.places[number])]
             return [f for n, f in enumerate(found) if f not in found[:n]]
 
         return [
             CallPlan(
-                f"{kind.module}:{kind.function}",
-                kind.line,
-                kind.id,
-                mode_of(self.cases[min(kind.points)]),
-                kind.wrapping or {},
-                kind.dynamic(),
-                {
+                function=f"{kind.module}:{kind.function}",
+                line=kind.line,
+                id=kind.id,
+                mode=mode_of(self.cases[min(kind.points)]),
+                wrapping=kind.wrapping or {},
+                dynamic=kind.dynamic(),
+                hint={
                     self.cases[n].name: self.points[n][self._looker.hint_first(n, at)[0]]
                     for n, at in kind.points.items()
                 },
-                self._reached({n: set(at) for n, at in kind.points.items()}),
-                kind.structure,
-                {self.cases[n].name: follow(kind, n) for n in sorted(kind.places)},
+                reached=self._reached({n: set(at) for n, at in kind.points.items()}),
+                structure=kind.structure,
+                follows={self.cases[n].name: follow(kind, n) for n in sorted(kind.places)},
             )
             for kind in sorted(self.kinds.values(), key=lambda kind: (kind.module, kind.function, kind.id))
         ]
 
-    def compile_all(self, store: Store, inputs: Json, progress: Progress, workers: int | None = None) -> Made:
+    def compile_all(self, store: Store, inputs: Inputs, progress: Progress, workers: int | None = None) -> Made:
         """Compile what the store lacks; `inputs` is everything that this process imported (`stamp.inputs`)."""
         made = Made(key=dynamo_globals.bound_to(self._target.properties()))
-        shared = {"bound": made.key, "inputs": inputs, "environment": fingerprint.environment(), "schema": key.SCHEMA}
+        shared = {
+            "bound": made.key,
+            "inputs": plain(inputs),
+            "environment": fingerprint.environment(),
+            "schema": key.SCHEMA,
+        }
         answers: dict[str, Answer] = {}
         while True:
             jobs = sorted(self.kinds.values(), key=lambda kind: (-len(kind.points), kind.id))
@@ -254,21 +258,21 @@ class Runs:
                 jobs = [kind for kind in jobs if kind.id in self.kinds]
                 break
         made.compiled = sum(answers[kind.id].fresh for kind in jobs)
-        merged: dict[str, dict[str, Json]] = {}
+        merged: dict[str, tuple[TracedGraph, dict[int, set[int]]]] = {}
         for kind in jobs:
             answer = answers[kind.id]
             if answer.failed:
                 made.failed.append(self._failure(kind, answer.failed))
             for graph in answer.graphs:
-                facts = {name: value for name, value in graph.items() if name != "points"}
-                same = merged.setdefault(key.digest(facts), {**facts, "points": {}})
-                for case, at in graph["points"].items():
+                facts = replace(graph, points={})
+                _, points = merged.setdefault(key.digest(plain(facts)), (facts, {}))
+                for case, at in graph.points.items():
                     if int(case) not in self.broken:
-                        same["points"].setdefault(int(case), set()).update(at)
+                        points.setdefault(int(case), set()).update(at)
         made.graphs = [
-            {**{k: v for k, v in graph.items() if k != "points"}, "reached": self._reached(graph["points"])}
-            for _, graph in sorted(merged.items(), key=order)
-            if graph["points"]
+            replace(graph, reached=self._reached(points))
+            for _, (graph, points) in sorted(merged.items(), key=lambda one: order((one[0], one[1][0])))
+            if points
         ]
         return made
 
@@ -283,29 +287,29 @@ class Runs:
             self._sort()
         return bool(found)
 
-    def _failure(self, kind: Kind, why: Mapping[int, str]) -> dict[str, Json]:
+    def _failure(self, kind: Kind, why: Mapping[int, str]) -> Failure:
         """What a bundle says of calls that have no graph: of which cases, and where they are lost."""
         reasons: dict[str, list[str]] = {}
         for number in sorted(why):
             reasons.setdefault(why[number], []).append(self.cases[number].name)
-        return {
-            "kernel": f"{kind.module}:{kind.function}",
-            "unit": kind.id,
-            "error": "; ".join(f"case {', '.join(names)}: {reason}" for reason, names in reasons.items()),
-            "reached": self._reached({number: set(kind.points[number]) for number in why}),
-        }
+        return Failure(
+            kernel=f"{kind.module}:{kind.function}",
+            unit=kind.id,
+            error="; ".join(f"case {', '.join(names)}: {reason}" for reason, names in reasons.items()),
+            reached=self._reached({number: set(kind.points[number]) for number in why}),
+        )
 
-    def _unfit(self, point: tuple[int, int]) -> dict[str, Json]:
+    def _unfit(self, point: tuple[int, int]) -> Failure:
         case = self.cases[point[0]]
         where = dimensions.point_text(self.points[point[0]][point[1]])
         why = f"at {where} it calls a compiled function as it does nowhere when it is looked at"
-        return {"kernel": f"case {case.name}", "unit": where, "error": why}
+        return Failure(kernel=f"case {case.name}", unit=where, error=why)
 
     def _answer(
         self,
         jobs: list[Kind],
         answers: dict[str, Answer],
-        shared: Json,
+        shared: Mapping[str, object],
         store: Store,
         progress: Progress,
         workers: int | None,
@@ -326,7 +330,7 @@ class Runs:
             kind = missing[index]
             answer = answers[kind.id] = self._answered(kind, found)
             if not answer.failed and answer.broken is None:
-                store.put_record(GRAPHS, keys[kind.id], {"graphs": answer.graphs, "strange": answer.strange})
+                graph_results.put(store, keys[kind.id], answer)
             progress("graphs", done, len(missing))
         shared_kinds = [kind for kind in missing if answers[kind.id].failed and len(kind.points) > 1]
         for kind, answer in self._apart(shared_kinds, jobs, store, workers):
@@ -408,7 +412,7 @@ class Runs:
             for n in sorted(points)
         }
 
-    def _reached_all(self, kind: Kind) -> Json:
+    def _reached_all(self, kind: Kind) -> list[object]:
         return [
             sorted(
                 (n, list(at)) for n, at in kind.points.items()

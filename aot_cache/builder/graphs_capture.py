@@ -1,4 +1,4 @@
-"""One kind of call in the child that compiles it: what Dynamo asks for, and what was made of it, as JSON."""
+"""One kind of call in the child that compiles it: what Dynamo asks for, and what was made of it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,33 @@ import contextlib
 import os
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from aot_cache.artifact.manifest import Resume, SeveralConfigs
 from aot_cache.builder.call_kinds import Kind
+from aot_cache.builder.messages import TracedGraph
 from aot_cache.builder.recorded_calls import resized
 from aot_cache.misses.call_signature import structure_of
-from aot_cache.store import Store
+from aot_cache.store import JsonObject, Store
 from aot_cache.upstream.codec import code_bytes, dynamo_globals, dynamo_guards, python_code
 from aot_cache.upstream.codec.dynamo_package import CompiledFrame, Package, numbered_globals
 from aot_cache.upstream.hooks import dynamo_frames, inductor_artifact, inductor_cpp, inductor_tuning
 from aot_cache.upstream.hooks.dynamo_frames import Found, Frame
 from aot_cache.upstream.virtual import dynamo_answers, dynamo_inputs
 
-Json = Any
+
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """What is known of a frame when Dynamo has compiled it, see `manifest.Graph`; `settings` is the text itself."""
+
+    identities: list[list[str]]
+    values: list[list[str]]
+    guards: list[str]
+    inlined: list[list[str]]
+    wrapping: JsonObject | None
+    mode: str
+    settings: str
 
 
 class Job:
@@ -35,10 +49,10 @@ class Job:
         self.mode = ""
         self.failed = ""
         self.written = dynamo_guards.Written()
-        self._frames: list[tuple[CompiledFrame, dict[str, str], dict[str, Json]]] = []
+        self._frames: list[tuple[CompiledFrame, dict[str, str], _Facts]] = []
         self._artifacts: dict[str, bytes] = {}
         self._libraries: dict[str, dict[str, bytes]] = {}
-        self._candidates: dict[str, Json] = {}
+        self._candidates: dict[str, dict[str, SeveralConfigs]] = {}
         self._users: dict[str, dict[int, set[int]]] = {}
         self._template: dict[str, Any] = {}
         self._checks: list[tuple[Any, list[str]]] = []
@@ -74,7 +88,7 @@ class Job:
         Dynamo's own look at this process's objects (a new instance of a model, a new closure), which a server never sees.
         """
         for number, (made, _, facts) in enumerate(self._frames):
-            if made.code is frame.code and facts["wrapping"] == frame.wrapping:
+            if made.code is frame.code and facts.wrapping == frame.wrapping:
                 manager, _ = _read_again(made, facts, frame)
                 if manager is not None:
                     self._checks.append((manager, list(made.graphs)))
@@ -118,15 +132,15 @@ class Job:
         elif unknown:
             self.failed = f"{name} calls what no name of a module leads to: {', '.join(unknown)}"
         else:
-            facts = {
-                "identities": list(self.written.identities),
-                "values": list(self.written.values),
-                "guards": dynamo_guards.expressions(manager),
-                "inlined": inlined,
-                "wrapping": frame.wrapping,
-                "mode": self.mode,
-                "settings": dynamo_globals.settings(),
-            }
+            facts = _Facts(
+                identities=list(self.written.identities),
+                values=list(self.written.values),
+                guards=dynamo_guards.expressions(manager),
+                inlined=inlined,
+                wrapping=frame.wrapping,
+                mode=self.mode,
+                settings=dynamo_globals.settings(),
+            )
             guards, why = _read_again(made, facts, frame)
             if guards is None:
                 self.failed = f"the guards of {name} do not hold for the call that they were made of: {why}"
@@ -142,7 +156,8 @@ class Job:
             name = inductor_artifact.name_of(graph)
             with inductor_cpp.keeping() as libraries, inductor_tuning.collecting() as several:
                 self._artifacts[name] = inductor_artifact.compile_graph(wrapper, backend, graph, inputs, **kwargs)
-            self._libraries[name], self._candidates[name] = libraries, several
+            self._libraries[name] = libraries
+            self._candidates[name] = {key: SeveralConfigs(**found) for key, found in several.items()}
             run = dynamo_answers.answer(graph)
 
             def answer(*args: Any) -> Any:
@@ -154,19 +169,19 @@ class Job:
         with inductor_artifact.instead(compiled):
             yield
 
-    def results(self, store: Store) -> list[dict[str, Json]]:
-        """What was made, as JSON; its bytes go into the store."""
+    def results(self, store: Store) -> list[TracedGraph]:
+        """What was made; its bytes go into the store."""
         artifacts = {name: store.put(data) for name, data in self._artifacts.items()}
-        return [self._facts(*frame, artifacts, store) for frame in self._frames]
+        return [self._graph(*frame, artifacts, store) for frame in self._frames]
 
-    def _facts(
+    def _graph(
         self,
         made: CompiledFrame,
         aliases: Mapping[str, str],
-        facts: dict[str, Json],
+        facts: _Facts,
         artifacts: Mapping[str, str],
         store: Store,
-    ) -> dict[str, Json]:
+    ) -> TracedGraph:
         assert made.dynamo_code is not None
         # Dynamo numbers what it makes, or draws lots for its name; here it is called by what it is.
         names = {name: f"__aot_graph_{artifacts[name][:24]}" for name in made.graphs}
@@ -176,39 +191,42 @@ class Job:
         for name, (code, module) in made.resumes.items():
             digest = store.put(code_bytes.dump(code, {}, f"<{module}>"))
             names[name] = f"__aot_resume_{digest[:24]}"
-            resumes[names[name]] = {"module": module, "code": digest, "free": bool(code.co_freevars)}
+            resumes[names[name]] = Resume(module=module, code=digest, free=bool(code.co_freevars))
         libraries = {source: data for name in made.graphs for source, data in self._libraries[name].items()}
         points: dict[int, set[int]] = {}
         for name in made.graphs:
             for case, at in self._users.get(name, {}).items():
                 points.setdefault(case, set()).update(at)
-        return {
-            **facts,
-            "settings": store.put(facts["settings"].encode()),
-            "module": made.module,
-            "function": getattr(made.code, "co_qualname", made.code.co_name),
-            "line": made.code.co_firstlineno,
-            "code": python_code.digest(code_bytes.load(code_bytes.dump(made.code, {}, ""))),
-            "guard_state": store.put(made.guards),
-            "bytecode": store.put(code_bytes.dump(made.dynamo_code, names, f"<{made.module}>")),
-            "graphs": {names[name]: artifacts[name] for name in made.graphs},
-            "candidates": {names[name]: self._candidates[name] for name in made.graphs},
-            "choices": {},
-            "libraries": {source: store.put(data) for source, data in sorted(libraries.items())},
-            "imports": dict(sorted({**made.imports, **modules}.items())),
-            "resumes": resumes,
-            "dynamic": self.kind.dynamic(),
-            "kernels": [k for name in made.graphs for k in inductor_artifact.kernels_in(self._artifacts[name])],
-            "asks_rank": sorted(place for place in map(_asks_rank, (made.code, *made.inlined)) if place),
-            "points": {str(case): sorted(at) for case, at in points.items()},
-        }
+        return TracedGraph(
+            identities=facts.identities,
+            values=facts.values,
+            guards=facts.guards,
+            inlined=facts.inlined,
+            wrapping=facts.wrapping,
+            mode=facts.mode,
+            settings=store.put(facts.settings.encode()),
+            module=made.module,
+            function=getattr(made.code, "co_qualname", made.code.co_name),
+            line=made.code.co_firstlineno,
+            code=python_code.digest(code_bytes.load(code_bytes.dump(made.code, {}, ""))),
+            guard_state=store.put(made.guards),
+            bytecode=store.put(code_bytes.dump(made.dynamo_code, names, f"<{made.module}>")),
+            graphs={names[name]: artifacts[name] for name in made.graphs},
+            candidates={names[name]: self._candidates[name] for name in made.graphs},
+            choices={},
+            libraries={source: store.put(data) for source, data in sorted(libraries.items())},
+            imports=dict(sorted({**made.imports, **modules}.items())),
+            resumes=resumes,
+            dynamic=self.kind.dynamic(),
+            kernels=[k for name in made.graphs for k in inductor_artifact.kernels_in(self._artifacts[name])],
+            asks_rank=sorted(place for place in map(_asks_rank, (made.code, *made.inlined)) if place),
+            points={str(case): sorted(at) for case, at in points.items()},
+        )
 
 
-def _read_again(made: CompiledFrame, facts: Mapping[str, Json], frame: Frame) -> tuple[Any, str]:
+def _read_again(made: CompiledFrame, facts: _Facts, frame: Frame) -> tuple[Any, str]:
     """(the guard manager that a server would make of what was written, "") for a call that fulfils it, else (None, why)."""
-    return dynamo_guards.build(
-        made.guards, facts["identities"], facts["values"], frame.code, frame.f_globals, frame.f_locals
-    )
+    return dynamo_guards.build(made.guards, facts.identities, facts.values, frame.code, frame.f_globals, frame.f_locals)
 
 
 _RANK = frozenset({"get_rank", "get_node_local_rank", "get_group_rank"})

@@ -9,16 +9,16 @@ pipeline, or the first of a second host.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import fields
 
 from aot_cache.artifact import key
-from aot_cache.artifact.manifest import graph_name
+from aot_cache.artifact.manifest import Graph, plain
+from aot_cache.builder.messages import TracedGraph
 
-Json = Any
-_NOT_CODE = ("reached", "asks_rank", "kernels")
+_NOT_CODE = ("reached", "points", "asks_rank", "kernels")
 
 
-def differing(ranks: Sequence[Sequence[Mapping[str, Json]]]) -> dict[str, str]:
+def differing(ranks: Sequence[Sequence[TracedGraph]]) -> dict[str, str]:
     """Each function, as `module:qualname`, whose graphs are not the same on all ranks → where the number comes from."""
     found = [_by_function(graphs) for graphs in ranks]
     out: dict[str, str] = {}
@@ -30,50 +30,51 @@ def differing(ranks: Sequence[Sequence[Mapping[str, Json]]]) -> dict[str, str]:
     return out
 
 
-def combined(ranks: Sequence[Sequence[Mapping[str, Json]]], why: Mapping[str, str]) -> list[dict[str, Json]]:
+def combined(ranks: Sequence[Sequence[TracedGraph]], why: Mapping[str, str]) -> list[Graph]:
     """The graphs of all ranks: those of functions in `why` marked with their rank, the others of the first rank."""
     out = []
     for rank, graphs in enumerate(ranks):
         for graph in graphs:
-            name = graph_name(graph)
-            if name in why:
-                out.append({**_without(graph), "rank": rank, "per_rank": why[name]})
+            if graph.name in why:
+                out.append(_graph(graph, rank, why[graph.name]))
             elif rank == 0:
-                out.append({**_without(graph), "rank": None, "per_rank": ""})
+                out.append(_graph(graph, None, ""))
     return out
 
 
-def _by_function(graphs: Sequence[Mapping[str, Json]]) -> dict[str, list[Mapping[str, Json]]]:
-    found: dict[str, list[Mapping[str, Json]]] = {}
+def _by_function(graphs: Sequence[TracedGraph]) -> dict[str, list[TracedGraph]]:
+    found: dict[str, list[TracedGraph]] = {}
     for graph in graphs:
-        found.setdefault(graph_name(graph), []).append(graph)
+        found.setdefault(graph.name, []).append(graph)
     return found
 
 
-def _without(graph: Mapping[str, Json]) -> dict[str, Json]:
-    return {name: value for name, value in graph.items() if name != "asks_rank"}
+def _graph(found: TracedGraph, rank: int | None, why: str) -> Graph:
+    """A traced graph as a bundle has it."""
+    parts = {part.name: getattr(found, part.name) for part in fields(Graph)}
+    return Graph(**{**parts, "rank": rank, "per_rank": why})
 
 
-def _contents(graphs: Sequence[Mapping[str, Json]]) -> list[str]:
-    return sorted(key.digest({k: v for k, v in graph.items() if k not in _NOT_CODE}) for graph in graphs)
+def _contents(graphs: Sequence[TracedGraph]) -> list[str]:
+    return sorted(key.digest({k: v for k, v in plain(graph).items() if k not in _NOT_CODE}) for graph in graphs)
 
 
-def _why(ranks: Sequence[Sequence[Mapping[str, Json]]], other: int) -> str:
+def _why(ranks: Sequence[Sequence[TracedGraph]], other: int) -> str:
     """Where a rank's number comes from, as far as it can be told.
 
     Args:
         ranks: the graphs of one function.
         other: the first rank whose are not the first one's.
     """
-    asking = sorted({place for graphs in ranks for graph in graphs for place in graph["asks_rank"]})
+    asking = sorted({place for graphs in ranks for graph in graphs for place in graph.asks_rank})
     if asking:
         return f"the rank's number is asked for in {', '.join(asking)}"
     mine, theirs = ranks[0], ranks[other]
     if not mine or not theirs:
         return f"rank {0 if mine else other} calls it, and rank {other if mine else 0} does not"
-    guards = [{tuple(value) for graph in graphs for value in graph["values"]} for graphs in (mine, theirs)]
+    guards = [{tuple(value) for graph in graphs for value in graph.values} for graphs in (mine, theirs)]
     values = sorted(str(value[0]) for value in guards[0] ^ guards[1])
-    texts = [{guard for graph in graphs for guard in graph["guards"]} for graphs in (mine, theirs)]
+    texts = [{guard for graph in graphs for guard in graph.guards} for graphs in (mine, theirs)]
     only = [*dict.fromkeys(values), *sorted(texts[0] - texts[1])]
     if only:
         return f"it is guarded by {'; '.join(only[:3])}"

@@ -5,24 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from aot_cache.artifact import key
 from aot_cache.artifact.key import IR, NATIVE, UNITS
-from aot_cache.artifact.plan import Plan, Unit
+from aot_cache.artifact.manifest import NativeModule
+from aot_cache.artifact.plan import Failure, Plan, Unit
 from aot_cache.artifact.target import Target
 from aot_cache.builder import fork_map
 from aot_cache.builder.kernels_trace import functions_at
 from aot_cache.errors import TargetError, one_line
 from aot_cache.recipes import dimensions
 from aot_cache.recipes.declare import Recipe
-from aot_cache.store import Store
+from aot_cache.store import JsonValue, Store
 from aot_cache.upstream.codec import triton_jit
 from aot_cache.upstream.hooks import triton_launcher
 from aot_cache.upstream.virtual import triton_compile
 
 Progress = Callable[[str, int, int], None]
-Json = Any
 
 
 @dataclass
@@ -32,12 +32,12 @@ class Outcome:
     keys: list[str]
     memory_keys: list[str | None]
     compiled: int = 0
-    native: list[dict[str, str]] = field(default_factory=list)
-    failed: list[dict[str, str]] = field(default_factory=list)
-    toolchain: dict[str, Json] = field(default_factory=dict)
+    native: list[NativeModule] = field(default_factory=list)
+    failed: list[Failure] = field(default_factory=list)
+    toolchain: dict[str, JsonValue] = field(default_factory=dict)
 
 
-def toolchain(target: Target, line_info: bool) -> dict[str, Json]:
+def toolchain(target: Target, line_info: bool) -> dict[str, JsonValue]:
     """The key's parts that all kernels of this build share."""
     import triton
 
@@ -65,7 +65,7 @@ def compile_plan(
     """Compile what the store lacks. A unit that fails is listed in `failed`; the rest goes on.
 
     Args:
-        unclear: kernel → why it is not compiled (see `trace.Traced`).
+        unclear: kernel → why it is not compiled (see `kernels_trace.Trace`).
     """
     unclear = unclear or {}
     shared = toolchain(target, line_info)
@@ -94,7 +94,7 @@ def compile_plan(
         if plan.units[number].kernel in unclear:
             return _Result(error=unclear[plan.units[number].kernel])
 
-        def known(ir: str) -> Json:
+        def known(ir: str) -> Any:
             record = store.get_record(IR, _ir_key(plan.units[number], ir, shared))
             return record if record is not None and store.has(record["object"]) else None
 
@@ -129,15 +129,15 @@ def _memory_key(unit: Unit) -> str | None:
 @dataclass
 class _Result:
     binary: bytes = b""
-    metadata: dict[str, Json] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     error: str = ""
     pruned: str = ""
     ir: str = ""
-    same: dict[str, Json] | None = None
+    same: dict[str, Any] | None = None
     """The record of a unit of equal IR."""
 
 
-def _ir_key(unit: Unit, ir: str, shared: dict[str, Json]) -> str:
+def _ir_key(unit: Unit, ir: str, shared: dict[str, Any]) -> str:
     return key.digest({**shared, "kernel": key.function_of(unit.kernel), "source": unit.source, "ir": ir})
 
 
@@ -147,7 +147,7 @@ def _stored(store: Store, unit_key: str) -> bool:
 
 
 def _compile(
-    plan: Plan, number: int, recipe: Recipe | None, target: Target, known: Callable[[str], Json] | None
+    plan: Plan, number: int, recipe: Recipe | None, target: Target, known: Callable[[str], Any] | None
 ) -> _Result:
     unit = plan.units[number]
     try:
@@ -194,9 +194,9 @@ def _function(unit: Unit, plan: Plan, recipe: Recipe | None) -> Any:
     return function
 
 
-def _keep(store: Store, unit: Unit, unit_key: str, result: _Result, outcome: Outcome, shared: dict[str, Json]) -> None:
+def _keep(store: Store, unit: Unit, unit_key: str, result: _Result, outcome: Outcome, shared: dict[str, Any]) -> None:
     if result.error:
-        outcome.failed.append({"kernel": unit.kernel, "unit": unit.id, "error": result.error})
+        outcome.failed.append(Failure(kernel=unit.kernel, unit=unit.id, error=result.error))
         return
     outcome.compiled += 1
     if result.pruned:
@@ -212,6 +212,15 @@ def _keep(store: Store, unit: Unit, unit_key: str, result: _Result, outcome: Out
 
 
 # --- C modules ---------------------------------------------------------------------------------------------------------
+
+
+class _NativeJob(NamedTuple):
+    """One C module for one interpreter; `key` is Triton's digest of its source."""
+
+    key: str
+    source: str
+    name: str
+    python: triton_launcher.Python
 
 
 def _build_native(
@@ -231,13 +240,12 @@ def _build_native(
         source = _launcher_source(unit, record["metadata"])
         if source is not None:
             sources.setdefault(triton_launcher.source_key(source), (source, triton_launcher.LAUNCHER))
-    jobs = [(k, s, name, python) for k, (s, name) in sorted(sources.items()) for python in pythons]
+    jobs = [_NativeJob(k, s, name, python) for k, (s, name) in sorted(sources.items()) for python in pythons]
     todo = [job for job in jobs if not _native_stored(store, job)]
 
-    def run(job: Any) -> Any:
-        _, source, name, python = job
+    def run(job: _NativeJob) -> bytes | TargetError:
         try:
-            return triton_launcher.build(source, name, python)
+            return triton_launcher.build(job.source, job.name, job.python)
         except TargetError as error:
             return error
 
@@ -247,26 +255,27 @@ def _build_native(
             store.put_record(NATIVE, _native_key(job), {"object": store.put(result), "size": len(result)})
         else:
             message = result.why if isinstance(result, fork_map.Died) else str(result)
-            outcome.failed.append({"kernel": f"{job[2]} ({job[3].suffix})", "unit": job[0][:16], "error": message})
+            kernel = f"{job.name} ({job.python.suffix})"
+            outcome.failed.append(Failure(kernel=kernel, unit=job.key[:16], error=message))
     for job in jobs:
         record = store.get_record(NATIVE, _native_key(job))
         if record is not None:
             outcome.native.append(
-                {"name": job[2], "source": job[0], "suffix": job[3].suffix, "object": record["object"]}
+                NativeModule(name=job.name, source=job.key, suffix=job.python.suffix, object=record["object"])
             )
 
 
-def _launcher_source(unit: Unit, metadata: dict[str, Json]) -> str | None:
+def _launcher_source(unit: Unit, metadata: dict[str, Any]) -> str | None:
     types = [triton_jit.decode(pair)[0] for pair in unit.specialization]
     return triton_launcher.launcher_source({str(n): t for n, t in enumerate(types)}, metadata.get("tensordesc_meta"))
 
 
-def _native_key(job: Any) -> str:
+def _native_key(job: _NativeJob) -> str:
     return key.digest(
-        {"schema": key.SCHEMA, "source": job[0], "suffix": job[3].suffix, "cc": os.environ.get("CC", "gcc")}
+        {"schema": key.SCHEMA, "source": job.key, "suffix": job.python.suffix, "cc": os.environ.get("CC", "gcc")}
     )
 
 
-def _native_stored(store: Store, job: Any) -> bool:
+def _native_stored(store: Store, job: _NativeJob) -> bool:
     record = store.get_record(NATIVE, _native_key(job))
     return record is not None and store.has(record["object"])

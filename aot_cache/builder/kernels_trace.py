@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import RawArray
 from typing import Any
 
@@ -15,6 +15,7 @@ import triton
 from aot_cache.artifact.key import told_apart
 from aot_cache.artifact.plan import CasePlan, Plan, Tuning, Unit
 from aot_cache.builder import fingerprint, fork_map, one_point, virtual_gpu
+from aot_cache.builder.messages import Refused
 from aot_cache.builder.one_point import Broken
 from aot_cache.builder.recorded_calls import Call
 from aot_cache.recipes import dimensions
@@ -49,14 +50,14 @@ class _Block:
     sets: set[str] = field(default_factory=set)
 
 
-@dataclass(frozen=True)
-class Traced:
+@dataclass(frozen=True, kw_only=True)
+class Trace:
     """What was enumerated.
 
     Args:
         plan: the units.
         calls: case → the calls of compiled functions at each of its points.
-        refused: (case, point, why) of the missed points that the recipe's code cannot run at.
+        refused: the missed points that the recipe's code cannot run at.
         unclear: kernel → why it may be any of several: none of those is built.
 
     Of the cases that failed (`plan.failed`) nothing is in `calls`.
@@ -64,7 +65,7 @@ class Traced:
 
     plan: Plan
     calls: dict[str, list[list[Call]]]
-    refused: list[tuple[str, Point, str]]
+    refused: list[Refused]
     unclear: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -73,7 +74,7 @@ class Traced:
         return sorted(case for case, points in self.calls.items() if any(points))
 
 
-def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None = None) -> Traced:
+def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None = None) -> Trace:
     """Enumerate what `recipe` launches. The process must have become `target` (see `virtual_device.become`).
 
     A case that cannot be run at every declared point is left out, and named in the plan.
@@ -90,7 +91,7 @@ def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None =
     calls: dict[str, list[list[Call]]] = {
         case.name: [[] for _ in found.points] for case, found in zip(recipe.cases, enumerations)
     }
-    refused: list[tuple[str, Point, str]] = []
+    refused: list[Refused] = []
     failed: dict[int, dict[int, Broken]] = {}
     at = RawArray("q", len(jobs))  # the point at which each job is: it may end its process there
 
@@ -120,7 +121,7 @@ def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None =
             if len(failed) == len(recipe.cases):
                 raise one_point.all_of(_first(failed))
         else:
-            refused.append((name, first, str(broken.error)))
+            refused.append(Refused(case=name, point=first, why=str(broken.error)))
         done += stop - start
         progress("trace", done, total)
     for one in sound:
@@ -128,12 +129,16 @@ def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None =
             merged.add(one)
     plan = merged.plan()
     if refused:
-        visited = recipe.without([(case, point) for case, point, _ in refused])
-        plan.cases = [CasePlan.of(case, case.points()) for case in visited.cases]
-    plan.note_sets(sets)
-    plan.failed = [broken.failed for broken in _first(failed)]
+        visited = recipe.without([(one.case, one.point) for one in refused])
+        plan = replace(plan, cases=[CasePlan.of(case, case.points()) for case in visited.cases])
+    plan = replace(plan.with_sets(sets), failed=[broken.failed for broken in _first(failed)])
     gone = {case.case for case in plan.failed}
-    return Traced(plan, {name: found for name, found in calls.items() if name not in gone}, refused, merged.unclear())
+    return Trace(
+        plan=plan,
+        calls={name: found for name, found in calls.items() if name not in gone},
+        refused=refused,
+        unclear=merged.unclear(),
+    )
 
 
 def _first(failed: Mapping[int, Mapping[int, Broken]]) -> list[Broken]:
@@ -254,14 +259,13 @@ class _Merged:
             Tuning(reached=self._reached(self._tuning_marks[name]), **tuning) for name, tuning in told_tunings.items()
         ]
         return Plan(
-            self._recipe.name,
-            self._target,
-            "traced",
-            triton.__version__,
-            [CasePlan.of(case, e) for case, e in zip(self._recipe.cases, self._enumerations)],
-            units,
-            tunings,
-            {called[name]: closure for name, closure in sorted(self._closures.items())},
+            recipe=self._recipe.name,
+            target=self._target,
+            triton=triton.__version__,
+            cases=[CasePlan.of(case, e) for case, e in zip(self._recipe.cases, self._enumerations)],
+            units=units,
+            tunings=tunings,
+            closures={called[name]: closure for name, closure in sorted(self._closures.items())},
         )
 
     def _reached(self, marks: dict[int, list[int]]) -> dict[str, list[dict[str, str]]]:

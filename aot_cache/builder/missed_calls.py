@@ -6,17 +6,14 @@ A miss that is not covered fails nothing, because nobody declared it. Reasons go
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from aot_cache.artifact.plan import Plan
 from aot_cache.builder.call_kinds import Kind
+from aot_cache.builder.messages import Refused
 from aot_cache.errors import AotCacheError
 from aot_cache.misses.file import GRAPH, Miss
 from aot_cache.misses.solve import points_for
 from aot_cache.recipes.declare import Recipe
-from aot_cache.recipes.dimensions import Point
-
-Json = Any
 
 
 def widen(recipe: Recipe, misses: Sequence[Miss]) -> tuple[Recipe, dict[int, str]]:
@@ -36,7 +33,7 @@ def uncovered(
     plan: Plan,
     failed: Mapping[str, str],
     why: Mapping[int, str],
-    refused: Iterable[tuple[str, Point, str]],
+    refused: Iterable[Refused],
 ) -> dict[int, str]:
     """Number of each missed call → why it will miss again; empty when it will not.
 
@@ -45,7 +42,7 @@ def uncovered(
         plan: what those kinds are in words.
         failed: id of a kind → why it was not compiled.
         why: of `widen`.
-        refused: (case, point, why) where the recipe's code could not run.
+        refused: points where the recipe's code could not run.
     """
     by_name: dict[str, list[Kind]] = {}
     for kind in kinds:
@@ -67,11 +64,11 @@ def _served(miss: Miss, kinds: Sequence[Kind], failed: Mapping[str, str]) -> str
     return ""
 
 
-def _unmade(miss: Miss, plan: Plan, refused: Iterable[tuple[str, Point, str]]) -> str:
+def _unmade(miss: Miss, plan: Plan, refused: Iterable[Refused]) -> str:
     """Why the recipe makes no such call."""
     points = miss.facts["points"]
-    for case, point, why in refused:
-        if points.get(case) == point:
-            return why
+    for one in refused:
+        if points.get(one.case) == one.point:
+            return one.why
     solved = points_for(plan.calls, plan.cases, miss.name, miss.facts["structure"], miss.facts["sizes"])
     return solved.why or f"no declared case makes this call; this would: {solved.declare}"

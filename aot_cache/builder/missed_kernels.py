@@ -6,7 +6,7 @@ A miss that is not covered fails nothing, because nobody declared it. Reasons go
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 from aot_cache.artifact.key import UNITS, function_of
 from aot_cache.artifact.plan import Plan, Unit, extended
@@ -15,10 +15,8 @@ from aot_cache.builder.assemble import misfit
 from aot_cache.builder.kernels_compile import Outcome
 from aot_cache.errors import TraceError, one_line
 from aot_cache.misses.file import LOAD, TUNING, Miss
-from aot_cache.store import Store
+from aot_cache.store import JsonObject, Store
 from aot_cache.upstream.codec import triton_jit
-
-Json = Any
 
 
 class MissedKernels:
@@ -52,13 +50,13 @@ class MissedKernels:
                 continue
             self._wanted[number] = [unit.id for unit in units]
             tunings = [] if tuning is None else [tuning]
-            parts.append(Plan(plan.recipe, plan.target, units=units, tunings=tunings, closures=closures))
+            parts.append(Plan(recipe=plan.recipe, target=plan.target, units=units, tunings=tunings, closures=closures))
         self.plan = extended(plan, parts) if parts else plan
         """The plan with everything that was missed and can be built here."""
 
     def settle(self, outcome: Outcome, store: Store, target: Target) -> None:
         """Take out of the plan, and out of what became of it, the missed specializations that are of no use."""
-        failed = {failure["unit"]: failure["error"] for failure in outcome.failed}
+        failed = {failure.unit: failure.error for failure in outcome.failed}
         unfit = {
             unit.id: failed.get(unit.id) or _unfit(key, store, target)
             for unit, key in zip(self.plan.units, outcome.keys)
@@ -73,13 +71,13 @@ class MissedKernels:
             if unit.id in self._traced or not unfit[unit.id] or not (unit.id in failed or unit.launched_without_tuner())
         ]
         gone = {unit.id for unit in self.plan.units} - {self.plan.units[number].id for number in stay}
-        self.plan.units = [self.plan.units[number] for number in stay]
+        self.plan = replace(self.plan, units=[self.plan.units[number] for number in stay])
         outcome.keys = [outcome.keys[number] for number in stay]
         outcome.memory_keys = [outcome.memory_keys[number] for number in stay]
-        outcome.failed = [failure for failure in outcome.failed if failure["unit"] not in gone]
+        outcome.failed = [failure for failure in outcome.failed if failure.unit not in gone]
 
 
-def _closure(unit: Unit, closures: Mapping[str, Json]) -> Json:
+def _closure(unit: Unit, closures: Mapping[str, JsonObject]) -> JsonObject:
     """The source closure of a missed unit's kernel as it is here.
 
     Raises:

@@ -88,12 +88,14 @@ def broken(case: Case, point: Point, error: BaseException, needs_values: tuple[t
         if isinstance(error, ImportError) and error.__cause__ is not None:
             why += f", from {one_line(first_cause(error))}"
         told = DeclarationError(wanted, f"{why} ({place})", shipped.what_to_do(case.make))
-    return Broken(FailedCase(case.name, point, f"{short(file)}:{line}", why, _as_rank()), told)
+    return Broken(
+        FailedCase(case=case.name, point=point, place=f"{short(file)}:{line}", why=why, rank=_as_rank()), told
+    )
 
 
 def died(case: str, point: Point, why: str) -> Broken:
     """What is said of a case that ended the process in which it ran."""
-    return known(FailedCase(case, point, "", why, _as_rank()))
+    return known(FailedCase(case=case, point=point, place="", why=why, rank=_as_rank()))
 
 
 def known(failed: FailedCase) -> Broken:

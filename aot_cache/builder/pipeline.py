@@ -11,11 +11,13 @@ from typing import Any
 
 from aot_cache import tested
 from aot_cache.artifact import key, plan_of_ranks
-from aot_cache.artifact.manifest import split
+from aot_cache.artifact.manifest import plain, split
 from aot_cache.artifact.plan import Plan
 from aot_cache.artifact.target import Target
 from aot_cache.builder import fingerprint, workers
 from aot_cache.builder.assemble import assemble, covered
+from aot_cache.builder.fingerprint import Inputs
+from aot_cache.builder.workers import BuildResult
 from aot_cache.errors import AotCacheError, TraceError
 from aot_cache.misses import file as miss_file
 from aot_cache.misses.describe import asked
@@ -24,12 +26,11 @@ from aot_cache.recipes import declare as declaring
 from aot_cache.recipes import options
 from aot_cache.store import Store, read_bundle, write_bundle
 
-Json = Any
 Progress = Callable[[str, int, int], None]
 STAMPS = "stamps"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """What to build.
 
@@ -44,7 +45,7 @@ class Request:
         pythons: further interpreters to build C modules for.
         workers: processes; default all cores.
         misses: files of what serving processes missed; it is built with the model.
-        ranks: how many the job has: graphs that hold a rank's number are built for each (see `by_rank`); None: as the
+        ranks: how many the job has: graphs that hold a rank's number are built for each (see `graphs_per_rank`); None: as the
             recipe says.
     """
 
@@ -61,7 +62,7 @@ class Request:
     ranks: int | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Built:
     """What a build did and where its bundle is; `misses` says what became of those that were given.
 
@@ -78,12 +79,12 @@ class Built:
     graphs: int
     compiled: int
     pruned: int
-    failed: list[dict[str, str]]
+    failed: list[dict[str, Any]]
     sampled: list[str]
     points: int
     seconds: float
     nothing_to_do: bool = False
-    misses: dict[str, Json] = field(default_factory=dict)
+    misses: dict[str, Any] = field(default_factory=dict)
     per_rank: dict[str, str] = field(default_factory=dict)
     """Function whose graphs are built for each rank → why."""
     apart: dict[str, str] = field(default_factory=dict)
@@ -96,7 +97,7 @@ class Built:
     untested: str = ""
     """What speaks against trusting the releases of torch, Triton and transformers that built it."""
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, Any]:
         return {**self.__dict__, "path": str(self.path)}
 
 
@@ -116,28 +117,26 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
     misses = miss_file.read(request.misses)
     question = _question(request, misses)
     before = store.get_record(STAMPS, question)
-    if before is not None and not fingerprint.changed(before["inputs"]):
+    if before is not None and not fingerprint.changed(Inputs(**before["inputs"])):
         same = _still_there(before)
         if same is not None:
             same.seconds = time.perf_counter() - began
             return same
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
-        answer, plan = workers.run(request, Path(scratch), misses, progress)
-        built = _finish(request, store, plan, answer, misses)
-    built.per_rank = answer.get("per_rank", {})
-    built.misses = _became(misses, answer, request.target)
+        result = workers.run(request, Path(scratch), misses, progress)
+        built = _finish(request, store, result, misses)
+    built.misses = _became(misses, result.missed, request.target)
     built.seconds = time.perf_counter() - began
     if not built.failed:
-        result = built.to_json()
         with store.writer():
-            store.put_record(STAMPS, question, {"inputs": answer["inputs"], "built": result})
+            store.put_record(STAMPS, question, {"inputs": asdict(result.inputs), "built": built.to_json()})
     return built
 
 
 def plan_only(request: Request, progress: Progress = lambda *_: None) -> Plan:
     """Trace without compiling: what `build` would compile."""
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
-        return workers.run(request, Path(scratch), miss_file.read(request.misses), progress, show_plan=True)[1]
+        return workers.run(request, Path(scratch), miss_file.read(request.misses), progress, show_plan=True).plan
 
 
 def bundle_path(request: Request, name: str, spec: str = "", misses: Misses | None = None) -> Path:
@@ -179,7 +178,7 @@ def _question(request: Request, misses: Misses) -> str:
     )
 
 
-def _still_there(before: Mapping[str, Json]) -> Built | None:
+def _still_there(before: Mapping[str, Any]) -> Built | None:
     built = Built(**{**before["built"], "path": Path(before["built"]["path"])})
     try:
         found = read_bundle(built.path)
@@ -191,9 +190,8 @@ def _still_there(before: Mapping[str, Json]) -> Built | None:
     return built
 
 
-def _became(misses: Misses, answer: Mapping[str, Json], target: Target) -> dict[str, Json]:
+def _became(misses: Misses, why: Mapping[int, str], target: Target) -> dict[str, Any]:
     """What became of the misses that the build was given."""
-    why = dict([*answer.get("missed_kernels", []), *answer.get("missed_calls", [])])
     nobody = {GRAPH: "no declared case calls a compiled function"}
     rows = [
         {
@@ -214,38 +212,39 @@ def _became(misses: Misses, answer: Mapping[str, Json], target: Target) -> dict[
     }
 
 
-def _finish(request: Request, store: Store, plan: Plan, answer: Mapping[str, Json], misses: Misses) -> Built:
-    spec = options.published(answer.get("spec", ""))  # without the options that are the recipe's defaults
-    manifest, objects = assemble(request.target, spec, plan, store, answer)
+def _finish(request: Request, store: Store, result: BuildResult, misses: Misses) -> Built:
+    plan, spec = result.plan, options.published(result.spec)  # without the options that are the recipe's defaults
+    manifest, objects = assemble(request.target, spec, result, store)
     path = bundle_path(request, plan.recipe, spec, misses)
-    lean, details = split(manifest)
-    objects[lean["details"]] = details
+    header, details = split(manifest)
+    objects[header["details"]] = details
     digest = ""
-    if manifest["units"] or manifest["graphs"]:
+    if manifest.units or manifest.graphs:
         with store.writer():
-            digest = write_bundle(path, lean, objects)
+            digest = write_bundle(path, header, objects)
             plan.write(path.with_suffix(".plan.json"))
-    elif not manifest["failed"]:
+    elif not manifest.failed:
         raise _nothing(plan, request.target)
     return Built(
         target=request.target.id,
         path=path,
         digest=digest,
         size=path.stat().st_size if digest else 0,
-        units=len(manifest["units"]),
-        graphs=len(manifest["graphs"]),
-        compiled=answer.get("compiled", 0) + answer.get("graphs_compiled", 0),
-        pruned=len(manifest["pruned"]),
-        failed=list(manifest["failed"]),
+        units=len(manifest.units),
+        graphs=len(manifest.graphs),
+        compiled=result.compiled,
+        pruned=len(manifest.pruned),
+        failed=list(map(plain, manifest.failed)),
         sampled=plan.sampled,
         points=sum(case.points for case in plan.cases),
         seconds=0.0,
+        per_rank=dict(result.per_rank),
         declared=sum(case.total for case in plan.cases),
-        covered=covered(plan, manifest["failed"]),
+        covered=covered(plan, manifest.failed),
         ranks=plan.ranks,
         apart=plan_of_ranks.apart(plan),
-        sets={case.name: case.sets for case in plan.cases if case.sets},
-        untested=tested.doubt_here(request.target.backend == "cpu", _imported("transformers", answer["inputs"])),
+        sets={case.name: list(case.sets) for case in plan.cases if case.sets},
+        untested=tested.doubt_here(request.target.backend == "cpu", _imported("transformers", result.inputs)),
     )
 
 
@@ -258,7 +257,7 @@ def _nothing(plan: Plan, target: Target) -> TraceError:
     return TraceError(f"a Triton kernel or a compiled function of {plan.recipe} for {target.id}", found, do)
 
 
-def _imported(package: str, inputs: Mapping[str, Json]) -> bool:
+def _imported(package: str, inputs: Inputs) -> bool:
     """Whether a build imported a package: one that an installer recorded, or any other."""
-    files = (Path(path) for path in inputs.get("files", ()))
-    return package in inputs.get("packages", ()) or any(f.parts[-2:] == (package, "__init__.py") for f in files)
+    files = (Path(path) for path in inputs.files)
+    return package in inputs.packages or any(f.parts[-2:] == (package, "__init__.py") for f in files)

@@ -7,7 +7,9 @@ Dynamo's own frames says (`Recorded.trusts`), guards are checked at these sizes,
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +41,11 @@ def _sizes(value: Any) -> list[int] | None:
     return [value] if type(value) is int else None
 
 
+def written(calls: Mapping[str, Sequence[Sequence[Call]]]) -> str:
+    """Calls as text, for another process."""
+    return json.dumps(calls)
+
+
 class Recorded:
     """The calls at every point.
 
@@ -48,6 +55,11 @@ class Recorded:
 
     def __init__(self, calls: Mapping[str, Sequence[Sequence[Call]]]) -> None:
         self._calls = calls
+
+    @classmethod
+    def read(cls, path: Path) -> Recorded:
+        """What `written` has put into a file; nothing where there is none."""
+        return cls(json.loads(path.read_text()) if path.exists() else {})
 
     def at(self, kind: Kind, case: str, point: int) -> list[dict[str, list[int]]]:
         """The sizes of each call of this kind at a point."""

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock, Thread
 from types import TracebackType
-from typing import IO, Any, TypeVar
+from typing import IO, TypeVar
 
 from aot_cache import errors
-from aot_cache.builder import fingerprint
+from aot_cache.builder import messages
+from aot_cache.builder.messages import Answer, Event, Job, NeedsRanks, Progressed, Raised
 from aot_cache.errors import TargetError
 from aot_cache.process_group import ProcessGroup
 
-Json = Any
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
+_MOST_AT_ONCE = 64
+"""Threads that listen to a worker each; how many workers run at once is for the caller to say."""
 
 
 class OtherRanks(Exception):
@@ -29,21 +30,7 @@ class OtherRanks(Exception):
         self.ranks = ranks
 
 
-def beside(function: Callable[[], T]) -> Future[T]:
-    """Let something go on in a thread for which nobody has to wait, not even at the process's end."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    return future
-
-
-class Crew:
+class WorkerPool:
     """Worker processes; those that run when the block ends are killed.
 
     Args:
@@ -55,8 +42,9 @@ class Crew:
         self._lock = Lock()
         self._running: set[ProcessGroup] = set()
         self._ended = False
+        self._threads = ThreadPoolExecutor(_MOST_AT_ONCE, "aot-cache-build")
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(
@@ -66,42 +54,42 @@ class Crew:
             self._ended = True
             for worker in self._running:
                 worker.kill()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def listen(
-        self,
-        job: Mapping[str, Json],
-        environment: Mapping[str, str],
-        last: str,
-        answer: dict[str, Json],
-        then: Mapping[str, Callable[[], None]] | None = None,
-    ) -> None:
-        """Run one worker and add its events to `answer`; what it read is added to what others read.
+    def submit(self, function: Callable[[], T]) -> Future[T]:
+        """Call a function in a thread; it ends when its workers do."""
+        return self._threads.submit(function)
+
+    def run(
+        self, job: Job, environment: Mapping[str, str], then: Callable[[Answer], None] | None = None
+    ) -> list[Answer]:
+        """Run one worker until it is done; returns what it answered, in order.
 
         Args:
-            last: the event with which it is done.
-            then: event → what is called when it has come.
+            then: called with each answer as soon as it has come.
 
         Raises:
             AotCacheError: what the worker raised.
             OtherRanks: it should have been started in another job.
             TargetError: it died.
         """
-        for event in self._talk(job, environment, last):
-            kind = event["event"]
-            if kind == "progress":
+        answers: list[Answer] = []
+        for event in self._talk(job, environment):
+            if isinstance(event, Progressed):
                 with self._lock:
-                    self._progress(event["stage"], event["done"], event["total"])
-            elif kind == "ranks":
-                raise OtherRanks(event["ranks"])
-            elif kind == "error":
-                raise getattr(errors, event["type"])(event["wanted"], event["found"], event["do"])
+                    self._progress(event.stage, event.done, event.total)
+            elif isinstance(event, NeedsRanks):
+                raise OtherRanks(event.ranks)
+            elif isinstance(event, Raised):
+                raise getattr(errors, event.type)(event.wanted, event.found, event.do)
             else:
-                answer.update({**event, "inputs": fingerprint.both(answer["inputs"], event.get("inputs", {}))})
-                if then and kind in then:
-                    then[kind]()
+                answers.append(event)
+                if then is not None:
+                    then(event)
+        return answers
 
-    def _talk(self, job: Mapping[str, Json], environment: Mapping[str, str], last: str) -> Iterator[Json]:
-        """Start a worker, hand it the job, yield its events, of which `last` is the last."""
+    def _talk(self, job: Job, environment: Mapping[str, str]) -> Iterator[Event]:
+        """Start a worker, hand it the job, yield what it says."""
         group = self._start(environment)
         worker = group.process
         assert worker.stdin is not None and worker.stdout is not None and worker.stderr is not None
@@ -110,11 +98,11 @@ class Crew:
         listener.start()
         finished = False
         try:
-            worker.stdin.write(json.dumps(job) + "\n")
+            worker.stdin.write(job.written() + "\n")
             worker.stdin.close()
             for line in worker.stdout:
-                event = json.loads(line)
-                finished = finished or event["event"] in ("error", "ranks", last)
+                event = messages.read(line)
+                finished = finished or isinstance(event, (Raised, NeedsRanks, messages.last_of(job)))
                 yield event
         finally:
             if finished:

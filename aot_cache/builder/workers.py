@@ -1,4 +1,4 @@
-"""The worker processes of one build: started, talked to, and their answers put together."""
+"""The worker processes of one build, and what all of them together have made."""
 
 from __future__ import annotations
 
@@ -6,30 +6,92 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, replace
-from functools import partial, reduce
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from threading import BoundedSemaphore
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
-from aot_cache.artifact.plan import FailedCase, Plan, each_once
+from aot_cache.artifact.manifest import Graph, NativeModule
+from aot_cache.artifact.plan import FailedCase, Failure, Plan, each_once
 from aot_cache.artifact.target import Target
 from aot_cache.builder import fingerprint, graphs_per_rank
-from aot_cache.builder.worker_pool import Crew, OtherRanks, Progress, beside
+from aot_cache.builder.fingerprint import NO_INPUTS, Inputs
+from aot_cache.builder.messages import Answer, Compiled, GraphsMade, Job, Refused, Surveyed, Traced, TracedGraph, the
+from aot_cache.builder.worker_pool import OtherRanks, Progress, WorkerPool
 from aot_cache.errors import DeclarationError
 from aot_cache.misses.file import Misses
+from aot_cache.store import JsonObject
 
 if TYPE_CHECKING:
     from aot_cache.builder.pipeline import Request
 
-Json = Any
+T = TypeVar("T")
 _MOST_AT_ONCE, _CORES_OF_A_WORKER = 4, 4
 
 
-def run(
-    request: Request, scratch: Path, misses: Misses, progress: Progress, show_plan: bool = False
-) -> tuple[dict[str, Json], Plan]:
-    """(what the workers answered, the plan): kernels in one process, compiled graphs, if there are any, in another.
+@dataclass(frozen=True, kw_only=True)
+class BuildResult:
+    """What the workers of a build have made; bytes are in the store.
+
+    Args:
+        plan: what was to be built, without what only cases reach that could not be run.
+        spec: text that loads the recipe; empty for a plan file.
+        inputs: what the workers have read.
+        keys, memory_keys: of the plan's units, in their order; empty where nothing compiles kernels.
+        failed: what could not be compiled.
+        toolchain: see `messages.Compiled`; empty where there are no kernels.
+        graph_key: see `messages.GraphsMade`; empty where there are no graphs.
+        compiled: how many units and kinds of calls were compiled now.
+        per_rank: function whose graphs are built for each rank → why.
+        missed: number of each miss that something was done about → why it will miss again; empty when it will not.
+    """
+
+    plan: Plan
+    spec: str = ""
+    inputs: Inputs = NO_INPUTS
+    keys: Sequence[str] = ()
+    memory_keys: Sequence[str | None] = ()
+    failed: Sequence[Failure] = ()
+    native: Sequence[NativeModule] = ()
+    toolchain: JsonObject = field(default_factory=dict)
+    graphs: Sequence[Graph] = ()
+    graph_key: JsonObject = field(default_factory=dict)
+    compiled: int = 0
+    per_rank: Mapping[str, str] = field(default_factory=dict)
+    missed: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kernels:
+    """What one worker for kernels answered; `compiled` is None where only the plan was asked for."""
+
+    traced: Traced
+    compiled: Compiled | None
+    plan: str
+
+    @property
+    def inputs(self) -> Inputs:
+        return fingerprint.together([self.traced.inputs, *([self.compiled.inputs] if self.compiled else [])])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Graphs:
+    """What the workers for graphs answered, of all ranks together."""
+
+    surveyed: Surveyed
+    inputs: Inputs
+    failed_cases: Sequence[FailedCase]
+    graphs: Sequence[Graph] = ()
+    failed: Sequence[Failure] = ()
+    compiled: int = 0
+    key: JsonObject = field(default_factory=dict)
+    per_rank: Mapping[str, str] = field(default_factory=dict)
+    missed: Mapping[int, str] = field(default_factory=dict)
+
+
+def run(request: Request, scratch: Path, misses: Misses, progress: Progress, show_plan: bool = False) -> BuildResult:
+    """Trace and compile: kernels in one process, compiled graphs, if there are any, in another.
 
     Libraries decide at import what they are in, and so may a recipe: where it is for several ranks, which only a worker can
     read, the workers are started anew as ranks of such a job.
@@ -39,207 +101,255 @@ def run(
         TargetError: a worker died.
     """
     try:
-        with Crew(progress) as crew:
-            return _run(request, scratch, misses, crew, show_plan)
+        with WorkerPool(progress) as pool:
+            return _Build(request, scratch, misses, pool, show_plan).run()
     except OtherRanks as found:
         ranks = found.ranks
-    with Crew(progress) as crew:
-        return _run(replace(request, ranks=ranks), scratch, misses, crew, show_plan)
+    with WorkerPool(progress) as pool:
+        return _Build(replace(request, ranks=ranks), scratch, misses, pool, show_plan).run()
 
 
-def _run(request: Request, scratch: Path, misses: Misses, crew: Crew, show_plan: bool) -> tuple[dict[str, Json], Plan]:
+class _Build:
     """`run` in a job of the request's ranks."""
-    plan_out, ranks = scratch / "plan.json", request.ranks or 1
-    job: dict[str, Json] = {
-        "target": request.target.properties(),
-        "recipe": request.model if request.plan is None else None,
-        "plan": str(request.plan) if request.plan is not None else None,
-        "plan_out": str(plan_out),
-        "calls": str(scratch / "calls.json"),
-        "ranges": dict(request.ranges),
-        "store": str(request.store.absolute()),
-        "line_info": request.line_info,
-        "pythons": list(request.pythons),
-        "workers": request.workers,
-        "show_plan": show_plan,
-        "misses": [asdict(miss) for miss in misses.found],
-        "refused": [],
-        "failed_cases": [],
-        "ranks": ranks,
-        "ranks_given": request.ranks is not None,
-        "rank": 0,
-        "also": [],
-    }
-    if request.plan is not None:
-        _kernels_only(request.plan, request.target)
-    environment = _environment(request, scratch)
-    told = _told_apart(request, ranks)
-    cpu = request.target.backend == "cpu"
-    answer: dict[str, Json] = {"inputs": {}}
-    refused: dict[int, Json] = {}
 
-    def graphs(calling: Json) -> dict[str, Json]:
-        own = {**job, "stage": "graphs", "cases": calling}
-        last, ranks = ("surveyed", told[:1]) if show_plan else ("graphs", told)
-        return _graphs_of_ranks(own, ranks, refused, environment, last, crew)
+    def __init__(self, request: Request, scratch: Path, misses: Misses, pool: WorkerPool, show_plan: bool) -> None:
+        if request.plan is not None:
+            _kernels_only(request.plan, request.target)
+        self._request, self._pool = request, pool
+        self._environment = _environment(request, scratch)
+        self._job = Job(
+            stage="kernels",
+            target=request.target,
+            recipe=request.model if request.plan is None else None,
+            plan=str(request.plan) if request.plan is not None else None,
+            plan_out=str(scratch / "plan.json"),
+            calls=str(scratch / "calls.json"),
+            ranges=dict(request.ranges),
+            store=str(request.store.absolute()),
+            line_info=request.line_info,
+            pythons=list(request.pythons),
+            workers=request.workers,
+            show_plan=show_plan,
+            misses=misses.found,
+            ranks=request.ranks or 1,
+            ranks_given=request.ranks is not None,
+        )
+        # The ranks that a recipe is traced as are all: what two of them do alike says nothing of a third.
+        self._ranks = [0] if request.plan is not None else list(range(self._job.ranks))
 
-    if cpu:
-        answer |= graphs(None)  # nobody has looked yet
-    else:
-        others = _other_ranks(job, told, environment, crew)
-        calling = {case for one in others.values() for case in one["calling"]}
-        job["also"] = [one["plan"] for one in others.values()]
-        early: list[Future[dict[str, Json]]] = []
+    def run(self) -> BuildResult:
+        kernels: dict[int, _Kernels] = {}
+        if self._request.target.backend == "cpu":
+            graphs: _Graphs | None = self._graphs(None, {})  # nobody has looked yet
+        else:
+            kernels = self._other_ranks()
+            graphs = self._first_rank(kernels)
+        plan = Plan.read(Path(self._job.plan_out))
+        if self._request.plan is None:  # a plan that was given says so itself
+            plan = replace(plan, ranks=self._job.ranks)
+        return _without_failed(_result(plan, kernels, graphs), graphs.failed_cases if graphs is not None else ())
 
-        def traced() -> None:
-            calling.update(answer["calling"])
-            refused.update({rank: one["refused"] for rank, one in {0: answer, **others}.items()})
-            # Graphs need what is traced, not what is compiled of it; only misses are settled in the plan afterwards.
-            if calling and not show_plan and not job["misses"]:
-                early.append(beside(lambda: graphs(sorted(calling))))
+    # --- kernels ------------------------------------------------------------------------------------------------------
 
-        last = "traced" if show_plan else "compiled"
-        crew.listen({**job, "stage": "kernels"}, _as_rank(environment, 0, ranks), last, answer, {"traced": traced})
-        _add_ranks(answer, others)
-        if calling:
-            made = early[0].result() if early else graphs(sorted(calling))
-            answer |= {**made, "inputs": fingerprint.both(answer["inputs"], made["inputs"])}
-    plan = Plan.read(plan_out)
-    if request.plan is None:  # a plan that was given says so itself
-        plan.ranks = ranks
-    return answer, _without_failed(plan, answer)
+    def _other_ranks(self) -> dict[int, _Kernels]:
+        """Trace kernels as each rank but the first, and compile what only its own host code makes.
+
+        All of them are run: nothing that one rank does says what another will do.
+        """
+
+        def run(rank: int) -> _Kernels:
+            job = self._of_rank(self._job, rank)
+            with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
+                return _kernels(self._pool.run(job, self._as_rank(rank, folder)), job)
+
+        others = self._ranks[1:]
+        return dict(zip(others, self._some_at_once(run, others)))
+
+    def _first_rank(self, kernels: dict[int, _Kernels]) -> _Graphs | None:
+        """Trace and compile kernels as the first rank, with what the others launch; graphs as soon as it is known of which
+        cases. Adds the first rank's answer to `kernels`."""
+        job = replace(self._job, also=[one.plan for one in kernels.values()])
+        calling = {case for one in kernels.values() for case in one.traced.calling}
+        refused = {rank: one.traced.refused for rank, one in kernels.items()}
+        early: list[Future[_Graphs]] = []
+
+        def traced(answer: Answer) -> None:
+            if isinstance(answer, Traced):
+                calling.update(answer.calling)
+                refused[0] = answer.refused
+                # Graphs need what is traced, not what is compiled of it; only misses are settled in the plan afterwards.
+                if calling and not job.show_plan and not job.misses:
+                    early.append(self._pool.submit(lambda: self._graphs(sorted(calling), refused)))
+
+        kernels[0] = _kernels(self._pool.run(job, self._as_rank(0), traced), job)
+        if early:
+            return early[0].result()
+        return self._graphs(sorted(calling), refused) if calling else None
+
+    # --- graphs -------------------------------------------------------------------------------------------------------
+
+    def _graphs(self, calling: Sequence[str] | None, refused: Mapping[int, Sequence[Refused]]) -> _Graphs:
+        """Trace and compile graphs as all ranks; of a plan that is only shown, those of the first.
+
+        Args:
+            calling: cases that call compiled functions; None: not known.
+            refused: rank → the missed points that its host code could not run at.
+        """
+        job = replace(self._job, stage="graphs", cases=calling)
+
+        def run(rank: int, broken: Sequence[FailedCase]) -> list[Answer]:
+            own = replace(self._of_rank(job, rank), failed_cases=broken, refused=refused.get(rank, ()))
+            # Folders of its own: what another rank has left in them would be taken, and is not the same.
+            with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
+                return self._pool.run(own, self._as_rank(rank, folder if rank else None))
+
+        first = run(0, job.failed_cases)
+        broken = _failed_cases([first])
+        others = [] if job.show_plan else self._ranks[1:]
+        return _of_all_ranks([first, *self._some_at_once(lambda rank: run(rank, broken), others)])
+
+    # --- ranks --------------------------------------------------------------------------------------------------------
+
+    def _of_rank(self, job: Job, rank: int) -> Job:
+        """The job as one rank has it, with files of its own."""
+        if rank == 0:
+            return job
+        return replace(job, rank=rank, plan_out=f"{job.plan_out}.{rank}", calls=f"{job.calls}.{rank}")
+
+    def _as_rank(self, rank: int, folder: str | None = None) -> dict[str, str]:
+        """The worker's environment, with the variables that a launcher gives to each rank; upstream keeps what it compiles in
+        `folder`."""
+        own = {**self._environment, **(_folders(Path(folder)) if folder is not None else {})}
+        size = self._job.ranks
+        if size == 1:
+            return own
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        return {**own, **{name: str(value) for name, value in names.items()}}
+
+    def _some_at_once(self, run: Callable[[int], T], ranks: Sequence[int]) -> list[T]:
+        """What `run` returns for each rank; as many run beside each other as there are cores for."""
+        gate = BoundedSemaphore(max(1, min(_MOST_AT_ONCE, (os.cpu_count() or 1) // _CORES_OF_A_WORKER)))
+
+        def one(rank: int) -> T:
+            with gate:
+                return run(rank)
+
+        return [made.result() for made in [self._pool.submit(partial(one, rank)) for rank in ranks]]
 
 
-def _without_failed(plan: Plan, answer: dict[str, Json]) -> Plan:
-    """The plan, and the answer to it, without what only cases reach that some worker could not run.
+# --- put together -----------------------------------------------------------------------------------------------------
+
+
+def _kernels(answers: Sequence[Answer], job: Job) -> _Kernels:
+    traced = the(Traced, answers)
+    assert traced is not None
+    return _Kernels(traced=traced, compiled=the(Compiled, answers), plan=job.plan_out)
+
+
+def _failed_cases(ranks: Sequence[Sequence[Answer]]) -> list[FailedCase]:
+    """Those that some rank could not run; what is compiled comes after what is surveyed, and knows of more."""
+    last = [the(GraphsMade, answers) or the(Surveyed, answers) for answers in ranks]
+    return each_once(failed for answer in last if answer is not None for failed in answer.failed_cases)
+
+
+def _of_all_ranks(ranks: Sequence[Sequence[Answer]]) -> _Graphs:
+    """What the workers of all ranks answered, the first rank's first."""
+    surveyed = [one for answers in ranks for one in [the(Surveyed, answers)] if one is not None]
+    made = [one for answers in ranks for one in [the(GraphsMade, answers)] if one is not None]
+    broken = _failed_cases(ranks)
+    inputs = fingerprint.together(one.inputs for one in surveyed)
+    if not made:
+        return _Graphs(surveyed=surveyed[0], inputs=inputs, failed_cases=broken)
+    traced = [_of_others(one.graphs, broken) for one in made]
+    why = graphs_per_rank.differing(traced)
+    return _Graphs(
+        surveyed=surveyed[0],
+        inputs=inputs,
+        failed_cases=broken,
+        graphs=graphs_per_rank.combined(traced, why),
+        failed=list({failure.unit: failure for one in made for failure in one.failed}.values()),
+        compiled=sum(one.compiled for one in made),
+        key=made[0].key,
+        per_rank=why,
+        missed=made[0].missed_calls,
+    )
+
+
+def _of_others(graphs: Sequence[TracedGraph], failed: Sequence[FailedCase]) -> list[TracedGraph]:
+    """Graphs that other cases than these reach, too."""
+    gone = {one.case for one in failed}
+    kept = [replace(g, reached={case: at for case, at in g.reached.items() if case not in gone}) for g in graphs]
+    return [after for before, after in zip(graphs, kept) if after.reached or not before.reached]
+
+
+def _result(plan: Plan, kernels: Mapping[int, _Kernels], graphs: _Graphs | None) -> BuildResult:
+    first = kernels.get(0)
+    compiled = {rank: one.compiled for rank, one in kernels.items() if one.compiled is not None}
+    result = BuildResult(plan=plan, inputs=fingerprint.together(one.inputs for one in kernels.values()))
+    if first is not None:
+        result = replace(result, spec=first.traced.spec)
+    if first is not None and first.compiled is not None:
+        result = replace(
+            result,
+            keys=first.compiled.keys,
+            memory_keys=first.compiled.memory_keys,
+            failed=_failed_units(compiled),
+            native=first.compiled.native,
+            toolchain=first.compiled.toolchain,
+            compiled=sum(one.compiled for one in compiled.values()),
+            missed=first.compiled.missed_kernels,
+        )
+    if graphs is not None:
+        result = replace(
+            result,
+            spec=graphs.surveyed.spec,
+            inputs=fingerprint.together([result.inputs, graphs.inputs]),
+            failed=[*result.failed, *graphs.failed],
+            graphs=graphs.graphs,
+            graph_key=graphs.key,
+            compiled=result.compiled + graphs.compiled,
+            per_rank=graphs.per_rank,
+            missed={**result.missed, **graphs.missed},
+        )
+    return result
+
+
+def _failed_units(ranks: Mapping[int, Compiled]) -> list[Failure]:
+    """The units that could not be compiled; the rank that makes a kernel knows better why than one that does not."""
+    failed = {failure.unit: failure for failure in ranks[0].failed}
+    for rank, compiled in ranks.items():
+        if rank:
+            own = [replace(failure, error=f"as rank {rank}: {failure.error}") for failure in compiled.failed]
+            failed.update({failure.unit: failure for failure in own})
+    return list(failed.values())
+
+
+def _without_failed(result: BuildResult, failed_cases: Sequence[FailedCase]) -> BuildResult:
+    """The result without what only cases reach that some worker could not run.
 
     Raises:
         DeclarationError: there is no other case.
     """
-    plan.failed = each_once([*plan.failed, *(FailedCase(**failed) for failed in answer.get("failed_cases", []))])
+    plan = result.plan
     order = [case.name for case in plan.cases]
-    plan.failed.sort(key=lambda failed: order.index(failed.case))
-    gone = {failed.case for failed in plan.failed}
+    failed = sorted(each_once([*plan.failed, *failed_cases]), key=lambda one: order.index(one.case))
+    gone = {one.case for one in failed}
     if plan.cases and gone >= set(order):
-        found = "; ".join(f"{failed.name} {failed.text}" for failed in plan.failed)
+        found = "; ".join(f"{one.name} {one.text}" for one in failed)
         raise DeclarationError(f"a case of {plan.recipe} to run", found)
-    whole, (plan, stay) = plan, plan.without(gone)
-    for name in ("keys", "memory_keys"):
-        if name in answer:
-            answer[name] = [answer[name][number] for number in stay]
-    left_out = _ids(whole) - _ids(plan)
-    for name in ("failed", "graph_failed"):
-        if name in answer:
-            answer[name] = [failure for failure in answer[name] if failure["unit"] not in left_out]
-    return plan
+    kept, stay = replace(plan, failed=failed).without(gone)
+    left_out = _ids(plan) - _ids(kept)
+    return replace(
+        result,
+        plan=kept,
+        keys=[result.keys[number] for number in stay] if result.keys else [],
+        memory_keys=[result.memory_keys[number] for number in stay] if result.memory_keys else [],
+        failed=[failure for failure in result.failed if failure.unit not in left_out],
+    )
 
 
 def _ids(plan: Plan) -> set[str]:
     return {unit.id for unit in plan.units} | {call.id for call in plan.calls}
-
-
-def _other_ranks(
-    job: Mapping[str, Json], told: list[int], environment: Mapping[str, str], crew: Crew
-) -> dict[int, dict[str, Json]]:
-    """Trace kernels as each rank but the first, and compile what only its own host code makes; what each worker answered.
-
-    All of them are run: nothing that one rank does says what another will do. Each answer names the rank's `plan`.
-    """
-
-    def run(rank: int) -> dict[str, Json]:
-        files = {name: f"{job[name]}.{rank}" for name in ("plan_out", "calls")}
-        answer: dict[str, Json] = {"inputs": {}, "plan": files["plan_out"]}
-        with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
-            own = {**_as_rank(environment, rank, job["ranks"]), **_folders(Path(folder))}
-            last = "traced" if job["show_plan"] else "compiled"
-            crew.listen({**job, **files, "stage": "kernels", "rank": rank}, own, last, answer)
-        return answer
-
-    return dict(zip(told[1:], _some_at_once(run, told[1:])))
-
-
-def _some_at_once(run: Callable[[int], dict[str, Json]], ranks: Sequence[int]) -> list[dict[str, Json]]:
-    """What `run` returns for each rank; as many run beside each other as there are cores for."""
-    gate = BoundedSemaphore(max(1, min(_MOST_AT_ONCE, (os.cpu_count() or 1) // _CORES_OF_A_WORKER)))
-
-    def one(rank: int) -> dict[str, Json]:
-        with gate:
-            return run(rank)
-
-    return [made.result() for made in [beside(partial(one, rank)) for rank in ranks]]
-
-
-def _add_ranks(answer: dict[str, Json], others: Mapping[int, Mapping[str, Json]]) -> None:
-    """What the workers of other ranks had to compile, and what they read, with the first one's answer."""
-    failed = {failure["unit"]: failure for failure in answer.get("failed", [])}
-    for rank, other in others.items():
-        answer["inputs"] = fingerprint.both(answer["inputs"], other["inputs"])
-        answer["compiled"] = answer.get("compiled", 0) + other.get("compiled", 0)
-        for failure in other.get("failed", []):  # the rank that makes a kernel knows better why than one that does not
-            failed[failure["unit"]] = {**failure, "error": f"as rank {rank}: {failure['error']}"}
-    if "failed" in answer:
-        answer["failed"] = list(failed.values())
-
-
-def _told_apart(request: Request, ranks: int) -> list[int]:
-    """The ranks that the recipe is traced as: all. What two of them do alike says nothing of a third."""
-    return [0] if request.plan is not None else list(range(ranks))
-
-
-def _graphs_of_ranks(
-    job: Mapping[str, Json],
-    told: list[int],
-    refused: Mapping[int, Json],
-    environment: Mapping[str, str],
-    last: str,
-    crew: Crew,
-) -> dict[str, Json]:
-    """Trace and compile graphs as the ranks in `told`; and what the workers answered.
-
-    Args:
-        refused: rank → the missed points that its host code could not run at.
-    """
-
-    def run(rank: int, broken: list[Json]) -> dict[str, Json]:
-        answer: dict[str, Json] = {"inputs": {}}
-        files = {name: job[name] if rank == 0 else f"{job[name]}.{rank}" for name in ("plan_out", "calls")}
-        own = {**job, "rank": rank, **files, "failed_cases": broken, "refused": refused.get(rank, [])}
-        # Folders of its own: what another rank has left in them would be taken, and is not the same.
-        with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
-            folders = {} if rank == 0 else _folders(Path(folder))
-            crew.listen(own, {**_as_rank(environment, rank, job["ranks"]), **folders}, last, answer)
-        return answer
-
-    first = run(0, job["failed_cases"])
-    answers = [first, *_some_at_once(lambda rank: run(rank, list(first.get("failed_cases", ()))), told[1:])]
-    broken = [asdict(one) for one in each_once(FailedCase(**f) for one in answers for f in one.get("failed_cases", []))]
-    made = [_of_others(one.get("graphs", []), broken) for one in answers]
-    why = graphs_per_rank.differing(made)
-    failed = {failure["unit"]: failure for one in answers for failure in one.get("graph_failed", [])}
-    inputs = reduce(fingerprint.both, (one["inputs"] for one in answers))
-    return first | {
-        "inputs": inputs,
-        "failed_cases": broken,
-        "graphs": graphs_per_rank.combined(made, why),
-        "graph_failed": list(failed.values()),
-        "graphs_compiled": sum(one.get("graphs_compiled", 0) for one in answers),
-        "per_rank": why,
-    }
-
-
-def _of_others(graphs: list[dict[str, Json]], failed: list[Json]) -> list[dict[str, Json]]:
-    """Graphs that other cases than these reach, too."""
-    gone = {one["case"] for one in failed}
-    kept = [{**g, "reached": {case: at for case, at in g["reached"].items() if case not in gone}} for g in graphs]
-    return [after for before, after in zip(graphs, kept) if after["reached"] or not before["reached"]]
-
-
-def _as_rank(environment: Mapping[str, str], rank: int, size: int) -> dict[str, str]:
-    """The variables that a launcher gives to each rank."""
-    if size == 1:
-        return dict(environment)
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    return {**environment, **{name: str(value) for name, value in names.items()}}
 
 
 def _kernels_only(path: Path, target: Target) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,18 +117,20 @@ def build(
     if out is not None and len(targets) > 1:
         found = f"{len(targets)} targets"
         raise DeclarationError("one target with --out", found, "leave --out away, or build each alone")
-    asked = (
-        named,
-        plan,
-        _ranges(ranges or []),
-        out,
-        line_info,
-        tuple(python or ()),
-        workers,
-        tuple(misses or ()),
-        ranks,
+    asked = Request(
+        target=targets[0],
+        store=store,
+        model=named,
+        plan=plan,
+        ranges=_ranges(ranges or []),
+        out=out,
+        line_info=line_info,
+        pythons=tuple(python or ()),
+        workers=workers,
+        misses=tuple(misses or ()),
+        ranks=ranks,
     )
-    requests = [Request(one, store, *asked) for one in targets]
+    requests = [replace(asked, target=one) for one in targets]
     if not as_json:
         render_build.chosen(facts)
         sys.stdout.flush()

@@ -19,6 +19,7 @@ import typer
 from aot_cache.artifact import rehearsed
 from aot_cache.artifact import target as targets_table
 from aot_cache.artifact.key import Part
+from aot_cache.artifact.manifest import served
 from aot_cache.artifact.specialization import parameter_names
 from aot_cache.cli.build import AsJson, build
 from aot_cache.cli.facts import build as build_facts
@@ -153,8 +154,8 @@ def _host_parts(bundle: Bundle) -> list[Part]:
     from aot_cache.runtime.host_check import graph_parts, parts
 
     with bundle_facts.form_of(bundle):
-        found = parts(bundle.manifest, look_at_gpu=host_gpu.gpu_here())
-        of_graphs = graph_parts(bundle.manifest)
+        found = parts(served(bundle), look_at_gpu=host_gpu.gpu_here())
+        of_graphs = graph_parts(served(bundle))
     return found + [replace(part, name=f"graphs: {part.name}") for part in of_graphs]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from aot_cache import errors
 from aot_cache.artifact import manifest
+from aot_cache.artifact.manifest import Manifest
 from aot_cache.errors import DeclarationError, RehearsalFailed, TargetError, UnknownName
 from aot_cache.recipes.dimensions import point_text
 from aot_cache.rehearsal import process
@@ -27,7 +28,6 @@ from aot_cache.tested import installed
 
 __all__ = ["CaseResult", "Missed", "PointResult", "Rehearsal", "rehearse", "versions"]
 
-Json = Any
 Progress = Callable[[str, int, int], None]
 POINTS = 64
 """Of each case, unless somebody says otherwise."""
@@ -80,7 +80,7 @@ def rehearse(
             "points": points,
             "tolerance": tolerance,
             "rank": rank,
-            "ranks": whole["ranks"],
+            "ranks": whole.ranks,
             "config": config,
             "compiler": compiler,
         }
@@ -94,7 +94,7 @@ def versions() -> dict[str, str]:
     return {"aot-cache": installed("aot_cache"), "python": platform.python_version(), **packages}
 
 
-def _check(bundle: Bundle, whole: Mapping[str, Json], cases: Sequence[str]) -> None:
+def _check(bundle: Bundle, whole: Manifest, cases: Sequence[str]) -> None:
     """What is wrong before anything starts.
 
     Raises:
@@ -102,24 +102,24 @@ def _check(bundle: Bundle, whole: Mapping[str, Json], cases: Sequence[str]) -> N
         UnknownName: it has no such case.
         TargetError: the GPU is not here.
     """
-    if not whole["spec"] or whole["origin"] != "traced":
+    if not whole.spec or whole.origin != "traced":
         do = "a recorded plan says which kernels ran, not how to call them"
         raise DeclarationError(f"a bundle of a recipe at {bundle.path}", "one of a recorded plan", do)
-    if not (whole["units"] or whole["graphs"]):
+    if not (whole.units or whole.graphs):
         raise DeclarationError(f"something to rehearse in {bundle.path}", "neither a kernel nor a graph")
-    known = [str(case["name"]) for case in whole["cases"]]
+    known = [case.name for case in whole.cases]
     for name in cases:
         if name not in known:
             raise UnknownName(f"a case called {name!r} in {bundle.path}", f"it has {', '.join(known)}")
-    target = whole["target"]
+    target = whole.target
     if target["backend"] != "cpu" and not host_gpu.gpu_here():
         raise TargetError(f"a {target['name']} to rehearse {bundle.path} on", "no GPU here", "run this where it serves")
 
 
-def _ranks(whole: Mapping[str, Json]) -> list[int]:
+def _ranks(whole: Manifest) -> list[int]:
     """The first rank stands for all, unless one of them has graphs or kernels of its own."""
-    own = any(graph["rank"] is not None for graph in whole["graphs"]) or any(unit["ranks"] for unit in whole["units"])
-    return list(range(whole["ranks"])) if own else [0]
+    own = any(graph.rank is not None for graph in whole.graphs) or any(unit.ranks for unit in whole.units)
+    return list(range(whole.ranks)) if own else [0]
 
 
 class _Listener:
@@ -127,12 +127,12 @@ class _Listener:
 
     def __init__(self, bundle: Bundle, progress: Progress) -> None:
         self._bundle, self._progress = bundle, progress
-        self._ready: Mapping[str, Json] | None = None
+        self._ready: Mapping[str, Any] | None = None
         self._cases: dict[str, CaseResult] = {}
         self._at = "before its first point"
         self._died = ""
 
-    def listen(self, job: Mapping[str, Json], timeout: float | None) -> None:
+    def listen(self, job: Mapping[str, Any], timeout: float | None) -> None:
         """Run one process; one that died before is the last.
 
         Raises:
@@ -150,32 +150,32 @@ class _Listener:
                 raise RehearsalFailed(wanted, str(died), "AOT_CACHE_DEBUG=1 shows what it says") from None
             self._died = f"the rehearsal's process did not finish: {died} ({self._at})"
 
-    def _on_error(self, event: Mapping[str, Json]) -> None:
+    def _on_error(self, event: Mapping[str, Any]) -> None:
         raise getattr(errors, event["type"])(event["wanted"], event["found"], event["do"])
 
-    def _on_ready(self, event: Mapping[str, Json]) -> None:
+    def _on_ready(self, event: Mapping[str, Any]) -> None:
         self._ready = event
 
-    def _on_case(self, event: Mapping[str, Json]) -> None:
+    def _on_case(self, event: Mapping[str, Any]) -> None:
         known = self._cases.get(event["name"])
         if known is None:
             self._cases[event["name"]] = CaseResult(event["name"], event["declared"], event["chosen"], ())
         else:  # another rank runs the same
             self._cases[event["name"]] = replace(known, chosen=known.chosen + event["chosen"])
 
-    def _on_at(self, event: Mapping[str, Json]) -> None:
+    def _on_at(self, event: Mapping[str, Any]) -> None:
         self._at = f"at {', '.join(filter(None, (event['case'], point_text(event['point']))))}"
 
-    def _on_point(self, event: Mapping[str, Json]) -> None:
+    def _on_point(self, event: Mapping[str, Any]) -> None:
         result = PointResult.from_json({name: value for name, value in event.items() if name != "event"})
         case = self._cases[result.case]
         self._cases[result.case] = case = replace(case, points=(*case.points, result))
         self._progress(f"rehearse {case.name}", len(case.points), case.chosen)
 
-    def _on_done(self, event: Mapping[str, Json]) -> None:
+    def _on_done(self, event: Mapping[str, Any]) -> None:
         self._cases[event["name"]] = replace(self._cases[event["name"]], not_captured=event["not_captured"])
 
-    def _on_end(self, event: Mapping[str, Json]) -> None:
+    def _on_end(self, event: Mapping[str, Any]) -> None:
         self._at = "after its last point"
 
     def rehearsal(self) -> Rehearsal:

@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Json = Any
 Send = Callable[..., None]
 
 
@@ -23,7 +22,7 @@ def main() -> int:
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
-    def send(kind: str, **data: Json) -> None:
+    def send(kind: str, **data: Any) -> None:
         events.write(json.dumps({"event": kind, **data}) + "\n")
 
     from aot_cache.errors import AotCacheError, one_line
@@ -40,7 +39,7 @@ def main() -> int:
     return 0
 
 
-def _rehearse(job: Mapping[str, Json], send: Send) -> None:
+def _rehearse(job: Mapping[str, Any], send: Send) -> None:
     from aot_cache.artifact import manifest
     from aot_cache.recipes import declare as declaring
     from aot_cache.rehearsal import points
@@ -49,14 +48,14 @@ def _rehearse(job: Mapping[str, Json], send: Send) -> None:
 
     bundle = read_bundle(_path(job), job["digest"])
     built = manifest.whole(bundle)
-    on_gpu = built["target"]["backend"] != "cpu"
+    on_gpu = built.target["backend"] != "cpu"
     device = "cuda" if on_gpu else "cpu"
     _join(job)
     loader.load(bundle.path, digest=job["digest"], strict=True, policy="fallback")
     declaring.set_device(device)
-    found = declaring.load(built["spec"])
-    chosen = points.choose(found, built["cases"], job["cases"], job["points"])
-    second = _start(device, built)
+    found = declaring.load(built.spec)
+    chosen = points.choose(found, built.cases, job["cases"], job["points"])
+    second = _start(device, bool(built.units))
     stage = _stage(device, second, job["tolerance"])
     _make_model(chosen, device)
     send("ready", not_ready=_ready(), device=_name(device))
@@ -69,13 +68,13 @@ def _rehearse(job: Mapping[str, Json], send: Send) -> None:
     send("end")
 
 
-def _path(job: Mapping[str, Json]) -> Any:
+def _path(job: Mapping[str, Any]) -> Any:
     from pathlib import Path
 
     return Path(job["bundle"])
 
 
-def _join(job: Mapping[str, Json]) -> None:
+def _join(job: Mapping[str, Any]) -> None:
     """Be one rank of a job, in which all others do what this one does."""
     if job["ranks"] > 1:
         from aot_cache.upstream.virtual import torch_fake_group
@@ -83,7 +82,7 @@ def _join(job: Mapping[str, Json]) -> None:
         torch_fake_group.join(job["rank"], job["ranks"])
 
 
-def _start(device: str, built: Mapping[str, Json]) -> Any:
+def _start(device: str, kernels: bool) -> Any:
     """Bring up the device, and count beside the ledger from here on."""
     import torch
 
@@ -91,7 +90,7 @@ def _start(device: str, built: Mapping[str, Json]) -> Any:
 
     if device == "cuda":
         torch.zeros(1, device=device)
-    return SecondCount(kernels=device == "cuda" or bool(built["units"]))
+    return SecondCount(kernels=device == "cuda" or kernels)
 
 
 def _stage(device: str, second: Any, tolerance: float | None) -> Any:

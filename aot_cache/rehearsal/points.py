@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from aot_cache.artifact.plan import CasePlan
 from aot_cache.errors import DeclarationError, UnknownName
 from aot_cache.recipes import dimensions
 from aot_cache.recipes.declare import Case, Recipe
 from aot_cache.recipes.dimensions import Point
 
-Json = Any
 MOST = 1_000_000
 """Points of a case that can be asked for with `--all`."""
 
@@ -25,7 +24,7 @@ class Chosen:
     declared: int
 
 
-def choose(recipe: Recipe, built: Sequence[Mapping[str, Json]], only: Sequence[str], most: int | None) -> list[Chosen]:
+def choose(recipe: Recipe, built: Sequence[CasePlan], only: Sequence[str], most: int | None) -> list[Chosen]:
     """What is to be run, in the bundle's order; of a case that is left out no point.
 
     Args:
@@ -38,19 +37,19 @@ def choose(recipe: Recipe, built: Sequence[Mapping[str, Json]], only: Sequence[s
         UnknownName: the recipe has no such case.
         DeclarationError: the case has other dimensions now, or too many points for all of them.
     """
-    return [_chosen(_as_built(recipe, case), most, not only or case["name"] in only) for case in built]
+    return [_chosen(_as_built(recipe, case), most, not only or case.name in only) for case in built]
 
 
-def _as_built(recipe: Recipe, built: Mapping[str, Json]) -> Case:
-    found = next((case for case in recipe.cases if case.name == built["name"]), None)
+def _as_built(recipe: Recipe, built: CasePlan) -> Case:
+    found = next((case for case in recipe.cases if case.name == built.name), None)
     if found is None:
         has = ", ".join(case.name for case in recipe.cases)
-        raise UnknownName(f"the bundle's case {built['name']!r} in recipe {recipe.name!r}", f"it has {has}", _AGAIN)
-    if set(found.dims) != set(built["dims"]):
-        wanted = f"case {found.name!r} with the dimensions {', '.join(built['dims']) or 'none'}, as it was built"
+        raise UnknownName(f"the bundle's case {built.name!r} in recipe {recipe.name!r}", f"it has {has}", _AGAIN)
+    if set(found.dims) != set(built.dims):
+        wanted = f"case {found.name!r} with the dimensions {', '.join(built.dims) or 'none'}, as it was built"
         raise DeclarationError(wanted, f"it has {', '.join(found.dims) or 'none'}", _AGAIN)
-    dims = {name: dimensions.parse_dimension(str(text)) for name, text in built["dims"].items()}
-    return replace(found, dims=dims, missed=tuple(built["missed"]))
+    dims = {name: dimensions.parse_dimension(str(text)) for name, text in built.dims.items()}
+    return replace(found, dims=dims, missed=tuple(built.missed))
 
 
 _AGAIN = "build it again: the recipe has changed"

@@ -6,26 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from aot_cache import tested
+from aot_cache.artifact.manifest import KIND, lacking, served
 from aot_cache.errors import BundleMissing, Incompatible
 from aot_cache.runtime import host_check, host_gpu, rank_agreement
 from aot_cache.store import Bundle, read_bundle
 from aot_cache.tested import UNTESTED, installed
 from aot_cache.upstream.hooks import torch_capture
-
-_FORM = (
-    "target",
-    "toolchain",
-    "kernels",
-    "units",
-    "tunings",
-    "native",
-    "metadata",
-    "metadata_sets",
-    "signatures",
-    "binaries",
-    "graph_key",
-    "graphs",
-)
 
 
 def find(path: Path, digest: str | None) -> Bundle:
@@ -41,9 +27,9 @@ def find(path: Path, digest: str | None) -> Bundle:
     bundles = [bundle for bundle in map(read_bundle, files) if digest in (None, bundle.digest)]
     for bundle in bundles:
         check_form(bundle)
-    fitting = [b for b in bundles if not host_check.differing(host_check.parts(b.manifest, look_at_gpu=False))]
+    fitting = [b for b in bundles if not host_check.differing(host_check.parts(served(b), look_at_gpu=False))]
     if torch_capture.cuda_is_up():  # one for the target cpu fits everywhere
-        fitting = [b for b in fitting if b.manifest["target"]["backend"] != "cpu"] or fitting
+        fitting = [b for b in fitting if not served(b).on_cpu] or fitting
     if not fitting:
         raise BundleMissing(
             f"a bundle for this host in {path}", f"{len(files)} bundles, none fits", "see aot-cache explain FILE"
@@ -77,18 +63,18 @@ def check_form(bundle: Bundle) -> None:
     """Raises Incompatible for a bundle of another kind, or of another version's form."""
     kind = bundle.manifest.get("kind")
     do = "build it with this version of aot-cache"
-    if kind != "units":
+    if kind != KIND:
         raise Incompatible(f"a bundle of units at {bundle.path}", f"one of {kind!r}", do)
-    lacking = [name for name in _FORM if name not in bundle.manifest]
-    if lacking:
-        raise Incompatible(f"a whole manifest in {bundle.path}", f"it lacks {', '.join(lacking)}", do)
+    missing = lacking(bundle.manifest)
+    if missing:
+        raise Incompatible(f"a whole manifest in {bundle.path}", f"it lacks {', '.join(missing)}", do)
 
 
 def check(bundle: Bundle, look_at_gpu: bool) -> None:
     """Raises Incompatible when a bundle's kernels are not for this host."""
-    if bundle.manifest["units"] and installed("triton"):
+    if served(bundle).units and installed("triton"):
         _check_releases(bundle, tested.KERNELS)
-    differing = host_check.differing(host_check.parts(bundle.manifest, look_at_gpu=look_at_gpu))
+    differing = host_check.differing(host_check.parts(served(bundle), look_at_gpu=look_at_gpu))
     if differing:
         raise Incompatible(
             f"a bundle for this host, not {bundle.path}",
@@ -100,7 +86,7 @@ def check(bundle: Bundle, look_at_gpu: bool) -> None:
 def check_gpu(bundle: Bundle) -> None:
     """Raises Incompatible for a bundle that is for a GPU where there is none: nothing of it would be used."""
     if not _on_cpu(bundle) and not torch_capture.cuda_is_up() and not host_gpu.gpu_here():
-        name = bundle.manifest["target"]["name"]
+        name = served(bundle).target["name"]
         wanted = f"a GPU for {bundle.path}, which is for {name}"
         raise Incompatible(
             wanted, "there is none here, or it is hidden", "build for the target cpu, or serve where it is"
@@ -126,4 +112,4 @@ def doubt(bundle: Bundle) -> str:
 
 
 def _on_cpu(bundle: Bundle) -> bool:
-    return bool(bundle.manifest["target"]["backend"] == "cpu")
+    return served(bundle).on_cpu

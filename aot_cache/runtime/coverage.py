@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from aot_cache.artifact import manifest
+from aot_cache.artifact.manifest import Manifest
+from aot_cache.artifact.reached import Reached
 from aot_cache.errors import UnknownName
 from aot_cache.recipes import dimensions
 from aot_cache.runtime import loader
 from aot_cache.runtime.kernels import of_this_rank
 from aot_cache.store import Bundle
 from aot_cache.upstream.codec import torch_ranks
-
-Json = Any
 
 
 @dataclass(frozen=True)
@@ -52,23 +52,23 @@ def will_hit(what: Any, point: Mapping[str, int]) -> Hit:
     name = what if isinstance(what, str) else _name_of(what)
     known, covered, why = False, False, []
     for bundle in _bundles():
-        details = manifest.details(bundle)
-        for case in details["cases"]:
-            if name != case["name"] and ":" not in name:
+        found = manifest.whole(bundle)
+        for case in found.cases:
+            if name != case.name and ":" not in name:
                 continue
-            units = [one for one in _units(bundle, details) if name in (case["name"], one.name)]
-            known |= name == case["name"] or bool(units)
-            if set(point) != set(case["dims"]):
+            units = [one for one in _units(bundle, found) if name in (case.name, one.name)]
+            known |= name == case.name or bool(units)
+            if set(point) != set(case.dims):
                 continue
-            lost = [f["error"] for f in details["failed"] if f["kernel"] == f"case {case['name']}"]
-            if lost and name == case["name"]:
+            lost = [failure.error for failure in found.failed if failure.kernel == f"case {case.name}"]
+            if lost and name == case.name:
                 return Hit(False, [f"nothing is built of it: {why}" for why in lost])
             reached = [
-                one for one in units if any(dimensions.holds(box, point) for box in one.reached.get(case["name"], ()))
+                one for one in units if any(dimensions.holds(box, point) for box in one.reached.get(case.name, ()))
             ]
             covered |= bool(reached)
             for one in reached:
-                missing = one.missing or loader.missed_before(one.name, case["name"], point)
+                missing = one.missing or loader.missed_before(one.name, case.name, point)
                 why += [f"{one.name}: {missing}"] if missing else []
     if not known:
         raise UnknownName(f"a case, compiled function or kernel {name!r} in a loaded bundle", "none has it")
@@ -81,7 +81,7 @@ class _Unit:
     """A specialization, a choice or a graph; `missing` says why it is not installed, empty when it is."""
 
     name: str
-    reached: Mapping[str, list[Mapping[str, str]]]
+    reached: Reached
     missing: str
 
 
@@ -89,33 +89,32 @@ def _bundles() -> Iterator[Bundle]:
     yield from (kernels.bundle for kernels in loader.loaded())
 
 
-def _units(bundle: Bundle, details: Mapping[str, Json]) -> Iterator[_Unit]:
+def _units(bundle: Bundle, found: Manifest) -> Iterator[_Unit]:
     report = next(k.report for k in loader.loaded() if k.bundle is bundle)
-    names = [kernel["name"] for kernel in bundle.manifest["kernels"]]
+    names = [kernel.name for kernel in found.kernels]
 
     def missing(name: str) -> str:
         if name in report.stale:
             return report.stale[name]
         return "" if report.devices and name not in report.pending else "it is not installed"
 
-    for unit, more in zip(bundle.manifest["units"], details["units"]):
-        if of_this_rank(more["ranks"]):
-            yield _Unit(names[unit[0]], more["reached"], missing(names[unit[0]]))
-    for tuning, more in zip(bundle.manifest["tunings"], details["tunings"]):
-        if not of_this_rank(tuning["ranks"]):
+    for unit in found.units:
+        if of_this_rank(unit.ranks):
+            yield _Unit(names[unit.kernel], unit.reached, missing(names[unit.kernel]))
+    for tuning in found.tunings:
+        if not of_this_rank(tuning.ranks):
             continue
-        name = names[tuning["kernel"]]
-        unchosen = report.unchosen.get(f"{name} {tuning['key']}", "")
-        yield _Unit(name, more["reached"], missing(name) or unchosen)
+        name = names[tuning.kernel]
+        unchosen = report.unchosen.get(f"{name} {tuning.key}", "")
+        yield _Unit(name, tuning.reached, missing(name) or unchosen)
     sets = [graphs for graphs in loader.loaded_graphs() if graphs.bundle is bundle]
-    for graph, more in zip(bundle.manifest["graphs"], details["graphs"]):
-        name = f"{graph['module']}:{graph['function']}"
-        if graph["rank"] not in (None, torch_ranks.own_or_first()):
+    for graph in found.graphs:
+        if graph.rank not in (None, torch_ranks.own_or_first()):
             continue
-        why = sets[0].missing(name) if sets else "torch._dynamo is not imported: nothing is compiled yet"
-        yield _Unit(name, more["reached"], why)
-    for failed in details["failed"]:
-        yield _Unit(str(failed.get("kernel", "")), failed.get("reached", {}), "it did not compile")
+        why = sets[0].missing(graph.name) if sets else "torch._dynamo is not imported: nothing is compiled yet"
+        yield _Unit(graph.name, graph.reached, why)
+    for failure in found.failed:
+        yield _Unit(failure.kernel, failure.reached or {}, "it did not compile")
 
 
 def _name_of(what: Any) -> str:

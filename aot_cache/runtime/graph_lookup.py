@@ -6,7 +6,7 @@ Imported inside somebody's import of Dynamo, like `graphs`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from aot_cache.upstream.codec import dynamo_globals
 from aot_cache.upstream.hooks import dynamo_frames, inductor_events, inductor_later, inductor_miss
 from aot_cache.upstream.hooks.dynamo_frames import Found, Frame
 
-Json = Any
 _REASONS = 3
 _MOST_MISSED = 65536
 
@@ -39,7 +38,7 @@ class Answers:
         self.sets: list[GraphSet] = []
         self.missed: dict[tuple[Any, ...], str] = {}
         """Function, case and each dimension's (name, value) of calls that missed at points that they can be told to have."""
-        self._declared: dict[str, tuple[list[CallPlan], list[CasePlan]]] = {}
+        self._declared: dict[str, tuple[Sequence[CallPlan], Sequence[CasePlan]]] = {}
 
     def hook(self) -> Iterator[Callable[[], None]]:
         """Hook Dynamo's and Inductor's miss paths; yields what takes each hook out. The process has imported Dynamo."""
@@ -72,7 +71,7 @@ class Answers:
                 return found
         return None
 
-    def reasons(self, frame: Frame) -> tuple[str, Callable[[], Mapping[str, Json]]]:
+    def reasons(self, frame: Frame) -> tuple[str, Callable[[], Mapping[str, Any]]]:
         """(why no graph is for this call, what the next build needs to know of it)."""
         found = list(dict.fromkeys(why for graphs in self.sets for _, why in graphs.reasons(frame) if why))
         if frame.wrapping is None:
@@ -91,7 +90,7 @@ class Answers:
                 if len(self.missed) < _MOST_MISSED:
                     self.missed[(frame.function, case, *point.items())] = why
 
-    def _facts(self, frame: Frame) -> dict[str, Json]:
+    def _facts(self, frame: Frame) -> dict[str, Any]:
         mode = _mode()
         structure, leaves = call_signature.structure_of(frame, mode)
         sizes = {leaf.path: list(leaf.sizes) for leaf in leaves if not leaf.fixed}
@@ -107,17 +106,16 @@ class Answers:
             "declare": best.declare,
         }
 
-    def _plan(self, bundle: Bundle) -> tuple[list[CallPlan], list[CasePlan]]:
+    def _plan(self, bundle: Bundle) -> tuple[Sequence[CallPlan], Sequence[CasePlan]]:
         """(the calls, the cases) that a bundle was built for."""
         if bundle.digest not in self._declared:
-            details = manifest.details(bundle)
-            calls = [CallPlan(**call) for call in details["calls"]]
-            self._declared[bundle.digest] = calls, [CasePlan(**case) for case in details["cases"]]
+            found = manifest.whole(bundle)
+            self._declared[bundle.digest] = found.calls, found.cases
         return self._declared[bundle.digest]
 
-    def explain(self, call: Callable[[], Any]) -> list[dict[str, Json]]:
+    def explain(self, call: Callable[[], Any]) -> list[dict[str, Any]]:
         """Make a call without compiling anything, and say of each frame that misses why."""
-        out: list[dict[str, Json]] = []
+        out: list[dict[str, Any]] = []
 
         def look(frame: Frame, _go_on: Any) -> Any:
             reasons = [(graph, why) for graphs in self.sets for graph, why in graphs.reasons(frame)]

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from aot_cache.artifact.manifest import graph_label, graph_name
+from aot_cache.artifact.manifest import ServedGraph, graph_label, served
 from aot_cache.errors import Incompatible
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
@@ -28,10 +28,8 @@ from aot_cache.upstream.codec import code_bytes, dynamo_globals, python_code, to
 from aot_cache.upstream.hooks import torch_capture
 from aot_cache.upstream.hooks.dynamo_frames import Found, Frame
 
-Json = Any
 
-
-@dataclass
+@dataclass(kw_only=True)
 class Loaded:
     """Counts of one bundle's graphs.
 
@@ -56,21 +54,22 @@ class GraphSet:
 
     def __init__(self, bundle: Bundle, ledger: Ledger) -> None:
         self.bundle, self._ledger = bundle, ledger
-        self._graphs: list[Mapping[str, Json]] = list(bundle.manifest["graphs"])
-        self.loaded = Loaded(bundle.digest, len(self._graphs))
+        self.manifest = served(bundle)
+        self._graphs = self.manifest.graphs
+        self.loaded = Loaded(digest=bundle.digest, graphs=len(self._graphs))
         self._by_code: dict[str, list[int]] = {}
         for number, graph in enumerate(self._graphs):
-            self._by_code.setdefault(graph["code"], []).append(number)
-        self._artifacts = {name: digest for graph in self._graphs for name, digest in graph["graphs"].items()}
-        self._libraries = {source: digest for graph in self._graphs for source, digest in graph["libraries"].items()}
-        self._choices = {name: found for graph in self._graphs for name, found in graph["choices"].items()}
+            self._by_code.setdefault(graph.code, []).append(number)
+        self._artifacts = {name: digest for graph in self._graphs for name, digest in graph.graphs.items()}
+        self._libraries = {source: digest for graph in self._graphs for source, digest in graph.libraries.items()}
+        self._choices = {name: found for graph in self._graphs for name, found in graph.choices.items()}
         self._functions: dict[str, Any] = {}
         self._users: dict[str, dict[int, dict[str, Any]]] = {}
         """Compiled graph → the globals that name it, by their id."""
         self._codes: dict[str, types.CodeType] = {}
         self._changed: dict[str, str] | None = None
         self._numbers = itertools.count(1)
-        self.on_cpu = bool(bundle.manifest["target"]["backend"] == "cpu")
+        self.on_cpu = self.manifest.on_cpu
         self._lock = threading.RLock()
 
     def waiting(self) -> bool:
@@ -90,15 +89,15 @@ class GraphSet:
     def changed(self) -> dict[str, str]:
         """Function → why its source, or that of what is inlined into it, is not what was built; of modules that are imported."""
         digests: dict[str, dict[str, set[str]]] = {}
-        found = [(graph_name(graph), self._changed_source(graph, digests)) for graph in self._graphs]
+        found = [(graph.name, self._changed_source(graph, digests)) for graph in self._graphs]
         self._changed = {name: why for name, why in found if why}
         return self._changed
 
-    def _changed_source(self, graph: Mapping[str, Json], digests: dict[str, dict[str, set[str]]]) -> str:
+    def _changed_source(self, graph: ServedGraph, digests: dict[str, dict[str, set[str]]]) -> str:
         # Of several functions of one name, as a loop makes them, the last one is found in its module.
-        alike = {other["code"] for other in self._graphs if graph_name(other) == graph_name(graph)}
-        inlined = [(module, qualname, {digest}) for module, qualname, digest in graph["inlined"]]
-        for module, qualname, wanted in [(graph["module"], graph["function"], alike), *inlined]:
+        alike = {other.code for other in self._graphs if other.name == graph.name}
+        inlined = [(module, qualname, {digest}) for module, qualname, digest in graph.inlined]
+        for module, qualname, wanted in [(graph.module, graph.function, alike), *inlined]:
             if module not in digests:
                 digests[module] = python_code.digests(module)
             here = digests[module].get(qualname)
@@ -119,18 +118,18 @@ class GraphSet:
                     code = self._install(number, frame)
                     label = graph_label(number)
                     self.loaded.found[label] = self.loaded.found.get(label, 0) + 1
-                    self._ledger.note("graph", str(self._graphs[number]["function"]), torch_capture.capturing())
+                    self._ledger.note("graph", self._graphs[number].function, torch_capture.capturing())
                     return Found(code, manager, next(self._numbers))
         return None
 
-    def reasons(self, frame: Frame) -> list[tuple[Mapping[str, Json], str]]:
+    def reasons(self, frame: Frame) -> list[tuple[ServedGraph, str]]:
         """For each graph of this code, why the call does not fit it; empty text where it does."""
         digest = python_code.digest(frame.code)
         if digest in self._by_code:
             return [(self._graphs[number], self._check(number, frame)[1]) for number in self._by_code[digest]]
         name = (frame.module, frame.name)
         why = f"the source of {':'.join(name)} differs"
-        return [(graph, why) for graph in self._graphs if (graph["module"], graph["function"]) == name]
+        return [(graph, why) for graph in self._graphs if (graph.module, graph.function) == name]
 
     def prime(self) -> int:
         """Load all compiled graphs, and their kernels onto the current device. Returns how many are new.
@@ -159,37 +158,35 @@ class GraphSet:
             return None, why
         from aot_cache.upstream.codec import dynamo_guards
 
-        dynamo_globals.install_modules(graph["imports"], frame.f_globals)
-        dynamo_globals.prepare_modules(module for module, _, _ in graph["inlined"])
-        data = self.bundle.object(graph["guard_state"])
-        return dynamo_guards.build(
-            data, graph["identities"], graph["values"], frame.code, frame.f_globals, frame.f_locals
-        )
+        dynamo_globals.install_modules(graph.imports, frame.f_globals)
+        dynamo_globals.prepare_modules(module for module, _, _ in graph.inlined)
+        data = self.bundle.object(graph.guard_state)
+        return dynamo_guards.build(data, graph.identities, graph.values, frame.code, frame.f_globals, frame.f_locals)
 
-    def _differs(self, number: int, graph: Mapping[str, Json], frame: Frame) -> str:
+    def _differs(self, number: int, graph: ServedGraph, frame: Frame) -> str:
         """How the call differs from what was built, as far as it can be told without guards."""
-        if frame.module != graph["module"]:
-            return f"it is a function of {graph['module']}, and this one of {frame.module}"
-        if frame.wrapping != graph["wrapping"]:
-            return f"it was built for torch.compile with {graph['wrapping']}, and this is {frame.wrapping}"
-        rank = graph["rank"]
+        if frame.module != graph.module:
+            return f"it is a function of {graph.module}, and this one of {frame.module}"
+        if frame.wrapping != graph.wrapping:
+            return f"it was built for torch.compile with {graph.wrapping}, and this is {frame.wrapping}"
+        rank = graph.rank
         if rank not in (None, torch_ranks.own_or_first()):
             return f"it was built for rank {rank}, and this is rank {torch_ranks.own_or_first()}"
         mode = dynamo_globals.mode()
-        if graph["mode"].partition(" ")[0] != mode:
-            return f"it was built for mode {graph['mode']!r}, and this is {mode!r}"
-        if frame.fullgraph and graph["resumes"]:
+        if graph.mode.partition(" ")[0] != mode:
+            return f"it was built for mode {graph.mode!r}, and this is {mode!r}"
+        if frame.fullgraph and graph.resumes:
             return "it has a graph break, and fullgraph=True was asked for"
         found = dynamo_globals.settings()
-        if hashlib.sha256(found.encode()).hexdigest() != graph["settings"]:
-            return self._changed_settings(graph["settings"], found)
-        here = {module: python_code.digests(module) for module in {module for module, _, _ in graph["inlined"]}}
-        for module, qualname, digest in graph["inlined"]:
+        if hashlib.sha256(found.encode()).hexdigest() != graph.settings:
+            return self._changed_settings(graph.settings, found)
+        here = {module: python_code.digests(module) for module in {module for module, _, _ in graph.inlined}}
+        for module, qualname, digest in graph.inlined:
             if module not in sys.modules:  # the graph of another model that calls its forward in the same way
                 return f"{module} is not imported"
             if digest not in here[module].get(qualname, ()):
                 why = f"the source of {module}:{qualname} differs"
-                self.loaded.stale[graph_name(graph)] = why
+                self.loaded.stale[graph.name] = why
                 return why
         return ""
 
@@ -201,12 +198,12 @@ class GraphSet:
     def _install(self, number: int, frame: Frame) -> types.CodeType:
         """Put the functions that a graph's bytecode names where it looks for them; returns the bytecode."""
         graph = self._graphs[number]
-        for name, digest in graph["graphs"].items():
+        for name, digest in graph.graphs.items():
             frame.f_globals[name] = self._function(name, digest)
             self._users.setdefault(name, {})[id(frame.f_globals)] = frame.f_globals
-        for name, resume in graph["resumes"].items():
-            dynamo_globals.install_resume(name, self._code(resume["code"]), resume["module"], resume["free"])
-        return self._code(graph["bytecode"])
+        for name, resume in graph.resumes.items():
+            dynamo_globals.install_resume(name, self._code(resume.code), resume.module, resume.free)
+        return self._code(graph.bytecode)
 
     def _code(self, digest: str) -> types.CodeType:
         if digest not in self._codes:
@@ -243,6 +240,6 @@ class GraphSet:
         return self.bundle.object(digest) if digest is not None else None
 
 
-def short(graph: Mapping[str, Json]) -> str:
+def short(graph: ServedGraph) -> str:
     """What people are shown of a graph."""
-    return str(next(iter(graph["graphs"]), graph["bytecode"][:24]))
+    return next(iter(graph.graphs), graph.bytecode[:24])

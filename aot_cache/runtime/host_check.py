@@ -8,25 +8,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from aot_cache.artifact.key import Part
+from aot_cache.artifact.manifest import Served
 from aot_cache.tested import installed
 from aot_cache.upstream.codec import torch_release
 from aot_cache.upstream.hooks import torch_capture
 
-Json = Any
 NO_GPU = "no GPU looked at"
 
 
-def parts(manifest: Mapping[str, Json], look_at_gpu: bool = True) -> list[Part]:
+def parts(manifest: Served, look_at_gpu: bool = True) -> list[Part]:
     """The named parts of the bundle's key beside this host's: of what its kernels are bound to (graphs: `graph_parts`).
 
     Args:
-        manifest: a bundle's manifest.
+        manifest: what a bundle's header says.
         look_at_gpu: read device 0 when there is one; otherwise only when the process has CUDA up already.
     """
-    wanted = manifest["target"]
+    wanted = manifest.target
     if wanted["backend"] == "cpu":
         return []
-    out = [Part("triton", str(manifest["toolchain"]["triton"]), installed("triton") or "not installed")]
+    out = [Part("triton", str(manifest.toolchain["triton"]), installed("triton") or "not installed")]
     gpu = _gpu(look_at_gpu)
     if gpu is None:
         out.append(Part("gpu", _describe(wanted), NO_GPU, needed=False))
@@ -34,21 +34,21 @@ def parts(manifest: Mapping[str, Json], look_at_gpu: bool = True) -> list[Part]:
         for name in ("backend", "arch", "warp_size"):
             out.append(Part(name, str(wanted[name]), str(gpu[name])))
         out.append(Part("gpu name", str(wanted["name"]), str(gpu["name"]), needed=False))
-    natives = {n["suffix"] for n in manifest["native"]}
+    natives = {native.suffix for native in manifest.native}
     if natives:
         mine = str(sysconfig.get_config_var("EXT_SUFFIX"))
         out.append(Part("launchers", mine if mine in natives else ", ".join(sorted(natives)), mine, needed=False))
     return out
 
 
-def graph_parts(manifest: Mapping[str, Json]) -> list[Part]:
+def graph_parts(manifest: Served) -> list[Part]:
     """The parts of what a bundle's graphs are bound to (see `key.graph_parts`); none where it has no graph.
 
     Works without torch. What the kernels are bound to, too (the GPU), is among `parts`.
     """
-    if not manifest["graphs"]:
+    if not manifest.graphs:
         return []
-    wanted, target = manifest["graph_key"], manifest["target"]
+    wanted, target = manifest.graph_key, manifest.target
     here = {
         "torch": torch_release.release(),
         "torch git": torch_release.git(),
@@ -73,11 +73,11 @@ def say(found: list[Part]) -> str:
     return "; ".join(f"{p.name}: bundle {p.wanted}, here {p.found}" for p in found)
 
 
-def _describe(target: Mapping[str, Json]) -> str:
+def _describe(target: Mapping[str, Any]) -> str:
     return f"{target['name']} ({target['backend']} {target['arch']})"
 
 
-def _gpu(look: bool) -> Mapping[str, Json] | None:
+def _gpu(look: bool) -> Mapping[str, Any] | None:
     if torch_capture.cuda_is_up():
         from aot_cache.upstream.codec import triton_kernel
 

@@ -6,21 +6,23 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from aot_cache.artifact.key import function_of
+from aot_cache.artifact.manifest import ServedTuning, TuningChoice, UnitRow, served
+from aot_cache.artifact.plan import Config
 from aot_cache.errors import one_line
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
 from aot_cache.upstream.codec import torch_ranks
 from aot_cache.upstream.hooks import torch_capture
 
-Json = Any
+AnyTuning = ServedTuning | TuningChoice
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Report:
     """What `load`, `prime` and `ready` did so far. Counts are of kernel units of this bundle.
 
@@ -48,7 +50,7 @@ class Report:
     other_kind: str = ""
     devices: list[int] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, Any]:
         """The report as plain JSON."""
         return dict(self.__dict__)
 
@@ -64,7 +66,7 @@ class _OnDevice:
     def __init__(self, installer: Any) -> None:
         self.installer = installer
         self.kernels: list[Any] = []
-        self.units: list[list[Json]] = []
+        self.units: list[UnitRow] = []
         self.numbers: set[int] = set()
 
 
@@ -73,16 +75,16 @@ class KernelSet:
 
     def __init__(self, bundle: Bundle, ledger: Ledger) -> None:
         self.bundle = bundle
-        manifest = bundle.manifest
-        self.report = Report(str(bundle.path), bundle.digest, len(manifest["units"]))
+        self.manifest = manifest = served(bundle)
+        self.report = Report(path=str(bundle.path), digest=bundle.digest, units=len(manifest.units))
         self._ledger = ledger
-        self._names = [kernel["name"] for kernel in manifest["kernels"]]
+        self._names = manifest.unit_names()
         self._units: dict[int, list[int]] = {}
-        for number, unit in enumerate(manifest["units"]):
-            self._units.setdefault(unit[0], []).append(number)
-        self._tunings: dict[int, list[dict[str, Json]]] = {}
-        for tuning in manifest["tunings"]:
-            self._tunings.setdefault(tuning["kernel"], []).append(tuning)
+        for number, unit in enumerate(manifest.units):
+            self._units.setdefault(unit.kernel, []).append(number)
+        self._tunings: dict[int, list[ServedTuning]] = {}
+        for tuning in manifest.tunings:
+            self._tunings.setdefault(tuning.kernel, []).append(tuning)
         self._devices: dict[int, _OnDevice] = {}
         self._done: set[tuple[int, int, int]] = set()  # (pid, device, kernel number)
         self._made: dict[str, list[int]] = {}
@@ -94,27 +96,26 @@ class KernelSet:
         self._chosen: set[int] = set()
         self._lock = threading.RLock()
 
-    def name_of(self, tuning: Mapping[str, Json]) -> str:
+    def name_of(self, tuning: AnyTuning) -> str:
         """The kernel that a tuning of this bundle is of."""
-        name: str = self._names[tuning["kernel"]]
-        return name
+        return self._names[tuning.kernel]
 
-    def is_chosen(self, tuning: Mapping[str, Json]) -> bool:
+    def is_chosen(self, tuning: AnyTuning) -> bool:
         """Whether a measured choice of this bundle is in force here."""
-        return tuning["choice"] is not None and not self.report.other_kind
+        return tuning.choice is not None and not self.report.other_kind
 
-    def choose_now(self, tuning: Mapping[str, Json], config: Mapping[str, Json]) -> None:
+    def choose_now(self, tuning: AnyTuning, config: Config) -> None:
         """Put a choice that was just measured in place of the default."""
         from aot_cache.upstream.codec import triton_kernel
         from aot_cache.upstream.hooks import triton_launches
 
         for function in self.functions_of(tuning):
-            tuners = triton_launches.tuners_of(function, tuning["tuner"])
-            triton_kernel.choose(tuners, tuning["key"], config, replace=True)
+            tuners = triton_launches.tuners_of(function, tuning.tuner)
+            triton_kernel.choose(tuners, tuning.key, config, replace=True)
 
-    def functions_of(self, tuning: Mapping[str, Json]) -> list[Any]:
+    def functions_of(self, tuning: AnyTuning) -> list[Any]:
         """The functions in this process that a tuning of this bundle is of: a factory makes several."""
-        number = tuning["kernel"]
+        number = tuning.kernel
         found = self._functions([number]).get(number, ())
         return [function for function in found if not self._differs(function, number)]
 
@@ -198,7 +199,7 @@ class KernelSet:
 
     def _mine(self, number: int) -> bool:
         """Whether this process's rank launches a kernel: what only another one makes is not missing here."""
-        return of_this_rank(self.bundle.manifest["kernels"][number]["ranks"])
+        return of_this_rank(self.manifest.kernels[number].ranks)
 
     def _functions(self, numbers: list[int]) -> dict[int, list[Any]]:
         from aot_cache.upstream.codec import triton_jit, triton_kernel
@@ -221,7 +222,7 @@ class KernelSet:
         """How a function is not the one that a kernel of the bundle was built from; empty when it is."""
         from aot_cache.upstream.codec import triton_jit
 
-        return triton_jit.closure_differs(function, self.bundle.manifest["kernels"][number]["closure"])
+        return triton_jit.closure_differs(function, self.manifest.kernels[number].closure)
 
     def _install_fitting(self, functions: list[Any], number: int, device: int) -> int:
         """Install a kernel's units for those of `functions`, which all have its name, that it was built from."""
@@ -258,10 +259,9 @@ class KernelSet:
         return ""
 
     def _install_kernel(self, function: Any, number: int, device: int) -> int:
-        manifest = self.bundle.manifest
         place = self._devices[device]
-        units = [(n, manifest["units"][n]) for n in self._units.get(number, [])]
-        keyed = [(unit, unit[4] if unit[4] is not None else self._late_key(n)) for n, unit in units]
+        units = [(n, self.manifest.units[n]) for n in self._units.get(number, [])]
+        keyed = [(unit, unit.memory_key if unit.memory_key is not None else self._late_key(n)) for n, unit in units]
         found = [(unit, key) for unit, key in keyed if key is not None]
         place.kernels += place.installer.install(function, found)
         place.units += [unit for unit, _ in found]
@@ -278,12 +278,12 @@ class KernelSet:
         from aot_cache.errors import TraceError
         from aot_cache.upstream.codec import triton_jit
 
-        late = self.bundle.manifest["late"][str(unit_number)]
-        options = {name: triton_jit.decode(value) for name, value in late["options"]}
+        late = self.manifest.late[unit_number]
+        options = {name: triton_jit.decode(value) for name, value in late.options}
         try:
-            specialization = [triton_jit.decode_pair(pair) for pair in late["specialization"]]
+            specialization = [triton_jit.decode_pair(pair) for pair in late.specialization]
         except TraceError as error:
-            self.report.stale[f"{self._names[self.bundle.manifest['units'][unit_number][0]]} (unit)"] = str(error)
+            self.report.stale[f"{self._names[self.manifest.units[unit_number].kernel]} (unit)"] = str(error)
             return None
         return triton_jit.memory_key(specialization, options)
 
@@ -293,23 +293,23 @@ class KernelSet:
         from aot_cache.upstream.hooks import triton_launches
 
         # Those of other ranks may have the same key here, and other candidates.
-        tunings = [tuning for tuning in self._tunings.get(number, []) if of_this_rank(tuning["ranks"])]
-        tuners = {n: triton_launches.tuners_of(function, n) for n in {tuning["tuner"] for tuning in tunings}}
-        same_kind = torch_capture.device_name() == self.bundle.manifest["target"]["name"]
+        tunings = [tuning for tuning in self._tunings.get(number, []) if of_this_rank(tuning.ranks)]
+        tuners = {n: triton_launches.tuners_of(function, n) for n in {tuning.tuner for tuning in tunings}}
+        same_kind = torch_capture.device_name() == self.manifest.target["name"]
         for tuning in tunings:
             config = self._config(tuning, same_kind)
             why = "no candidate of it compiled and fits" if config is None else ""
             if config is not None:
-                why = triton_kernel.choose(tuners[tuning["tuner"]], tuning["key"], config)
+                why = triton_kernel.choose(tuners[tuning.tuner], tuning.key, config)
             if why:
-                self.report.unchosen[f"{self._names[number]} {tuning['key']}"] = why
+                self.report.unchosen[f"{self._names[number]} {tuning.key}"] = why
 
-    def _config(self, tuning: Mapping[str, Json], same_kind: bool) -> Mapping[str, Json] | None:
-        if tuning["choice"] is not None:
+    def _config(self, tuning: ServedTuning, same_kind: bool) -> Config | None:
+        if tuning.choice is not None:
             if same_kind:
-                return tuning["choice"]  # type: ignore[no-any-return]
+                return tuning.choice
             self.report.other_kind = (
-                f"choices were measured on {self.bundle.manifest['target']['name']}, "
+                f"choices were measured on {self.manifest.target['name']}, "
                 f"this is {torch_capture.device_name()}: the first config that fits is used"
             )
-        return tuning["first"]  # type: ignore[no-any-return]
+        return tuning.first

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from aot_cache.artifact.manifest import served
 from aot_cache.errors import DeclarationError, Incompatible, NotReady
 from aot_cache.runtime import bundle_lookup, gc_pause, host_check, policy
 from aot_cache.runtime.guard import Guard
@@ -187,7 +188,7 @@ def _why_pending(report: Report, name: str) -> str:
 
 
 def _missing_graphs() -> list[str]:
-    if any(bundle.manifest["graphs"] for bundle in _graph_bundles):
+    if any(served(bundle).graphs for bundle in _graph_bundles):
         return ["graphs (torch._dynamo is not imported: nothing is compiled yet)"]
     sets = _answers.sets if _answers is not None else []
     waiting = [f"{g.loaded.graphs} graphs (CUDA is not initialised)" for g in sets if g.waiting()]
@@ -256,7 +257,7 @@ def _add(path: Path, digest: str | None) -> KernelSet:
         bundle_lookup.check_gpu(bundle)
     with _lock:
         _sets.append(kernels)
-        if bundle.manifest["graphs"]:
+        if served(bundle).graphs:
             _graph_bundles.append(bundle)
             if _answers is not None:  # Dynamo is here already
                 _add_graphs()
@@ -296,7 +297,7 @@ def _add_graphs() -> None:
     while _graph_bundles:
         bundle = _graph_bundles.pop(0)
         bundle_lookup.check_torch(bundle)
-        parts = host_check.differing(host_check.graph_parts(bundle.manifest))
+        parts = host_check.differing(host_check.graph_parts(served(bundle)))
         if parts:
             do = "build for it (aot-cache build)"
             raise Incompatible(f"graphs for this host, not those of {bundle.path}", host_check.say(parts), do)
@@ -393,9 +394,9 @@ def _native(source_key: str) -> bytes | None:
     from aot_cache.upstream.hooks.triton_launcher import interpreter_tag
 
     for kernels in _sets:
-        for native in kernels.bundle.manifest["native"]:
-            if native["source"] == source_key and native["suffix"] == interpreter_tag():
-                return kernels.bundle.object(native["object"])
+        for native in kernels.manifest.native:
+            if native.source == source_key and native.suffix == interpreter_tag():
+                return kernels.bundle.object(native.object)
     return None
 
 

@@ -61,7 +61,16 @@ class Recording:
         ]
         tunings = [Tuning(**tuning) for tuning in log.tunings]
         target = _target_id() if units else "none"
-        return named(Plan(self._name, target, "recorded", triton.__version__, [], units, tunings, closures))
+        plan = Plan(
+            recipe=self._name,
+            target=target,
+            origin="recorded",
+            triton=triton.__version__,
+            units=units,
+            tunings=tunings,
+            closures=closures,
+        )
+        return named(plan)
 
 
 @contextlib.contextmanager

@@ -6,9 +6,11 @@ Upstream measures, at a graph's first run; here it gets all configs to measure, 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+from aot_cache.artifact.manifest import Manifest
+from aot_cache.artifact.reached import Reached
 from aot_cache.errors import TuneError
 from aot_cache.recipes import declare as recipes
 from aot_cache.recipes import dimensions
@@ -17,13 +19,12 @@ from aot_cache.recipes.declare import Case, Recipe
 if TYPE_CHECKING:
     from aot_cache.runtime.graphs import GraphSet  # imports Dynamo
 
-Json = Any
 Progress = Callable[[str, int, int], None]
 Choices = dict[str, dict[str, int]]
 """Compiled graph → kernel → number of its config."""
 
 
-def measure(graphs: GraphSet, manifest: Mapping[str, Json], progress: Progress, *, again: bool) -> Choices:
+def measure(graphs: GraphSet, manifest: Manifest, progress: Progress, *, again: bool) -> Choices:
     """Load graphs of which kernels have several configs with all of them, run the largest point that reaches each, and say
     what was fastest. Afterwards this process runs what was fastest.
 
@@ -39,16 +40,16 @@ def measure(graphs: GraphSet, manifest: Mapping[str, Json], progress: Progress, 
 
     wanted = {
         name
-        for graph in manifest["graphs"]
-        for name, several in graph["candidates"].items()
-        if several and (again or not graph["choices"].get(name))
+        for graph in manifest.graphs
+        for name, several in graph.candidates.items()
+        if several and (again or not graph.choices.get(name))
     }
     if not wanted:
         return {}
-    recipe = recipes.load(manifest["spec"])
+    recipe = recipes.load(manifest.spec)
     plan: dict[tuple[str, str], list[str]] = {}
-    for graph in manifest["graphs"]:
-        plan.setdefault(a_point(graph["reached"]), []).extend(name for name in graph["graphs"] if name in wanted)
+    for graph in manifest.graphs:
+        plan.setdefault(a_point(graph.reached), []).extend(name for name in graph.graphs if name in wanted)
     plan = {at: found for at, found in plan.items() if found}
     chosen: Choices = {}
     for done, ((name, text), found) in enumerate(sorted(plan.items())):
@@ -58,16 +59,16 @@ def measure(graphs: GraphSet, manifest: Mapping[str, Json], progress: Progress, 
         with case.modes(), inductor_tuning.measuring():
             case.call(json.loads(text))()
         torch.cuda.synchronize()
-        for graph, several in kernels.items():
+        for compiled, several in kernels.items():
             numbers = {kernel.key: kernel.measured() for kernel in several}
-            chosen[graph] = {key: number for key, number in numbers.items() if number is not None}
-            if len(chosen[graph]) < len(numbers):
-                graphs.load_again(graph, chosen[graph])  # what did not run must not measure inside a capture
+            chosen[compiled] = {key: number for key, number in numbers.items() if number is not None}
+            if len(chosen[compiled]) < len(numbers):
+                graphs.load_again(compiled, chosen[compiled])  # what did not run must not measure inside a capture
     progress("tune graphs", len(plan), len(plan))
     return chosen
 
 
-def a_point(reached: Mapping[str, Json]) -> tuple[str, str]:
+def a_point(reached: Reached) -> tuple[str, str]:
     """(case, point as JSON): the largest point of one of the cases that reach a kernel or a graph."""
     case, boxes = min(reached.items())
     return case, json.dumps(dimensions.expand(boxes)[-1])

@@ -11,13 +11,14 @@ import math
 import shutil
 import statistics
 import subprocess
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from aot_cache.artifact.key import function_of, objects_of, variant
-from aot_cache.artifact.manifest import split, whole
+from aot_cache.artifact.key import function_of, variant
+from aot_cache.artifact.manifest import Manifest, TuningChoice, split, whole
+from aot_cache.artifact.plan import Config
 from aot_cache.artifact.specialization import closure_digest
 from aot_cache.errors import TuneError
 from aot_cache.recipes import declare as recipes
@@ -28,7 +29,6 @@ from aot_cache.store import read_bundle, write_bundle
 from aot_cache.tuning import graphs as tuning_graphs
 from aot_cache.upstream.hooks import torch_capture
 
-Json = Any
 Progress = Callable[[str, int, int], None]
 
 
@@ -47,7 +47,7 @@ class _Times:
         floors = [min(t[n][0] for t in full.values()) for n in range(len(self.points))]
         return min(full, key=lambda c: (statistics.fmean(t[0] / f for t, f in zip(full[c], floors)), c))
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, Any]:
         return {
             "points": self.points,
             "ms": {str(c): [[round(x, 6) for x in t] for t in v] for c, v in self.times.items()},
@@ -74,19 +74,19 @@ def ready(*, strict: bool = False, tune: bool = False) -> list[Report]:
             )
         for kernels in loader.loaded():
             manifest = whole(kernels.bundle)
-            open_ones = [n for n, t in enumerate(manifest["tunings"]) if not kernels.is_chosen(t)]
+            open_ones = [n for n, t in enumerate(manifest.tunings) if not kernels.is_chosen(t)]
             for number, result in _measure(kernels, manifest, open_ones, 1, lambda *_: None).items():
-                tuning, best = manifest["tunings"][number], result.best()
+                tuning, best = manifest.tunings[number], result.best()
                 # What no point launched here, because a graph holds it, say, must not be measured in a capture.
-                chosen = tuning["default"] if best is None else best
+                chosen = tuning.default if best is None else best
                 if chosen is not None:
-                    kernels.choose_now(tuning, tuning["candidates"][chosen])
+                    kernels.choose_now(tuning, tuning.candidates[chosen])
         for graphs in loader.loaded_graphs():
             tuning_graphs.measure(graphs, whole(graphs.bundle), lambda *_: None, again=False)
     return reports
 
 
-def tune(bundle_path: Path, out: Path, *, prune: bool, points: int, progress: Progress) -> dict[str, Json]:
+def tune(bundle_path: Path, out: Path, *, prune: bool, points: int, progress: Progress) -> dict[str, Any]:
     """Benchmark every choice in a bundle on this GPU and write a bundle with the choices.
 
     Args:
@@ -107,88 +107,89 @@ def tune(bundle_path: Path, out: Path, *, prune: bool, points: int, progress: Pr
         raise TuneError("a GPU to tune on", "none", "run this on the kind of GPU that serves")
     torch.zeros(1, device="cuda")  # brings CUDA up
     name = torch_capture.device_name()
-    if name != bundle.manifest["target"]["name"]:
+    manifest = whole(bundle)
+    if name != manifest.target["name"]:
         raise TuneError(
-            f"a {bundle.manifest['target']['name']}", f"a {name}", "choices are measured on the kind of GPU that serves"
+            f"a {manifest.target['name']}", f"a {name}", "choices are measured on the kind of GPU that serves"
         )
     before = _clocks()
-    manifest = whole(bundle)
-    recipes.load(manifest["spec"])  # its modules are imported, so that every kernel is installed
+    recipes.load(manifest.spec)  # its modules are imported, so that every kernel is installed
     report = loader.load(bundle_path, strict=True)
     loader.ready()
     kernels = next(k for k in loader.loaded() if k.report is report)
     _make_pending(kernels, manifest)
     loader.ready(strict=True)
-    results = _measure(kernels, manifest, range(len(manifest["tunings"])), points, progress)
+    results = _measure(kernels, manifest, range(len(manifest.tunings)), points, progress)
     device = {"name": name, "clocks_before": before, "clocks_after": _clocks()}
-    chosen = _write_choices(manifest, results, device)
+    manifest, chosen = _with_choices(manifest, results, device)
     for graphs in (found for found in loader.loaded_graphs() if found.bundle.digest == bundle.digest):
         choices = tuning_graphs.measure(graphs, manifest, progress, again=True)
-        for graph in manifest["graphs"]:
-            graph["choices"] = {name: choices[name] for name in graph["graphs"] if choices.get(name)}
-    dropped = _prune(manifest) if prune else 0
+        chosen_in = [{name: choices[name] for name in graph.graphs if choices.get(name)} for graph in manifest.graphs]
+        graphs_of = [replace(graph, choices=found) for graph, found in zip(manifest.graphs, chosen_in)]
+        manifest = replace(manifest, graphs=graphs_of)
+    kept = _pruned(manifest) if prune else manifest
+    dropped, manifest = len(manifest.units) - len(kept.units), kept
     objects = {digest: bundle.object(digest) for digest in _needed(manifest)}
-    lean, details = split(manifest)
-    objects[lean["details"]] = details
-    digest = write_bundle(out, lean, objects)
+    header, details_object = split(manifest)
+    objects[header["details"]] = details_object
+    digest = write_bundle(out, header, objects)
     return {
         "bundle": str(out),
         "digest": digest,
         "bytes": out.stat().st_size,
         "device": device,
-        "choices": len(manifest["tunings"]),
+        "choices": len(manifest.tunings),
         "measured": chosen,
-        "measured_in_graphs": sum(len(found) for g in manifest["graphs"] for found in g["choices"].values()),
+        "measured_in_graphs": sum(len(found) for g in manifest.graphs for found in g.choices.values()),
         "pruned_units": dropped,
         "changed_from_default": sum(
-            1 for t in manifest["tunings"] if t["choice"] is not None and t["candidates"][t["default"]] != t["choice"]
+            t.choice is not None and (t.default is None or t.candidates[t.default] != t.choice)
+            for t in manifest.tunings
         ),
     }
 
 
 def _measure(
-    kernels: KernelSet, manifest: Mapping[str, Json], numbers: Any, points: int, progress: Progress
+    kernels: KernelSet, manifest: Manifest, numbers: Iterable[int], points: int, progress: Progress
 ) -> dict[int, _Times]:
     """Run the recipe at points that ask for each tuning and benchmark its candidates."""
     import torch
 
     from aot_cache.upstream.hooks import triton_tuning
 
-    recipe = recipes.load(manifest["spec"])
+    recipe = recipes.load(manifest.spec)
     results: dict[int, _Times] = {}
     names = {}
     for number in numbers:
-        tuning = manifest["tunings"][number]
+        tuning = manifest.tunings[number]
         results[number] = _Times()
-        kernel = manifest["kernels"][tuning["kernel"]]
-        name = variant(function_of(kernel["name"]), closure_digest(kernel["closure"]))
-        names[triton_tuning.identity(name, tuning["tuner"], tuning["key"])] = number
+        kernel = manifest.kernels[tuning.kernel]
+        name = variant(function_of(kernel.name), closure_digest(kernel.closure))
+        names[triton_tuning.identity(name, tuning.tuner, tuning.key)] = number
     fitting = {n: _fitting(manifest, n) for n in results}
     current = ""
 
-    def allowed(kernel: str, ordinal: int, key: list[Json], config: dict[str, Json]) -> bool:
+    def allowed(kernel: str, ordinal: int, key: list[Any], config: dict[str, Any]) -> bool:
         number = names.get(triton_tuning.identity(kernel, ordinal, key))
-        return number is not None and _candidate(manifest["tunings"][number], config) in fitting[number]
+        return number is not None and _candidate(manifest.tunings[number], config) in fitting[number]
 
-    def measured(kernel: str, ordinal: int, key: list[Json], config: dict[str, Json], times: list[float]) -> None:
+    def measured(kernel: str, ordinal: int, key: list[Any], config: dict[str, Any], times: list[float]) -> None:
         number = names[triton_tuning.identity(kernel, ordinal, key)]
         if not math.isfinite(times[0]):
             return  # it did not run
         result = results[number]
         if current not in result.points:
             result.points.append(current)
-        result.times.setdefault(_candidate(manifest["tunings"][number], config), []).append(
-            (times[0], times[1], times[2])
-        )
+        result.times.setdefault(_candidate(manifest.tunings[number], config), []).append((times[0], times[1], times[2]))
 
     plan = _points_for(manifest, results, points)
     for done, ((case_name, text), wanted) in enumerate(sorted(plan.items())):
         progress("tune", done, len(plan))
         case, point = tuning_graphs.case_of(recipe, case_name), json.loads(text)
         for number in wanted:
-            tuning = manifest["tunings"][number]
+            tuning = manifest.tunings[number]
             for function in kernels.functions_of(tuning):
-                triton_tuning.forget(function, tuning["tuner"], tuning["key"])
+                triton_tuning.forget(function, tuning.tuner, tuning.key)
         current = f"{case_name}: " + ", ".join(f"{k}={v}" for k, v in point.items())
         with case.modes(), triton_tuning.benchmarking(allowed, measured):
             case.call(point)()
@@ -197,24 +198,22 @@ def _measure(
     return results
 
 
-def _make_pending(kernels: KernelSet, manifest: Mapping[str, Json]) -> None:
+def _make_pending(kernels: KernelSet, manifest: Manifest) -> None:
     """Call what launches the kernels that no module has yet: a library may make them inside a function, at its first call."""
-    recipe = recipes.load(manifest["spec"])
-    one_unit = {manifest["kernels"][unit["kernel"]]["name"]: unit for unit in manifest["units"]}
-    plan = {tuning_graphs.a_point(one_unit[name]["reached"]) for name in kernels.report.pending if name in one_unit}
+    recipe = recipes.load(manifest.spec)
+    one_unit = {manifest.kernels[unit.kernel].name: unit for unit in manifest.units}
+    plan = {tuning_graphs.a_point(one_unit[name].reached) for name in kernels.report.pending if name in one_unit}
     for name, point in sorted(plan):
         case = tuning_graphs.case_of(recipe, name)
         with case.modes():
             case.call(json.loads(point))()
 
 
-def _points_for(
-    manifest: Mapping[str, Json], results: Mapping[int, _Times], count: int
-) -> dict[tuple[str, str], list[int]]:
+def _points_for(manifest: Manifest, results: Mapping[int, _Times], count: int) -> dict[tuple[str, str], list[int]]:
     """(case, point) → the tunings to measure there: the largest point of each, one an eighth as large, and so on."""
     out: dict[tuple[str, str], list[int]] = {}
     for number in results:
-        for case, boxes in list(manifest["tunings"][number]["reached"].items())[:1]:
+        for case, boxes in list(manifest.tunings[number].reached.items())[:1]:
             reached = dimensions.expand(boxes)
             for step in range(count):
                 index = (len(reached) - 1) >> (3 * step)
@@ -222,44 +221,41 @@ def _points_for(
     return out
 
 
-def _fitting(manifest: Mapping[str, Json], number: int) -> set[int]:
+def _fitting(manifest: Manifest, number: int) -> set[int]:
     """The candidates of a tuning of which nothing is missing from the bundle."""
-    here = {c for unit in manifest["units"] for t, c in unit["via"] if t == number}
-    return here - {c for unit in manifest["pruned"] for t, c in unit["via"] if t == number}
+    here = {c for unit in manifest.units for t, c in unit.via if t == number}
+    return here - {c for unit in manifest.pruned for t, c in unit.via if t == number}
 
 
-def _candidate(tuning: Mapping[str, Json], config: Mapping[str, Json]) -> int:
-    return next((n for n, c in enumerate(tuning["candidates"]) if c == config), -1)
+def _candidate(tuning: TuningChoice, config: Config) -> int:
+    return next((n for n, c in enumerate(tuning.candidates) if c == config), -1)
 
 
-def _write_choices(manifest: dict[str, Json], results: Mapping[int, _Times], device: Mapping[str, Json]) -> int:
-    chosen = 0
+def _with_choices(manifest: Manifest, results: Mapping[int, _Times], device: Mapping[str, str]) -> tuple[Manifest, int]:
+    """(the manifest with what was measured best, how many choices that are)."""
+    tunings, chosen = list(manifest.tunings), 0
     for number, result in results.items():
         best = result.best()
         if best is None:
             continue
-        tuning = manifest["tunings"][number]
-        tuning["choice"] = tuning["candidates"][best]
-        tuning["measured"] = {**result.to_json(), "device": device}
+        measured = {**result.to_json(), "device": device}
+        tunings[number] = replace(tunings[number], choice=tunings[number].candidates[best], measured=measured)
         chosen += 1
-    return chosen
+    return replace(manifest, tunings=tunings), chosen
 
 
-def _prune(manifest: dict[str, Json]) -> int:
-    """Drop units that only losing candidates launch; returns how many."""
+def _pruned(manifest: Manifest) -> Manifest:
+    """The manifest without units that only losing candidates launch."""
     winners = {
-        (n, _candidate(t, t["choice"])) if t["choice"] is not None else (n, t["default"])
-        for n, t in enumerate(manifest["tunings"])
+        (n, _candidate(t, t.choice)) if t.choice is not None else (n, t.default) for n, t in enumerate(manifest.tunings)
     }
-    kept = [u for u in manifest["units"] if not u["via"] or any(tuple(v) in winners or v == [-1, -1] for v in u["via"])]
-    dropped = len(manifest["units"]) - len(kept)
-    manifest["units"] = kept
-    return dropped
+    kept = [u for u in manifest.units if not u.via or any((t, c) in winners or (t, c) == (-1, -1) for t, c in u.via)]
+    return replace(manifest, units=kept)
 
 
-def _needed(manifest: Mapping[str, Json]) -> set[str]:
-    of_graphs = {digest for graph in manifest["graphs"] for digest in objects_of(graph)}
-    return {u["object"] for u in manifest["units"]} | {n["object"] for n in manifest["native"]} | of_graphs
+def _needed(manifest: Manifest) -> set[str]:
+    of_graphs = {digest for graph in manifest.graphs for digest in graph.objects()}
+    return {u.object for u in manifest.units} | {n.object for n in manifest.native} | of_graphs
 
 
 def _clocks() -> str:

@@ -48,7 +48,7 @@ def test_all_of_it_hits_inside_captures(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "on_gpu.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    made = build(Request(host_gpu.native()[0], tmp_path / "store", "on_gpu:recipe"))
+    made = build(Request(target=host_gpu.native()[0], store=tmp_path / "store", model="on_gpu:recipe"))
     found = rehearse(made.path, points=None)
     assert found.passed, found.reasons()
     assert found.hits == 11 and all(point.captured for case in found.cases for point in case.points)

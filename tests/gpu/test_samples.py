@@ -50,7 +50,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
     folder = tmp_path_factory.mktemp("gpu")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    return build(Request(native()[0], folder / "store", "sample_kernels:recipe"))
+    return build(Request(target=native()[0], store=folder / "store", model="sample_kernels:recipe"))
 
 
 def launch(bundle: str, tmp_path: Path) -> dict[str, Any]:

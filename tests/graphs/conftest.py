@@ -33,7 +33,7 @@ class Built:
         return self.project.bundle()
 
     def graphs(self) -> list[dict[str, Any]]:
-        graphs: list[dict[str, Any]] = manifest.whole(read_bundle(self.bundle))["graphs"]
+        graphs: list[dict[str, Any]] = manifest.whole(read_bundle(self.bundle)).to_json()["graphs"]
         return graphs
 
 

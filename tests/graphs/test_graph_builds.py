@@ -31,7 +31,7 @@ def test_nothing_changed_is_nothing_to_do(built: Built) -> None:
 
 def parts(bundle: Path) -> dict[str, str]:
     """Each part of each graph of a bundle, by name."""
-    graphs = manifest.whole(read_bundle(bundle))["graphs"]
+    graphs = manifest.whole(read_bundle(bundle)).to_json()["graphs"]
     out: dict[str, str] = {}
     for graph in graphs:
         first = next(iter(graph["dynamic"].items()), "static")
@@ -75,7 +75,7 @@ def test_what_cannot_be_written_down_is_named_and_the_rest_is_kept(
 ) -> None:
     project, code, failed = doomed
     assert code == 4 and "sample_doomed:paired" in failed
-    graphs = manifest.whole(read_bundle(project.bundle("some")))["graphs"]
+    graphs = manifest.whole(read_bundle(project.bundle("some"))).to_json()["graphs"]
     assert "sound" in {graph["function"] for graph in graphs}
     assert "paired" not in {graph["function"] for graph in graphs}
 

@@ -53,7 +53,7 @@ def artifacts(request: pytest.FixtureRequest, built: dict[str, dict[str, Any]]) 
     """(target, [(graph's facts, artifact) for each])."""
     assert not built[request.param]["failed"]
     bundle = read_bundle(Path(built[request.param]["path"]))
-    graphs = manifest.whole(bundle)["graphs"]
+    graphs = manifest.whole(bundle).to_json()["graphs"]
     return request.param, [(graph, bundle.object(digest)) for graph in graphs for digest in graph["graphs"].values()]
 
 

@@ -28,7 +28,7 @@ class Server:
 
     @classmethod
     def of(cls, bundle: Path) -> Server:
-        whole = manifest.whole(read_bundle(bundle))
+        whole = manifest.whole(read_bundle(bundle)).to_json()
         return cls([CallPlan(**call) for call in whole["calls"]], [CasePlan(**case) for case in whole["cases"]])
 
     def structure(self, name: str) -> str:
@@ -175,7 +175,7 @@ def test_the_range_is_one_graph_that_grew(following: Next, call: str) -> None:
 
 def test_only_what_was_missed_is_compiled(following: Next) -> None:
     assert following.said["compiled"] == 2
-    graphs = [graph["function"] for graph in manifest.whole(read_bundle(following.bundle))["graphs"]]
+    graphs = [graph["function"] for graph in manifest.whole(read_bundle(following.bundle)).to_json()["graphs"]]
     assert sorted(graphs) == ["decorated", "scaled", "tiled", "tiled", "tiled"], "Values are static: one graph more"
 
 

@@ -42,7 +42,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> OfRanks:
 
 
 def test_what_holds_a_rank_is_built_for_each(job: OfRanks) -> None:
-    graphs = manifest.whole(read_bundle(job.bundle))["graphs"]
+    graphs = manifest.whole(read_bundle(job.bundle)).to_json()["graphs"]
     marks = sorted((graph["function"], graph["rank"]) for graph in graphs if graph["function"] != "alike")
     assert marks == [(name, rank) for name in ("Shard.forward", "asking", "of_the_last") for rank in range(RANKS)]
     assert [graph["rank"] for graph in graphs if graph["function"] == "alike"] == [None]
@@ -68,7 +68,7 @@ def test_what_ranks_share_is_built_once_for_all_of_them(job: OfRanks) -> None:
     run = job.project.build("sample_ranks:shared")
     assert run.returncode == 0, run.stderr
     (said,) = json.loads(run.stdout)["bundles"]
-    found = manifest.whole(read_bundle(Path(said["path"])))
+    found = manifest.whole(read_bundle(Path(said["path"]))).to_json()
     assert (said["ranks"], said["per_rank"], found["ranks"]) == (2, {}, 2)
     assert [(graph["function"], graph["rank"]) for graph in found["graphs"]] == [("half", None)]
 

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,10 +19,11 @@ from triton.backends.nvidia.compiler import CUDABackend
 from aot_cache import Recipe
 from aot_cache.artifact import target as targets
 from aot_cache.artifact.key import UNITS
-from aot_cache.artifact.manifest import split, whole
-from aot_cache.artifact.plan import Plan, Tuning, Unit
+from aot_cache.artifact.manifest import Manifest, plain, split, whole
+from aot_cache.artifact.plan import Plan, Tuning
 from aot_cache.builder import assemble, kernels_compile, kernels_trace
 from aot_cache.builder.kernels_compile import Outcome
+from aot_cache.builder.workers import BuildResult
 from aot_cache.runtime.kernels import KernelSet
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Store, read_bundle, write_bundle
@@ -167,8 +168,16 @@ def finish(plan: Plan, recipe: Recipe | None, target: str, store: Store) -> Made
     outcome = kernels_compile.compile_plan(
         plan, recipe, targets.get(target), store, line_info=False, pythons=[], progress=lambda *_: None, workers=2
     )
-    manifest, objects = assemble.assemble(targets.get(target), "doomed_kernels:recipe", plan, store, vars(outcome))
-    return Made(plan, outcome, manifest, objects)
+    result = BuildResult(
+        plan=plan,
+        keys=outcome.keys,
+        memory_keys=outcome.memory_keys,
+        failed=outcome.failed,
+        native=outcome.native,
+        toolchain=outcome.toolchain,
+    )
+    manifest, objects = assemble.assemble(targets.get(target), "doomed_kernels:recipe", result, store)
+    return Made(plan, outcome, manifest.to_json(), objects)
 
 
 def test_a_kernel_that_does_not_compile_is_named_and_the_rest_is_built(build: Build) -> None:
@@ -181,7 +190,7 @@ def test_a_kernel_that_does_not_compile_is_named_and_the_rest_is_built(build: Bu
     assert made.kernels == {"doomed_kernels:good", "doomed_kernels:asserts"} and len(made.manifest["units"]) == 2
     assert made.manifest["complete"] is False
     reached = {unit.id: unit.reached for unit in made.plan.units}
-    assert made.manifest["failed"] == [{"reached": reached[f["unit"]], **f} for f in made.outcome.failed]
+    assert made.manifest["failed"] == [{"reached": reached[f["unit"]], **f} for f in map(plain, made.outcome.failed)]
     ids = {unit.id for unit in made.plan.units}
     assert all(failure["unit"] in ids for failure in made.outcome.failed)
 
@@ -289,16 +298,17 @@ def test_a_compiler_that_dies_loses_one_unit(build: Build, kernels: ModuleType, 
 
 def test_a_plan_of_other_source_is_refused(build: Build, clean_store: Store) -> None:
     plan = build("good").plan
-    plan.closures["doomed_kernels:good"]["doomed_kernels:good"]["src"] = "0" * 32
-    plan.units[0].source = "0" * 64
+    closures: dict[str, Any] = json.loads(json.dumps(plan.closures))
+    closures["doomed_kernels:good"]["doomed_kernels:good"]["src"] = "0" * 32
+    plan = replace(plan, closures=closures, units=[replace(plan.units[0], source="0" * 64), *plan.units[1:]])
     made = finish(plan, None, "h200", clean_store)
     assert "the source of doomed_kernels:good differs" in made.failed["doomed_kernels:good"]
 
 
 def test_a_plan_of_a_kernel_that_is_not_here(build: Build, clean_store: Store) -> None:
     plan = build("good").plan
-    plan.closures["gone:kernel"] = {}
-    plan.units.append(Unit("gone:kernel", "0" * 64, plan.units[0].specialization, plan.units[0].options))
+    gone = replace(plan.units[0], kernel="gone:kernel", source="0" * 64)
+    plan = replace(plan, closures={**plan.closures, "gone:kernel": {}}, units=[*plan.units, gone])
     made = finish(plan, None, "h200", clean_store)
     assert set(made.failed) == {"gone:kernel"} and "installed" in made.failed["gone:kernel"]
     assert made.kernels == {"doomed_kernels:good"}
@@ -316,11 +326,11 @@ def test_other_targets(build: Build, target: str) -> None:
 def test_whatever_is_in_a_bundle_comes_back(build: Build, tmp_path: Path) -> None:
     """manifest.split and whole, through a file."""
     made = build("good", "tuned", "asserts", "matmul")
-    lean, details = split(made.manifest)
+    lean, details = split(Manifest.from_json(made.manifest))
     path = tmp_path / "bundle.safetensors"
     write_bundle(path, lean, {**made.objects, lean["details"]: details})
     bundle = read_bundle(path)
-    back = whole(bundle)
+    back = whole(bundle).to_json()
     for name, value in made.manifest.items():
         assert back[name] == value, name
     assert bundle.check_all() == []
@@ -347,7 +357,7 @@ def test_an_object_that_is_gone_is_compiled_again(build: Build, clean_store: Sto
 def test_tuner_choices_reach_tuners(build: Build, kernels: ModuleType, tmp_path: Path) -> None:
     """Installed, the tuner takes the first candidate that is in the bundle."""
     made = build("tuned")
-    lean, details = split(made.manifest)
+    lean, details = split(Manifest.from_json(made.manifest))
     path = tmp_path / "bundle.safetensors"
     write_bundle(path, lean, {**made.objects, lean["details"]: details})
     KernelSet(read_bundle(path), Ledger()).install(0)
@@ -359,7 +369,7 @@ def test_a_choice_reaches_a_tuner_that_was_made_inside_a_function(
     build: Build, kernels: ModuleType, tmp_path: Path
 ) -> None:
     made = build("made tuner")
-    lean, details = split(made.manifest)
+    lean, details = split(Manifest.from_json(made.manifest))
     path = tmp_path / "bundle.safetensors"
     write_bundle(path, lean, {**made.objects, lean["details"]: details})
     kernels.holder["tuner"] = kernels.triton.autotune(

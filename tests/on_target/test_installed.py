@@ -50,7 +50,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """The bundle of every kind, built by a worker process of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)]))
-        built = pipeline.build(Request(targets.get("h200"), tmp_path_factory.mktemp("store"), "sample_kernels:recipe"))
+        built = pipeline.build(
+            Request(target=targets.get("h200"), store=tmp_path_factory.mktemp("store"), model="sample_kernels:recipe")
+        )
     assert not built.failed and not built.sampled
     return built
 
@@ -122,7 +124,7 @@ def test_every_binary_is_loaded(kernels: KernelSet, built: Built, device: Device
     bundle = read_bundle(built.path)
     expected = {
         (unit["metadata"].get("name", whole["metadata"].get("name")), bundle.object(unit["object"]))
-        for whole in [manifest.whole(bundle)]
+        for whole in [manifest.whole(bundle).to_json()]
         for unit in whole["units"]
     }
     assert {(name, binary) for name, binary, _ in device.loaded} == expected
@@ -345,7 +347,7 @@ def test_what_is_found_can_be_launched(built: Built, device: Device) -> None:
 
 
 def test_every_unit_is_in_the_manifest_with_its_points(built: Built) -> None:
-    whole = manifest.whole(read_bundle(built.path))
+    whole = manifest.whole(read_bundle(built.path)).to_json()
     assert whole["complete"] and len(whole["units"]) == built.units and not whole["pruned"]
     reached = {case for unit in whole["units"] for case in unit["reached"]}
     assert reached == {*sample.KINDS, "packed"}

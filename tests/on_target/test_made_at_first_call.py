@@ -95,7 +95,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(ROOT)]))
         patch.syspath_prepend(str(folder))
-        found = build(Request(targets.get("h200"), folder / "store", "late_recipe:recipe"))
+        found = build(Request(target=targets.get("h200"), store=folder / "store", model="late_recipe:recipe"))
         assert not found.failed and found.units == 4, "one each, and two configs"
         yield found
         for name in [name for name in sys.modules if name.startswith("late_")]:

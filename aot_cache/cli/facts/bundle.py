@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from aot_cache.artifact.key import Part
-from aot_cache.artifact.manifest import unit_label, whole
-from aot_cache.artifact.plan import SCHEMA, Plan, Tuning
+from aot_cache.artifact.manifest import Manifest, unit_label, whole
+from aot_cache.artifact.plan import Failure, Plan, Tuning, Unit
 from aot_cache.artifact.plan_of_ranks import apart
 from aot_cache.artifact.rehearsed import NO_STAMP, Stamp
 from aot_cache.artifact.specialization import Names, closure_digest, no_names, signature
@@ -27,10 +26,7 @@ from aot_cache.errors import AotCacheError, BundleCorrupt, DeclarationError, Dig
 from aot_cache.recipes.dimensions import point_text
 from aot_cache.store import Bundle
 
-Json = Any
-Facts = dict[str, Json]
-_TUNING = tuple(field.name for field in fields(Tuning))
-"""A bundle says more of a tuning than a plan does."""
+Facts = dict[str, Any]
 
 SHORT = 16
 """Characters of a digest that are shown to people."""
@@ -62,36 +58,32 @@ def bundle(
     m = whole(found)
     with form_of(found):
         inside = plan_of(m)
-        objects = [(unit["object"], int(m["objects"][unit["object"]])) for unit in m["units"]]
+        objects = [(unit.object, m.objects[unit.object]) for unit in m.units]
         compiled = [
-            {
-                "key": unit["key"],
-                "bytes": size,
-                "shared": int({**m["metadata"], **unit["metadata"]}.get("shared", 0)),
-            }
-            for unit, (_, size) in zip(m["units"], objects)
+            {"key": unit.key, "bytes": size, "shared": int({**m.metadata, **unit.metadata}.get("shared", 0))}
+            for unit, (_, size) in zip(m.units, objects)
         ]
         facts = {
             "kind": "bundle",
             "path": str(found.path),
             "digest": found.digest,
             "bytes": found.size,
-            "spec": m["spec"],
-            "device": m["target"]["name"],
-            "properties": dict(m["target"]),
-            "complete": bool(m["complete"]),
-            "pruned": len(m["pruned"]),
-            "key": dict(m["toolchain"]),
-            **_common(inside, failures(m["failed"]), stamp),
+            "spec": m.spec,
+            "device": m.target["name"],
+            "properties": dict(m.target),
+            "complete": m.complete,
+            "pruned": len(m.pruned),
+            "key": dict(m.toolchain),
+            **_common(inside, failures(m.failed), stamp),
             **stamp.facts(),
             "kernels": _kernels(inside, _chosen(inside, kernel), objects),
         }
-        facts["graphs"] = graph_facts.graphs(m, m["objects"])
-        facts["graph_key"] = {k: v for k, v in m["graph_key"].items() if k != "target"}
+        facts["graphs"] = graph_facts.graphs(m.graphs, m.objects)
+        facts["graph_key"] = {k: v for k, v in m.graph_key.items() if k != "target"}
         facts["sizes"] = size_facts.sizes(m, found.manifest["details"], found.size)
         facts["grids"] = _grids(inside, GRAPH, facts["graphs"], ledger.missed() if ledger is not None else ())
         if ledger is not None:
-            parts = {name for graph in m["graphs"] for name in graph["graphs"]}
+            parts = {name for graph in m.graphs for name in graph.graphs}
             facts["ledger"] = ledger_facts.facts(ledger, found.digest, len(parts))
             ledger_facts.annotate(facts["grids"], facts["ledger"])
         if kernel is not None or points:
@@ -106,7 +98,7 @@ def plan(found: Plan, path: Path, kernel: str | None = None, points: bool = Fals
         DeclarationError: a value in it has another form than this version writes, or no kernel is called so.
     """
     with form(DeclarationError, f"a plan of this version at {path}"):
-        facts = {"kind": "plan", "path": str(path), **_common(found, [one.failure() for one in found.failed])}
+        facts = {"kind": "plan", "path": str(path), **_common(found, failures(one.failure() for one in found.failed))}
         facts["kernels"] = _kernels(found, _chosen(found, kernel), [])
         facts["grids"] = _grids(found, CALL, facts["calls"])
         if kernel is not None or points:
@@ -114,47 +106,54 @@ def plan(found: Plan, path: Path, kernel: str | None = None, points: bool = Fals
     return facts
 
 
-def plan_of(manifest: Mapping[str, Json]) -> Plan:
+def plan_of(manifest: Manifest) -> Plan:
     """The plan that a bundle's whole manifest carries, without the units that failed or do not fit.
 
     Raises:
-        KeyError, ValueError, ...: the manifest has another form than this version writes; see `form`.
+        IndexError, KeyError, ...: the manifest has another form than this version writes; see `form`.
     """
-    name = [k["name"] for k in manifest["kernels"]]
-    closures = {k["name"]: k["closure"] for k in manifest["kernels"]}
-    sources = {k: closure_digest(closure) for k, closure in closures.items()}
-    units = [
-        {
-            "kernel": name[u["kernel"]],
-            "source": sources[name[u["kernel"]]],
-            "options": {option: u["options"][option] for option in u["option_order"]},
-            **{k: u[k] for k in ("specialization", "via", "reached", "ranks")},
-        }
-        for u in manifest["units"]
-    ]
-    tunings = [{**{k: t[k] for k in _TUNING if k in t}, "kernel": name[t["kernel"]]} for t in manifest["tunings"]]
-    document = {
-        "aot-cache plan": SCHEMA,
-        "recipe": manifest["recipe"],
-        "target": manifest["target"]["id"],
-        "origin": manifest["origin"],
-        "triton": manifest["toolchain"]["triton"],
-        "cases": manifest["cases"],
-        "units": units,
-        "tunings": tunings,
-        "closures": closures,
-        "calls": manifest["calls"],
-        "ranks": manifest["ranks"],
-    }
-    try:
-        return Plan.from_json(document)
-    except DeclarationError as error:  # it would tell of a plan file, and this is none
-        raise ValueError(error.found) from error
+    kernels = manifest.kernels
+    sources = [closure_digest(kernel.closure) for kernel in kernels]
+    return Plan(
+        recipe=manifest.recipe,
+        target=manifest.target["id"],
+        origin=manifest.origin,
+        triton=manifest.toolchain["triton"],
+        cases=manifest.cases,
+        units=[
+            Unit(
+                kernel=kernels[unit.kernel].name,
+                source=sources[unit.kernel],
+                specialization=unit.specialization,
+                options={option: unit.options[option] for option in unit.option_order},
+                via=unit.via,
+                reached=unit.reached,
+                ranks=unit.ranks,
+            )
+            for unit in manifest.units
+        ],
+        tunings=[
+            Tuning(
+                kernel=kernels[tuning.kernel].name,
+                tuner=tuning.tuner,
+                key=tuning.key,
+                candidates=tuning.candidates,
+                choice=tuning.choice,
+                measured=tuning.measured,
+                reached=tuning.reached,
+                ranks=tuning.ranks,
+            )
+            for tuning in manifest.tunings
+        ],
+        closures={kernel.name: kernel.closure for kernel in kernels},
+        calls=manifest.calls,
+        ranks=manifest.ranks,
+    )
 
 
-def failures(found: Iterable[Mapping[str, Json]]) -> list[Facts]:
+def failures(found: Iterable[Failure]) -> list[Facts]:
     """What of a recipe is not in a bundle, and why: cases, kernels, compiled functions."""
-    return [{k: str(f[k]) for k in ("kernel", "unit", "error")} for f in found]
+    return [{name: str(value) for name, value in failure.text().items()} for failure in found]
 
 
 def coverage(origin: str, points: int, sampled: Sequence[str], *, failed: int = 0, stamp: Stamp = NO_STAMP) -> str:
@@ -335,7 +334,7 @@ def _failed(found: Bundle) -> list[str]:
     """What is not in an incomplete bundle, and why."""
     nobody_knows = ["something did not compile"]
     try:
-        failed = whole(found)["failed"]
+        failed = whole(found).failed
     except BundleCorrupt:  # its hash is wrong, which is a finding of its own
         return nobody_knows
     return [f"{f['kernel']}: {f['error']}" for f in failures(failed)] or nobody_knows

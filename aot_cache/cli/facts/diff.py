@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from aot_cache.artifact.key import digest, objects_of
-from aot_cache.artifact.manifest import graph_name, whole
-from aot_cache.artifact.plan import Plan, Tuning, Unit
+from aot_cache.artifact.key import digest
+from aot_cache.artifact.manifest import Graph, whole
+from aot_cache.artifact.plan import CallPlan, Plan, Tuning, Unit
 from aot_cache.artifact.plan import diff as plan_diff
 from aot_cache.artifact.specialization import Names, no_names, signature, value_text
 from aot_cache.cli.facts.bundle import form, form_of, many, plan_of, reached_text
@@ -17,9 +17,7 @@ from aot_cache.cli.facts.graphs import changes, options_text
 from aot_cache.errors import DeclarationError
 from aot_cache.store import Bundle
 
-Json = Any
-Facts = dict[str, Json]
-Graph = Mapping[str, Json]
+Facts = dict[str, Any]
 
 _ASKED = {
     "mode": "the mode",
@@ -50,15 +48,15 @@ class Side:
     plan: Plan
     pruned: frozenset[str] | None = None
     graphs: Sequence[Graph] | None = None
-    bound: Mapping[str, Json] | None = None
+    bound: Mapping[str, Any] | None = None
 
 
 def side(found: Bundle) -> Side:
     """Raises BundleCorrupt when the manifest has another form than this version writes."""
     with form_of(found):
         manifest = whole(found)
-        pruned = frozenset(p["unit"] for p in manifest["pruned"])
-        return Side(found.path, plan_of(manifest), pruned, list(manifest["graphs"]), manifest["graph_key"])
+        pruned = frozenset(one.unit for one in manifest.pruned)
+        return Side(found.path, plan_of(manifest), pruned, manifest.graphs, manifest.graph_key)
 
 
 def diff(left: Side, right: Side, names: Names = no_names) -> Facts:
@@ -121,15 +119,14 @@ def _graphs(left: Side, right: Side) -> tuple[Facts, Facts, list[Facts]]:
     if left.graphs is None or right.graphs is None:
         calls = [{call.id: call for call in one.plan.calls} for one in (left, right)]
         alone = [
-            [_row(c.function, vars(c)) for i, c in mine.items() if i not in other]
-            for mine, other in (calls, calls[::-1])
+            [_row(c.function, c) for i, c in mine.items() if i not in other] for mine, other in (calls, calls[::-1])
         ]
         return {"calls": alone[0]}, {"calls": alone[1]}, []
     mine, theirs = ({digest(_asked(graph)): graph for graph in found} for found in (left.graphs, right.graphs))
     only = [_alone(mine, theirs), _alone(theirs, mine)]
     bound = _bound(left.bound or {}, right.bound or {})
     otherwise = [
-        {**_row(graph_name(graph), graph), "differs": bound or ["its compiled code"]}
+        {**_row(graph.name, graph), "differs": bound or ["its compiled code"]}
         for asked, graph in mine.items()
         if asked in theirs and _made(graph) != _made(theirs[asked])
     ]
@@ -138,21 +135,21 @@ def _graphs(left: Side, right: Side) -> tuple[Facts, Facts, list[Facts]]:
 
 def _asked(graph: Graph) -> Facts:
     """Which calls a graph is for. The place of its source's lines is none of it."""
-    return {"function": graph_name(graph), **{part: graph[part] for part in _ASKED}}
+    return {"function": graph.name, **{part: getattr(graph, part) for part in _ASKED}}
 
 
-def _made(graph: Graph) -> list[Json]:
-    return [sorted(objects_of(graph)), graph["choices"]]
+def _made(graph: Graph) -> tuple[set[str], object]:
+    return graph.objects(), graph.choices
 
 
 def _alone(mine: Mapping[str, Graph], others: Mapping[str, Graph]) -> list[Facts]:
     rows = []
     for asked, graph in mine.items():
         if asked not in others:
-            alike = [_differing(graph, other) for other in others.values() if graph_name(other) == graph_name(graph)]
+            alike = [_differing(graph, other) for other in others.values() if other.name == graph.name]
             rows.append(
                 {
-                    **_row(graph_name(graph), graph),
+                    **_row(graph.name, graph),
                     "differs": min(alike, key=len, default=["no graph of this function"]),
                 }
             )
@@ -160,10 +157,10 @@ def _alone(mine: Mapping[str, Graph], others: Mapping[str, Graph]) -> list[Facts
 
 
 def _differing(one: Graph, other: Graph) -> list[str]:
-    return [words for part, words in _ASKED.items() if one[part] != other[part]]
+    return [words for part, words in _ASKED.items() if getattr(one, part) != getattr(other, part)]
 
 
-def _bound(one: Mapping[str, Json], other: Mapping[str, Json]) -> list[str]:
+def _bound(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """`torch 2.13.0 and 2.14.1`: what two bundles' graphs are bound to, where it differs."""
     return [
         f"{name} {one.get(name)} and {other.get(name)}"
@@ -172,16 +169,16 @@ def _bound(one: Mapping[str, Json], other: Mapping[str, Json]) -> list[str]:
     ]
 
 
-def _row(function: str, found: Mapping[str, Json]) -> Facts:
+def _row(function: str, found: Graph | CallPlan) -> Facts:
     """What is shown of a graph, or of a call for which a plan asks one."""
     return {
         "function": function,
-        "line": found["line"],
-        "mode": found["mode"],
-        "options": options_text(found["wrapping"]),
-        "changes": changes(found["dynamic"]),
-        "reached": found["reached"],
-        "reached_by": reached_text(found["reached"]),
+        "line": found.line,
+        "mode": found.mode,
+        "options": options_text(found.wrapping or {}),
+        "changes": changes(found.dynamic),
+        "reached": found.reached,
+        "reached_by": reached_text(found.reached),
     }
 
 

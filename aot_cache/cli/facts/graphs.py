@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from aot_cache.artifact.key import objects_of
-from aot_cache.artifact.manifest import call_label, graph_label, graph_name
+from aot_cache.artifact.manifest import Graph, call_label, graph_label
 from aot_cache.artifact.plan import CallPlan
 from aot_cache.misses.size_relations import readable
 
-Json = Any
-Facts = dict[str, Json]
+Facts = dict[str, Any]
 
 
 def calls(found: Iterable[CallPlan]) -> list[Facts]:
@@ -32,11 +30,11 @@ def calls(found: Iterable[CallPlan]) -> list[Facts]:
     ]
 
 
-def graphs(manifest: Mapping[str, Json], sizes: Mapping[str, int]) -> list[Facts]:
+def graphs(found: Sequence[Graph], sizes: Mapping[str, int]) -> list[Facts]:
     """One row a graph of a bundle.
 
     Args:
-        manifest: the bundle's whole manifest.
+        found: the bundle's.
         sizes: digest → bytes of the bundle's objects.
 
     `open` names the kernels with several configs of which none was chosen yet; `chosen` counts the others.
@@ -44,29 +42,29 @@ def graphs(manifest: Mapping[str, Json], sizes: Mapping[str, int]) -> list[Facts
     return [
         {
             "label": graph_label(number),
-            "function": graph_name(graph),
-            "line": graph["line"],
-            "mode": graph["mode"],
-            "options": options_text(graph["wrapping"]),
-            "changes": changes(graph["dynamic"]),
-            "kernels": list(graph["kernels"]),
+            "function": graph.name,
+            "line": graph.line,
+            "mode": graph.mode,
+            "options": options_text(graph.wrapping or {}),
+            "changes": changes(graph.dynamic),
+            "kernels": list(graph.kernels),
             "open": [
-                k["kernel"]
-                for n, found in graph["candidates"].items()
-                for key, k in found.items()
-                if key not in graph["choices"].get(n, {})
+                several.kernel
+                for name, kernels in graph.candidates.items()
+                for key, several in kernels.items()
+                if key not in graph.choices.get(name, {})
             ],
-            "chosen": sum(len(found) for found in graph["choices"].values()),
-            "breaks": len(graph["resumes"]),
-            "bytes": sum(sizes[digest] for digest in objects_of(graph)),
-            "guards": list(graph["guards"]),
-            "identities": [f"{name} is {what}" for _, name, what in graph["identities"]],
-            "inlined": [f"{module}:{name}" for module, name, _ in graph["inlined"]],
-            "rank": graph["rank"],
-            "per_rank": graph["per_rank"],
-            "reached": graph["reached"],
+            "chosen": sum(len(chosen) for chosen in graph.choices.values()),
+            "breaks": len(graph.resumes),
+            "bytes": sum(sizes[digest] for digest in graph.objects()),
+            "guards": list(graph.guards),
+            "identities": [f"{name} is {what}" for _, name, what in graph.identities],
+            "inlined": [f"{module}:{name}" for module, name, _ in graph.inlined],
+            "rank": graph.rank,
+            "per_rank": graph.per_rank,
+            "reached": graph.reached,
         }
-        for number, graph in enumerate(manifest["graphs"])
+        for number, graph in enumerate(found)
     ]
 
 
@@ -79,7 +77,7 @@ def changes(dynamic: Mapping[str, Sequence[Sequence[int]]]) -> str:
     return ", ".join(words) or "nothing"
 
 
-def options_text(wrapping: Mapping[str, Json]) -> str:
+def options_text(wrapping: Mapping[str, Any]) -> str:
     """The options and `dynamic` of a `torch.compile`; empty for its defaults."""
     words = [f"{name}={value}" for name, value in wrapping.get("options", {}).items()]
     return " ".join([*words, *([f"dynamic={wrapping['dynamic']}"] if wrapping.get("dynamic") is not None else [])])

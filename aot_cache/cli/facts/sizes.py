@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from aot_cache.artifact.key import objects_of
+from aot_cache.artifact.manifest import Manifest
 
-Json = Any
-Facts = dict[str, Json]
+Facts = dict[str, Any]
 
 
-def sizes(manifest: Mapping[str, Json], details: str, size: int) -> list[Facts]:
+def sizes(manifest: Manifest, details: str, size: int) -> list[Facts]:
     """One row a kind of bytes: `kind`, `objects`, `bytes`. The bytes add up to the file's.
 
     An object that two kinds use is stored once, and counted with the first of them.
@@ -21,24 +20,24 @@ def sizes(manifest: Mapping[str, Json], details: str, size: int) -> list[Facts]:
         details: digest of the object with the manifest's details.
         size: the file's bytes.
     """
-    stored = manifest["objects"]
+    stored = manifest.objects
     left = set(stored)
     rows: list[Facts] = []
     for kind, digests in _kinds(manifest, details):
         mine = left & set(digests)
         left -= mine
         if mine:
-            rows.append({"kind": kind, "objects": len(mine), "bytes": sum(int(stored[digest]) for digest in mine)})
+            rows.append({"kind": kind, "objects": len(mine), "bytes": sum(stored[digest] for digest in mine)})
     rows.append({"kind": "manifest", "objects": 0, "bytes": size - sum(row["bytes"] for row in rows)})
     return rows
 
 
-def _kinds(manifest: Mapping[str, Json], details: str) -> Iterator[tuple[str, Iterable[str]]]:
-    graphs = manifest["graphs"]
-    yield "kernels", (unit["object"] for unit in manifest["units"])
-    yield "compiled graphs", (digest for graph in graphs for digest in graph["graphs"].values())
-    yield "libraries of graphs", (digest for graph in graphs for digest in graph["libraries"].values())
-    yield "guards and bytecode", (digest for graph in graphs for digest in objects_of(graph))
-    yield "C launchers", (native["object"] for native in manifest["native"])
+def _kinds(manifest: Manifest, details: str) -> Iterator[tuple[str, Iterable[str]]]:
+    graphs = manifest.graphs
+    yield "kernels", (unit.object for unit in manifest.units)
+    yield "compiled graphs", (digest for graph in graphs for digest in graph.graphs.values())
+    yield "libraries of graphs", (digest for graph in graphs for digest in graph.libraries.values())
+    yield "guards and bytecode", (digest for graph in graphs for digest in graph.objects())
+    yield "C launchers", (native.object for native in manifest.native)
     yield "details for people", [details]
-    yield "other", manifest["objects"]
+    yield "other", manifest.objects

@@ -7,6 +7,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
+from aot_cache.artifact.manifest import served
 from aot_cache.errors import AotCacheError, Incompatible
 from aot_cache.models.qwen3_5.settings import Settings
 from aot_cache.recipes import declare as declaring
@@ -30,7 +31,7 @@ def check(spec: str, strict: bool = False) -> str:
         AotCacheError: `spec` is no recipe's.
     """
     mine = declaring.load(spec)
-    told = [_told(mine, spec, one.bundle) for one in loader.loaded() if one.bundle.manifest["spec"]]
+    told = [_told(mine, spec, one.bundle) for one in loader.loaded() if one.manifest.spec]
     if not told or None in told:
         return ""
     error = next(one for one in told if one is not None)
@@ -60,7 +61,7 @@ def differences(mine: Settings, built: Settings) -> dict[str, tuple[str, str]]:
 
 def _told(mine: declaring.Recipe, spec: str, bundle: Bundle) -> Incompatible | None:
     """What is wrong with a bundle; None where it fits."""
-    built = str(bundle.manifest["spec"])
+    built = served(bundle).spec
     do = f"start with the bundle's options, or build: aot-cache build --model '{spec}'"
     wanted = f"a bundle for {options.published(spec)}"
     try:

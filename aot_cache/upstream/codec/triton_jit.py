@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -109,11 +109,11 @@ def _close(function: Any, out: dict[str, Json], keys: dict[int, str]) -> str:
     return key
 
 
-def closure_digest(document: dict[str, Json]) -> str:
+def closure_digest(document: Mapping[str, Json]) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
-def closure_differs(function: Any, document: dict[str, Json]) -> str:
+def closure_differs(function: Any, document: Mapping[str, Json]) -> str:
     """Why `function` here is not the one of `document`; empty when it is."""
     pending, seen = [(function, name_of(function))], set()
     while pending:

@@ -25,6 +25,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from aot_cache.artifact.manifest import Served, UnitRow, served
 from aot_cache.store import Bundle
 from aot_cache.tested import minor
 from aot_cache.upstream.codec import triton_jit
@@ -75,13 +76,13 @@ class Installer:
     """
 
     def __init__(self, target: GPUTarget, device: int, bundle: Bundle) -> None:
-        manifest = bundle.manifest
+        manifest = served(bundle)
         self._bundle = bundle
-        self._binaries: list[str] = manifest["binaries"]
+        self._binaries = manifest.binaries
         backend = make_backend(target)
         self._binary_ext: str = backend.binary_ext
         self._device = device
-        self._signatures = [[triton_jit.decode(ty) for ty in types] for types in manifest["signatures"]]
+        self._signatures = [[triton_jit.decode(ty) for ty in types] for types in manifest.signatures]
         self._metadata = _MetadataMaker(target, manifest, backend)
         self._sources: dict[tuple[int, int], ASTSource] = {}
         self._kernels: dict[tuple[int, int, int, int], CompiledKernel] = {}
@@ -89,7 +90,7 @@ class Installer:
         self._modules: dict[tuple[int, str, int], tuple[Any, ...]] = {}
         self._target = target
 
-    def install(self, function: JITFunction, units: list[tuple[list[Json], str]]) -> list[CompiledKernel]:
+    def install(self, function: JITFunction, units: Sequence[tuple[UnitRow, str]]) -> list[CompiledKernel]:
         """Install units of one kernel, each with Triton's key for it: the ordinary launch finds them from now on.
 
         `prime` loads them onto the device.
@@ -97,7 +98,7 @@ class Installer:
         """
         cache, kernels = function.device_caches[self._device][0], []
         for unit, key in units:
-            same = (id(function), unit[1], unit[2], unit[3])
+            same = (id(function), unit.signature, unit.metadata, unit.binary)
             kernel = self._kernels.get(same)
             if kernel is None:
                 kernel = self._kernels[same] = self._make(function, unit)
@@ -105,14 +106,14 @@ class Installer:
             kernels.append(kernel)
         return kernels
 
-    def _make(self, function: JITFunction, unit: list[Json]) -> CompiledKernel:
+    def _make(self, function: JITFunction, unit: UnitRow) -> CompiledKernel:
         kernel = _Kernel.__new__(_Kernel)
-        digest = self._binaries[unit[3]]
-        metadata, packed = self._metadata.get(unit[2], digest)
+        digest = self._binaries[unit.binary]
+        metadata, packed = self._metadata.get(unit.metadata, digest)
         kernel.__dict__.update(
             metadata=metadata,
             packed_metadata=packed,
-            src=self._source(function, unit[0], unit[1]),
+            src=self._source(function, unit.kernel, unit.signature),
             hash=digest,
             name=metadata.name,
             bundle=self._bundle,
@@ -139,7 +140,7 @@ class Installer:
             source.attrs = {}
         return source
 
-    def prime(self, kernels: list[CompiledKernel], units: list[list[Json]]) -> int:
+    def prime(self, kernels: list[CompiledKernel], units: Sequence[UnitRow]) -> int:
         """Load kernels onto the current device. Returns how many modules were loaded for them.
 
         What `CompiledKernel._init_handles` does, with launchers and modules shared. A kernel that does not fit the
@@ -223,17 +224,17 @@ def _tell(listeners: list[Any], kernel: CompiledKernel) -> None:
 class _MetadataMaker:
     """Triton's `KernelMetadata` tuples of a bundle's units."""
 
-    def __init__(self, target: GPUTarget, manifest: Mapping[str, Json], backend: Any) -> None:
+    def __init__(self, target: GPUTarget, manifest: Served, backend: Any) -> None:
         common = {
-            **manifest["metadata"],
+            **manifest.metadata,
             "target": target,
-            "triton_version": manifest["toolchain"]["triton"],
+            "triton_version": manifest.toolchain["triton"],
             "extern_libs": [],
             "hash": "",
         }
         kinds: dict[tuple[str, ...], Any] = {}
         self._sets = []
-        for own in manifest["metadata_sets"]:
+        for own in manifest.metadata_sets:
             values = {**common, **own}
             names = tuple(sorted(values))
             if names not in kinds:
@@ -257,7 +258,7 @@ def load_as_triton_does(kernel: CompiledKernel) -> None:
     kernel._init_handles()
 
 
-def choose(tuners: Sequence[Autotuner], key: list[Json], config: Mapping[str, Json], replace: bool = False) -> str:
+def choose(tuners: Sequence[Autotuner], key: Sequence[Json], config: Mapping[str, Json], replace: bool = False) -> str:
     """Make `tuners` take `config` under `key`; those that make their configs when they are called take it then, if it is
     among them. Returns why none of them can; empty when one does."""
     if not tuners:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from triton.runtime.autotuner import Autotuner
@@ -54,13 +54,13 @@ def benchmarking(allowed: Allowed, measured: Measured) -> Iterator[None]:
         undo()
 
 
-def forget(function: JITFunction, ordinal: int, key: list[Json]) -> None:
+def forget(function: JITFunction, ordinal: int, key: Sequence[Json]) -> None:
     """Make a tuner of `function` choose again under `key`, in this process only (its disk cache is not asked either)."""
     for tuner in triton_launches.tuners_of(function, ordinal):
         tuner.cache_results = False
         triton_kernel.forget(tuner, tuple(triton_jit.decode(k) for k in key))
 
 
-def identity(kernel: str, ordinal: int, key: list[Json]) -> str:
+def identity(kernel: str, ordinal: int, key: Sequence[Json]) -> str:
     """One tuning's name within a process."""
     return json.dumps([kernel, ordinal, key])

@@ -1,0 +1,247 @@
+"""What a build and its worker processes say to each other: one JSON object a line, each with a type here.
+
+A job goes to a worker's stdin; what it answers comes from its stdout. This module alone knows how either is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeAlias, TypeVar
+
+from aot_cache.artifact.manifest import Graph, NativeModule, graph_from_json, plain
+from aot_cache.artifact.plan import FailedCase, Failure
+from aot_cache.artifact.target import Target
+from aot_cache.builder.fingerprint import Inputs
+from aot_cache.misses.file import Miss
+from aot_cache.recipes.dimensions import Point
+from aot_cache.store import JsonObject
+
+Stage = Literal["kernels", "graphs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """A missed point that the recipe's code cannot run at: a declared one has to run, this one need not."""
+
+    case: str
+    point: Point
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one worker process does.
+
+    Args:
+        stage: trace and compile Triton kernels, or the graphs of compiled functions.
+        target: the GPU kind that the process becomes.
+        recipe: name or `module:object` with options; None where `plan` is given.
+        plan: path of a plan file to build instead.
+        plan_out: where the plan is written; a later worker of the same rank reads it there.
+        calls: file with the calls of compiled functions at every point, for the worker that traces them.
+        ranges: dimension → text, in place of the declared one.
+        store: the store's folder.
+        line_info, pythons, workers: see `pipeline.Request`.
+        show_plan: trace, and compile nothing.
+        misses: what serving processes missed.
+        refused: missed points to be left out.
+        failed_cases: cases that another worker could not run.
+        ranks: how many the job has, and whether the user said so.
+        rank: which of them this process is.
+        also: plans of other ranks, to be compiled with this one's.
+        cases: those that call compiled functions; None: nobody has looked yet.
+    """
+
+    stage: Stage
+    target: Target
+    recipe: str | None
+    plan: str | None
+    plan_out: str
+    calls: str
+    store: str
+    ranges: Mapping[str, str] = field(default_factory=dict)
+    line_info: bool = False
+    pythons: Sequence[str] = field(default_factory=list)
+    workers: int | None = None
+    show_plan: bool = False
+    misses: Sequence[Miss] = field(default_factory=list)
+    refused: Sequence[Refused] = field(default_factory=list)
+    failed_cases: Sequence[FailedCase] = field(default_factory=list)
+    ranks: int = 1
+    ranks_given: bool = False
+    rank: int = 0
+    also: Sequence[str] = field(default_factory=list)
+    cases: Sequence[str] | None = None
+
+    def written(self) -> str:
+        return json.dumps({**plain(self), "target": self.target.properties()})
+
+    @classmethod
+    def read(cls, text: str) -> Job:
+        data = json.loads(text)
+        target = {**data["target"], "capability": tuple(data["target"]["capability"])}
+        data |= {
+            "target": Target(**target),
+            "misses": [Miss(**one) for one in data["misses"]],
+            "refused": [Refused(**one) for one in data["refused"]],
+            "failed_cases": [FailedCase(**one) for one in data["failed_cases"]],
+        }
+        return cls(**data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progressed:
+    """How far the worker is: `done` of `total`."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedsRanks:
+    """The recipe is for a job of so many ranks, and the worker was started in another: nothing is done yet."""
+
+    ranks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raised:
+    """The worker gives up: an error of `aot_cache.errors`, by the name of its class and its texts."""
+
+    type: str
+    wanted: str
+    found: str
+    do: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """Kernels are traced, and the plan is written.
+
+    Args:
+        spec: text that loads the recipe; empty for a plan file.
+        units: how many there are to compile.
+        calling: cases that call compiled functions.
+        refused: missed points that could not be run.
+        inputs: what the process has read.
+    """
+
+    spec: str
+    units: int
+    calling: Sequence[str]
+    refused: Sequence[Refused]
+    inputs: Inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """Kernels are compiled: `keys` and `memory_keys` go with the plan's units, in their order.
+
+    Args:
+        missed_kernels: number of each miss that asks for kernels → why it will miss again; empty when it will not.
+        compiled: how many units were compiled now, and not found in the store.
+        toolchain: what the bytes of all kernels depend on (`key.toolchain_parts`).
+    """
+
+    keys: Sequence[str]
+    memory_keys: Sequence[str | None]
+    compiled: int
+    native: Sequence[NativeModule]
+    failed: Sequence[Failure]
+    toolchain: JsonObject
+    missed_kernels: Mapping[int, str]
+    inputs: Inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surveyed:
+    """It is known which graphs the recipe needs, and the plan is written."""
+
+    spec: str
+    inputs: Inputs
+    failed_cases: Sequence[FailedCase]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracedGraph(Graph):
+    """A graph as the child that compiled it knows it.
+
+    Args:
+        points: case's number → the points that call it, by their numbers; `reached` says the same in a plan's words.
+        asks_rank: places in code that ask which rank this is.
+    """
+
+    points: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    asks_rank: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphsMade:
+    """Graphs are compiled.
+
+    Args:
+        compiled: how many kinds of calls were compiled now, and not found in the store.
+        key: what all graphs are bound to (`key.graph_parts`).
+        missed_calls: number of each miss of a graph → why it will miss again; empty when it will not.
+    """
+
+    graphs: Sequence[TracedGraph]
+    failed: Sequence[Failure]
+    compiled: int
+    key: JsonObject
+    failed_cases: Sequence[FailedCase]
+    missed_calls: Mapping[int, str]
+
+
+Answer: TypeAlias = Traced | Compiled | Surveyed | GraphsMade
+Event: TypeAlias = Answer | Progressed | NeedsRanks | Raised
+T = TypeVar("T")
+
+_EVENTS: Mapping[str, type[Event]] = {
+    kind.__name__: kind for kind in (Progressed, NeedsRanks, Raised, Traced, Compiled, Surveyed, GraphsMade)
+}
+
+
+def last_of(job: Job) -> type[Answer]:
+    """The answer after which a worker has nothing more to say."""
+    if job.stage == "kernels":
+        return Traced if job.show_plan else Compiled
+    return Surveyed if job.show_plan else GraphsMade
+
+
+def written(event: Event) -> str:
+    """An event as one line."""
+    return json.dumps({"event": type(event).__name__, **plain(event)}) + "\n"
+
+
+def read(line: str) -> Event:
+    """The event of a line."""
+    data: dict[str, Any] = json.loads(line)
+    kind = _EVENTS[data.pop("event")]
+    for name in {one.name for one in fields(kind)} & _READERS.keys():
+        data[name] = _READERS[name](data[name])
+    return kind(**data)
+
+
+def the(kind: type[T], answers: Iterable[object]) -> T | None:
+    """The answer of a type; None: there is none."""
+    return next((one for one in answers if isinstance(one, kind)), None)
+
+
+def _numbered(found: Mapping[str, str]) -> dict[int, str]:
+    return {int(number): why for number, why in found.items()}
+
+
+_READERS: Mapping[str, Any] = {
+    "refused": lambda found: [Refused(**one) for one in found],
+    "inputs": lambda found: Inputs(**found),
+    "native": lambda found: [NativeModule(**one) for one in found],
+    "failed": lambda found: [Failure(**one) for one in found],
+    "failed_cases": lambda found: [FailedCase(**one) for one in found],
+    "graphs": lambda found: [graph_from_json(TracedGraph, one) for one in found],
+    "missed_kernels": _numbered,
+    "missed_calls": _numbered,
+}
