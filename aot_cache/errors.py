@@ -1,23 +1,23 @@
 """The errors of aot-cache, in one tree.
 
-AotCacheError
-├── DeclarationError        a recipe, range or dimension is wrong, or a recipe's own code raised
-├── UnknownName             a model, target or dimension that nobody declared
-├── TargetError             a target cannot be used here (or differs from the device)
-├── TraceError              host code could not be run on the virtual device
-│   └── DataDependent       host code read values of a tensor that has none
-├── CompileFailed           one or more units did not compile
-├── StoreError              bytes on disk
-│   ├── StoreUnwritable     no permission, no space, not a folder
-│   ├── BundleCorrupt       a hash, the header or the layout is wrong
-│   ├── BundleMissing       no such bundle
-│   └── DigestMismatch      the bundle is not the one that was pinned
-├── Incompatible            the bundle is sound but not for this host
-├── NotReady                something declared is not installed, or a sealed process missed
-├── CacheMiss               policy `error`: a call would compile, tune or load inside a capture or after `seal()`
-├── RankDisagreement        the ranks of a job would not do the same thing, or one of them does not answer
-├── RehearsalFailed         a bundle does not hit, or is not near eager, at a point at which it was rehearsed
-└── TuneError               tuning could not run
+    AotCacheError
+    ├── DeclarationError        a recipe, range or dimension is wrong, or a recipe's own code raised
+    ├── UnknownName             a model, target or dimension that nobody declared
+    ├── TargetError             a target cannot be used here (or differs from the device)
+    ├── TraceError              host code could not be run on the virtual device
+    │   └── DataDependent       host code read values of a tensor that has none
+    ├── CompileFailed           one or more units did not compile
+    ├── StoreError              bytes on disk
+    │   ├── StoreUnwritable     no permission, no space, not a folder
+    │   ├── BundleCorrupt       a hash, the header or the layout is wrong
+    │   ├── BundleMissing       no such bundle
+    │   └── DigestMismatch      the bundle is not the one that was pinned
+    ├── Incompatible            the bundle is sound but not for this host
+    ├── NotReady                something declared is not installed, or a sealed process missed
+    ├── CacheMiss               policy `error`: a call would compile, tune or load inside a capture or after `seal()`
+    ├── RankDisagreement        the ranks of a job would not do the same thing, or one of them does not answer
+    ├── RehearsalFailed         a bundle does not hit, or is not near eager, at a point at which it was rehearsed
+    └── TuneError               tuning could not run
 
 Every message says what was wanted, what was found, and what to do. The command line prints exactly one line and
 exits with `exit_code`; it shows no traceback for anything in this tree.

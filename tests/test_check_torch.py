@@ -67,16 +67,16 @@ def test_every_test_of_a_contract_says_whose_it_is(file: str) -> None:
 
 # --- what is published ------------------------------------------------------------------------------------------------
 
-AGAIN = "run tools/check_torch --readme, and VERSION… where there is a new module or release"
+AGAIN = "run tools/check_torch --page, and VERSION… where there is a new module or release"
 
 
 def test_the_package_s_table_is_what_was_recorded() -> None:
     assert json.loads(tested.TABLE.read_text()) == record.table(record.read()), AGAIN
 
 
-def test_the_readme_says_what_was_recorded() -> None:
-    text = record.README.read_text()
-    assert record.in_readme(text) and record.in_readme(text) == record.readme_block(record.read()), AGAIN
+def test_the_page_of_support_says_what_was_recorded() -> None:
+    text = record.PAGE.read_text()
+    assert record.in_page(text) and record.in_page(text) == record.page_block(record.read()), AGAIN
 
 
 def test_every_module_held_somewhere() -> None:
@@ -170,7 +170,7 @@ def test_the_table_of_a_record() -> None:
     assert found.modules["dynamo_guards"].torch == ("2.9", "2.13")
     assert found.modules["triton_jit"].triton == ("3.4", "3.7", "3.8")
     assert found.refused(tested.GRAPHS, "2.14.1", "3.8.0") and not found.refused(tested.KERNELS, "2.14.1", "3.8.0")
-    block = record.readme_block(runs)
+    block = record.page_block(runs)
     for text in (
         "| 2.9 × 3.4 | 2.13 × 3.7 (contracts pass), any other",
         "2.14 × 3.8 (dynamo_guards, graph hits)",
@@ -191,4 +191,4 @@ def test_what_is_asked_for() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "tools" / "check_torch"], capture_output=True, text=True, timeout=HANGS, check=False
     )
-    assert done.returncode == 2 and "--readme" in done.stderr
+    assert done.returncode == 2 and "--page" in done.stderr

@@ -1,4 +1,4 @@
-"""What `tools/check_torch` found: its record, the table that aot-cache reads of it, and what the README says of it.
+"""What `tools/check_torch` found: its record, the table that aot-cache reads of it, and what the documentation says of it.
 
 A record holds a run for each torch × triton × transformers; a run that is made again takes the place of the one before.
 """
@@ -19,11 +19,11 @@ from aot_cache import tested
 
 Json = Any
 RECORD = ROOT / "artifacts" / "measurements" / "check_torch.json"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "support.md"
 UPSTREAM = ROOT / "aot_cache" / "upstream"
 NO_ROOMS = ("__init__", "versions")
 """Files of upstream/ that rely on nothing of torch or Triton."""
-_BEGIN, _END = "<!-- written by tools/check_torch --readme -->\n", "<!-- until here -->\n"
+_BEGIN, _END = "<!-- written by tools/check_torch --page -->\n", "<!-- until here -->\n"
 
 
 # --- the record -------------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def _imported(path: Path) -> set[str]:
     return out
 
 
-# --- what is printed, and the README ----------------------------------------------------------------------------------
+# --- what is printed, and the page ------------------------------------------------------------------------------------
 
 
 def overview(runs: Sequence[dict[str, Json]]) -> list[list[str]]:
@@ -171,8 +171,8 @@ def moved(runs: Iterable[dict[str, Json]]) -> list[str]:
     ]
 
 
-def readme_block(runs: Sequence[dict[str, Json]]) -> str:
-    """The README's table of what was tested, between its two comments."""
+def page_block(runs: Sequence[dict[str, Json]]) -> str:
+    """The page's table of what was tested, between its two comments."""
     found = tested.read(json.dumps(table(runs)))
     good = [pair for pair in found.pairs if not (pair.broken or pair.failed)]
     bad = [f"{p.text} ({', '.join((*p.broken, *p.failed))})" for p in found.pairs if p not in good and not _is_unrun(p)]
@@ -211,15 +211,15 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
 
 
-def in_readme(text: str) -> str:
-    """The block that stands in the README's text now."""
+def in_page(text: str) -> str:
+    """The block that stands in the page's text now."""
     found = re.search(re.escape(_BEGIN) + ".*?" + re.escape(_END), text, re.S)
     return found[0] if found else ""
 
 
 def with_block(text: str, block: str) -> str:
-    """The README's text with `block` in place of the one that is there."""
-    old = in_readme(text)
+    """The page's text with `block` in place of the one that is there."""
+    old = in_page(text)
     if not old:
-        raise SystemExit(f"check_torch: {README} has no {_BEGIN.strip()} to write behind")
+        raise SystemExit(f"check_torch: {PAGE} has no {_BEGIN.strip()} to write behind")
     return text.replace(old, block)

@@ -160,8 +160,9 @@ def capture(
         make_batch: a shape → what `run` is called with, or None where this rank has no room for it.
         run: the model's step.
         group: the process group whose ranks go together; None is the whole job.
-        pool, stream: as `torch.cuda.graph` takes them; by default one of each is made for all shapes. Warm-ups run on the
-            same stream, so that what libraries make for a stream is made before.
+        pool: as `torch.cuda.graph` takes it; by default one is made for all shapes.
+        stream: as `torch.cuda.graph` takes it; by default one is made for all shapes. Warm-ups run on it, too, so that what
+            libraries make for a stream is made before.
         mixed: what to do where ranks differ, see `before_capture`.
         covers: a shape → (case, point) that must be installed for it (`will_hit`).
         timeout: seconds that a rank waits for the others.
