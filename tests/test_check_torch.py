@@ -89,7 +89,7 @@ def test_every_module_held_somewhere() -> None:
 def test_a_serving_process_imports_what_is_called_serving() -> None:
     code = (
         "import sys; from aot_cache.runtime import graph_lookup, loader; import triton\n"
-        "[*loader._triton_hooks()]; print(*[m.split('.')[-1] for m in sys.modules if m.startswith('aot_cache.upstream.')])"
+        "[*loader.SESSION.triton_hooks()]; print(*[m.split('.')[-1] for m in sys.modules if m.startswith('aot_cache.upstream.')])"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],

@@ -305,7 +305,7 @@ def test_a_miss_that_cannot_be_explained_is_still_safe(
 ) -> None:
     """The file is left alone: whoever builds from it would refuse a line that says nothing."""
     monkeypatch.setenv("AOT_CACHE_MISSES", str(tmp_path / "misses.jsonl"))
-    monkeypatch.setattr(loader._answers, "reasons", mock.Mock(side_effect=ZeroDivisionError))
+    monkeypatch.setattr(loader.SESSION._answers, "reasons", mock.Mock(side_effect=ZeroDivisionError))
     with capture():
         torch.testing.assert_close(made.plain()(X), X.sin() + 1)
     assert counts() == {"fallback": 1} and not (tmp_path / "misses.jsonl").exists()

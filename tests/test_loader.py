@@ -312,10 +312,11 @@ def test_a_folder_with_one_for_the_cpu(
         (tmp_path / f"{name}.safetensors").touch()
 
     def read(path: Path) -> SimpleNamespace:
-        return SimpleNamespace(path=path, digest="", manifest={"target": targets.get(path.stem).properties()})
+        return SimpleNamespace(path=path, digest="")
 
     monkeypatch.setattr(bundle_lookup, "read_bundle", read)
     monkeypatch.setattr(bundle_lookup, "check_form", lambda bundle: None)
+    monkeypatch.setattr(bundle_lookup, "served", lambda bundle: SimpleNamespace(on_cpu=bundle.path.stem == "cpu"))
     monkeypatch.setattr(bundle_lookup.host_check, "parts", lambda manifest, look_at_gpu: [])
     monkeypatch.setattr(bundle_lookup.torch_capture, "cuda_is_up", lambda: up)
     if found is None:

@@ -30,10 +30,10 @@ class Answers:
 
     Args:
         guard: decides what is done where there is no answer.
-        refuse: told when a bundle's graphs cannot be used, and are dropped.
+        refuse: told when a bundle's graphs cannot be used, and are dropped; with whether it was loaded strictly.
     """
 
-    def __init__(self, guard: Guard, refuse: Callable[[Exception], None]) -> None:
+    def __init__(self, guard: Guard, refuse: Callable[[Exception, bool], None]) -> None:
         self._guard, self._refuse = guard, refuse
         self.sets: list[GraphSet] = []
         self.missed: dict[tuple[Any, ...], str] = {}
@@ -65,7 +65,7 @@ class Answers:
                     found = graphs.find(frame)
             except Exception as error:  # the call goes on as it would without us
                 self.sets.remove(graphs)
-                self._refuse(error)
+                self._refuse(error, graphs.strict)
                 continue
             if found is not None:
                 return found

@@ -52,8 +52,8 @@ class Loaded:
 class GraphSet:
     """The graphs of one bundle."""
 
-    def __init__(self, bundle: Bundle, ledger: Ledger) -> None:
-        self.bundle, self._ledger = bundle, ledger
+    def __init__(self, bundle: Bundle, ledger: Ledger, strict: bool = False) -> None:
+        self.bundle, self._ledger, self.strict = bundle, ledger, strict
         self.manifest = served(bundle)
         self._graphs = self.manifest.graphs
         self.loaded = Loaded(digest=bundle.digest, graphs=len(self._graphs))

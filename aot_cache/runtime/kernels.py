@@ -71,10 +71,14 @@ class _OnDevice:
 
 
 class KernelSet:
-    """The kernel units of one bundle in this process."""
+    """The kernel units of one bundle in this process.
 
-    def __init__(self, bundle: Bundle, ledger: Ledger) -> None:
-        self.bundle = bundle
+    Args:
+        strict: whether it was loaded so: what goes wrong with it raises, now and later.
+    """
+
+    def __init__(self, bundle: Bundle, ledger: Ledger, strict: bool = False) -> None:
+        self.bundle, self.strict = bundle, strict
         self.manifest = manifest = served(bundle)
         self.report = Report(path=str(bundle.path), digest=bundle.digest, units=len(manifest.units))
         self._ledger = ledger

@@ -122,7 +122,7 @@ def hits(built: Built, device: Device, monkeypatch: pytest.MonkeyPatch) -> Itera
     with contextlib.ExitStack() as hooks:
         loader.arm("error")
         hooks.callback(loader.disarm)
-        loader.HOOKS.once("triton", loader._triton_hooks)
+        loader.HOOKS.once("triton", loader.SESSION.triton_hooks)
         yield kernels
 
 

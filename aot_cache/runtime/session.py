@@ -1,0 +1,366 @@
+"""What one process has loaded, and the guard around it: the state behind `load`, `ready` and the other functions of `loader`.
+
+Never break serving: a bad, missing or foreign bundle is one warning and a count, unless it was loaded with `strict`. Loading
+initialises no CUDA. Kernels are installed on a device when the process uses it: at `load` or `ready` if CUDA is up, else before
+its first capture, or at the first launch that would have compiled, whichever comes first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from aot_cache.artifact.manifest import served
+from aot_cache.errors import Incompatible, NotReady
+from aot_cache.runtime import bundle_lookup, gc_pause, host_check, policy
+from aot_cache.runtime.guard import Guard
+from aot_cache.runtime.hooks import Hooks, Undo
+from aot_cache.runtime.kernels import KernelSet, Report
+from aot_cache.runtime.ledger import Ledger
+from aot_cache.runtime.miss_log import Misses
+from aot_cache.upstream import after_import, patch
+from aot_cache.upstream.hooks import torch_capture
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from aot_cache.runtime.graph_lookup import Answers
+    from aot_cache.runtime.graphs import GraphSet  # imports Dynamo
+    from aot_cache.upstream.hooks.dynamo_frames import Frame
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A folder of which the bundle for this GPU is taken once the GPU is known."""
+
+    path: Path
+    digest: str | None
+    strict: bool
+
+
+class Session:
+    """Bundles, counters and hooks of one process. Its methods may be called from any thread.
+
+    Args:
+        warn: called with one line for people where a bundle, or a promise, could not be kept.
+    """
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self.ledger = Ledger()
+        self.hooks = Hooks()
+        self.misses = Misses(warn)
+        self.guard = Guard(self.ledger, self.misses, self._late, self._reasons, warn)
+        self._warn = warn
+        self._lock = threading.RLock()
+        self._kernels: list[KernelSet] = []
+        self._waiting_graphs: list[KernelSet] = []
+        """Bundles whose graphs wait for Dynamo to be imported."""
+        self._answers: Answers | None = None
+        """Once Dynamo is imported."""
+        self._folders: list[_Folder] = []
+        self._doubts: set[str] = set()
+        """What was said already."""
+
+    # --- bundles ------------------------------------------------------------------------------------------------------
+
+    def load(
+        self, path: Path, digest: str | None, strict: bool, together: Sequence[ProcessGroup | None]
+    ) -> Report | None:
+        """See `loader.load`; `together` has the group whose ranks load the same bundle, or nothing."""
+        try:
+            for group in together:
+                digest = bundle_lookup.agreed(path, digest, group)
+            if path.is_dir() and not torch_capture.cuda_is_up():
+                with self._lock:
+                    self._folders.append(_Folder(path, digest, strict))
+                return None
+            kernels = self._add(path, digest, strict)
+            if torch_capture.cuda_is_up():
+                self.prime()
+            return kernels.report
+        except Exception as error:
+            self._refuse(error, strict)
+            return None
+
+    def prime(self) -> int:
+        """See `loader.prime`."""
+        with self._lock, gc_pause.paused():
+            self._choose_from_folders()
+            return (self._prime_kernels() if torch_capture.cuda_is_up() else 0) + self._prime_graphs()
+
+    def _prime_kernels(self) -> int:
+        if not self._kernels:
+            return 0
+        from aot_cache.upstream.codec import triton_kernel
+
+        self.arm()
+        self.hooks.once("triton", self.triton_hooks)  # a Triton that was half imported when it was waited for
+        device = triton_kernel.current_device()
+        loaded = 0
+        for kernels in list(self._kernels):
+            try:
+                if kernels.waiting(device):
+                    bundle_lookup.check(kernels.bundle, look_at_gpu=True)
+                    kernels.install(device)
+                loaded += kernels.prime(device)
+            except Exception as error:
+                self._kernels.remove(kernels)
+                self._refuse(error, kernels.strict)
+        return loaded
+
+    def _prime_graphs(self) -> int:
+        """Load compiled graphs; those for a GPU once CUDA is up."""
+        loaded = 0
+        for graphs in self.graphs():
+            if graphs.manifest.on_cpu or torch_capture.cuda_is_up():
+                try:
+                    with self.guard.installing():
+                        loaded += graphs.prime()
+                except Exception as error:
+                    self._drop_graphs(graphs)
+                    self._refuse(error, graphs.strict)
+        return loaded
+
+    def ready(self, strict: bool) -> list[Report]:
+        """See `loader.ready`."""
+        self.prime()
+        if torch_capture.cuda_is_up():  # before that, nothing is pending
+            came = [kernels.import_pending() for kernels in self.kernels()]
+            if any(came):
+                self.prime()
+            self._prime_libraries()
+        reports = [kernels.report for kernels in self._kernels]
+        if strict:
+            missing = self._missing(reports)
+            if missing or not all(r.devices or not r.units for r in reports):
+                raise NotReady(
+                    "everything declared to be installed",
+                    "; ".join(missing) or "CUDA is not initialised",
+                    "see aot_cache.stats(), and build again if sources changed",
+                )
+        return reports
+
+    def _missing(self, reports: Sequence[Report]) -> list[str]:
+        """What is declared and not installed, each with the reason."""
+        missing = [f"{name} ({_why_pending(r, name)})" for r in reports for name in r.pending]
+        missing += [f"{name} ({why})" for r in reports for name, why in r.stale.items()]
+        missing += [f"{name} ({why})" for r in reports for name, why in r.unchosen.items()]
+        if self._waiting_graphs:
+            missing.append("graphs (torch._dynamo is not imported: nothing is compiled yet)")
+        else:
+            graphs = self.graphs()
+            missing += [f"{g.loaded.graphs} graphs (CUDA is not initialised)" for g in graphs if g.waiting()]
+            missing += [f"{name} ({why})" for g in graphs for name, why in g.changed().items()]
+        return missing if reports else [*missing, "no bundle is loaded"]
+
+    def kernels(self) -> list[KernelSet]:
+        """The bundles in this process."""
+        return list(self._kernels)
+
+    def graphs(self) -> list[GraphSet]:
+        """The graphs of the bundles in this process, as far as Dynamo is imported."""
+        return list(self._answers.sets) if self._answers is not None else []
+
+    def missed_before(self, function: str, case: str, point: Mapping[str, int]) -> str:
+        """Why a call of a compiled function has missed in this process at a declared point; empty if none has."""
+        return self._answers.missed.get((function, case, *point.items()), "") if self._answers is not None else ""
+
+    def stats(self) -> dict[str, Any]:
+        """See `loader.stats`."""
+        misses = self.misses.to_json()
+        return {
+            **self.ledger.to_json(),
+            "policy": policy.default(),
+            "bundles": [kernels.report.to_json() for kernels in self._kernels],
+            "graphs": [vars(graphs.loaded) for graphs in self.graphs()],
+            "misses": misses,
+            "patches": patch.installed(),
+            "unsafe": sorted({miss["name"] for miss in misses if miss["action"] == "unsafe"}),
+        }
+
+    def explain(self, call: Callable[[], object]) -> list[dict[str, Any]]:
+        """See `loader.explain`.
+
+        Raises:
+            Incompatible: Dynamo cannot be looked at in this release.
+        """
+        self._hook_dynamo()
+        if self._answers is None:
+            raise Incompatible("a Dynamo whose misses can be looked at", "it could not be hooked (see the warning)", "")
+        return self._answers.explain(call)
+
+    def _add(self, path: Path, digest: str | None, strict: bool) -> KernelSet:
+        bundle = bundle_lookup.find(path, digest)
+        bundle_lookup.check_form(bundle)
+        kernels = KernelSet(bundle, self.ledger, strict)
+        bundle_lookup.check(bundle, look_at_gpu=False)
+        self._heed(bundle_lookup.doubt(bundle), strict)
+        if strict:
+            bundle_lookup.check_gpu(bundle)
+        with self._lock:
+            self._kernels.append(kernels)
+            if kernels.manifest.graphs:
+                self._waiting_graphs.append(kernels)
+                if self._answers is not None:  # Dynamo is here already
+                    self._add_graphs(self._answers)
+        return kernels
+
+    def _heed(self, doubt: str, strict: bool) -> None:
+        """Warn of releases that nobody tested, once in a process; an error where nothing may be left to chance."""
+        if doubt and strict:
+            raise Incompatible("releases that this aot-cache was tested with", doubt, "")
+        if doubt and doubt not in self._doubts:
+            self._doubts.add(doubt)
+            self._warn(f"aot-cache: {doubt}")
+
+    def _choose_from_folders(self) -> None:
+        while self._folders:
+            folder = self._folders.pop()
+            try:
+                self._add(folder.path, folder.digest, folder.strict)
+            except Exception as error:
+                self._refuse(error, folder.strict)
+
+    def _refuse(self, error: Exception, strict: bool) -> None:
+        """Go on without a bundle: one warning and a count. An error that is not ours is a bug or a moved upstream: the same."""
+        self.ledger.note("rejected_bundle", str(error), torch_capture.capturing())
+        if strict:
+            raise error
+        self._warn(f"aot-cache serves without its bundle: {error}")
+
+    def _add_graphs(self, answers: Answers) -> None:
+        """Make the graphs of waiting bundles known to Dynamo's misses. What is not for this host is refused, once."""
+        from aot_cache.runtime.graphs import GraphSet
+
+        while self._waiting_graphs:
+            kernels = self._waiting_graphs.pop(0)
+            bundle = kernels.bundle
+            try:
+                bundle_lookup.check_torch(bundle)
+                parts = host_check.differing(host_check.graph_parts(served(bundle)))
+                if parts:
+                    do = "build for it (aot-cache build)"
+                    raise Incompatible(f"graphs for this host, not those of {bundle.path}", host_check.say(parts), do)
+                answers.sets.append(GraphSet(bundle, self.ledger, kernels.strict))
+            except Exception as error:
+                self._refuse(error, kernels.strict)
+
+    def _drop_graphs(self, graphs: GraphSet) -> None:
+        if self._answers is not None and graphs in self._answers.sets:
+            self._answers.sets.remove(graphs)
+
+    # --- the guard ----------------------------------------------------------------------------------------------------
+
+    def arm(self) -> None:
+        """Hook what is imported, and wait for what is not. Imports nothing."""
+        self.hooks.once("waiting", self._wait)
+
+    def disarm(self) -> None:
+        """See `loader.disarm`."""
+        self.hooks.take_out()
+        self.guard.capture_is_over()
+
+    def _wait(self) -> Iterator[Undo]:
+        yield after_import.when_torch_comes(self._hook_captures)
+        yield after_import.when_triton_comes(self._hook_triton)
+        yield after_import.when_dynamo_comes(self._hook_dynamo)
+
+    def _hook_captures(self) -> None:
+        def hook() -> list[Undo]:
+            return [torch_capture.watch_captures(self._before_capture, self.guard.capture_is_over)]
+
+        self.hooks.once("captures", hook)
+
+    def _hook_triton(self) -> None:
+        """Inside somebody's `import triton`, which must not fail because of us."""
+        try:
+            self.hooks.once("triton", self.triton_hooks)
+        except Exception as error:
+            strict = any(kernels.strict for kernels in self._kernels)
+            self._kernels.clear()
+            self._folders.clear()
+            self._refuse(error, strict)
+
+    def triton_hooks(self) -> Iterator[Undo]:
+        """Triton's miss paths and its C modules. Nothing here is on the hit path."""
+        from aot_cache.upstream.hooks import triton_events, triton_launcher, triton_miss, triton_tuner_miss
+
+        yield triton_events.listen(self.guard.count)
+        yield triton_launcher.serve(self._native)
+        yield triton_miss.instead_of_compiling(self.guard.launch)
+        yield triton_miss.around_loading(self.guard.loading)
+        # Outside of what counts: what is not measured is not counted as a tuning.
+        yield triton_tuner_miss.instead_of_tuning(self.guard.tuning, self.guard.later)
+
+    def _hook_dynamo(self) -> None:
+        """Inside somebody's import of Dynamo, which must not fail because of us."""
+        try:
+            from aot_cache.runtime.graph_lookup import Answers
+
+            with self._lock:
+                if self._answers is None:
+                    self._answers = Answers(self.guard, self._refuse)
+                answers = self._answers
+            self.hooks.once("dynamo", answers.hook)
+            with self._lock:
+                self._add_graphs(answers)
+        except Exception as error:
+            strict = any(kernels.strict for kernels in self._waiting_graphs)
+            self._waiting_graphs.clear()
+            self._refuse(error, strict)
+
+    def _native(self, source_key: str) -> bytes | None:
+        from aot_cache.upstream.hooks.triton_launcher import interpreter_tag
+
+        for kernels in self._kernels:
+            for native in kernels.manifest.native:
+                if native.source == source_key and native.suffix == interpreter_tag():
+                    return kernels.bundle.object(native.object)
+        return None
+
+    def _before_capture(self) -> None:
+        """Everything that still waits, and the libraries' handles; not while another thread's capture forbids it."""
+        if torch_capture.capturing():
+            return
+        waiting = self._folders or any(graphs.waiting() for graphs in self.graphs())
+        if waiting or any(kernels.report.primed < kernels.report.units for kernels in self._kernels):
+            self.prime()
+        self._prime_libraries()
+
+    def _prime_libraries(self) -> None:
+        """cuBLAS and cuDNN make their handles at first use, which no capture allows: an eager fallback would be lost, too."""
+        if policy.default() == "observe":
+            return
+        from aot_cache.upstream.hooks import cuda_libraries
+
+        try:
+            cuda_libraries.prime()
+        except Exception as error:  # out of memory, a library that is missing: the model says it better
+            self._warn(f"aot-cache could not prime CUDA's libraries before a capture: {error}")
+
+    def _late(self, function: object, name: str, device: int) -> bool:
+        """A launch is about to compile, or to tune: install what is still waiting for this device; true when anything was."""
+        try:
+            with self._lock:
+                adopted = [k for k in self._kernels if k.adopt(function, name, device)]
+                if not adopted and not self._folders and not any(k.waiting(device) for k in self._kernels):
+                    return False
+            self.prime()
+        except Exception as error:  # the launch goes on as it would without us
+            self._refuse(error, any(kernels.strict for kernels in self._kernels))
+            return False
+        return True
+
+    def _reasons(self, frame: Frame) -> tuple[str, Callable[[], Mapping[str, Any]]]:
+        assert self._answers is not None  # it is Dynamo that asks
+        return self._answers.reasons(frame)
+
+
+def _why_pending(report: Report, name: str) -> str:
+    why = report.not_imported.get(name.partition(":")[0])
+    return f"its module cannot be imported: {why}" if why else "its module is not imported"
