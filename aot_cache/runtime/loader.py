@@ -58,7 +58,7 @@ def load(
     strict: bool = False,
     policy: str | None = None,
     together: bool = False,
-    group: Any = None,
+    group: object = None,
 ) -> Report | None:
     """Load a bundle into this process, and arm the guard.
 
@@ -85,7 +85,7 @@ def load(
         return _load(Path(path), digest, strict, [group] if together else [])
 
 
-def _load(path: Path, digest: str | None, strict: bool, together: list[Any]) -> Report | None:
+def _load(path: Path, digest: str | None, strict: bool, together: list[object]) -> Report | None:
     try:
         for group in together:
             digest = bundle_lookup.agreed(path, digest, group)
@@ -436,7 +436,7 @@ def _late(function: Any, name: str, device: int) -> bool:
     return True
 
 
-def _reasons(frame: Any) -> Any:
+def _reasons(frame: object) -> Any:
     return _answers.reasons(frame)
 
 
