@@ -52,7 +52,7 @@ def _argument(name: str, pair: Pair) -> str:
     return f"{name}:{kind}" + "".join(marks.get(c, f":{c}") for c in (value if isinstance(value, str) else ""))
 
 
-def value_text(value: Any) -> str:
+def value_text(value: object) -> str:
     """An encoded value (see `upstream.triton_jit.encode`) as Python would write it."""
     if not isinstance(value, dict):
         return repr(value)

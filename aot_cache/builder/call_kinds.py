@@ -79,7 +79,7 @@ class Kind:
     structure: str
     paths: list[str]
     integer: list[bool]
-    sizes: list[list[Any]]
+    sizes: list[list[object]]
     wrapping: dict[str, Json] | None
     points: dict[int, list[int]] = field(default_factory=dict)
     places: dict[int, set[int]] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class Kind:
         }
 
 
-def _fits(size: int, wanted: Any) -> bool:
+def _fits(size: int, wanted: object) -> bool:
     return bool(wanted[0] <= size <= wanted[1] if isinstance(wanted, list) else size == wanted)
 
 
@@ -201,7 +201,7 @@ def follows(surveys: Iterable[Survey], points: Sequence[Point]) -> dict[Place, d
     for survey in surveys:
         for place, series in survey.series.items():
             alike.setdefault(place, []).append(series)
-    known: dict[Any, Relation] = {}
+    known: dict[object, Relation] = {}
     out: dict[Place, dict[str, list[Relation]]] = {}
     for place, several in alike.items():
         seen = {at: sizes for series in several for at, sizes in series.seen.items()}
@@ -214,7 +214,7 @@ def follows(surveys: Iterable[Survey], points: Sequence[Point]) -> dict[Place, d
 
 
 def _fitted(
-    column: tuple[int, ...], at: tuple[int, ...], where: Sequence[Point], known: dict[Any, Relation]
+    column: tuple[int, ...], at: tuple[int, ...], where: Sequence[Point], known: dict[object, Relation]
 ) -> Relation:
     """`fit`, once for sizes that go alike: a model's layers are many."""
     if (column, at) not in known:
@@ -222,10 +222,10 @@ def _fitted(
     return known[column, at]
 
 
-def _sizes(series: _Series, pattern: _Pattern) -> list[list[Any]]:
+def _sizes(series: _Series, pattern: _Pattern) -> list[list[object]]:
     out = []
     for n, first in enumerate(series.first):
-        sizes: list[Any] = []
+        sizes: list[object] = []
         for d, size in enumerate(first):
             if d not in series.varies[n] or series.fixed[n]:
                 sizes.append(size)

@@ -33,7 +33,7 @@ def cores() -> int:
 
 
 def run(
-    function: Callable[[T], Any], items: Sequence[T], workers: int | None = None, fresh: bool = False
+    function: Callable[[T], object], items: Sequence[T], workers: int | None = None, fresh: bool = False
 ) -> Iterator[tuple[int, Any]]:
     """Yield (index, result) as items finish; a result is what `function` returned or `Died`.
 
@@ -88,7 +88,7 @@ def run(
             child.kill()
 
 
-def _child(function: Callable[[T], Any], items: Sequence[T], pipe: Connection, others: list[Connection]) -> None:
+def _child(function: Callable[[T], object], items: Sequence[T], pipe: Connection, others: list[Connection]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, once
     gc.freeze()  # what was imported is for good: to look through it again would copy its pages, and is a twentieth of a graph
     for other in others:

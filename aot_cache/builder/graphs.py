@@ -210,7 +210,7 @@ class Runs:
             for number, points in enumerate(self.points)
         ]
 
-        def follow(kind: Kind, number: int) -> list[Mapping[str, Sequence[Any]]]:
+        def follow(kind: Kind, number: int) -> list[Mapping[str, Sequence[object]]]:
             found = [told[number].get((kind.structure, n), {}) for n in sorted(kind.places[number])]
             return [f for n, f in enumerate(found) if f not in found[:n]]
 
@@ -355,7 +355,7 @@ class Runs:
         """Everything that calls of one kind need. Runs in a child, and must not raise."""
         job = Job(kind, kinds)
 
-        def handle(frame: Frame, compile_frame: Any) -> Any:
+        def handle(frame: Frame, compile_frame: object) -> Any:
             try:
                 return job.handle(frame, compile_frame)
             except Exception as error:  # of ours, or Dynamo's: the case's own code has not raised it

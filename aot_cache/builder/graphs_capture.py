@@ -82,7 +82,7 @@ class Job:
         self._only_mine &= mine and not package.frame.resumes
         return answer
 
-    def _made_before(self, frame: Frame) -> Any:
+    def _made_before(self, frame: Frame) -> object:
         """What was made of an earlier call, if a server would take it for this one, too: by the same guards, read again.
 
         Dynamo's own look at this process's objects (a new instance of a model, a new closure), which a server never sees.
@@ -152,7 +152,7 @@ class Job:
     def graphs_answered(self) -> Iterator[None]:
         """Inductor compiles and its artifact is kept; Dynamo gets the graph itself."""
 
-        def compiled(wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs: Any) -> Any:
+        def compiled(wrapper: object, backend: object, graph: object, inputs: object, **kwargs: object) -> object:
             name = inductor_artifact.name_of(graph)
             with inductor_cpp.keeping() as libraries, inductor_tuning.collecting() as several:
                 self._artifacts[name] = inductor_artifact.compile_graph(wrapper, backend, graph, inputs, **kwargs)
@@ -160,7 +160,7 @@ class Job:
             self._candidates[name] = {key: SeveralConfigs(**found) for key, found in several.items()}
             run = dynamo_answers.answer(graph)
 
-            def answer(*args: Any) -> Any:
+            def answer(*args: object) -> object:
                 self._users.setdefault(name, {}).setdefault(self.at[0], set()).add(self.at[1])
                 return run(*args)
 
@@ -224,7 +224,7 @@ class Job:
         )
 
 
-def _read_again(made: CompiledFrame, facts: _Facts, frame: Frame) -> tuple[Any, str]:
+def _read_again(made: CompiledFrame, facts: _Facts, frame: Frame) -> tuple[object, str]:
     """(the guard manager that a server would make of what was written, "") for a call that fulfils it, else (None, why)."""
     return dynamo_guards.build(made.guards, facts.identities, facts.values, frame.code, frame.f_globals, frame.f_locals)
 

@@ -94,7 +94,7 @@ def compile_plan(
         if plan.units[number].kernel in unclear:
             return _Result(error=unclear[plan.units[number].kernel])
 
-        def known(ir: str) -> Any:
+        def known(ir: str) -> object:
             record = store.get_record(IR, _ir_key(plan.units[number], ir, shared))
             return record if record is not None and store.has(record["object"]) else None
 
@@ -147,7 +147,7 @@ def _stored(store: Store, unit_key: str) -> bool:
 
 
 def _compile(
-    plan: Plan, number: int, recipe: Recipe | None, target: Target, known: Callable[[str], Any] | None
+    plan: Plan, number: int, recipe: Recipe | None, target: Target, known: Callable[[str], object] | None
 ) -> _Result:
     unit = plan.units[number]
     try:
@@ -175,13 +175,13 @@ def made_by_host_code(unit: Unit, plan: Plan) -> bool:
     return function is None or bool(triton_jit.closure_differs(function, plan.closures[unit.kernel]))
 
 
-def _by_name(unit: Unit) -> Any:
+def _by_name(unit: Unit) -> object:
     name = key.function_of(unit.kernel)
     function = triton_jit.unwrap(triton_jit.find(name))
     return function if function is not None and triton_jit.name_of(function) == name else None
 
 
-def _function(unit: Unit, plan: Plan, recipe: Recipe | None) -> Any:
+def _function(unit: Unit, plan: Plan, recipe: Recipe | None) -> object:
     name, function = key.function_of(unit.kernel), _by_name(unit)
     if recipe is None or not made_by_host_code(unit, plan):
         return function

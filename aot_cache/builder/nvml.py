@@ -43,7 +43,7 @@ class Library:
         self._fields = {"nvmlDeviceGetMemoryInfo": (total, total, 0)}  # in all, free, used
         self._nothing = ("nvmlInit_v2", "nvmlInitWithFlags", "nvmlShutdown")
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name in self._nothing:
             return lambda *_: _SUCCESS
         if name == "nvmlErrorString":
@@ -85,7 +85,7 @@ def pretend(target: Target) -> None:
     library, plain = Library(target), ctypes.CDLL
 
     class CDLL(plain):  # type: ignore[misc, valid-type]  # a variable
-        def __new__(cls, name: Any = None, *_: Any, **__: Any) -> Any:
+        def __new__(cls, name: object = None, *_: object, **__: object) -> Any:
             return library if name in NAMES else super().__new__(cls)
 
     module: Any = ctypes

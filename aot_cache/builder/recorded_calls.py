@@ -35,7 +35,7 @@ def call_of(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ca
     }
 
 
-def _sizes(value: Any) -> list[int] | None:
+def _sizes(value: object) -> list[int] | None:
     if isinstance(value, torch.Tensor) and not is_parameter(value):
         return [int(size) for size in value.shape]
     return [value] if type(value) is int else None

@@ -45,7 +45,9 @@ def leaves(frame: Frame) -> tuple[list[Leaf], str]:
     return found, "\n".join(text)
 
 
-def _walk(value: Any, path: str, found: list[Leaf], text: list[str], seen: set[int], depth: int, fixed: bool) -> None:
+def _walk(
+    value: object, path: str, found: list[Leaf], text: list[str], seen: set[int], depth: int, fixed: bool
+) -> None:
     kind = type(value)
     name = f"{kind.__module__}.{kind.__qualname__}"
     if isinstance(value, torch.Tensor):
@@ -67,7 +69,7 @@ def _walk(value: Any, path: str, found: list[Leaf], text: list[str], seen: set[i
                 _walk(inner, path + step, found, text, seen, depth + 1, fixed or owned)
 
 
-def _inside(value: Any) -> Iterator[tuple[str, Any, bool]]:
+def _inside(value: object) -> Iterator[tuple[str, object, bool]]:
     """(expression, item, whether its sizes belong to the model)."""
     if isinstance(value, (list, tuple)):
         yield from ((f"[{n}]", item, False) for n, item in enumerate(value))
@@ -82,7 +84,7 @@ def _inside(value: Any) -> Iterator[tuple[str, Any, bool]]:
         yield from ((f".{name}", item, False) for name, item in python_code.attributes(value).items())
 
 
-def _is_literal(key: Any) -> bool:
+def _is_literal(key: object) -> bool:
     """Whether `repr(key)` is read back as `key`: paths are evaluated."""
     if type(key) is tuple:
         return all(map(_is_literal, key))

@@ -13,7 +13,7 @@ from typing import Any
 
 from aot_cache.recipes.dimensions import LARGEST, Point
 
-Relation = list[Any] | None
+Relation = list[object] | None
 Relations = Mapping[str, Sequence[Relation]]
 """Path of a tensor or integer → the relation of each of its sizes; an integer has one."""
 
@@ -55,7 +55,7 @@ def solve(
     """
     if {path: len(found) for path, found in sizes.items()} != {path: len(found) for path, found in relations.items()}:
         return "it is given other tensors or integers"
-    equations: dict[tuple[tuple[Any, ...], int], str] = {}
+    equations: dict[tuple[tuple[object, ...], int], str] = {}
     unknown = []
     for path, found in relations.items():
         for d, (relation, size) in enumerate(zip(found, sizes[path])):
@@ -73,7 +73,7 @@ def solve(
     return {**seen, **point}
 
 
-_Equation = tuple[tuple[tuple[Any, ...], int], str]
+_Equation = tuple[tuple[tuple[object, ...], int], str]
 
 
 def _search(point: Point, equations: Sequence[_Equation], seen: Point) -> Point | str:

@@ -48,12 +48,12 @@ class Call:
 
     __slots__ = ("args", "fn", "kwargs")
 
-    def __init__(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, fn: Callable[..., object], /, *args: object, **kwargs: object) -> None:
         self.fn = fn
         self.args = args
         self.kwargs = kwargs
 
-    def __call__(self) -> Any:
+    def __call__(self) -> object:
         return self.fn(*self.args, **self.kwargs)
 
 

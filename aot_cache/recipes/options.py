@@ -150,7 +150,7 @@ def makes_recipes(found: object) -> bool:
     return inspect.isfunction(_function(found))
 
 
-def make(found: Callable[..., Any], name: str, given: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
+def make(found: Callable[..., object], name: str, given: Mapping[str, str]) -> tuple[object, dict[str, str]]:
     """(what the function makes of the options, those of them that are not its defaults, as text).
 
     Raises:
@@ -185,7 +185,7 @@ def _function(found: object) -> object:
     return inspect.unwrap(inner) if callable(inner) else inner
 
 
-def _parameters(found: Callable[..., Any], name: str) -> dict[str, inspect.Parameter]:
+def _parameters(found: Callable[..., object], name: str) -> dict[str, inspect.Parameter]:
     parameters = dict(inspect.signature(found).parameters)
     for own in parameters.values():
         if own.kind not in (own.KEYWORD_ONLY, own.POSITIONAL_OR_KEYWORD):

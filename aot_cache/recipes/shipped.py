@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from aot_cache import tested
 
@@ -17,7 +16,7 @@ def is_shipped(module: str) -> bool:
     return module == _SHIPPED or module.startswith(f"{_SHIPPED}.")
 
 
-def what_to_do(make: Callable[..., Any], yours: str = YOURS) -> str:
+def what_to_do(make: Callable[..., object], yours: str = YOURS) -> str:
     """The end of a message about an error in what the case function `make` runs."""
     while isinstance(make, partial):
         make = make.func

@@ -22,7 +22,7 @@ def main() -> int:
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
-    def send(kind: str, **data: Any) -> None:
+    def send(kind: str, **data: object) -> None:
         events.write(json.dumps({"event": kind, **data}) + "\n")
 
     from aot_cache.errors import AotCacheError, one_line
@@ -82,7 +82,7 @@ def _join(job: Mapping[str, Any]) -> None:
         torch_fake_group.join(job["rank"], job["ranks"])
 
 
-def _start(device: str, kernels: bool) -> Any:
+def _start(device: str, kernels: bool) -> object:
     """Bring up the device, and count beside the ledger from here on."""
     import torch
 
@@ -93,7 +93,7 @@ def _start(device: str, kernels: bool) -> Any:
     return SecondCount(kernels=device == "cuda" or kernels)
 
 
-def _stage(device: str, second: Any, tolerance: float | None) -> Any:
+def _stage(device: str, second: object, tolerance: float | None) -> Any:
     return importlib.import_module("aot_cache.rehearsal.serve").Stage(device, second, tolerance)
 
 

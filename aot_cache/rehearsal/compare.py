@@ -67,7 +67,7 @@ def compare(found: Sequence[Leaf], wanted: Sequence[Leaf], tolerance: float, giv
     return worst
 
 
-def distance(found: Any, wanted: Any) -> tuple[float, bool]:
+def distance(found: object, wanted: object) -> tuple[float, bool]:
     """(distance, whether none is allowed by itself)."""
     import torch
 

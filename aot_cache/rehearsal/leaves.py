@@ -26,12 +26,12 @@ class Leaf:
     value: Any
 
 
-def leaves(value: Any, path: str) -> Iterator[Leaf]:
+def leaves(value: object, path: str) -> Iterator[Leaf]:
     """What is in `value`: an object's attributes once, what stands in several containers in each of them."""
     yield from _walk(value, path, set(), ())
 
 
-def tensors(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+def tensors(value: object, path: str) -> Iterator[tuple[str, object]]:
     """(path, tensor) of what is in `value`."""
     import torch
 
@@ -40,7 +40,7 @@ def tensors(value: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield leaf.path, leaf.value
 
 
-def _walk(value: Any, path: str, seen: set[int], above: tuple[int, ...]) -> Iterator[Leaf]:
+def _walk(value: object, path: str, seen: set[int], above: tuple[int, ...]) -> Iterator[Leaf]:
     import torch
 
     if isinstance(value, _PLAIN):
@@ -50,7 +50,7 @@ def _walk(value: Any, path: str, seen: set[int], above: tuple[int, ...]) -> Iter
         inner = real_tensors.inner_tensors(value)
         if not inner:
             yield Leaf(path, value)
-        parts: list[tuple[str, Any]] = [(f"{path}.{name}", part) for name, part in inner.items()]
+        parts: list[tuple[str, object]] = [(f"{path}.{name}", part) for name, part in inner.items()]
     else:
         if id(value) in seen or id(value) in above or len(above) > _DEEPEST:
             return
@@ -63,7 +63,7 @@ def _walk(value: Any, path: str, seen: set[int], above: tuple[int, ...]) -> Iter
         yield from _walk(part, name, seen, (*above, id(value)))
 
 
-def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+def _parts(value: object, path: str) -> Iterator[tuple[str, object]]:
     if isinstance(value, Mapping):
         yield from ((f"{path}[{key!r}]", part) for key, part in value.items())
     elif isinstance(value, (list, tuple)):
@@ -81,7 +81,7 @@ def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield from _attributes(value, path)
 
 
-def _closure(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+def _closure(function: types.FunctionType) -> Iterator[tuple[str, object]]:
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
         try:
             yield name, cell.cell_contents
@@ -89,7 +89,7 @@ def _closure(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             continue
 
 
-def _attributes(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+def _attributes(value: object, path: str) -> Iterator[tuple[str, object]]:
     import functools
 
     import torch

@@ -26,7 +26,7 @@ _COUNTED = (*ledger.HARMFUL, "fallback", "unsafe", "refused", "rejected_bundle",
 class _Outcome:
     """What one call through the bundle did."""
 
-    result: Any = None
+    result: object = None
     error: BaseException | None = None
     captured: bool = False
     misses: tuple[Missed, ...] = ()
@@ -160,14 +160,14 @@ def _ledger() -> dict[str, int]:
     return total
 
 
-def _plainly(call: Call) -> Any:
+def _plainly(call: Call) -> object:
     import torch
 
     torch.manual_seed(arguments.SEED)
     return call()
 
 
-def _in_capture(call: Call) -> Any:
+def _in_capture(call: Call) -> object:
     """The call's first run is recorded, the second one is the graph's."""
     import torch
 
@@ -186,11 +186,11 @@ def _in_capture(call: Call) -> Any:
 class _Recorded:
     """A result that lives in its graph's memory."""
 
-    graph: Any
-    result: Any
+    graph: object
+    result: object
 
 
-def _kept(result: Any, call: Call, copy: bool) -> list[Leaf]:
+def _kept(result: object, call: Call, copy: bool) -> list[Leaf]:
     """What a call returned and left in its arguments; copies, where the next call writes to the same memory."""
     found = result.result if isinstance(result, _Recorded) else result
     state = [Leaf(path, tensor) for path, tensor in arguments.tensors_of(call) if not _is_parameter(tensor)]
@@ -200,13 +200,13 @@ def _kept(result: Any, call: Call, copy: bool) -> list[Leaf]:
     return [Leaf(leaf.path, leaf.value.detach().clone() if _is_tensor(leaf.value) else leaf.value) for leaf in kept]
 
 
-def _is_tensor(value: Any) -> bool:
+def _is_tensor(value: object) -> bool:
     import torch
 
     return isinstance(value, torch.Tensor)
 
 
-def _is_parameter(value: Any) -> bool:
+def _is_parameter(value: object) -> bool:
     import torch
 
     return isinstance(value, torch.nn.Parameter)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from aot_cache import tested
 from aot_cache.artifact.manifest import KIND, lacking, served
@@ -40,7 +39,7 @@ def find(path: Path, digest: str | None) -> Bundle:
     return fitting[0]
 
 
-def agreed(path: Path, digest: str | None, group: Any) -> str:
+def agreed(path: Path, digest: str | None, group: object) -> str:
     """The digest of the bundle that every rank of `group` has found and can use.
 
     Raises:

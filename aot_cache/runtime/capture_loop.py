@@ -44,7 +44,7 @@ def before_capture(
     hits: bool = True,
     why: str = "",
     mixed: str = "error",
-    group: Any = None,
+    group: object = None,
     timeout: float = rank_agreement.TIMEOUT,
 ) -> Decision:
     """Decide with all other ranks what is done with a shape, before its warm-up and its capture.
@@ -79,7 +79,7 @@ def before_capture(
     return Decision("drop", text)
 
 
-def after_capture(key: str, *, group: Any = None, timeout: float = rank_agreement.TIMEOUT) -> Decision:
+def after_capture(key: str, *, group: object = None, timeout: float = rank_agreement.TIMEOUT) -> Decision:
     """Decide with all other ranks whether what was just captured is kept; outside of the capture.
 
     Returns:
@@ -131,23 +131,23 @@ class Captured:
     """
 
     graphs: dict[Any, Any] = field(default_factory=dict)
-    outputs: dict[Any, Any] = field(default_factory=dict)
-    batches: dict[Any, Any] = field(default_factory=dict)
+    outputs: dict[object, object] = field(default_factory=dict)
+    batches: dict[object, object] = field(default_factory=dict)
     report: list[dict[str, Json]] = field(default_factory=list)
 
-    def note(self, shape: Any, action: str, why: str) -> None:
+    def note(self, shape: object, action: str, why: str) -> None:
         """Add an entry to the report."""
         self.report.append({"shape": shape, "action": action, "why": why})
 
 
 def capture(
-    shapes: Iterable[Any],
+    shapes: Iterable[object],
     make_batch: Callable[[Any], Any],
     run: Callable[[Any], Any],
     *,
-    group: Any = None,
-    pool: Any = None,
-    stream: Any = None,
+    group: object = None,
+    pool: object = None,
+    stream: object = None,
     mixed: str = "error",
     covers: Callable[[Any], tuple[str, Mapping[str, int]]] | None = None,
     timeout: float = rank_agreement.TIMEOUT,
@@ -209,7 +209,7 @@ def _on_terminal(what: str, done: int, total: int) -> None:
         print(f"\r{what} {done}/{total} shapes", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
-def _silent(*_: Any) -> None: ...
+def _silent(*_: object) -> None: ...
 
 
 class _Maker:
@@ -224,7 +224,7 @@ class _Maker:
             cuda: Any = torch.cuda
             self._stream = cuda.Stream() if stream is None else stream
 
-    def warm_up(self, run: Callable[[Any], Any], batch: Any) -> None:
+    def warm_up(self, run: Callable[[object], object], batch: object) -> None:
         """Run once, on the stream that will be captured."""
         if self._stream is None:
             run(batch)
@@ -236,7 +236,7 @@ class _Maker:
             run(batch)
         torch.cuda.current_stream().wait_stream(self._stream)
 
-    def make(self, run: Callable[[Any], Any], batch: Any) -> tuple[Any, Any]:
+    def make(self, run: Callable[[object], object], batch: object) -> tuple[object, object]:
         """(the graph, what `run` returned); no graph without CUDA."""
         if self._stream is None:
             return None, run(batch)

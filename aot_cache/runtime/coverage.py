@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from aot_cache.artifact import manifest
 from aot_cache.artifact.manifest import Manifest
@@ -38,7 +37,7 @@ class Hit:
         return self.hit
 
 
-def will_hit(what: Any, point: Mapping[str, int]) -> Hit:
+def will_hit(what: object, point: Mapping[str, int]) -> Hit:
     """Whether a point would hit.
 
     Args:
@@ -117,7 +116,7 @@ def _units(bundle: Bundle, found: Manifest) -> Iterator[_Unit]:
         yield _Unit(failure.kernel, failure.reached or {}, "it did not compile")
 
 
-def _name_of(what: Any) -> str:
+def _name_of(what: object) -> str:
     from aot_cache.upstream.codec import unwrapping
 
     function = unwrapping.function_of(what)

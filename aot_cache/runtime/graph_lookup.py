@@ -36,7 +36,7 @@ class Answers:
     def __init__(self, guard: Guard, refuse: Callable[[Exception, bool], None]) -> None:
         self._guard, self._refuse = guard, refuse
         self.sets: list[GraphSet] = []
-        self.missed: dict[tuple[Any, ...], str] = {}
+        self.missed: dict[tuple[object, ...], str] = {}
         """Function, case and each dimension's (name, value) of calls that missed at points that they can be told to have."""
         self._declared: dict[str, tuple[Sequence[CallPlan], Sequence[CasePlan]]] = {}
 
@@ -117,7 +117,7 @@ class Answers:
         """Make a call without compiling anything, and say of each frame that misses why."""
         out: list[dict[str, Any]] = []
 
-        def look(frame: Frame, _go_on: Any) -> Any:
+        def look(frame: Frame, _go_on: object) -> Any:
             reasons = [(graph, why) for graphs in self.sets for graph, why in graphs.reasons(frame)]
             out.append(
                 {

@@ -150,7 +150,7 @@ class GraphSet:
         do = "start each rank with a GPU of its own in CUDA_VISIBLE_DEVICES"
         raise Incompatible(wanted, f"GPU {torch_capture.device_number()} is", do)
 
-    def _check(self, number: int, frame: Frame) -> tuple[Any, str]:
+    def _check(self, number: int, frame: Frame) -> tuple[object, str]:
         """(guard manager, "") when the call may run this graph, else (None, why not)."""
         graph = self._graphs[number]
         why = self._differs(number, graph, frame)
@@ -210,7 +210,7 @@ class GraphSet:
             self._codes[digest] = code_bytes.load(self.bundle.object(digest))
         return self._codes[digest]
 
-    def _function(self, name: str, digest: str) -> Any:
+    def _function(self, name: str, digest: str) -> object:
         if name not in self._functions:
             self._load(name, digest, self._choices.get(name, {}))
         return self._functions[name]

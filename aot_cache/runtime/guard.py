@@ -56,7 +56,7 @@ class Guard:
         self,
         ledger: Ledger,
         misses: Misses,
-        late: Callable[[Any, str, int], bool],
+        late: Callable[[object, str, int], bool],
         reasons: Callable[[Frame], tuple[str, Facts]],
         warn: Callable[[str], None],
     ) -> None:
@@ -91,7 +91,7 @@ class Guard:
 
     # --- Triton -------------------------------------------------------------------------------------------------------
 
-    def launch(self, launch: Launch, go_on: GoOn) -> Any:
+    def launch(self, launch: Launch, go_on: GoOn) -> object:
         """Triton is about to compile a kernel; returns the kernel to launch."""
         with self.installing():
             if self._late(launch.function, launch.name, launch.device):
@@ -120,7 +120,7 @@ class Guard:
         self._here.observed = action == "observed"  # its load, which comes next, is the same miss
         return go_on()
 
-    def _compile_unsafely(self, launch: Launch, go_on: GoOn) -> Any:
+    def _compile_unsafely(self, launch: Launch, go_on: GoOn) -> object:
         """Compile and load inside a capture: refusing would stop servers that run today."""
         from aot_cache.upstream.hooks import capture_mode, triton_miss
 

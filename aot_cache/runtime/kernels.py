@@ -65,7 +65,7 @@ class _OnDevice:
 
     def __init__(self, installer: Any) -> None:
         self.installer = installer
-        self.kernels: list[Any] = []
+        self.kernels: list[object] = []
         self.units: list[UnitRow] = []
         self.numbers: set[int] = set()
 
@@ -117,7 +117,7 @@ class KernelSet:
             tuners = triton_launches.tuners_of(function, tuning.tuner)
             triton_kernel.choose(tuners, tuning.key, config, replace=True)
 
-    def functions_of(self, tuning: AnyTuning) -> list[Any]:
+    def functions_of(self, tuning: AnyTuning) -> list[object]:
         """The functions in this process that a tuning of this bundle is of: a factory makes several."""
         number = tuning.kernel
         found = self._functions([number]).get(number, ())
@@ -173,7 +173,7 @@ class KernelSet:
                 self.report.not_imported[name] = one_line(error)
         return came
 
-    def adopt(self, function: Any, name: str, device: int) -> bool:
+    def adopt(self, function: object, name: str, device: int) -> bool:
         """Install the units of a kernel that is made anew inside a function, for this one; True when there are any."""
         if name not in self._made or device not in self._devices:
             return False
@@ -205,10 +205,10 @@ class KernelSet:
         """Whether this process's rank launches a kernel: what only another one makes is not missing here."""
         return of_this_rank(self.manifest.kernels[number].ranks)
 
-    def _functions(self, numbers: list[int]) -> dict[int, list[Any]]:
+    def _functions(self, numbers: list[int]) -> dict[int, list[object]]:
         from aot_cache.upstream.codec import triton_jit, triton_kernel
 
-        out: dict[int, list[Any]] = {}
+        out: dict[int, list[object]] = {}
         made: set[str] = set()
         for number in numbers:
             name = function_of(self._names[number])
@@ -222,13 +222,13 @@ class KernelSet:
                 out |= {number: functions for number in self._made[name] if number in numbers}
         return out
 
-    def _differs(self, function: Any, number: int) -> str:
+    def _differs(self, function: object, number: int) -> str:
         """How a function is not the one that a kernel of the bundle was built from; empty when it is."""
         from aot_cache.upstream.codec import triton_jit
 
         return triton_jit.closure_differs(function, self.manifest.kernels[number].closure)
 
-    def _install_fitting(self, functions: list[Any], number: int, device: int) -> int:
+    def _install_fitting(self, functions: list[object], number: int, device: int) -> int:
         """Install a kernel's units for those of `functions`, which all have its name, that it was built from."""
         name = self._names[number]
         differs = {id(function): self._differs(function, number) for function in functions}
@@ -249,7 +249,7 @@ class KernelSet:
             self.report.stale.pop(name, None)
         return sum(self._install_kernel(function, number, device) for function in fitting)
 
-    def _unclear(self, functions: list[Any], number: int) -> str:
+    def _unclear(self, functions: list[object], number: int) -> str:
         """Why it cannot be said which of these is the one that was built; empty when all that they are is in words."""
         from aot_cache.upstream.codec import triton_names
 
@@ -262,7 +262,7 @@ class KernelSet:
             self._hidden[number] = hidden
         return ""
 
-    def _install_kernel(self, function: Any, number: int, device: int) -> int:
+    def _install_kernel(self, function: object, number: int, device: int) -> int:
         place = self._devices[device]
         units = [(n, self.manifest.units[n]) for n in self._units.get(number, [])]
         keyed = [(unit, unit.memory_key if unit.memory_key is not None else self._late_key(n)) for n, unit in units]
@@ -291,7 +291,7 @@ class KernelSet:
             return None
         return triton_jit.memory_key(specialization, options)
 
-    def _choose(self, function: Any, number: int) -> None:
+    def _choose(self, function: object, number: int) -> None:
         """Fill the autotuners: the recorded choice where it was measured on this kind of GPU, else the first that fits."""
         from aot_cache.upstream.codec import triton_kernel
         from aot_cache.upstream.hooks import triton_launches

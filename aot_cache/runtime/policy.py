@@ -39,7 +39,7 @@ class Twin:
         names: the arguments that it takes, of the kernel's and `grid`.
     """
 
-    function: Callable[..., Any]
+    function: Callable[..., object]
     names: frozenset[str]
 
     def __call__(self, grid: tuple[int, int, int], arguments: dict[str, Any]) -> None:
@@ -109,7 +109,7 @@ def policy(name: str) -> Callable[[T], T]:
     return decorate
 
 
-def fallback(kernel: Any) -> Callable[[T], T]:
+def fallback(kernel: object) -> Callable[[T], T]:
     """Decorator: an eager twin for a Triton kernel (or autotuner), for launches that miss inside a capture.
 
     The twin is called with the kernel's arguments by name, as far as it takes them, constexprs as plain values, and
@@ -144,7 +144,7 @@ def fallback(kernel: Any) -> Callable[[T], T]:
     return decorate
 
 
-def place_of(what: Any) -> Place:
+def place_of(what: object) -> Place:
     """Where the Python function under `what` stands; `what` may also be its code.
 
     Raises:

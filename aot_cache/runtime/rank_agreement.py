@@ -28,7 +28,7 @@ _lock = threading.Lock()
 _known: dict[tuple[int, ...], Ranks] = {}
 
 
-def of(group: Any = None) -> Ranks:
+def of(group: object = None) -> Ranks:
     """The ranks of a process group, or of the whole job for None; outside of a job, this process alone."""
     members = torch_ranks.ranks_of(group) if torch_ranks.up() else (0,)
     with _lock:
@@ -38,7 +38,7 @@ def of(group: Any = None) -> Ranks:
         return found
 
 
-def agree_all(ok: bool, what: str, *, why: str = "", group: Any = None, timeout: float = TIMEOUT) -> None:
+def agree_all(ok: bool, what: str, *, why: str = "", group: object = None, timeout: float = TIMEOUT) -> None:
     """Go on when every rank says yes.
 
     Args:
@@ -56,7 +56,7 @@ def agree_all(ok: bool, what: str, *, why: str = "", group: Any = None, timeout:
         raise RankDisagreement(f"every rank to agree on {what}", say(no), "the other ranks say yes")
 
 
-def agree_same(value: str, what: str, *, group: Any = None, timeout: float = TIMEOUT) -> None:
+def agree_same(value: str, what: str, *, group: object = None, timeout: float = TIMEOUT) -> None:
     """Go on when every rank has the same value (a digest, a version).
 
     Raises:

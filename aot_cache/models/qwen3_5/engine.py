@@ -66,7 +66,7 @@ class Engine:
     # --- start-up -------------------------------------------------------------------------------------------------------
 
     @property
-    def steps(self) -> dict[str, Callable[[Batch], Any]]:
+    def steps(self) -> dict[str, Callable[[Batch], object]]:
         """What a step consists of, in order."""
         if self.speculative:
             return {"draft": self.model.draft, "verify": self.model.verify}

@@ -29,7 +29,7 @@ _NOT_FIELDS = ("model_type", "mtp_num_hidden_layers")
 
 
 def attend(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, **_: Any
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, **_: object
 ) -> tuple[Tensor, None]:
     """Attention over a static cache, as transformers calls it.
 
@@ -69,7 +69,7 @@ class Net:
     layers: list[Any]
     norm: nn.Module
     head: nn.Module
-    mtp: Any
+    mtp: object
     split: bool
 
     def modules(self) -> list[nn.Module]:
@@ -107,7 +107,7 @@ def make(settings: Settings, device: str, layers: int | Sequence[str] | None = N
     """
     with torch.device("meta"):
         main: Any = CLASSES[settings.kind][1](config_of(settings, layers))
-        draft: Any = MtpModel(main, 1) if settings.drafts else None
+        draft: object = MtpModel(main, 1) if settings.drafts else None
     net = of(main, draft, settings)
     dtype = getattr(torch, settings.dtype)
     for module in net.modules():

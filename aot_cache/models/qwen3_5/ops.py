@@ -25,7 +25,7 @@ _ON_CPU: dict[str, Any] = {
 }
 
 
-def _rule(name: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+def _rule(name: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **more: object) -> tuple[Tensor, Tensor]:
     """fla's function of that name, or transformers' of the same arguments."""
     if q.device.type == "cpu":
         # transformers 5.17 wants a key head for each value head; later releases take both.

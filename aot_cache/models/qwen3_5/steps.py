@@ -59,7 +59,7 @@ class _Slots:
     def __init__(self, keys: Tensor, values: Tensor, places: Tensor) -> None:
         self.keys, self.values, self.places = keys, values, places
 
-    def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, k: Tensor, v: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         batch = k.shape[0]
         slots = torch.arange(batch, device=k.device)[:, None]
         self.keys[slots, :, self.places] = k.transpose(1, 2)
@@ -73,7 +73,7 @@ class _OneSlot:
     def __init__(self, keys: Tensor, values: Tensor, places: Tensor, slot: Tensor) -> None:
         self.keys, self.values, self.places, self.slot = keys, values, places, slot
 
-    def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, k: Tensor, v: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         self.keys[self.slot[:, None], :, self.places] = k.transpose(1, 2)
         self.values[self.slot[:, None], :, self.places] = v.transpose(1, 2)
         return self.keys[self.slot], self.values[self.slot]

@@ -101,7 +101,7 @@ def part(name: str, value: Tensor, settings: Settings, rank: int) -> Tensor:
     return value
 
 
-def _found(folder: Path) -> Iterator[tuple[str, Any]]:
+def _found(folder: Path) -> Iterator[tuple[str, object]]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise DeclarationError(f"*.safetensors in {folder}", "no such file", "give a checkpoint's folder")
