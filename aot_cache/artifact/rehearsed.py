@@ -10,11 +10,9 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from aot_cache.store import write_atomic
+from aot_cache.store import Json, write_atomic
 
-Json = Any
 FORMAT = "aot-cache rehearsed"
 SCHEMA = 1
 _MOST_BYTES = 4 << 20

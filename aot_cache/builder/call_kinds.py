@@ -17,9 +17,9 @@ from aot_cache.artifact import key
 from aot_cache.misses.call_signature import Leaf, structure_of
 from aot_cache.misses.size_relations import Relation, fit
 from aot_cache.recipes.dimensions import Point
+from aot_cache.store import JsonObject
 from aot_cache.upstream.hooks.dynamo_frames import Frame
 
-Json = Any
 _SPECIAL = (0, 1)
 """Sizes for which Dynamo always makes a graph of its own."""
 
@@ -80,7 +80,7 @@ class Kind:
     paths: list[str]
     integer: list[bool]
     sizes: list[list[object]]
-    wrapping: dict[str, Json] | None
+    wrapping: JsonObject | None
     points: dict[int, list[int]] = field(default_factory=dict)
     places: dict[int, set[int]] = field(default_factory=dict)
 
@@ -132,7 +132,7 @@ class SeenCall:
     function: str
     module: str
     line: int
-    wrapping: dict[str, Json] | None
+    wrapping: JsonObject | None
     structure: str
     leaves: list[SeenLeaf]
 

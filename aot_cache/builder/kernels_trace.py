@@ -21,6 +21,7 @@ from aot_cache.builder.recorded_calls import Call
 from aot_cache.recipes import dimensions
 from aot_cache.recipes.declare import Case, Recipe
 from aot_cache.recipes.dimensions import Enumeration, Point
+from aot_cache.store import Json, JsonObject
 from aot_cache.upstream.codec import triton_jit
 from aot_cache.upstream.hooks.triton_launches import LaunchLog, instead_of_launching
 
@@ -28,7 +29,6 @@ BLOCK = 64
 """Points that a child runs before it reports."""
 
 Progress = Callable[[str, int, int], None]
-Json = Any
 
 
 @dataclass
@@ -41,7 +41,7 @@ class _Block:
     unit_marks: list[list[int]] = field(default_factory=list)
     tuning_marks: list[list[int]] = field(default_factory=list)
     via: list[list[tuple[int, int]]] = field(default_factory=list)
-    closures: dict[str, Json] = field(default_factory=dict)
+    closures: dict[str, JsonObject] = field(default_factory=dict)
     hidden: dict[str, set[tuple[tuple[str, int], ...]]] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
     calls: list[list[Call]] = field(default_factory=list)
@@ -210,7 +210,7 @@ class _Merged:
         self._via: dict[str, set[tuple[str, int]]] = {}
         self._tunings: dict[str, dict[str, Json]] = {}
         self._tuning_marks: dict[str, dict[int, list[int]]] = {}
-        self._closures: dict[str, Json] = {}
+        self._closures: dict[str, JsonObject] = {}
         self._hidden: dict[str, set[tuple[tuple[str, int], ...]]] = {}
 
     def add(self, block: _Block) -> None:

@@ -11,13 +11,12 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from aot_cache.artifact.plan import Tuning, Unit
 from aot_cache.errors import DeclarationError
 from aot_cache.recipes.dimensions import LARGEST
+from aot_cache.store import Json
 
-Json = Any
 SCHEMA = 1
 MARK = "aot-cache miss"
 GRAPH, KERNEL, TUNING, LOAD = KINDS = ("graph", "kernel", "tuning", "load")

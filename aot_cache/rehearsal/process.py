@@ -13,12 +13,12 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
-from typing import IO, Any
+from typing import IO
 
 from aot_cache.process_group import ProcessGroup
 from aot_cache.recipes.options import CONFIG_VARIABLE
+from aot_cache.store import Json
 
-Json = Any
 _KEPT = (CONFIG_VARIABLE, "AOT_CACHE_DEBUG", "AOT_CACHE_MISSES", "AOT_CACHE_UNTESTED")
 
 

@@ -7,12 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from aot_cache.artifact.rehearsed import CaseRun, Run
 from aot_cache.recipes.dimensions import Point, point_text
-
-Json = Any
+from aot_cache.store import Json
 
 HIT, MISS, DIFFERS, FAILED, CANNOT, CONTRADICTS = "hit", "miss", "differs", "failed", "cannot run", "contradicts"
 """How a point went: it hit and is close · something was not there · it hit and is not close · it raised, and eager does not ·

@@ -15,9 +15,9 @@ from typing import Any
 from aot_cache.errors import DeclarationError, RankDisagreement
 from aot_cache.runtime import loader, rank_agreement
 from aot_cache.runtime.coverage import will_hit
+from aot_cache.store import Json
 from aot_cache.upstream.hooks import torch_capture
 
-Json = Any
 MIXED = ("error", "drop")
 
 

@@ -22,6 +22,7 @@ from aot_cache.errors import CacheMiss
 from aot_cache.runtime import policy
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.runtime.miss_log import Miss, Misses
+from aot_cache.store import Json
 from aot_cache.upstream.hooks import torch_capture
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from aot_cache.upstream.hooks.triton_miss import GoOn, Launch
     from aot_cache.upstream.hooks.triton_tuner_miss import Tuning
 
-Json = Any
 T = TypeVar("T")
 Facts = Callable[[], "Mapping[str, Json] | None"]
 _COUNTED = {

@@ -16,9 +16,9 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-Json = Any
+from aot_cache.store import Json
+
 VARIABLE = "AOT_CACHE_MISSES"
 SCHEMA = 1
 _KEPT = 256

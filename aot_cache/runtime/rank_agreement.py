@@ -12,12 +12,11 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from aot_cache.errors import RankDisagreement, one_line
+from aot_cache.store import Json
 from aot_cache.upstream.codec import torch_ranks
 
-Json = Any
 TIMEOUT = 60.0
 """Seconds that a rank waits for the others unless told otherwise."""
 _SHORTEST, _LONGEST = 5e-5, 0.02

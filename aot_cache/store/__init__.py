@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from aot_cache.store.atomic import write_atomic
 from aot_cache.store.bundle import Bundle, read_bundle, write_bundle
-from aot_cache.store.json_value import JsonObject, JsonValue
+from aot_cache.store.json_value import Json, JsonObject, JsonValue
 from aot_cache.store.objects import Store
 
-__all__ = ["Bundle", "JsonObject", "JsonValue", "Store", "read_bundle", "write_atomic", "write_bundle"]
+__all__ = ["Bundle", "Json", "JsonObject", "JsonValue", "Store", "read_bundle", "write_atomic", "write_bundle"]

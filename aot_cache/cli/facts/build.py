@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aot_cache.artifact.plan import Plan
 from aot_cache.artifact.reached import together
@@ -14,11 +14,11 @@ from aot_cache.artifact.rehearsed import NO_STAMP, Stamp
 from aot_cache.artifact.specialization import Names, no_names
 from aot_cache.artifact.target import Difference, Target
 from aot_cache.cli.facts import bundle as bundle_facts
+from aot_cache.store import Json
 
 if TYPE_CHECKING:
     from aot_cache.builder.pipeline import Built
 
-Json = Any
 Facts = dict[str, Json]
 
 IMAGE = "/opt/aot-cache"

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from aot_cache.artifact.plan import CasePlan
 from aot_cache.artifact.reached import Reached
 from aot_cache.recipes import dimensions
+from aot_cache.store import Json
 
-Json = Any
 Facts = dict[str, Json]
 
 MOST_JOINED = 8

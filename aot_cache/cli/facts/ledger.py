@@ -11,13 +11,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from aot_cache.cli.facts.coverage_grid import GRAPH, KERNEL, Missed
 from aot_cache.errors import DeclarationError
 from aot_cache.misses import file as miss_file
+from aot_cache.store import Json
 
-Json = Any
 Facts = dict[str, Json]
 
 _COUNTS = ("total", "in_capture", "after_seal")

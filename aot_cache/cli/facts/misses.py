@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from aot_cache.misses.describe import asked
 from aot_cache.misses.file import Miss, Misses
+from aot_cache.store import Json
 
-Json = Any
 Facts = dict[str, Json]
 
 

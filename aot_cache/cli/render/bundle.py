@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from rich.console import Console
 
@@ -14,8 +13,8 @@ from aot_cache.cli.facts.bundle import SHORT, reached_text
 from aot_cache.cli.facts.coverage_grid import signs
 from aot_cache.cli.render import grid as render_grid
 from aot_cache.cli.render.terminal import line, size, stamp_lines, table
+from aot_cache.store import Json
 
-Json = Any
 Facts = Mapping[str, Json]
 SCREEN = 120
 """Columns that a coverage grid takes where stdout is no terminal: it is for people, and has another form if it is wider."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
-Json = Any
+from aot_cache.store import Json
+
 Facts = Mapping[str, Json]
 
 _CASE, _NAME = 16, 40

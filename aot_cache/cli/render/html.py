@@ -13,15 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from aot_cache.cli.facts.build import SERVER, dockerfile
 from aot_cache.cli.facts.bundle import reached_text
 from aot_cache.cli.facts.coverage_grid import signs
 from aot_cache.cli.render.html_style import SCRIPT, STYLE
 from aot_cache.cli.render.terminal import clean, size
+from aot_cache.store import Json
 
-Json = Any
 Facts = Mapping[str, Json]
 _TINTS = 6
 _COLOURS = 7

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -21,8 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from aot_cache.cli.facts.bundle import SHORT
+from aot_cache.store import Json
 
-Json = Any
 Facts = Mapping[str, Json]
 WIDE = 100_000
 """Columns when stdout is no terminal: a pipe or a log shall have whole names, not ones folded at 80."""

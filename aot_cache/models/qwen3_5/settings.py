@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from aot_cache.errors import DeclarationError, UnknownName, did_you_mean
+from aot_cache.store import Json
 
-Json = Any
 DENSE, MOE = "qwen3_5_text", "qwen3_5_moe_text"
 KINDS = {"qwen3_5": DENSE, DENSE: DENSE, "qwen3_5_moe": MOE, MOE: MOE}
 """A config's `model_type` → what its text model is; a mixture of experts differs from a dense one in its MLPs alone."""
