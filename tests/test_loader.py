@@ -336,7 +336,9 @@ def with_graphs(bundle: Path, folder: Path, backend: str = "cpu", **key: Any) ->
         bound = json.loads(json.dumps(here(backend)))
         manifest["target"] = targets.get(backend).properties()
         manifest["graph_key"] = {**bound, **key}
-        none: dict[str, Any] = {"graphs": {}, "resumes": {}, "libraries": {}, "choices": {}}
+        none: dict[str, Any] = {"graphs": {}, "resumes": {}, "libraries": {}, "choices": {}, "imports": {}}
+        none |= dict.fromkeys(("mode", "settings", "guard_state", "bytecode"), "")
+        none |= {"wrapping": None, "identities": [], "values": [], "inlined": []}
         manifest["graphs"] = [{"module": "m", "function": "f", "code": "0" * 32, **none}]
         manifest["units"] = []
 

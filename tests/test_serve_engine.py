@@ -158,8 +158,8 @@ def test_options_that_are_given_reach_the_engine_s_settings() -> None:
 
 
 def loaded(monkeypatch: pytest.MonkeyPatch, *specs: str) -> None:
-    bundles = [SimpleNamespace(path="B.safetensors", manifest={"spec": spec}) for spec in specs]
-    monkeypatch.setattr(loader, "_sets", [SimpleNamespace(bundle=one) for one in bundles])
+    found = [SimpleNamespace(bundle=SimpleNamespace(path="B"), manifest=SimpleNamespace(spec=spec)) for spec in specs]
+    monkeypatch.setattr(loader.SESSION, "_kernels", found)
 
 
 TINY = "qwen3.5-tiny?dtype=float32&max_batch=2&max_model_len=48&prefill_chunk=8"

@@ -17,11 +17,13 @@ from triton.runtime.jit import JITFunction
 
 from aot_cache.artifact import target as targets
 from aot_cache.builder.pipeline import Built, Request, build
+from aot_cache.errors import NotReady
 from aot_cache.runtime import loader
 from aot_cache.runtime.kernels import KernelSet
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import read_bundle
 from aot_cache.upstream.codec import triton_jit, triton_kernel
+from aot_cache.upstream.hooks import torch_capture
 
 ROOT = Path(__file__).parents[2]
 KERNEL = """
@@ -114,11 +116,11 @@ def hits(built: Built, device: Device, monkeypatch: pytest.MonkeyPatch) -> Itera
     import late_package  # noqa: F401
 
     kernels = KernelSet(read_bundle(built.path), Ledger())
-    monkeypatch.setattr(loader, "_sets", [kernels])
+    monkeypatch.setattr(loader.SESSION, "_kernels", [kernels])
     monkeypatch.setattr(JITFunction, "_do_compile", forbidden)
     monkeypatch.setattr(Autotuner, "_bench", forbidden)
-    monkeypatch.setattr(loader.torch_capture, "cuda_is_up", lambda: True)
-    monkeypatch.setattr(loader, "_prime_libraries", lambda: None)
+    monkeypatch.setattr(torch_capture, "cuda_is_up", lambda: True)
+    monkeypatch.setattr(loader.SESSION, "_prime_libraries", lambda: None)
     with contextlib.ExitStack() as hooks:
         loader.arm("error")
         hooks.callback(loader.disarm)
@@ -155,7 +157,7 @@ def test_a_module_that_cannot_be_imported_is_named(hits: KernelSet, monkeypatch:
                 raise RuntimeError("no such GPU")
 
     monkeypatch.setattr(sys, "meta_path", [Refuses(), *sys.meta_path])
-    with pytest.raises(loader.NotReady, match=r"lazily \(its module cannot be imported: RuntimeError: no such GPU\)"):
+    with pytest.raises(NotReady, match=r"lazily \(its module cannot be imported: RuntimeError: no such GPU\)"):
         loader.ready(strict=True)
     assert hits.report.pending == ["late_package.lazily:lazily"]
 

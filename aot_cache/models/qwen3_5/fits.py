@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 
-from aot_cache.artifact.manifest import served
 from aot_cache.errors import AotCacheError, Incompatible
 from aot_cache.models.qwen3_5.settings import Settings
 from aot_cache.recipes import declare as declaring
 from aot_cache.recipes import options
 from aot_cache.runtime import loader
-from aot_cache.store import Bundle
 
 
 def check(spec: str, strict: bool = False) -> str:
@@ -31,7 +30,7 @@ def check(spec: str, strict: bool = False) -> str:
         AotCacheError: `spec` is no recipe's.
     """
     mine = declaring.load(spec)
-    told = [_told(mine, spec, one.bundle) for one in loader.loaded() if one.manifest.spec]
+    told = [_told(mine, spec, one.manifest.spec, one.bundle.path) for one in loader.loaded() if one.manifest.spec]
     if not told or None in told:
         return ""
     error = next(one for one in told if one is not None)
@@ -59,24 +58,23 @@ def differences(mine: Settings, built: Settings) -> dict[str, tuple[str, str]]:
     return {option: (str(here), str(there)) for option, (here, there) in out.items()}
 
 
-def _told(mine: declaring.Recipe, spec: str, bundle: Bundle) -> Incompatible | None:
+def _told(mine: declaring.Recipe, spec: str, built: str, path: Path) -> Incompatible | None:
     """What is wrong with a bundle; None where it fits."""
-    built = served(bundle).spec
     do = f"start with the bundle's options, or build: aot-cache build --model '{spec}'"
     wanted = f"a bundle for {options.published(spec)}"
     try:
         theirs = declaring.load(_with_file(built, spec)).settings
     except AotCacheError as error:
-        return Incompatible(wanted, f"{bundle.path} is for {built} ({error.wanted}: {error.found})", do)
+        return Incompatible(wanted, f"{path} is for {built} ({error.wanted}: {error.found})", do)
     if not isinstance(theirs, Settings):
-        return Incompatible(wanted, f"{bundle.path} is for {built}", do)
+        return Incompatible(wanted, f"{path} is for {built}", do)
     found = differences(mine.settings, theirs)
     if not found:
         return None
     if theirs.drafts and not mine.settings.drafts:
         do = f"start with its --spec mtp, and --no-speculation; {do}"
     said = ", ".join(f"{option} is {here} here and {there} there" for option, (here, there) in found.items())
-    return Incompatible(wanted, f"{bundle.path} is for {built}: {said}", do)
+    return Incompatible(wanted, f"{path} is for {built}: {said}", do)
 
 
 def _with_file(built: str, spec: str) -> str:
