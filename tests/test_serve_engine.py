@@ -158,7 +158,10 @@ def test_options_that_are_given_reach_the_engine_s_settings() -> None:
 
 
 def loaded(monkeypatch: pytest.MonkeyPatch, *specs: str) -> None:
-    found = [SimpleNamespace(bundle=SimpleNamespace(path="B"), manifest=SimpleNamespace(spec=spec)) for spec in specs]
+    found = [
+        SimpleNamespace(bundle=SimpleNamespace(path="B.safetensors"), manifest=SimpleNamespace(spec=spec))
+        for spec in specs
+    ]
     monkeypatch.setattr(loader.SESSION, "_kernels", found)
 
 

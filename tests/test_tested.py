@@ -149,9 +149,9 @@ def test_an_error_while_a_shipped_recipe_runs(own: bool, where: str) -> None:
         "        runs.survey(lambda *_: None)\n"
         "        print(runs.broken[0].error.do)\n"
         "    else:\n"
-        "        from aot_cache.builder import trace, virtual_device\n"
-        "        virtual_device.become(target.get('h200'))\n"
-        "        trace.trace(recipe, 'h200', lambda *_: None, 1)\n"
+        "        from aot_cache.builder import kernels_trace, virtual_gpu\n"
+        "        virtual_gpu.become(target.get('h200'))\n"
+        "        kernels_trace.trace(recipe, 'h200', lambda *_: None, 1)\n"
         "except DeclarationError as error:\n"
         "    print(error.do)\n"
     )
