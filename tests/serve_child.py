@@ -1,4 +1,4 @@
-"""A process of `tools/serve.py` with `FakeEngine` in the model's place. FAKE_ENGINE is JSON: see the code."""
+"""A process of `examples/serving/serve.py` with `FakeEngine` in the model's place. FAKE_ENGINE is JSON: see the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tools/serve.py` as a process: its start, clients that go, SIGTERM."""
+"""`examples/serving/serve.py` as a process: its start, clients that go, SIGTERM."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import serve
 from fake_engine import SECONDS, expected, wait_until
 
 HERE = Path(__file__).parent
-PATHS = os.pathsep.join(map(str, [HERE.parent, HERE.parent / "tools", HERE]))
+PATHS = os.pathsep.join(map(str, [HERE.parent, HERE.parent / "examples" / "serving", HERE]))
 LONG = 10**6
 STAGES = ["imported", "weights", "bundle", "captured", "ready"]
 Json = Any

@@ -2,7 +2,7 @@
 """Serve Qwen3.5 with captured graphs and speculative decoding, over OpenAI's completions: the example to copy from.
 
     aot-cache build --model qwen3.5 --spec mtp --target h200
-    AOT_CACHE=BUNDLE python tools/serve.py --model qwen3.5 --spec mtp --weights FOLDER --tokenizer FOLDER
+    AOT_CACHE=BUNDLE python examples/serving/serve.py --model qwen3.5 --spec mtp --weights FOLDER --tokenizer FOLDER
     curl localhost:8000/v1/completions -d '{"prompt": "The capital of France is", "max_tokens": 8}'
 
 Options of the model are those of `aot-cache build`, with the same defaults: give the same ones to both.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Start tools/serve.py with a bundle, send it requests, stop it; exit code 1 where anything was traced or compiled in it.
+"""Start serve.py with a bundle, send it requests, stop it; exit code 1 where anything was traced or compiled in it.
 
-python tools/demo_serve.py BUNDLE --model qwen3.5-tiny --device cpu …     # what follows the bundle goes to serve.py
+python examples/serving/demo_serve.py BUNDLE --model qwen3.5-tiny --device cpu …     # what follows the bundle goes to serve.py
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def start(bundle: str, options: list[str]) -> tuple[subprocess.Popen[str], str]:
     # fla-core says so of every machine without a GPU.
     environment.setdefault("PYTHONWARNINGS", "ignore::UserWarning:fla.utils.hardware")
     command = [sys.executable, str(SERVE), *options, "--port", "0"]
-    print(f"$ AOT_CACHE={bundle} tools/serve.py {' '.join(options)}", flush=True)
+    print(f"$ AOT_CACHE={bundle} examples/serving/serve.py {' '.join(options)}", flush=True)
     server = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE)
     assert server.stdout is not None
     return server, server.stdout.readline().strip()
