@@ -6,7 +6,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -202,15 +202,76 @@ def test_only_hooks_patch() -> None:
     assert {room(module) for module in users} == {"upstream.hooks", "runtime"}  # runtime: `stats()` lists what is in
 
 
-def test_no_circles() -> None:
-    graph = {
-        module: {other for other, item in own_imports(module) if item.when == "module" and other != module}
-        for module in FILES
-    }
+def no_circle(graph: Mapping[str, set[str]]) -> None:
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" → ".join(error.args[1]))
+
+
+def test_no_circles() -> None:
+    no_circle(
+        {
+            module: {other for other, item in own_imports(module) if item.when == "module" and other != module}
+            for module in FILES
+        }
+    )
+
+
+# --- tools and examples: modules of folders that are on the path, so they import each other by bare names --------------
+
+
+def beside(folder: str) -> dict[str, Path]:
+    """Module → file of a folder beside the package, scripts without an ending included."""
+    files = [path for path in sorted((ROOT / folder).rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+    python = [p for p in files if p.suffix == ".py" or (not p.suffix and "python" in p.read_text().partition("\n")[0])]
+    assert len({path.stem for path in python}) == len(python), f"two modules of {folder}/ have one name"
+    return {path.stem: path for path in python}
+
+
+def all_imports(path: Path) -> set[str]:
+    """The first names of everything that a file imports, in functions, too: `a` of `from a.b import c`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+TOOLS, EXAMPLES = beside("tools"), beside("examples")
+
+
+def test_no_circle_in_tools_and_examples() -> None:
+    assert "harness" in TOOLS and "serve" in EXAMPLES
+    files = {**TOOLS, **EXAMPLES}
+    no_circle({module: (all_imports(path) & set(files)) - {module} for module, path in files.items()})
+
+
+def test_examples_need_no_tool_and_tools_no_example() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {', '.join(found)}"
+        for mine, others in ((EXAMPLES, TOOLS), (TOOLS, EXAMPLES))
+        for path in mine.values()
+        if (found := all_imports(path) & {*others, "tools", "examples", "tests"})
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_workloads_are_at_the_bottom() -> None:
+    """Recipes are imported by processes that build, which know nothing of who started them."""
+    for module, path in TOOLS.items():
+        if path.parent.name == "workloads":
+            others = [name for name in all_imports(path) & set(TOOLS) if TOOLS[name].parent != path.parent]
+            assert not others, f"{module} imports {others}"
+
+
+def test_a_bare_name_is_one_module() -> None:
+    """Tests have all these folders on their path: a name that two have, or Python itself, would be the wrong one in one."""
+    names = [*TOOLS, *EXAMPLES, *(path.stem for path in (ROOT / "tests").glob("*.py"))]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    assert not twice and not set(names) & sys.stdlib_module_names
 
 
 # --- private names of torch and triton --------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from third_party import FOLDER, PACKAGES, lines, table
+from build_third_party import lines, table
+from third_party_packages import FOLDER, PACKAGES
 
 ROOT = Path(__file__).parents[1]
 RECORD = json.loads((ROOT / "artifacts" / "measurements" / "third_party_2core.json").read_text())
@@ -76,5 +77,5 @@ def test_no_failure_of_the_record_is_ours() -> None:
 def test_what_is_published_is_what_was_recorded() -> None:
     published = (ROOT / "docs" / "third-party.md").read_text()
     assert "\n".join(table(RECORD["builds"])) in published, (
-        "tools/third_party.py prints the table for docs/third-party.md"
+        "tools/bench/build_third_party.py prints the table for docs/third-party.md"
     )

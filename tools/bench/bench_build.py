@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Build time of ten graphs (`ten_graphs.py`), in fresh processes with empty caches and stores; any machine, no GPU.
 
-    python tools/bench_build.py [--target h200] [--rounds 3] [--workers 2] [--json RECORD.json]
+    python tools/bench/bench_build.py [--target h200] [--rounds 3] [--workers 2] [--json RECORD.json]
 
 aot      `aot-cache build`, the whole command: every declared point is run, each graph is compiled in a forked child.
 one      the same with one worker: what is compiled at the same time is worth.
@@ -28,7 +28,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
+
+from harness import FOLDERS, commit, empty_caches, machine
+
 Json = Any
 MODES = ("aot", "one", "few", "plain", "nothing", "imports")
 FEW = "n=2..16"
@@ -104,10 +107,9 @@ def timed(command: list[str], folder: str, answer: bool = True) -> Json:
     """Run a process with the caches in `folder`; what it says on stdout is JSON."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("AOT_CACHE", "TORCH_COMPILE"))},
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+        "PYTHONPATH": os.pathsep.join(FOLDERS),
         "CUDA_VISIBLE_DEVICES": "",
-        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
-        "TRITON_CACHE_DIR": f"{folder}/triton",
+        **empty_caches(folder),
     }
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(
@@ -192,9 +194,6 @@ def main() -> int:
         os.dup2(2, 1)  # whatever libraries print
         os.write(stdout, json.dumps(plain(options.target)).encode())
         return 0
-    sys.path.insert(0, str(HERE))
-    from gpu_check import commit, machine
-
     rounds = []
     for number in range(options.rounds):
         rounds.append(one_round(options))

@@ -1,9 +1,7 @@
 #!/usr/bin/env python3
-"""Check on a real GPU what aot-cache claims, and print one JSON record. Grows with each capability.
+"""Check on a real GPU what aot-cache claims of kernels, and print one JSON record.
 
-    python tools/gpu_check.py --bundle BUNDLE [--points 64] [--out RECORD.json] [--only capture,without,parity,tune]
-    python tools/gpu_check.py --ranks 2 …            what `gpu_ranks.py` does
-    python tools/gpu_check.py --model qwen3.5 …      what `gpu_qwen.py` does; with --tp 2 on two GPUs
+    python tools/gpu/check_kernels.py --bundle BUNDLE [--points 64] [--out RECORD.json] [--only capture,without,parity,tune]
 
 Every part runs in a fresh process with empty caches. `without` is the same as `capture` without the bundle: it shows what
 happens today, and that the check can fail. Exit code 0 when every claim holds.
@@ -13,10 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,8 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+from harness import Independent, commit, distance, finish, hand_over, machine, run_part, tune
 
 Json = Any
 NOT_CAPTURABLE = {"prefill_packed"}
@@ -53,34 +46,6 @@ def chosen_points(recipe: Any, count: int) -> list[tuple[Any, dict[str, int]]]:
     return out
 
 
-class Independent:
-    """Counts the events by hooking upstream itself, beside the ledger: the two must agree."""
-
-    def __init__(self) -> None:
-        import triton.compiler
-        import triton.runtime.autotuner as autotuner
-        import triton.runtime.build as build
-
-        self.counts: Counter[str] = Counter()
-        self._wrap(triton.compiler, "compile", "compile")
-        self._wrap(autotuner.Autotuner, "_bench", "benchmark")
-        self._wrap(build.subprocess, "check_call", "gcc")
-
-    def watch_driver(self) -> None:
-        from triton.runtime.driver import driver
-
-        self._wrap(driver.active.utils, "load_binary", "module_load")
-
-    def _wrap(self, owner: Any, name: str, kind: str) -> None:
-        original = getattr(owner, name)
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.counts[kind] += 1
-            return original(*args, **kwargs)
-
-        setattr(owner, name, counted)
-
-
 def clone_call(call: Any) -> Any:
     """The same call on copies of its tensors."""
     import torch
@@ -91,25 +56,6 @@ def clone_call(call: Any) -> Any:
         return value.clone() if isinstance(value, torch.Tensor) else value
 
     return Call(call.fn, *[copy(a) for a in call.args], **{k: copy(v) for k, v in call.kwargs.items()})
-
-
-def tensors_of(value: Any) -> list[Any]:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, (list, tuple)):
-        return [t for v in value for t in tensors_of(v)]
-    return []
-
-
-def distance(found: Any, wanted: Any) -> float:
-    """Largest relative norm of the difference, over all tensors."""
-    worst = 0.0
-    for a, b in zip(tensors_of(found), tensors_of(wanted), strict=True):
-        a, b = a.double(), b.double()
-        worst = max(worst, float((a - b).norm() / max(float(b.norm()), 1e-30)))
-    return worst
 
 
 def capture_first_call(call: Any) -> tuple[Any, Any]:
@@ -127,7 +73,7 @@ def capture_first_call(call: Any) -> tuple[Any, Any]:
 
 def part_capture(options: argparse.Namespace) -> Json:
     """First call inside a capture at every chosen point; with `--no-bundle` the same without aot-cache."""
-    independent = Independent()
+    independent = Independent(kernels=True)
     import torch
 
     import aot_cache
@@ -213,14 +159,14 @@ def part_parity(options: argparse.Namespace) -> Json:
 
     import aot_cache
     from aot_cache.artifact.manifest import whole
-    from aot_cache.artifact.plan import Unit
+    from aot_cache.artifact.plan import Plan
     from aot_cache.recipes import declare as recipes
     from aot_cache.recipes import dimensions
     from aot_cache.runtime.record import Recording
     from aot_cache.store import read_bundle
 
     manifest = whole(read_bundle(options.bundle))
-    recipe = recipes.load(manifest["spec"])
+    recipe = recipes.load(manifest.spec)
     recording = Recording("parity")
     aot_cache.load(options.bundle, strict=True)
     torch.zeros(1, device="cuda")
@@ -228,16 +174,14 @@ def part_parity(options: argparse.Namespace) -> Json:
     _bench_once()
     points = chosen_points(recipe, options.points)
     planned: dict[str, set[str]] = {f"{case.name} {point}": set() for case, point in points}
-    plan = json.loads(Path(options.bundle).with_suffix(".plan.json").read_text())
     covered: dict[str, set[str]] = {}  # many units share their boxes
-    for unit in plan["units"]:
-        identity = Unit(**{**unit, "reached": {}}).id
-        for case, boxes in unit["reached"].items():
-            text = f"{case} {json.dumps(boxes)}"
+    for unit in Plan.read(Path(options.bundle).with_suffix(".plan.json")).units:
+        for case, boxes in unit.reached.items():
+            text = f"{case} {boxes}"
             if text not in covered:
                 covered[text] = {f"{case} {point}" for point in dimensions.expand(boxes)} & set(planned)
             for name in covered[text]:
-                planned[name].add(identity)
+                planned[name].add(unit.id)
     different = []
     launches = 0
     for case, point in points:
@@ -260,15 +204,15 @@ def part_parity(options: argparse.Namespace) -> Json:
     }
 
 
-def _forget(manifest: Json) -> None:
+def _forget(manifest: Any) -> None:
     """Make every tuner choose again."""
     from aot_cache.runtime import loader
     from aot_cache.upstream.hooks import triton_tuning
 
     for kernels in loader.loaded():
-        for tuning in manifest["tunings"]:
+        for tuning in manifest.tunings:
             for function in kernels.functions_of(tuning):
-                triton_tuning.forget(function, tuning["tuner"], tuning["key"])
+                triton_tuning.forget(function, tuning.tuner, tuning.key)
 
 
 def _bench_once() -> None:
@@ -297,7 +241,7 @@ def part_step_times(options: argparse.Namespace) -> Json:
     from aot_cache.store import read_bundle
 
     manifest = whole(read_bundle(options.bundle))
-    recipe = recipes.load(manifest["spec"])
+    recipe = recipes.load(manifest.spec)
     torch.zeros(1, device="cuda")
     aot_cache.load(options.bundle, strict=True)
     aot_cache.ready(strict=True)
@@ -339,61 +283,18 @@ def part_step_times(options: argparse.Namespace) -> Json:
 # --- putting it together -----------------------------------------------------------------------------------------------
 
 
-def run_part(name: str, options: list[str], timeout: float = 500, **variables: str) -> Json:
-    """Run one part in a fresh process with empty caches and return its record."""
-    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
-        environment = {
-            **os.environ,
-            "TRITON_CACHE_DIR": f"{folder}/triton",
-            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
-        }
-        environment.update(variables)
-        environment["GPU_CHECK_ANSWER"] = f"{folder}/answer.json"
-        began = time.perf_counter()
-        command = [sys.executable, __file__, "--part", name, *options]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
-        answer = Path(folder, "answer.json")
-        if done.returncode != 0 or not answer.exists():
-            return {"error": done.stderr.strip().splitlines()[-12:], "code": done.returncode}
-        return {**json.loads(answer.read_text()), "process_seconds": round(time.perf_counter() - began, 2)}
-
-
-def machine() -> Json:
-    import platform
-    from importlib import metadata
-
-    gpu = ""
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        gpu = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    versions = {}
-    for name in ("torch", "triton", "fla-core"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return {"gpu": gpu, "python": platform.python_version(), "versions": versions, "cores": os.cpu_count()}
-
-
-def commit() -> str:
-    if os.environ.get("AOT_CACHE_COMMIT"):
-        return os.environ["AOT_CACHE_COMMIT"]
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
 def check(options: argparse.Namespace) -> Json:
     only = set(options.only.split(","))
     record: Json = {"tool": "gpu_check", "commit": commit(), "machine": machine(), "bundle": Path(options.bundle).name}
     common = ["--bundle", options.bundle, "--points", str(options.points), "--recipe", options.recipe]
     if "capture" in only:
         # With a C compiler that is not there: what claims to need none shows it.
-        record["capture"] = run_part("capture", common, CC="/no/compiler/here")
+        record["capture"] = run_part(__file__, "capture", common, CC="/no/compiler/here")
     if "without" in only:
         few = ["--no-bundle", "--points", str(options.points_without), "--recipe", options.recipe]
-        record["without"] = run_part("capture", few)
+        record["without"] = run_part(__file__, "capture", few)
     if "parity" in only:
-        record["parity"] = run_part("parity", common)
+        record["parity"] = run_part(__file__, "parity", common)
     if "tune" in only:
         record["tune"] = tuned(options, common)
     record["claims"] = claims(record)
@@ -404,29 +305,14 @@ def tuned(options: argparse.Namespace, common: list[str]) -> Json:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "tuned.safetensors")
         began = time.perf_counter()
-        command = [
-            sys.executable,
-            "-m",
-            "aot_cache",
-            "tune",
-            options.bundle,
-            "--out",
-            str(out),
-            "--prune",
-            "--points",
-            "2",
-            "--json",
-        ]
-        environment = {**os.environ, "TRITON_CACHE_DIR": f"{folder}/triton", "PYTHONPATH": _path()}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=HERE.parent)
-        if done.returncode != 0:
-            return {"error": done.stderr.strip().splitlines()[-12:]}
-        said = {**json.loads(done.stdout), "bundle": out.name}
-        record: Json = {"tune": said, "tune_seconds": round(time.perf_counter() - began, 1)}
-        record["tuned"] = run_part("step_times", ["--bundle", str(out), "--recipe", options.recipe])
-        record["untuned"] = run_part("step_times", common)
-        record["own"] = run_part("step_times", [*common, "--own-tuning", "once"])
-        record["own_for_each_step"] = run_part("step_times", [*common, "--own-tuning", "each"])
+        said = tune(options.bundle, out, "--prune", "--points", "2", TRITON_CACHE_DIR=f"{folder}/triton")
+        if "error" in said:
+            return said
+        record: Json = {"tune": {**said, "bundle": out.name}, "tune_seconds": round(time.perf_counter() - began, 1)}
+        record["tuned"] = run_part(__file__, "step_times", ["--bundle", str(out), "--recipe", options.recipe])
+        record["untuned"] = run_part(__file__, "step_times", common)
+        record["own"] = run_part(__file__, "step_times", [*common, "--own-tuning", "once"])
+        record["own_for_each_step"] = run_part(__file__, "step_times", [*common, "--own-tuning", "each"])
         if options.keep_tuned:
             Path(options.keep_tuned).write_bytes(out.read_bytes())
     for kind, peer in itertools.product(("tuned", "untuned"), ("own", "own_for_each_step")):
@@ -436,10 +322,6 @@ def tuned(options: argparse.Namespace, common: list[str]) -> Json:
                 for name, t in record[kind]["times"].items()
             }
     return record
-
-
-def _path() -> str:
-    return os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
 
 
 def claims(record: Json) -> dict[str, bool]:
@@ -472,20 +354,7 @@ def claims(record: Json) -> dict[str, bool]:
     return out
 
 
-def finish(record: Json, out: str | None) -> int:
-    """Print a record, write it to `out` if that is given, and say whether every claim holds, as an exit code."""
-    text = json.dumps(record, indent=1)
-    print(text)
-    if out:
-        Path(out).write_text(text + "\n")
-    return 0 if all(record.get("claims", {}).values()) else 1
-
-
 def main() -> int:
-    if "--model" in sys.argv:
-        import gpu_qwen
-
-        return gpu_qwen.main(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle")
     parser.add_argument("--no-bundle", action="store_true")
@@ -496,17 +365,10 @@ def main() -> int:
     parser.add_argument("--own-tuning", choices=["once", "each"])
     parser.add_argument("--keep-tuned")
     parser.add_argument("--part")
-    parser.add_argument("--ranks", type=int, help="check instead what `gpu_ranks.py` does, on so many GPUs")
     parser.add_argument("--out")
     options = parser.parse_args()
-    if options.ranks:
-        import gpu_ranks
-
-        return gpu_ranks.main(["--ranks", str(options.ranks), *(["--out", options.out] if options.out else [])])
     if options.part:
-        answer = globals()[f"part_{options.part}"](options)
-        Path(os.environ["GPU_CHECK_ANSWER"]).write_text(json.dumps(answer))
-        return 0
+        return hand_over(globals()[f"part_{options.part}"](options))
     return finish(check(options), options.out)
 
 

@@ -1,4 +1,4 @@
-"""What transformers makes of served tokens: the part `judge` of `gpu_qwen.py` and of `gpu_qwen_ranks.py`."""
+"""What transformers makes of served tokens: the part `judge` of `check_qwen.py`, on one GPU and on several."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from gpu_graphs import relative
+from harness import distance
 
 from aot_cache.models.qwen3_5.net import CLASSES, config_of
 from aot_cache.models.qwen3_5.settings import MOE
@@ -47,8 +47,8 @@ def judge(
             for name, said in (("ours", torch.tensor(tokens, device=device)), ("bfloat16", logits[0].argmax(-1))):
                 gaps[name] += (best - logits[1].gather(1, said[:, None])[:, 0]).tolist()
             if str(number) in kept:
-                hidden["ours"].append(relative(kept[str(number)].to(device), mine[1]))
-                hidden["bfloat16"].append(relative(mine[0], mine[1]))
+                hidden["ours"].append(distance(kept[str(number)].to(device), mine[1]))
+                hidden["bfloat16"].append(distance(mine[0], mine[1]))
         generated = by_generate(half, asked, served)
     told = {name: {"different": sum(g > 0 for g in found), "largest": max(found)} for name, found in gaps.items()}
     norms = {name: statistics.median(found) for name, found in hidden.items()}

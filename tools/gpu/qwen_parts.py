@@ -1,15 +1,7 @@
-#!/usr/bin/env python3
-"""Check on a real GPU that Qwen3.5 with MTP only hits from load on, and measure its start; print one JSON record.
+"""The parts of `check_qwen.py`, each a process of its own or, with --tp, several; and how they are run.
 
-    python tools/gpu_check.py --model qwen3.5 --spec mtp [--out RECORD.json] [--only build,serve,…] [--layers N]
-    python tools/gpu_check.py --model qwen3.5 --spec mtp --tp 2 …      what `gpu_qwen_ranks.py` does, on two GPUs
-
-`build` makes the bundle with the GPU and its driver library hidden. Each other part is a fresh process. `serve` loads it,
-captures every size of target and draft and serves 200 requests, once with the model's own drafts and once with an oracle's;
-`judge` asks transformers, in float32 and in bfloat16, about every token, and holds the hidden states against float32's.
-`cold`, `mega` and `eager` are what a start takes without us: no cache; torch's mega-cache, a warm Triton folder and
-TRITON_CACHE_AUTOTUNING=1; and nothing compiled at all. `tune` tunes the bundle, `tuned` measures its steps. Exit code 0 when
-every claim holds.
+`serve` has the bundle, captures every size and serves the requests; `judge` asks transformers; `eager`, `cold` and `mega`
+start without us; `tuned` measures steps; `weights` writes what ranks take their parts of.
 """
 
 from __future__ import annotations
@@ -19,19 +11,17 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from gpu_check import finish
-from gpu_graphs import HARMFUL, Independent, _path, build
+from harness import Independent, hand_over
+
+from aot_cache.runtime.ledger import HARMFUL
 
 Json = Any
-PARTS = ("build", "serve", "judge", "eager", "cold", "mega", "tune", "tuned")
 REQUESTS, LONGEST, MOST_NEW = 200, 1300, 24
 JUDGED = 10
 """Of each so many requests, one's hidden states are kept and judged."""
@@ -288,7 +278,7 @@ def part_eager(options: argparse.Namespace) -> Json:
 
 def part_judge(options: argparse.Namespace) -> Json:
     import torch
-    from gpu_qwen_judge import judge
+    from qwen_judge import judge
     from safetensors.torch import load_file
 
     torch.compiler.set_stance("force_eager")
@@ -296,157 +286,19 @@ def part_judge(options: argparse.Namespace) -> Json:
     return judge(make_engine(options), requests(options), served, load_file(options.hidden))
 
 
-# --- the parent ------------------------------------------------------------------------------------------------------------
+# --- how they are run ------------------------------------------------------------------------------------------------------
 
 
-def run_part(name: str, options: argparse.Namespace, folder: Path, bundle: str) -> Json:
-    """One part in a fresh process; what is cached is empty, but for the warm folder where a part is about that."""
-    with tempfile.TemporaryDirectory() as empty:
-        triton = folder / "triton" if name in ("cold", "mega", "eager", "judge") else Path(empty, "triton")
-        answer = Path(empty, "answer.json")
-        environment = {**os.environ, **variables(Path(empty), answer), "TRITON_CACHE_DIR": str(triton)}
-        if name in ("serve", "tuned"):
-            environment["CC"] = environment["CXX"] = "/bin/false"
-        command = command_of(name, options, folder, bundle)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=560)
-        if done.returncode or not answer.exists():
-            return {"error": last_words(done.stderr)}
-        found: Json = json.loads(answer.read_text())
-        return found
-
-
-def variables(empty: Path, answer: Path) -> dict[str, str]:
-    """What the environment of a part has, with nothing cached in `empty`."""
-    return {
-        "PYTHONPATH": _path(),
-        "TRITON_CACHE_DIR": f"{empty}/triton",
-        "TORCHINDUCTOR_CACHE_DIR": f"{empty}/inductor",
-        "TRITON_CACHE_AUTOTUNING": "1",
-        "ANSWER": str(answer),
-    }
-
-
-def command_of(name: str, options: argparse.Namespace, folder: Path, bundle: str) -> list[str]:
-    command = [sys.executable, "-W", "ignore", __file__, "--part", name, "--bundle", bundle]
-    command += ["--mega", str(folder / "mega"), "--hidden", str(folder / "hidden.safetensors")]
-    command += ["--tokens", str(folder / "tokens.json"), "--size", options.size, "--layers", str(options.layers)]
-    command += ["--max-batch", str(options.max_batch), "--max-model-len", str(options.max_model_len)]
-    return [*command, "--requests", str(options.requests), "--device", options.device, "--weights", options.weights]
-
-
-def last_words(stderr: str) -> list[str]:
-    return [line for line in stderr.splitlines() if line.strip() and "^^^" not in line][-40:]
-
-
-def tune(bundle: str, out: str) -> Json:
-    began = time.perf_counter()
-    command = [sys.executable, "-m", "aot_cache", "tune", bundle, "--out", out, "--json"]
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": _path()}, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        return {"error": done.stderr.splitlines()[-10:]}
-    facts = {k: v for k, v in json.loads(done.stdout).items() if isinstance(v, (int, float, str))}
-    return {**facts, "seconds": round(time.perf_counter() - began, 1)}
-
-
-def claims(record: Json, more: float = 1.0) -> Json:
-    """What the record shows; `more`: by how much ours may be farther from float32 than with the same roundings."""
-    made: Json = {}
-    parts = [name for name in PARTS if name in record]
-    made["every part ran"] = not [name for name in parts if "error" in record[name]]
-    if not made["every part ran"]:
-        return made
-    if "serve" in record:
-        serve = record["serve"]
-        made["every size of target and draft is captured"] = serve["captured"] > 0 and not serve["lost"]
-        made["ledger: zero events from ready on"] = not HARMFUL & set(serve["ledger_after_ready"])
-        made["independent hooks: zero events from ready on"] = not serve["independent_after_ready"]
-        made["ledger: nothing is compiled or tuned while loading"] = not set(serve["ledger_while_loading"]) - {
-            "module_load"
-        }
-        made["every number of drafts held"] = set(serve["held"]["oracle"]) == {"0", "1", "2"}
-        made["an oracle's drafts change no token"] = serve["same with an oracle"] == serve["requests"]
-    if "judge" in record:
-        gaps, hidden = record["judge"]["gaps"], record["judge"]["hidden"]
-        made["hidden states as near to float32's as transformers' bfloat16"] = (
-            hidden["ours"] <= 1.1 * hidden["bfloat16"] * more
-        )
-        made["tokens as near to float32's as transformers' bfloat16"] = (
-            gaps["ours"]["largest"] <= 1.5 * gaps["bfloat16"]["largest"] * more
-            and gaps["ours"]["different"] <= 1.1 * gaps["bfloat16"]["different"] * more
-        )
-    if {"serve", "eager", "cold", "mega"} <= set(parts):
-        floor = record["eager"]["start_seconds"]
-        beyond = serve["start_seconds"] - floor
-        for name, most in (("cold", 0.10), ("mega", 0.30)):
-            record[f"start beyond eager, of {name}"] = ratio = round(
-                beyond / (record[name]["start_seconds"] - floor), 4
-            )
-            made[f"start beyond eager at most {most} of {name}"] = ratio <= most
-    if {"tuned", "cold"} <= set(parts):
-        for name in ("tuned", *(["serve"] if "serve" in record else [])):
-            plain = record["cold"]["steady"]
-            record[f"{name} step over cold"] = {s: round(t / plain[s], 4) for s, t in record[name]["steady"].items()}
-        made["tuned steps at most 1.02 of ordinary compile"] = max(record["tuned step over cold"].values()) <= 1.02
-    return made
-
-
-def compared(serve: Json) -> list[list[int]]:
-    """Take the tokens out of what `serve` says, and note in it how many requests have the same with an oracle's drafts."""
-    tokens = serve.pop("tokens")
-    own: list[list[int]] = tokens["own drafts"]
-    serve["requests"], serve["same with an oracle"] = len(own), sum(map(list.__eq__, own, tokens["oracle"]))
-    return own
-
-
-def spec_of(options: argparse.Namespace) -> str:
-    """The recipe that is built."""
-    spec = f"aot_cache.models.qwen3_5.recipe:recipe?size={options.size}&spec=mtp"
-    return f"{spec}&max_batch={options.max_batch}&max_model_len={options.max_model_len}"
-
-
-def check(options: argparse.Namespace) -> Json:
-    import torch
-    import triton
-
-    folder = Path(options.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    record: Json = {
-        "what": "Qwen3.5 with MTP: serving only hits",
-        "model": {"size": options.size, "layers": options.layers or "all", "max_batch": options.max_batch},
-        "machine": torch.cuda.get_device_name(0),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0]},
-    }
-    kept = folder / "record.json"
-    if kept.exists():  # parts of an earlier call, on the same machine
-        record |= {k: v for k, v in json.loads(kept.read_text()).items() if k in PARTS}
-    bundle, tuned = str(folder / "bundle.safetensors"), str(folder / "tuned.safetensors")
-    for name in (options.only or ",".join(PARTS)).split(","):
-        if name == "build":
-            options.recipe = spec_of(options)
-            record[name] = build(options, folder / "store", "--out", bundle)
-        elif name == "tune":
-            record[name] = tune(bundle, tuned)
-        else:
-            record[name] = run_part(name, options, folder, tuned if name == "tuned" else bundle)
-        if name == "serve" and "tokens" in record[name]:
-            (folder / "tokens.json").write_text(json.dumps(compared(record[name])))
-        kept.write_text(json.dumps(record))
-        print(f"{name}: {'failed' if 'error' in record[name] else 'done'}", file=sys.stderr, flush=True)
-    record["claims"] = claims(record)
-    return record
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(about: str) -> argparse.ArgumentParser:
+    """The options of the check, which its parts are told, too."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3.5")
     parser.add_argument("--spec", default="mtp", choices=["mtp"])
     parser.add_argument("--size", default="0.8b")
     parser.add_argument("--layers", type=int, default=0, help="so many decoder layers instead of all")
     parser.add_argument("--max-batch", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=4096)
-    parser.add_argument("--tp", type=int, default=1, help="split over so many GPUs: what `gpu_qwen_ranks.py` does")
+    parser.add_argument("--tp", type=int, default=1, help="split over so many GPUs: see `qwen_ranks.py`")
     parser.add_argument("--requests", type=int, default=REQUESTS)
     parser.add_argument("--device", default="cuda", help="cpu, with --tp: to try the check itself with --size tiny")
     parser.add_argument("--only")
@@ -460,16 +312,28 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(between, default="", help=argparse.SUPPRESS)
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--out")
-    options = parser.parse_args(arguments)
-    if options.part:
-        Path(os.environ["ANSWER"]).write_text(json.dumps(globals()[f"part_{options.part}"](options)))
-        leave(options)
-        return 0
-    if options.tp > 1:
-        import gpu_qwen_ranks
+    return parser
 
-        return finish(gpu_qwen_ranks.check(options), options.out)
-    return finish(check(options), options.out)
+
+def told(options: argparse.Namespace, folder: Path, bundle: str) -> list[str]:
+    """The arguments of a part, which finds in `folder` what others left."""
+    command = ["--bundle", bundle, "--mega", str(folder / "mega"), "--hidden", str(folder / "hidden.safetensors")]
+    command += ["--tokens", str(folder / "tokens.json"), "--size", options.size, "--layers", str(options.layers)]
+    command += ["--max-batch", str(options.max_batch), "--max-model-len", str(options.max_model_len)]
+    return [*command, "--requests", str(options.requests), "--device", options.device, "--weights", options.weights]
+
+
+def spec_of(options: argparse.Namespace) -> str:
+    """The recipe that is built."""
+    spec = f"aot_cache.models.qwen3_5.recipe:recipe?size={options.size}&spec=mtp"
+    return f"{spec}&max_batch={options.max_batch}&max_model_len={options.max_model_len}"
+
+
+def main() -> int:
+    options = make_parser(__doc__ or "").parse_args()
+    hand_over(globals()[f"part_{options.part}"](options))
+    leave(options)
+    return 0
 
 
 if __name__ == "__main__":

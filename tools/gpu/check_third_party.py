@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Build other packages' kernels with the GPU hidden, make their first calls inside CUDA graph captures, and write one record.
 
-    PYTHONPATH=FOLDER:FOLDER python tools/gpu_third_party.py [--only liger,gemlite_gemm] [--points 16] [--out RECORD.json]
+    PYTHONPATH=FOLDER:FOLDER python tools/gpu/check_third_party.py [--only liger,gemlite_gemm] [--points 16] [--out RECORD.json]
 
 The recipes are those of tests/third_party; the packages are in the folders, as their authors publish them. Where a bundle
 has choices to make, `aot-cache tune` makes them on the GPU first. A package that cannot be imported there is named, and is no
@@ -21,9 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpu_check import commit, finish, machine
-from gpu_rehearse import cli, summary
-from third_party import FOLDER, PACKAGES
+from harness import cli, commit, finish, machine, summary
+from third_party_packages import FOLDER, PACKAGES
 
 from aot_cache.artifact.manifest import whole
 from aot_cache.store import read_bundle
@@ -63,7 +62,7 @@ def one(recipe: str, target: str, points: int) -> Json:
     with tempfile.TemporaryDirectory(prefix="third-party-") as scratch:
         folder, paths, began = Path(scratch), [str(FOLDER)], time.perf_counter()
         told = ["--model", f"{recipe}:recipe", "--target", target, "--store", "store", "--json"]
-        built = cli(folder, "build", *told, paths=paths)
+        built = cli("build", *told, folder=folder, paths=paths)
         record["build_s"] = round(time.perf_counter() - began, 1)
         if not built.stdout.startswith("{"):
             return {**record, "error": built.stderr[-1500:]}
@@ -72,14 +71,15 @@ def one(recipe: str, target: str, points: int) -> Json:
         if target != "native":
             return {**record, "passed": built.returncode == 0}
         path = said["path"]
-        if whole(read_bundle(Path(path)))["tunings"]:
+        if whole(read_bundle(Path(path))).tunings:
             began, path = time.perf_counter(), str(folder / "tuned.safetensors")
-            tuned = cli(folder, "tune", said["path"], "--out", path, "--points", "1", "--json", paths=paths)
+            told = ["--out", path, "--points", "1", "--json"]
+            tuned = cli("tune", said["path"], *told, folder=folder, paths=paths)
             record["tune_s"] = round(time.perf_counter() - began, 1)
             if tuned.returncode:
                 return {**record, "error": tuned.stderr[-1500:]}
         began = time.perf_counter()
-        run = cli(folder, "rehearse", path, "--points", str(points), "--json", paths=paths)
+        run = cli("rehearse", path, "--points", str(points), "--json", folder=folder, paths=paths)
         record["rehearse_s"] = round(time.perf_counter() - began, 1)
         if not run.stdout.startswith("{"):
             return {**record, "error": run.stderr[-1500:]}

@@ -1,4 +1,4 @@
-"""Real layers as a recipe: what `gpu_graphs.py` builds and serves.
+"""Real layers as a recipe: what `check_graphs.py` builds and serves.
 
 Both kinds of decoder layer of transformers' Qwen3.5 at two sizes, with fla's gated delta rule as a custom operator (opaque
 to Dynamo, as in vLLM); its norms; a net of twelve gated MLPs; and a function that is compiled inside a custom operator.

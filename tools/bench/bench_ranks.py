@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """What agreeing costs: milliseconds a shape, and for all shapes of a start-up, between ranks on one host.
 
-    python tools/bench_ranks.py [--ranks 4] [--shapes 50] [--rounds 5] [--out RECORD.json]
+    python tools/bench/bench_ranks.py [--ranks 4] [--shapes 50] [--rounds 5] [--out RECORD.json]
 
 Each round is a job of its own over gloo. A shape costs two agreements: before its capture, and after. Beside it stands
-`all_gather_object` of gloo, which answers as much and names nobody. `gpu_ranks.py` has what a capture itself takes.
+`all_gather_object` of gloo, which answers as much and names nobody. `check_ranks.py` has what a capture itself takes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
-from gpu_check import finish
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
+
+from harness import finish
 from jobs import environments
 
 Json = Any

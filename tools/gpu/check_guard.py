@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Check on a real GPU what aot-cache claims of misses inside captures, and print one JSON record.
 
-    python tools/gpu_guard.py [--only cells,entrances,libraries,loop] [--jobs 12] [--out RECORD.json]
+    python tools/gpu/check_guard.py [--only cells,entrances,libraries,loop] [--jobs 12] [--out RECORD.json]
 
 cells       every case of `guard_cases.py` × capture mode × (whole capture, side stream), first without us, then with us under
             each policy: a first call inside a capture, replays, the same call outside, a second capture
@@ -15,9 +15,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -27,9 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from gpu_check import finish
+from harness import Independent, build, commit, distance, finish, hand_over, ran
 
-HERE = Path(__file__).resolve().parent
 Json = Any
 MODES = ("global", "thread_local", "relaxed")
 WHERE = ("whole", "side")
@@ -49,8 +45,6 @@ class Watch:
     """Events since the last look: upstream's own, by hooks beneath ours, and the ledger's."""
 
     def __init__(self) -> None:
-        from gpu_graphs import Independent
-
         self._independent = Independent()  # before ours: what we answer in upstream's place never gets here
         self._before: Counter[str] = Counter()
 
@@ -104,7 +98,6 @@ def lost(error: BaseException) -> str:
 def capture_and_replay(case: Any, x: Any, options: argparse.Namespace) -> Json:
     """Capture the case's call, and replay it on other values."""
     import torch
-    from gpu_graphs import relative
 
     try:
         graph, out = captured(case.call, x, options.mode, options.where)
@@ -120,7 +113,7 @@ def capture_and_replay(case: Any, x: Any, options: argparse.Namespace) -> Json:
         x.copy_(torch.randn_like(x))
         graph.replay()
         torch.cuda.synchronize()
-        worst = max(worst, relative(out, case.eager(x)))
+        worst = max(worst, distance(out, case.eager(x)))
     return {"lost": "", "error": worst, **nodes}
 
 
@@ -149,10 +142,8 @@ def part_cell(options: argparse.Namespace) -> Json:
         case.warm(x)
     watch.since()
     answer = {"first": {**capture_and_replay(case, x, options), **watch.since()}}
-    from gpu_graphs import relative
-
     try:
-        answer["outside"] = {"error": relative(case.call(x), (case.measuring or case.eager)(x)), **watch.since()}
+        answer["outside"] = {"error": distance(case.call(x), (case.measuring or case.eager)(x)), **watch.since()}
     except Exception as error:
         return {**answer, "outside": {"lost": lost(error)}, "second": {}}
     answer["second"] = {**capture_and_replay(case, x, options), **watch.since()}
@@ -170,7 +161,6 @@ def part_entrance(options: argparse.Namespace) -> Json:
     if options.policy != "none":
         aot_cache.arm(options.policy)
     import guard_cases
-    from gpu_graphs import relative
 
     x = torch.randn(guard_cases.SIZE, device="cuda")
     want = lambda: (x * 2).cos() * 2 + 2  # noqa: E731
@@ -193,7 +183,7 @@ def part_entrance(options: argparse.Namespace) -> Json:
         else:
             out = beside_another_capture(guard_cases, x)
         torch.cuda.synchronize()
-        return {"lost": "", "error": relative(out, want()), **watch.since()}
+        return {"lost": "", "error": distance(out, want()), **watch.since()}
     except Exception as error:
         return {"lost": lost(error), **watch.since()}
 
@@ -260,7 +250,6 @@ def part_serve(options: argparse.Namespace) -> Json:
 
     aot_cache.load(options.case, strict=True, policy=options.policy)
     import guard_loop
-    from gpu_graphs import relative
 
     failed, worst = [], 0.0
     with torch.inference_mode():
@@ -274,7 +263,7 @@ def part_serve(options: argparse.Namespace) -> Json:
                 graph, out = captured(lambda x: guard_loop.step(x, guard_loop.weight()), x, "global", "whole")
                 graph.replay()
                 torch.cuda.synchronize()
-                worst = max(worst, relative(out, guard_loop.in_eager(x, guard_loop.weight())))
+                worst = max(worst, distance(out, guard_loop.in_eager(x, guard_loop.weight())))
             except Exception as error:
                 failed.append(f"{tokens}: {lost(error)}")
     return {"lost": failed, "error": worst, **watch.since(), "misses": len(aot_cache.stats()["misses"])}
@@ -282,17 +271,14 @@ def part_serve(options: argparse.Namespace) -> Json:
 
 def loop() -> Json:
     """Serve with a bundle that lacks points, build from what missed, serve again."""
-    from gpu_graphs import build
-
     with tempfile.TemporaryDirectory() as folder:
         misses = Path(folder, "misses.jsonl")
-        request = argparse.Namespace(recipe="guard_loop:recipe", target="h200")
-        first = build(request, Path(folder, "store"))
+        first = build("guard_loop:recipe", "h200", Path(folder, "store"))
         if "error" in first:
             return {"first build": first}
         lacking = run_cell("serve", first["path"], "fallback", environment={"AOT_CACHE_MISSES": str(misses)})
         lines = misses.read_text().splitlines()
-        second = build(request, Path(folder, "store"), "--misses", str(misses))
+        second = build("guard_loop:recipe", "h200", Path(folder, "store"), "--misses", str(misses))
         after = run_cell("serve", second.get("path", ""), "error") if "error" not in second else {}
         return {
             "first build": first,
@@ -314,23 +300,10 @@ def run_cell(
     where: str = "whole",
     environment: dict[str, str] | None = None,
 ) -> Json:
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder, "answer.json")
-        environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("AOT_CACHE")},
-            **(environment or {}),
-            "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]),
-            "TRITON_CACHE_DIR": f"{folder}/triton",
-            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",
-            "ANSWER": str(answer),
-        }
-        command = [sys.executable, "-W", "ignore", __file__, "--part", part, "--case", case, "--policy", policy]
-        command += ["--mode", mode, "--where", where]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-        if not answer.exists():
-            return {"died": [line for line in done.stderr.splitlines() if line.strip()][-8:]}
-        return json.loads(answer.read_text())
+    """What the process of one cell says; it counts as it said it, even if it then cannot end in order."""
+    told = ["--case", case, "--policy", policy, "--mode", mode, "--where", where]
+    found = ran(__file__, part, told, 300, TORCHINDUCTOR_COMPILE_THREADS="1", **(environment or {}))
+    return {"died": found.said[-8:]} if found.answer is None else found.answer
 
 
 def cells_to_run(which: set[str]) -> list[tuple[str, ...]]:
@@ -464,8 +437,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        Path(os.environ["ANSWER"]).write_text(json.dumps(globals()[f"part_{options.part}"](options)))
-        return 0
+        return hand_over(globals()[f"part_{options.part}"](options))
     import torch
     import triton
 
@@ -474,6 +446,7 @@ def main() -> int:
         todo = cells_to_run(which)
         done = dict(zip(todo, pool.map(lambda cell: run_cell(*cell), todo)))
     record: Json = {"what": "misses inside captures", "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    record["commit"] = commit()
     record |= {"triton": triton.__version__, "claims": claims_of(done), "cells": table(done)}
     if "loop" in which:
         record["loop"] = found = loop()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Build bundles for the CPU, rehearse them with real tensors, and print one JSON record: kind of call → what came of it.
 
-    python tools/rehearse_calls.py [--only calls,models,subclasses] [--also FOLDER] [--out RECORD.json]
+    python tools/bench/rehearse_calls.py [--only calls,models,subclasses] [--also FOLDER] [--out RECORD.json]
 
 `calls` are ordinary users' compiled functions, `models` models of transformers, `subclasses` tensors of other types
 (tests/graphs). FOLDER has further modules, each with a `recipe`; those with Triton kernels are built for h200 and only counted.
@@ -19,8 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gpu_check import commit, finish, machine
-from gpu_rehearse import cli, summary
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
+
+from harness import SAMPLES, cli, commit, finish, machine, summary
 
 Json = Any
 RECIPES = {
@@ -34,7 +35,7 @@ def one(recipe: str, target: str, *paths: str) -> Json:
     """Build a recipe in an empty folder; a build for the CPU rehearses."""
     with tempfile.TemporaryDirectory(prefix="rehearse-") as scratch:
         arguments = f"build --model {recipe} --target {target} --store store --json".split()
-        built = cli(Path(scratch), *arguments, paths=paths)
+        built = cli(*arguments, folder=Path(scratch), paths=[*paths, SAMPLES])
     if not built.stdout.startswith("{"):
         return {"exit": built.returncode, "passed": False, "error": built.stderr[-500:]}
     said = json.loads(built.stdout)["bundles"][0]

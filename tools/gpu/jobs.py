@@ -1,4 +1,4 @@
-"""What the tools share that start jobs of several ranks on this host."""
+"""Jobs of several ranks on this host."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+from harness import PATH
+
 GRACE = 20.0
 """Seconds that the other ranks have to end after one that failed."""
 
@@ -21,8 +21,7 @@ def environments(ranks: int) -> list[dict[str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    paths = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "PYTHONPATH": paths}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "PYTHONPATH": PATH}
     return [{**os.environ, **common, "RANK": str(rank)} for rank in range(ranks)]
 
 

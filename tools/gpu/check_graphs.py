@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Check on a real GPU what aot-cache claims of compiled graphs, and print one JSON record; `gpu_check.py` does for kernels.
+"""Check on a real GPU what aot-cache claims of compiled graphs, and print one JSON record.
 
-    python tools/gpu_graphs.py [--recipe layers:recipe] [--bundle BUNDLE] [--target h200] [--every 1] [--out RECORD.json]
+    python tools/gpu/check_graphs.py [--recipe layers:recipe] [--bundle BUNDLE] [--target h200] [--every 1] [--out RECORD.json]
 
 Without `--bundle` it is built first, with the GPU and its driver library hidden, on two cores. Then, each in a fresh
 process with empty caches: `serve` makes every declared point's first call inside a capture; `plain` is the same with
@@ -12,10 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import glob
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,56 +19,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from gpu_check import finish
+from harness import NO_COMPILER, Independent, build, commit, distance, eager, finish, hand_over, run_part, versions
 
-HERE = Path(__file__).resolve().parent
+from aot_cache.runtime.ledger import HARMFUL
+
 Json = Any
-HARMFUL = {"compile", "disk_hit", "tuning", "benchmark", "module_load", "gcc", "frame", "graph_compile"}
 COMPARED = 8
 """Points of each case at which numerics are held against ordinary `torch.compile`."""
-
-
-class Independent:
-    """Counts events by hooking upstream itself, beside the ledger: the two must agree."""
-
-    def __init__(self) -> None:
-        import torch._inductor.codecache  # noqa: F401  # so that all of it is there to be hooked
-        import triton.compiler
-        from torch._dynamo import convert_frame
-        from torch._inductor import compile_fx, cpp_builder
-        from torch._inductor.runtime import static_triton_launcher, triton_heuristics
-        from triton.runtime import autotuner
-
-        self.counts: Counter[str] = Counter()
-        self._wrap(convert_frame, "_compile", "frame")
-        self._wrap(compile_fx, "compile_fx", "graph_compile")
-        self._wrap(triton.compiler, "compile", "compile")
-        self._wrap(triton_heuristics.CachingAutotuner, "_precompile_config", "compile")  # Inductor's own way to it
-        self._wrap(autotuner.Autotuner, "_bench", "benchmark")
-        self._wrap(triton_heuristics.CachingAutotuner, "bench", "benchmark")
-        self._wrap(static_triton_launcher.StaticallyLaunchedTritonKernel, "load_kernel", "module_load")
-        self._wrap(cpp_builder.CppBuilder, "build", "gcc")
-        self._wrap(triton.runtime.build.subprocess, "check_call", "gcc")
-
-    def watch_driver(self) -> None:
-        from triton.runtime.driver import driver
-
-        self._wrap(driver.active.utils, "load_binary", "module_load")
-
-    def _wrap(self, owner: Any, name: str, kind: str) -> None:
-        original = getattr(owner, name)
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.counts[kind] += 1
-            return original(*args, **kwargs)
-
-        setattr(owner, name, counted)
-
-
-def relative(found: Any, wanted: Any) -> float:
-    """Relative norm of the difference."""
-    found, wanted = found.double(), wanted.double()
-    return float((found - wanted).norm() / max(float(wanted.norm()), 1e-30))
 
 
 def compared(points: list[dict[str, int]]) -> list[int]:
@@ -104,13 +57,6 @@ def prime_libraries() -> None:
                 w @ w, torch.bmm(w[None], w[None]), torch.baddbmm(w[None], w[None], w[None])
                 torch.nn.functional.conv1d(w[None], torch.randn(64, 1, 4, device="cuda", dtype=dtype), groups=64)
     torch.cuda.synchronize()
-
-
-def eager(call: Any) -> Any:
-    import torch
-
-    with torch.compiler.set_stance("force_eager"):
-        return call()
 
 
 def part_serve(options: argparse.Namespace) -> Json:
@@ -160,7 +106,7 @@ def part_serve(options: argparse.Namespace) -> Json:
                     torch.cuda.synchronize()
                     captured += 1
                     if number in check:
-                        errors.setdefault(case.name, {})[name] = relative(out, eager(call))
+                        errors.setdefault(case.name, {})[name] = distance(out, eager(call))
             except Exception as lost:
                 failed.append(f"{case.name} {name}: {type(lost).__name__}: {str(lost).splitlines()[0][:200]}")
                 with contextlib.suppress(Exception), case.modes():
@@ -203,79 +149,11 @@ def part_plain(options: argparse.Namespace) -> Json:
             with case.modes():
                 torch.manual_seed(number)
                 call = case.call(points[number])
-                errors.setdefault(case.name, {})[name] = relative(call(), eager(call))
+                errors.setdefault(case.name, {})[name] = distance(call(), eager(call))
     return {"errors": errors, "events": dict(independent.counts)}
 
 
-# --- building, with nothing of a GPU in sight ----------------------------------------------------------------------------
-
-
-def build(options: argparse.Namespace, store: Path, *more: str) -> Json:
-    """Build the bundle on some cores, in a process that sees no GPU and cannot open its driver library."""
-    inner = [sys.executable, "-m", "aot_cache", "build", "--model", options.recipe, "--target", options.target]
-    inner += ["--store", str(store), "--json", *more]
-    libraries = sorted({os.path.realpath(p) for d in _library_folders() for p in glob.glob(f"{d}/libcuda.so*")})
-    hide = " && ".join(f"mount --bind /dev/null {path}" for path in libraries) or "true"
-    probe = "import ctypes\ntry: ctypes.CDLL('libcuda.so.1'); print('found')\nexcept OSError: print('hidden')"
-    script = f'{hide} && {sys.executable} -c "$PROBE" 1>&2 && exec "$@"'
-    command = ["unshare", "--mount", "sh", "-c", script, "sh", *inner]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": _path(), "PROBE": probe}
-    began = time.perf_counter()
-    done = subprocess.run(
-        ["taskset", "-c", options.cores, *command],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=HERE.parent,
-    )
-    seconds = time.perf_counter() - began
-    if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-10:] + done.stdout.strip().splitlines()[-5:]}
-    built = json.loads(done.stdout)["bundles"][0]
-    kept = {k: built[k] for k in ("units", "graphs", "compiled", "size", "points", "digest", "failed")}
-    return {
-        **kept,
-        "path": built["path"],
-        "seconds": round(seconds, 1),
-        "driver": done.stderr.split()[:1],
-        "cores": options.cores,
-    }
-
-
-def _library_folders() -> list[str]:
-    found = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True, check=False).stdout
-    paths = [line.split("=>")[1].strip() for line in found.splitlines() if "libcuda.so" in line]
-    return sorted(
-        {os.path.dirname(path) for path in paths} | set(os.environ.get("LD_LIBRARY_PATH", "").split(":")) - {""}
-    )
-
-
-def _path() -> str:
-    return os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-
-
-def run_part(name: str, options: argparse.Namespace, bundle: str) -> Json:
-    """One part in a fresh process with empty caches and no C compiler."""
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder, "answer.json")
-        environment = {
-            **os.environ,
-            "PYTHONPATH": _path(),
-            "TRITON_CACHE_DIR": f"{folder}/triton",
-            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
-            "ANSWER": str(answer),
-        }
-        if name == "serve":
-            environment["CC"] = environment["CXX"] = "/bin/false"
-        command = [sys.executable, __file__, "--part", name, "--recipe", options.recipe, "--every", str(options.every)]
-        done = subprocess.run(
-            [*command, "--bundle", bundle], env=environment, capture_output=True, text=True, check=False, timeout=540
-        )
-        if done.returncode or not answer.exists():
-            return {"error": [line for line in done.stderr.splitlines() if line.strip() and "^^^" not in line][-60:]}
-        found: Json = json.loads(answer.read_text())
-        return found
+# --- putting it together -----------------------------------------------------------------------------------------------
 
 
 def typical(errors: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -294,7 +172,7 @@ def claims(record: Json) -> dict[str, bool]:
     record["worst_ratio"] = worst
     return {
         "every declared point captured at its first call": serve["captured"] > 0 and not serve["failed"],
-        "ledger: zero events after ready": not HARMFUL & set(serve["ledger_after_seal"]),
+        "ledger: zero events after ready": not set(HARMFUL) & set(serve["ledger_after_seal"]),
         "independent hooks: zero events after ready": not serve["independent_after_ready"],
         "numerics no worse than ordinary torch.compile's times 1.05": worst <= 1.05,
         "without the bundle the same calls compile": plain["events"].get("frame", 0) > 0,
@@ -304,27 +182,27 @@ def claims(record: Json) -> dict[str, bool]:
 def check(options: argparse.Namespace) -> Json:
     """All parts, as one record."""
     import torch
-    import triton
 
     with contextlib.ExitStack() as stack:
         store = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         record: Json = {
             "what": "compiled graphs: first call inside a capture",
-            "commit": os.environ.get("AOT_CACHE_COMMIT", ""),
+            "commit": commit(),
             "recipe": options.recipe,
             "machine": torch.cuda.get_device_name(0),
-            "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0]},
+            "versions": versions(),
         }
         bundle = options.bundle
         if not bundle:
-            record["build"] = build(options, store)
+            record["build"] = build(options.recipe, options.target, store, cores=options.cores)
             if "error" in record["build"]:
                 return {**record, "claims": {"the bundle was built": False}}
             bundle = record["build"].pop("path")
             if options.keep:
                 Path(options.keep).write_bytes(Path(bundle).read_bytes())
-        record["serve"] = run_part("serve", options, bundle)
-        record["plain"] = run_part("plain", options, bundle)
+        told = ["--recipe", options.recipe, "--every", str(options.every), "--bundle", bundle]
+        record["serve"] = run_part(__file__, "serve", told, **NO_COMPILER)
+        record["plain"] = run_part(__file__, "plain", told)
         record["claims"] = claims(record)
     return record
 
@@ -341,8 +219,7 @@ def main() -> int:
     parser.add_argument("--out")
     options = parser.parse_args()
     if options.part:
-        Path(os.environ["ANSWER"]).write_text(json.dumps(globals()[f"part_{options.part}"](options)))
-        return 0
+        return hand_over(globals()[f"part_{options.part}"](options))
     return finish(check(options), options.out)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Build other packages' kernels by the recipes of tests/third_party, each in a process of its own, without a GPU.
 
-    python tools/third_party.py --paths FOLDER:FOLDER --targets h200,mi300x [--only liger,vllm_moe] [--out RECORD.json]
+    python tools/bench/build_third_party.py --paths FOLDER:FOLDER [--targets h200,mi300x] [--only liger,…] [--out RECORD.json]
 
 Prints a table, and writes one JSON record. In the folders are the packages as their authors publish them. A record that is
 there is added to: what was built before and is not named now stays. Exit code 0 when nothing failed that is ours.
@@ -19,65 +19,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_check import commit, machine
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "tests" / "third_party"
+from harness import ROOT, commit, machine
+from third_party_packages import FOLDER, PACKAGES
+
 Json = Any
 PATIENCE = 1500.0
 """Seconds for one build: for hangs only."""
 
-
-@dataclass(frozen=True)
-class Package:
-    """What a recipe is about.
-
-    Args:
-        distribution: the package's name in an index.
-        functions: what of it is called.
-        note: what the recipe does not call, and whose reason that is.
-        uncapturable: cases that no capture can have, with or without aot-cache, because the function reads from the GPU.
-    """
-
-    distribution: str
-    functions: str
-    note: str = ""
-    uncapturable: tuple[str, ...] = ()
-
-
-PACKAGES = {
-    "vllm_attention": Package("vllm", "unified_attention"),
-    "vllm_moe": Package("vllm", "fused_experts"),
-    "sglang_attention": Package("sglang", "decode_attention_fwd"),
-    "torchao_fp8": Package("torchao", "fp8_blockwise_act_quant, blockwise_fp8_gemm"),
-    "torchao_intmm": Package(
-        "torchao",
-        "int_scaled_matmul_kernel",
-        "theirs: int_scaled_matmul itself takes its times in the call, 960 configurations for each new shape; declared are 8",
-    ),
-    "xformers_rope": Package("xformers", "rope_padded"),
-    "xformers_splitk": Package(
-        "xformers",
-        "triton_splitk.FwOp.apply",
-        "theirs: memory_efficient_attention refuses where its C++ extension, built for torch 2.10, does not load",
-    ),
-    "bitsandbytes_4bit": Package(
-        "bitsandbytes",
-        "quantize_4bit, dequantize_4bit, gemv_4bit",
-        "theirs: on CUDA its functions call C++; the Triton kernels are called by their own names",
-    ),
-    "gemlite_gemm": Package("gemlite", "A16W4_HQQ_INT (forward_functional)"),
-    "liger": Package("liger-kernel", "ten of transformers.functional", uncapturable=("cross_entropy",)),
-    "fla_delta": Package(
-        "fla-core",
-        "chunk_gated_delta_rule, l2norm, rms_norm, rms_norm_gated",
-        "theirs: fused_recurrent_gated_delta_rule of 0.6.0 returns NaNs in eager, with Triton 3.6 on an H200",
-    ),
-}
 
 RULES: tuple[tuple[str, str], ...] = (
     (r"only for CPU", "theirs"),  # its library found no GPU of its kind, and registered its operator for the CPU

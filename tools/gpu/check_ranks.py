@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Check on several GPUs that ranks never disagree about a capture, and print one JSON record.
 
-    python tools/gpu_ranks.py [--ranks 2] [--out RECORD.json]
+    python tools/gpu/check_ranks.py [--ranks 2] [--out RECORD.json]
 
 A tensor-parallel layer with an all-reduce (NCCL) inside the captured graph; the last rank has no room for the largest shape,
 and for another one it misses while it captures. First without us: the job hangs, and is killed. Then with
@@ -13,15 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from gpu_check import finish
-from jobs import environments
+import jobs
+from harness import commit, finish, hand_over, last_words
 
 Json = Any
 SHAPES = (1, 2, 4, 8, 16, 32)
@@ -140,29 +140,23 @@ def run_job(part: str, options: argparse.Namespace, seconds: float) -> list[Json
     """Each rank's answer, or that it hung."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-W", "ignore", __file__, "--part", part, "--ranks", str(options.ranks)]
-        jobs = []
-        for rank, environment in enumerate(environments(options.ranks)):
-            told = {**environment, "ANSWER": f"{folder}/{rank}.json"}
-            jobs.append(subprocess.Popen(command, env=told, stderr=subprocess.PIPE, text=True))
-        deadline, answers = time.monotonic() + seconds, []
-        for rank, job in enumerate(jobs):
-            try:
-                _, stderr = job.communicate(timeout=max(1.0, deadline - time.monotonic()))
-                path = Path(f"{folder}/{rank}.json")
-                answers.append(json.loads(path.read_text()) if path.exists() else {"died": stderr.splitlines()[-8:]})
-            except subprocess.TimeoutExpired:
-                job.kill()
-                job.communicate()
+        places = [Path(folder, f"{rank}.json") for rank in range(options.ranks)]
+        told = [{**one, "ANSWER": str(place)} for one, place in zip(jobs.environments(options.ranks), places)]
+        answers = []
+        for place, (code, said) in zip(places, jobs.run(command, told, seconds)):
+            if code == -signal.SIGKILL:
                 answers.append({"hung": True})
+            else:
+                answers.append(json.loads(place.read_text()) if place.exists() else {"died": last_words(said)[-8:]})
         return answers
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--out")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     import torch
 
     if options.part:
@@ -170,13 +164,11 @@ def main(arguments: list[str] | None = None) -> int:
 
         torch.cuda.set_device(int(os.environ["RANK"]))
         dist.init_process_group("nccl", device_id=torch.device("cuda", int(os.environ["RANK"])))
-        answer = globals()[f"part_{options.part}"](options)
-        Path(os.environ["ANSWER"]).write_text(json.dumps(answer))
-        os._exit(0)
+        os._exit(hand_over(globals()[f"part_{options.part}"](options)))
     without = run_job("without", options, 40)
     ours = run_job("with", options, 150)
     record: Json = {"what": "ranks and captures", "gpus": options.ranks, "gpu": torch.cuda.get_device_name()}
-    record |= {"torch": torch.__version__, "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    record |= {"commit": commit(), "torch": torch.__version__, "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
     whole = all("report" in one for one in ours)
     alike = whole and all(one["report"] == ours[0]["report"] and one["error"] == ours[0]["error"] for one in ours)
     record["claims"] = {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """From "model built" to "first captured graph replayed": aot-cache beside its peers, each in fresh processes.
 
-    python tools/bench_cold_start.py [--device cuda|cpu] [--rounds 5] [--bundle BUNDLE] [--out RECORD.json]
+    python tools/bench/bench_cold_start.py [--device cuda|cpu] [--rounds 5] [--bundle BUNDLE] [--out RECORD.json]
 
 The model is `net.py`'s. Modes: `eager` (the floor), `cold` (torch.compile with empty caches), `inductor` (its disk cache is
 warm), `mega` (torch.compiler.load_cache_artifacts), `precompile` (the same with Dynamo's caching_precompile) and `aot`. Every
@@ -23,7 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
+
+from harness import PATH, cli, commit, distance, empty_caches, finish
+
 Json = Any
 MODES = ("eager", "cold", "inductor", "mega", "precompile", "aot")
 SIZES = (512, 64, 8)
@@ -65,7 +68,7 @@ def serve(options: argparse.Namespace) -> Json:
             wanted = model(inputs[0])
         found = run(inputs[0])
     answer = {"first": times[0], "all_sizes": times[-1], "replay_us": replay}
-    answer["error"] = float((found.double() - wanted.double()).norm() / wanted.double().norm())
+    answer["error"] = distance(found, wanted)
     if mode == "aot":
         answer["events"] = {k: v for k, v in aot_cache.stats()["total"].items() if v}
     if options.save:
@@ -132,9 +135,8 @@ def run(options: argparse.Namespace, mode: str, imports: str, folder: str, artif
     answer = Path(folder, "answer.json")
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]),
-        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
-        "TRITON_CACHE_DIR": f"{folder}/triton",
+        **empty_caches(folder),
+        "PYTHONPATH": PATH,
         "ANSWER": str(answer),
     }
     if mode == "cold-same":  # ordinary compile under the settings that a bundle is built with
@@ -182,15 +184,8 @@ def measure(options: argparse.Namespace) -> Json:
 
 def _build(options: argparse.Namespace, store: Path) -> str:
     target = "cpu" if options.device == "cpu" else options.target
-    command = [sys.executable, "-m", "aot_cache", "build", "--model", "net:recipe", "--target", target, "--json"]
-    environment = {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]),
-    }
-    done = subprocess.run(
-        [*command, "--store", str(store)], env=environment, capture_output=True, text=True, check=False, cwd=HERE.parent
-    )
+    command = ["build", "--model", "net:recipe", "--target", target, "--store", str(store), "--json"]
+    done = cli(*command, CUDA_VISIBLE_DEVICES="")
     if done.returncode:
         raise SystemExit(f"the build failed:\n{done.stderr[-3000:]}")
     path: str = json.loads(done.stdout)["bundles"][0]["path"]
@@ -243,16 +238,12 @@ def main() -> int:
     rows = measure(options)
     record = {
         "what": "cold start: model built to first captured graph replayed",
-        "commit": os.environ.get("AOT_CACHE_COMMIT", ""),
+        "commit": commit(),
         "machine": torch.cuda.get_device_name(0) if options.device == "cuda" else f"cpu, {os.cpu_count()} cores",
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
         "summary": summary(rows),
     }
-    text = json.dumps(record, indent=1)
-    if options.out:
-        Path(options.out).write_text(text + "\n")
-    print(text)
-    return 0
+    return finish(record, options.out)
 
 
 if __name__ == "__main__":

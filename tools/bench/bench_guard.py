@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the guard costs where everything hits: nanoseconds a call, armed against not armed, paired in one process.
 
-    python tools/bench_guard.py [--rounds 5] [--pairs 15] [--calls 4000] [--out RECORD.json]
+    python tools/bench/bench_guard.py [--rounds 5] [--pairs 15] [--calls 4000] [--out RECORD.json]
 
 In each round, a fresh process: an empty compiled function, and on a GPU an empty Triton kernel, are called in turns with the
 guard armed and with it taken out. Beside it stands the same with nothing done between the turns: how far plain is from
@@ -21,9 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu_check import finish
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
 
-HERE = Path(__file__).resolve().parent
+from harness import PATH, finish
+
 Json = Any
 
 
@@ -112,7 +113,7 @@ def part_round(options: argparse.Namespace) -> Json:
 def run_round(options: argparse.Namespace) -> Json:
     command = [sys.executable, "-W", "ignore", __file__, "--part", "round"]
     command += ["--pairs", str(options.pairs), "--calls", str(options.calls)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
+    environment = {**os.environ, "PYTHONPATH": PATH}
     return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 

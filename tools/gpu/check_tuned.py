@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Check on a real GPU how configs of Inductor's kernels are chosen, and print one JSON record.
 
-    python tools/gpu_tuned.py [--out RECORD.json]
+    python tools/gpu/check_tuned.py [--out RECORD.json]
 
 The bundle of `tuned.py` is built with the GPU hidden. Then, each in a fresh process with empty caches: `untuned` serves it
 as it is, `ready` tunes at start-up, `tuned` serves what `aot-cache tune` wrote, `plain` is ordinary `torch.compile`, which
@@ -11,20 +11,29 @@ measures at first calls. Each captures calls and times replays at the largest po
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from gpu_check import finish
-from gpu_graphs import HARMFUL, Independent, _path, build, eager, relative
+from harness import (
+    NO_COMPILER,
+    Independent,
+    build,
+    commit,
+    distance,
+    eager,
+    finish,
+    hand_over,
+    run_part,
+    tune,
+    versions,
+)
 
-HERE = Path(__file__).resolve().parent
+from aot_cache.runtime.ledger import HARMFUL
+
 POINTS = (2, 3, 64, 1000, 1024)
 ROUNDS = 3
 Json = Any
@@ -63,7 +72,7 @@ def part(name: str, bundle: str) -> Json:
                 with torch.cuda.graph(graph):
                     found = call()
                 graph.replay()
-                errors[n] = relative(found, eager(call))
+                errors[n] = distance(found, eager(call))
         out[case.name] = {"errors": errors, "replay_us": time_of(graph)}
     after = {k: v for k, v in independent.counts.items() if v}
     ledger = {k: v for k, v in aot_cache.stats()["after_seal"].items() if v}
@@ -89,26 +98,7 @@ def time_of(graph: Any) -> float:
 
 def run(name: str, bundle: str) -> Json:
     """One part in a fresh process with empty caches; ours without a C compiler."""
-    with tempfile.TemporaryDirectory() as folder:
-        caches = {"TRITON_CACHE_DIR": f"{folder}/t", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/i"}
-        environment = {**os.environ, "PYTHONPATH": _path(), **caches, "ANSWER": f"{folder}/answer.json"}
-        if name != "plain":
-            environment["CC"] = environment["CXX"] = "/bin/false"
-        command = [sys.executable, __file__, "--part", name, "--bundle", bundle]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-        answer = Path(folder, "answer.json")
-        if done.returncode or not answer.exists():
-            return {"error": done.stderr.strip().splitlines()[-30:]}
-        found: Json = json.loads(answer.read_text())
-        return found
-
-
-def tune(bundle: str, out: Path) -> Json:
-    """`aot-cache tune`."""
-    command = [sys.executable, "-m", "aot_cache", "tune", bundle, "--out", str(out), "--json"]
-    environment = {**os.environ, "PYTHONPATH": _path()}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    return json.loads(done.stdout) if done.returncode == 0 else {"error": done.stderr.strip().splitlines()[-30:]}
+    return run_part(__file__, name, ["--bundle", bundle], 300, **({} if name == "plain" else NO_COMPILER))
 
 
 def claims(record: Json) -> dict[str, bool]:
@@ -126,7 +116,9 @@ def claims(record: Json) -> dict[str, bool]:
     record["replay_us"] = fastest
     record["over_plain"] = {n: {c: t / fastest["plain"][c] for c, t in f.items()} for n, f in fastest.items()}
     return {
-        "no event after ready, in the ledger": not any(HARMFUL & set(found["ledger_after_seal"]) for found in served),
+        "no event after ready, in the ledger": not any(
+            set(HARMFUL) & set(found["ledger_after_seal"]) for found in served
+        ),
         "no event after ready, by independent hooks": not any(found["after"] for found in served),
         "as eager computes it, to bfloat16's rounding": max(errors) < 1e-2,
         "ready(tune=True) measured": parts["ready"]["before"].get("benchmark", 0) > 1,
@@ -139,15 +131,13 @@ def claims(record: Json) -> dict[str, bool]:
 def check(folder: Path) -> Json:
     """All parts, as one record."""
     import torch
-    import triton
 
-    options = argparse.Namespace(recipe="tuned:recipe", target="h200")
     record: Json = {
         "what": "configs of Inductor's kernels: chosen ahead, tuned, or measured by ordinary torch.compile",
-        "commit": os.environ.get("AOT_CACHE_COMMIT", ""),
+        "commit": commit(),
         "machine": torch.cuda.get_device_name(0),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0]},
-        "build": build(options, folder),
+        "versions": versions(),
+        "build": build("tuned:recipe", "h200", folder),
     }
     if "error" in record["build"]:
         return {**record, "claims": {"the bundle was built": False}}
@@ -167,8 +157,7 @@ def main() -> int:
     parser.add_argument("--out")
     options = parser.parse_args()
     if options.part:
-        Path(os.environ["ANSWER"]).write_text(json.dumps(part(options.part, options.bundle)))
-        return 0
+        return hand_over(part(options.part, options.bundle))
     with tempfile.TemporaryDirectory() as folder:
         record = check(Path(folder))
     return finish(record, options.out)

@@ -1,4 +1,4 @@
-"""A recipe that declares too little, on purpose: `gpu_guard.py` serves more than it has, and builds again from the misses."""
+"""A recipe that declares too little, on purpose: `check_guard.py` serves more than it has, and builds again from the misses."""
 
 from __future__ import annotations
 

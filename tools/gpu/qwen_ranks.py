@@ -1,6 +1,6 @@
-"""Check on several GPUs that Qwen3.5 with MTP, split over them, only hits from load on: what `gpu_qwen.py --tp N` does.
+"""Check on several GPUs that Qwen3.5 with MTP, split over them, only hits from load on: what `check_qwen.py --tp N` does.
 
-    python tools/gpu_check.py --model qwen3.5 --spec mtp --tp 2 [--layers 4] [--only build,weights,…] [--out RECORD.json]
+    python tools/gpu/check_qwen.py --tp 2 [--layers 4] [--only build,weights,…] [--out RECORD.json]
 
 `build` makes one bundle for all ranks, with the GPUs hidden. `weights` writes random ones of the whole model. `serve` is a
 process for each rank, with a GPU of its own: it takes its part of the weights, captures every size with the all-reduces in the
@@ -17,12 +17,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import gpu_qwen
 import jobs
-from gpu_graphs import build
+import qwen_claims
+import qwen_parts
+from harness import NO_COMPILER, build, commit, empty_caches, last_words, run_part, versions
 
 Json = Any
 PARTS = ("build", "weights", "serve", "judge")
+VARIABLES = {"TRITON_CACHE_AUTOTUNING": "1"}
 SECONDS = 420.0
 """That the ranks have."""
 ROUNDINGS = 2**0.5
@@ -37,17 +39,18 @@ def serve(options: argparse.Namespace, folder: Path, bundle: str) -> Json:
         told = []
         for rank, environment in enumerate(jobs.environments(options.tp)):
             places[rank].mkdir()
-            own = {**gpu_qwen.variables(places[rank], places[rank] / "answer.json"), **jobs.own_gpu(rank)}
+            own = {**empty_caches(places[rank]), "ANSWER": str(places[rank] / "answer.json"), **jobs.own_gpu(rank)}
             # Multicast over NVLink is the host's matter, which a job that fails may leave in disorder.
-            own |= {"CC": "/bin/false", "CXX": "/bin/false", "NCCL_NVLS_ENABLE": "0"}
+            own |= {**VARIABLES, **NO_COMPILER, "NCCL_NVLS_ENABLE": "0"}
             told.append({**environment, **own})
-        command = [*gpu_qwen.command_of("serve", options, folder, bundle), "--tp", str(options.tp)]
+        command = [sys.executable, "-W", "ignore", qwen_parts.__file__, "--part", "serve"]
+        command += [*qwen_parts.told(options, folder, bundle), "--tp", str(options.tp)]
         done = jobs.run(command, told, SECONDS)
         if any(code for code, _ in done):
-            return {"error": {str(rank): [code, *gpu_qwen.last_words(said)] for rank, (code, said) in enumerate(done)}}
+            return {"error": {str(rank): [code, *last_words(said)] for rank, (code, said) in enumerate(done)}}
         answers = [json.loads((place / "answer.json").read_text()) for place in places]
     alike = all(one["tokens"] == answers[0]["tokens"] for one in answers)
-    tokens = [gpu_qwen.compared(one) for one in answers]
+    tokens = [qwen_claims.compared(one) for one in answers]
     (folder / "tokens.json").write_text(json.dumps(tokens[0]))
     return {"ranks": answers, "alike": alike}
 
@@ -61,25 +64,25 @@ def claims(record: Json) -> Json:
     if "build" in record:
         made["one bundle for all ranks, with nothing of a rank's own"] = record["ranks of the bundle"] == [None]
     if "serve" in record:
-        each = [gpu_qwen.claims({"serve": one}) for one in record["serve"]["ranks"]]
+        each = [qwen_claims.claims({"serve": one}) for one in record["serve"]["ranks"]]
         made |= {f"{name}, on each rank": all(one[name] for one in each) for name in each[0]}
         made["nothing missed, on each rank"] = not any(one["misses"] for one in record["serve"]["ranks"])
         made["all ranks have the same tokens"] = record["serve"]["alike"]
     if "judge" in record:
-        made |= gpu_qwen.claims({"judge": record["judge"]}, more=ROUNDINGS)
+        made |= qwen_claims.claims({"judge": record["judge"]}, more=ROUNDINGS)
     return made
 
 
 def ranks_in(bundle: str) -> list[int | None]:
     """Whom the graphs of a bundle are for; None: for all ranks."""
+    from aot_cache.artifact.manifest import served
     from aot_cache.store import read_bundle
 
-    return sorted({graph["rank"] for graph in read_bundle(Path(bundle)).manifest["graphs"]}, key=str)
+    return sorted({graph.rank for graph in served(read_bundle(bundle)).graphs}, key=str)
 
 
 def check(options: argparse.Namespace) -> Json:
     import torch
-    import triton
 
     folder = Path(options.folder) / f"tp{options.tp}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,10 +90,11 @@ def check(options: argparse.Namespace) -> Json:
     gpu = options.device == "cuda"
     record: Json = {
         "what": "Qwen3.5 with MTP, split over GPUs: serving only hits",
+        "commit": commit(),
         "model": {"size": options.size, "layers": options.layers or "all", "max_batch": options.max_batch},
         "tp": options.tp,
         "machine": torch.cuda.get_device_name(0) if gpu else options.device,
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0]},
+        "versions": versions(),
     }
     if gpu:
         record["versions"]["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
@@ -100,14 +104,15 @@ def check(options: argparse.Namespace) -> Json:
     bundle = str(folder / "bundle.safetensors")
     for name in (options.only or ",".join(PARTS)).split(","):
         if name == "build":
-            options.recipe = f"{gpu_qwen.spec_of(options)}&tp={options.tp}"
-            record[name] = build(options, folder / "store", "--out", bundle)
+            spec = f"{qwen_parts.spec_of(options)}&tp={options.tp}"
+            record[name] = build(spec, options.target, folder / "store", "--out", bundle, cores=options.cores)
             if "error" not in record[name]:
                 record["ranks of the bundle"] = ranks_in(bundle)
         elif name == "serve":
             record[name] = serve(options, folder, bundle)
         else:
-            record[name] = gpu_qwen.run_part(name, options, folder, bundle)
+            told = qwen_parts.told(options, folder, bundle)
+            record[name] = run_part(qwen_parts.__file__, name, told, 560, **VARIABLES)
         kept.write_text(json.dumps(record))
         print(f"{name}: {'failed' if 'error' in record[name] else 'done'}", file=sys.stderr, flush=True)
     record["claims"] = claims(record)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Measure building, loading and size of kernel bundles against their floors and peers.
 
-    python tools/bench_kernels.py build [--target h200] [--model gated-delta]   # (a), (b), (d): any machine
-    python tools/bench_kernels.py load --bundle BUNDLE [--runs 5]               # (c): on the GPU
+    python tools/bench/bench_kernels.py build [--target h200] [--model gated-delta]   # (a), (b), (d): any machine
+    python tools/bench/bench_kernels.py load --bundle BUNDLE [--runs 5]               # (c): on the GPU
 
 build  wall time of `build` in an empty store (imports, tracing, worker start and C modules counted) over plain
        `triton.compile` of the same specializations one after another in one process (its imports not counted);
@@ -25,8 +25,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
+
+from harness import PATH, commit, finish, machine
 
 Json = Any
 
@@ -57,7 +58,7 @@ def bench_build(options: argparse.Namespace) -> Json:
         return {
             "target": options.target,
             "units": built.units,
-            "points": Plan.read(plan).cases and sum(c.points for c in Plan.read(plan).cases),
+            "points": sum(case.points for case in Plan.read(plan).cases),
             "failed": len(built.failed),
             "build_seconds": round(built.seconds, 2),
             "stages": stages,
@@ -135,7 +136,7 @@ def _cubins(bundle: str) -> list[tuple[str, bytes]]:
 
     found = read_bundle(bundle)
     manifest = whole(found)
-    return [({**manifest["metadata"], **u["metadata"]}["name"], found.object(u["object"])) for u in manifest["units"]]
+    return [({**manifest.metadata, **unit.metadata}["name"], found.object(unit.object)) for unit in manifest.units]
 
 
 def part_raw(options: argparse.Namespace) -> Json:
@@ -166,10 +167,11 @@ def part_ours(options: argparse.Namespace) -> Json:
     import torch
 
     import aot_cache
+    from aot_cache.artifact.manifest import served
     from aot_cache.recipes import declare as recipes
     from aot_cache.store import read_bundle
 
-    spec = read_bundle(options.bundle).manifest["spec"]
+    spec = served(read_bundle(options.bundle)).spec
     began = time.perf_counter()
     recipes.load(spec)
     from aot_cache.upstream.hooks import triton_launcher  # noqa: F401
@@ -201,7 +203,7 @@ def part_warm_disk(options: argparse.Namespace) -> Json:
     from aot_cache.store import read_bundle
 
     manifest = whole(read_bundle(options.bundle))
-    recipes.load(manifest["spec"])
+    recipes.load(manifest.spec)
     torch.zeros(1, device="cuda")
     import triton
     from triton.runtime.driver import driver
@@ -210,10 +212,10 @@ def part_warm_disk(options: argparse.Namespace) -> Json:
 
     place = driver.active.get_current_target()
     jobs = []
-    for unit in manifest["units"]:
-        function = triton_jit.unwrap(triton_jit.find(manifest["kernels"][unit["kernel"]]["name"]))
-        kwargs = {k: triton_jit.decode(unit["options"][k]) for k in unit["option_order"]}
-        specialization = [triton_jit.decode_pair(p) for p in unit["specialization"]]
+    for unit in manifest.units:
+        function = triton_jit.unwrap(triton_jit.find(manifest.kernels[unit.kernel].name))
+        kwargs = {k: triton_jit.decode(unit.options[k]) for k in unit.option_order}
+        specialization = [triton_jit.decode_pair(p) for p in unit.specialization]
         _ = function.device_caches[0]
         jobs.append((function, *triton_jit.pack(function, specialization, kwargs, place)))
     if options.fill:  # in parallel: what is measured is reading it back
@@ -241,9 +243,8 @@ def child(part: str, arguments: list[str], environment: dict[str, str]) -> Json:
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
         command = [sys.executable, __file__, part, *arguments, "--answer", str(answer)]
-        done = subprocess.run(
-            command, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True, check=False
-        )
+        told = {**os.environ, "PYTHONPATH": PATH, **environment}
+        done = subprocess.run(command, env=told, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode != 0:
             raise SystemExit(f"{part} failed: {done.stderr.strip()[-2000:]}")
         return json.loads(answer.read_text())
@@ -264,16 +265,9 @@ def main() -> int:
     parser.add_argument("--out")
     options = parser.parse_args()
     if options.what in ("build", "load"):
-        sys.path.insert(0, str(HERE))
-        from gpu_check import commit, machine
-
         result = bench_build(options) if options.what == "build" else bench_load(options)
         record = {"tool": f"bench_kernels {options.what}", "commit": commit(), "machine": machine(), **result}
-        text = json.dumps(record, indent=1)
-        print(text)
-        if options.out:
-            Path(options.out).write_text(text + "\n")
-        return 0
+        return finish(record, options.out)
     answer = globals()[f"part_{options.what}"](options)
     Path(options.answer).write_text(json.dumps(answer))
     return 0

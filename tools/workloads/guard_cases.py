@@ -1,4 +1,4 @@
-"""What can miss inside a capture, one case each: for `gpu_guard.py`, `bench_guard.py` and the recipe of its loop.
+"""What can miss inside a capture, one case each: for `check_guard.py`, `bench_guard.py` and the recipe of its loop.
 
 Each case has a call of something that this process has never called, what the same is in eager, and what the guard must
 count for it: `fallback` where nothing is compiled, `unsafe` where a Triton kernel without a twin compiles after all.
