@@ -76,11 +76,11 @@ class Table:
         ):
             oldest = min(known, key=_number, default="")
             if here and oldest and _number(minor(here)) < _number(oldest):
-                return f"{name} {here}, and {oldest} is the oldest that works"
+                return f"{name} {here} is too old: {oldest} is the oldest that works"
         broken = [m for pair in self._of(torch, triton) for m in pair.broken if self._needed(m, what)]
         if broken and all(pair.broken for pair in self._of(torch, triton)):
             return (
-                f"{_named(torch, triton)}, where {', '.join(sorted(set(broken)))} of aot_cache.upstream fails its tests"
+                f"with {_named(torch, triton)}, {', '.join(sorted(set(broken)))} of aot_cache.upstream fails its tests"
             )
         return ""
 

@@ -102,8 +102,8 @@ UNSOLVED: dict[str, tuple[Relations, dict[str, list[int]], str]] = {
         "size 1 of y.table is 12, and not 2 · batch with batch=7",
     ),
     "unknown": ({X: [None, [16]]}, {X: [7, 16]}, "size 0 of x does not follow from batch or tokens alone"),
-    "other tensors": ({X: [[16]]}, {"L['y']": [16]}, "it is given other tensors or integers"),
-    "another rank": ({X: [[16]]}, {X: [16, 1]}, "it is given other tensors or integers"),
+    "other tensors": ({X: [[16]]}, {"L['y']": [16]}, "it is called with other tensors or integers"),
+    "another rank": ({X: [[16]]}, {X: [16, 1]}, "it is called with other tensors or integers"),
 }
 
 

@@ -80,12 +80,12 @@ def test_a_case_may_have_no_dimension() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"mode": "training", "n": Range(1, 2)}, "'case' to be one of inference, no_grad, grad; 'training'"),
+        ({"mode": "training", "n": Range(1, 2)}, "'case' to be one of inference, no_grad, grad, found 'training'"),
         ({"n": 3}, "dimension 'n' of case 'case' to be a Range or Values; 3"),
         ({"n": range(3)}, "to be a Range or Values"),
-        ({"n": Range(1, 2), "m": Range(1, 2)}, "a mismatch in m"),
-        ({}, "a mismatch in n"),
-        ({"m": Range(1, 2)}, "a mismatch in m, n"),
+        ({"n": Range(1, 2), "m": Range(1, 2)}, "differ from its dimensions: m"),
+        ({}, "differ from its dimensions: n"),
+        ({"m": Range(1, 2)}, "differ from its dimensions: m, n"),
     ],
 )
 def test_a_declaration_that_is_refused(settings: dict[str, Any], words: str) -> None:
@@ -216,7 +216,7 @@ def test_tensors_are_made_on_the_gpu_unless_the_builder_says_otherwise() -> None
 
 
 def test_a_recipe_without_cases_is_refused() -> None:
-    with pytest.raises(DeclarationError, match="'empty' to declare at least one case"):
+    with pytest.raises(DeclarationError, match="'empty' has no case"):
         Recipe("empty", [])
 
 
@@ -226,7 +226,7 @@ def test_cases_of_one_name_are_refused() -> None:
 
 
 def test_a_recipe_for_no_rank_is_refused() -> None:
-    with pytest.raises(DeclarationError, match="'none' to be for 1 rank or more; 0"):
+    with pytest.raises(DeclarationError, match="a world size of at least 1 for recipe 'none', found 0"):
         Recipe("none", [adding], ranks=0)
 
 

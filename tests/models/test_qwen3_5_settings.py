@@ -85,9 +85,9 @@ def test_defaults() -> None:
     ("options", "error"),
     [
         ({"size": "3b"}, "a size '3b' of qwen3.5"),
-        ({"spec": "eagle"}, "--spec to be one of none, mtp"),
-        ({"spec": ""}, "--spec to be one of none, mtp"),
-        ({"dtype": "int8"}, "--dtype to be one of bfloat16, float16, float32"),
+        ({"spec": "eagle"}, "expected one of none, mtp as --spec"),
+        ({"spec": ""}, "expected one of none, mtp as --spec"),
+        ({"dtype": "int8"}, "expected one of bfloat16, float16, float32 as --dtype"),
         ({"max_batch": 0}, "--max-batch of 1 or more"),
         ({"num_speculative_tokens": 2}, "--spec mtp with --num-speculative-tokens"),
         ({"spec": "mtp", "num_speculative_tokens": -1}, "--num-speculative-tokens of 0 or more"),
@@ -182,8 +182,8 @@ def mixture(*names: str, **more: Json) -> Json:
 @pytest.mark.parametrize(
     ("content", "error"),
     [
-        ("", "a config.json at "),
-        ("{", "a config.json at "),
+        ("", "cannot read config file "),
+        ("{", "cannot read config file "),
         ("[]", "a JSON object in "),
         ("null", "a JSON object in "),
         ({"text_config": None}, "text_config"),
@@ -197,7 +197,7 @@ def mixture(*names: str, **more: Json) -> Json:
         (mixture(model_type="qwen3_5_moe_vision"), "model_type 'qwen3_5_moe_vision'"),
         (mixture(num_experts="8"), "num_experts"),
         (mixture(num_experts_per_tok=0), "num_experts_per_tok"),
-        (mixture(num_experts_per_tok=9), "to be at most num_experts = 8"),
+        (mixture(num_experts_per_tok=9), "of at most num_experts = 8"),
         (without("head_dim"), "no head_dim"),
         (without("head_dim", "vocab_size", "rope_parameters"), "no head_dim, rope_parameters, vocab_size"),
         (without(num_attention_heads="8"), "num_attention_heads"),
