@@ -94,7 +94,7 @@ def test_a_kernel_without_its_source_is_named_and_the_rest_is_built(folder: Fold
     (failure,) = said["failed"]
     assert (code, failure["kernel"], said["units"]) == (4, "case packaged", 1)
     assert failure["error"].startswith(
-        "at n=1: the source of kernel pack.kernels:times, which Triton compiles from; there is only compiled code of "
+        "at n=1: kernel pack.kernels:times has no source text, which Triton compiles from: only compiled code of "
         "kernels.py; install its package with its .py files"
     )
     assert read_bundle(Path(said["path"])).manifest["kernels"][0]["name"] == "packaged_recipe:own"
@@ -106,7 +106,7 @@ def test_a_recipe_that_imports_it_at_once_says_so_too(folder: Folder) -> None:
     code, said, error = folder.build(form, "at_once:recipe", store="other")
     assert (code, said) == (3, None)
     assert error.startswith(
-        "aot-cache: the source of kernel pack.kernels:times, which Triton compiles from; there is only"
+        "error: kernel pack.kernels:times has no source text, which Triton compiles from: only compiled code of"
     )
 
 
@@ -157,5 +157,5 @@ def test_a_kernel_of_a_notebooks_cell(folder: Folder) -> None:
     code, said, error = folder.build(None, "cells:recipe")
     assert (code, said) == (3, None)
     assert error.startswith(
-        "aot-cache: the source of kernel cells:times, which Triton compiles from; it was executed as <string>"
+        "error: kernel cells:times has no source text, which Triton compiles from: it was executed as <string>"
     )
