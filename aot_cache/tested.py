@@ -21,7 +21,7 @@ GRAPHS, KERNELS = "graphs", "kernels"
 NOT_RUN = "(not run)"
 """What the name of a part of the tests ends with where nobody ran it."""
 UNTESTED = "AOT_CACHE_UNTESTED"
-"""Set to 1 to use releases that were not tested, without a word."""
+"""Set to 1 to use releases that were not tested, without a warning."""
 _NOT_FOR = {GRAPHS: ("triton_",), KERNELS: ("dynamo_", "inductor_")}
 """What a bundle holds → beginnings of the modules of `upstream/` that serving it does without."""
 

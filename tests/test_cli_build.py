@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from limits import HANGS
+from printed import without_progress
 
 from aot_cache.artifact.plan import CallPlan, CasePlan, Plan, Unit
 from aot_cache.builder import assemble, pipeline
@@ -66,7 +67,7 @@ tiny_3 = opt:recipe
 
 def command(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """`aot-cache ARGUMENTS` in a folder on whose path the package `opt` is installed."""
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "aot_cache", *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "CUDA_VISIBLE_DEVICES": ""},
@@ -75,6 +76,8 @@ def command(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str
         timeout=HANGS,
         check=False,
     )
+    done.stderr = without_progress(done.stderr)
+    return done
 
 
 # --- real builds ------------------------------------------------------------------------------------------------------

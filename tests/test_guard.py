@@ -263,7 +263,7 @@ def test_policies_that_there_are_not(made: Made, monkeypatch: pytest.MonkeyPatch
     for call in (lambda: aot_cache.arm("eager"), lambda: aot_cache.policy("eager")):
         with pytest.raises(DeclarationError, match="policy to be one of fallback, error, observe, found 'eager'"):
             call()
-    with pytest.raises(DeclarationError, match="a function, a module or a Triton kernel; a int"):
+    with pytest.raises(DeclarationError, match="a function, a module or a Triton kernel, found an object of type int"):
         aot_cache.policy("error")(3)
     monkeypatch.setattr(policy, "_default", None)
     monkeypatch.setenv("AOT_CACHE_POLICY", "eager")
@@ -320,7 +320,7 @@ def test_a_file_that_cannot_be_written_is_one_warning(
     monkeypatch.setenv("AOT_CACHE_MISSES", str(tmp_path))
     call = made.plain()
     with capture():
-        with pytest.warns(loader.AotCacheWarning, match="could not write a miss of .*plain"):
+        with pytest.warns(loader.AotCacheWarning, match="cannot write the miss of .*plain"):
             call(X)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -548,5 +548,7 @@ def test_a_library_that_cannot_be_primed_is_a_warning(primed: list[int], monkeyp
 
     monkeypatch.setattr(cuda_libraries, "prime", mock.Mock(side_effect=RuntimeError("CUDA out of memory")))
     graph: Any = torch.cuda.CUDAGraph()
-    with pytest.warns(loader.AotCacheWarning, match="could not prime CUDA's libraries before a capture: CUDA out of"):
+    with pytest.warns(
+        loader.AotCacheWarning, match="could not initialise CUDA's libraries before a capture: CUDA out of"
+    ):
         graph.capture_begin()

@@ -87,9 +87,9 @@ def test_a_model_s_folder_is_its_config_file() -> None:
         ("{", DeclarationError, "config file f.json is not JSON: Expecting"),
         ("\x00", DeclarationError, "not JSON"),
         ("[" * 100_000, DeclarationError, "not JSON"),
-        ("[1]", DeclarationError, 'a "model_type" in f.json; none; give transformers'),
-        ("{}", DeclarationError, 'a "model_type" in f.json; none'),
-        ('{"model_type": 3}', DeclarationError, 'a "model_type" in f.json; 3'),
+        ("[1]", DeclarationError, 'a "model_type" in f.json, found none; hint: give transformers'),
+        ("{}", DeclarationError, 'a "model_type" in f.json, found none'),
+        ('{"model_type": 3}', DeclarationError, 'a "model_type" in f.json, found 3'),
         (
             '{"model_type": "bert"}',
             UnknownName,

@@ -90,13 +90,13 @@ def test_a_text_that_people_write() -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("m?", "options of 'm' as name=value&name=value; ''"),
+        ("m?", "options of 'm' as name=value&name=value, found ''"),
         ("m?tp", "'tp'"),
         ("m?=2", "'=2'"),
         ("m?tp=1&", "''"),
-        ("m?tp=1&tp=1", "option 'tp' of 'm' once"),
-        ("m?tp=1&t%70=2", "option 'tp' of 'm' once"),
-        ("m?tp=%ff", "percent-escaped UTF-8; '%ff'"),
+        ("m?tp=1&tp=1", "option 'tp' of 'm' is given twice"),
+        ("m?tp=1&t%70=2", "option 'tp' of 'm' is given twice"),
+        ("m?tp=%ff", "as the value of an option, found '%ff'"),
     ],
 )
 def test_a_text_that_is_refused(spec: str, words: str) -> None:
@@ -107,7 +107,7 @@ def test_a_text_that_is_refused(spec: str, words: str) -> None:
 
 
 def test_an_option_that_is_added_twice() -> None:
-    with pytest.raises(DeclarationError, match="'tp' of 'm' once; '1' and '2'"):
+    with pytest.raises(DeclarationError, match="'tp' of 'm' is given twice: '1' and '2'"):
         options.added("m?tp=1", {"tp": "2"})
 
 
@@ -145,7 +145,7 @@ def test_an_option_without_a_default() -> None:
     assert (recipe.name, recipe.cases[0].dims["n"]) == ("case", Range(1, 3)) and spec_of(
         "needs?layers=3"
     ) == "needs?layers=3"
-    with pytest.raises(DeclarationError, match=r"option 'layers' of '.*:needs'; it is not given"):
+    with pytest.raises(DeclarationError, match=r"option 'layers' of '.*:needs' is missing"):
         load("needs")
 
 
@@ -157,12 +157,12 @@ def test_a_function_may_be_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("tail", "error", "words"),
     [
-        ("made?max_batch=many", DeclarationError, "option 'max_batch' of '{}:made' to be a whole number; 'many'"),
+        ("made?max_batch=many", DeclarationError, "a whole number as option 'max_batch' of '{}:made', found 'many'"),
         ("made?max_batch=1.5", DeclarationError, "a whole number"),
-        ("made?max_batch=", DeclarationError, "a whole number; ''"),
-        ("made?scale=x", DeclarationError, "'scale' of '{}:made' to be a number; 'x'"),
-        ("made?scale=inf", DeclarationError, "a number; 'inf'"),
-        ("made?scale=nan", DeclarationError, "a number; 'nan'"),
+        ("made?max_batch=", DeclarationError, "a whole number as option 'max_batch' of '{}:made', found ''"),
+        ("made?scale=x", DeclarationError, "a number as option 'scale' of '{}:made', found 'x'"),
+        ("made?scale=inf", DeclarationError, "found 'inf'"),
+        ("made?scale=nan", DeclarationError, "found 'nan'"),
         (
             "made?packed=maybe",
             DeclarationError,
@@ -177,11 +177,11 @@ def test_a_function_may_be_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             "made?max-batch=3",
             UnknownName,
-            "'max-batch' of '{}:made'; it has config, drafts, max_batch, packed, scale, size, spec; did you mean 'max_batch'?",
+            "'max-batch'; known: config, drafts, max_batch, packed, scale, size, spec; hint: did you mean 'max_batch'?",
         ),
-        ("big?max_batsh=3", UnknownName, "it has config, drafts, packed, scale, spec"),
+        ("big?max_batsh=3", UnknownName, "known: config, drafts, packed, scale, spec"),
         ("plain?tp=2", UnknownName, "'{}:plain' has no option 'tp'; it takes no options"),
-        ("nothing?tp=2", UnknownName, "a Recipe at {0}:nothing; {0} has no 'nothing'"),
+        ("nothing?tp=2", UnknownName, "no recipe at {0}:nothing: {0} has no 'nothing'"),
     ],
 )
 def test_an_option_that_is_refused(tail: str, error: type[Exception], words: str) -> None:
@@ -219,7 +219,7 @@ def _raises(n: int = 1) -> Any:
         ("_any", DeclarationError, "expected keywords as options of '{}:_any', found a function that takes **n"),
         ("_gone", DeclarationError, "cannot be read: NameError"),
         ("_raises", DeclarationError, "recipe '{}:_raises' raised ValueError: no such layer"),
-        ("_echo", UnknownName, "a Recipe at {}:_echo; a int"),
+        ("_echo", UnknownName, "a Recipe at {}:_echo, found an object of type int"),
     ],
 )
 def test_a_function_that_is_no_good(name: str, error: type[Exception], words: str) -> None:

@@ -41,11 +41,11 @@ class Folder:
         )
 
     def build(self, form: Path | None, recipe: str = "packaged_recipe:recipe", store: str = "store") -> Any:
-        """(exit code, what the build says, its last line on stderr)."""
+        """(exit code, what the build says, its error)."""
         command = ("build", "--json", "--workers", 1, "--target", "h200", "--store", store, "--model", recipe)
         done = self.run(form, "-m", "aot_cache", *command)
-        said = json.loads(done.stdout)["bundles"][0] if done.stdout else None
-        return done.returncode, said, (done.stderr.splitlines() or [""])[-1]
+        said = json.loads(done.stdout).get("bundles", [None])[0]
+        return done.returncode, said, next((line for line in done.stderr.splitlines() if "error: " in line), "")
 
     def serve(self, form: Path, bundle: str, module: str = "pack.kernels") -> dict[str, Any]:
         done = self.run(form, ROOT / "tests" / "packaged_child.py", bundle, module)

@@ -98,7 +98,8 @@ class Case:
         made = self.make(**point)
         if not isinstance(made, Call):
             raise DeclarationError(
-                f"aot_cache.Call(function, *arguments) from case {self.name!r}", f"a {type(made).__name__}"
+                f"aot_cache.Call(function, *arguments) from case {self.name!r}",
+                f"an object of type {type(made).__name__}",
             )
         return made
 
@@ -316,7 +317,7 @@ def load(spec: str) -> Recipe:
     if not isinstance(found, Recipe):
         raise UnknownName(
             f"a Recipe at {path}",
-            f"a {type(found).__name__}",
+            f"an object of type {type(found).__name__}",
             "name a Recipe, a declared case, or a function that makes one",
         )
     return _replace(found, spec=options.text(name, kept))

@@ -44,7 +44,9 @@ def _as_built(recipe: Recipe, built: CasePlan) -> Case:
     found = next((case for case in recipe.cases if case.name == built.name), None)
     if found is None:
         has = ", ".join(case.name for case in recipe.cases)
-        raise UnknownName(f"recipe {recipe.name!r} no longer has the bundle's case {built.name!r}; known: {has}", hint=_AGAIN)
+        raise UnknownName(
+            f"recipe {recipe.name!r} no longer has the bundle's case {built.name!r}; known: {has}", hint=_AGAIN
+        )
     if set(found.dims) != set(built.dims):
         expected = f"case {found.name!r} with the dimensions {', '.join(built.dims) or 'none'}, as it was built"
         raise DeclarationError(expected, ", ".join(found.dims) or "none", _AGAIN)

@@ -122,7 +122,9 @@ def fallback(kernel: object) -> Callable[[T], T]:
     place = place_of(kernel)
     names = set(getattr(kernel, "arg_names", ()))
     if not names:
-        raise DeclarationError("a Triton kernel that gets an eager fallback", f"an object of type {type(kernel).__name__}")
+        raise DeclarationError(
+            "a Triton kernel that gets an eager fallback", f"an object of type {type(kernel).__name__}"
+        )
 
     def decorate(twin: T) -> T:
         parameters = inspect.signature(twin).parameters  # type: ignore[arg-type]  # it is called below

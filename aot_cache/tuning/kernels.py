@@ -110,9 +110,7 @@ def tune(bundle_path: Path, out: Path, *, prune: bool, points: int, progress: Pr
     name = torch_capture.device_name()
     manifest = whole(bundle)
     if name != manifest.target["name"]:
-        raise TuneError(
-            f"a {manifest.target['name']}", f"a {name}", "run this on the kind of GPU that serves"
-        )
+        raise TuneError(f"a {manifest.target['name']}", f"a {name}", "run this on the kind of GPU that serves")
     before = _clocks()
     recipes.load(manifest.spec)  # its modules are imported, so that every kernel is installed
     report = loader.load(bundle_path, strict=True)

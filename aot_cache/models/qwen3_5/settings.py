@@ -206,9 +206,10 @@ def read_config(path: Path) -> Mapping[str, Json]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise DeclarationError(f"cannot read config file {path}: {error}") from error
+        why = getattr(error, "strerror", None) or str(error)
+        raise DeclarationError(f"cannot read config file {path}: {why}", hint="correct the path or the file") from error
     if not isinstance(found, dict):
-        raise DeclarationError(f"a JSON object in {path}", f"a {type(found).__name__}")
+        raise DeclarationError(f"a JSON object in {path}", f"JSON of type {type(found).__name__}")
     text = found.get("text_config", found)
     if not isinstance(text, dict):
         raise DeclarationError(f"an object as text_config in {path}", repr(text))

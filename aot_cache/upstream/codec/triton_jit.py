@@ -177,7 +177,7 @@ def encode(value: Any) -> Json:
         return {"l": [encode(v) for v in value]}
     raise TraceError(
         "a constexpr that can be written to a plan (number, string, enum, dtype, tuple, jit function)",
-        f"a {type(value).__module__}.{type(value).__qualname__}",
+        f"an object of type {type(value).__module__}.{type(value).__qualname__}",
         "pass it as one of those",
     )
 
