@@ -314,7 +314,7 @@ def test_loading_a_recipe_and_a_case() -> None:
         ("import not_here_at_all", UnknownName, "no module named 'not_here_at_all'"),
         ("from os import not_there", DeclarationError, "ImportError"),
         ("def broken(:", DeclarationError, "SyntaxError"),
-        ("recipe = 3", UnknownName, "a int"),
+        ("recipe = 3", UnknownName, "an object of type int"),
         ("", UnknownName, "no recipe at bad_module_"),
     ],
 )
