@@ -25,6 +25,7 @@ from aot_cache.artifact.target import Difference
 from aot_cache.builder import pipeline
 from aot_cache.builder.pipeline import Built, Request
 from aot_cache.cli.main import main
+from aot_cache.cli.render import terminal
 from aot_cache.errors import StoreUnwritable, TargetError
 from aot_cache.runtime import host_gpu as native_gpu
 from aot_cache.store import read_bundle, write_bundle
@@ -99,6 +100,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     """`aot-cache ARGUMENTS` in an empty folder of a machine without a GPU; also what children print is caught."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(native_gpu, "gpu_here", lambda: False)
+    monkeypatch.setattr(terminal.Progress, "FIRST", HANGS)  # however slow the machine is
 
     def call(*arguments: object) -> Said:
         capfd.readouterr()

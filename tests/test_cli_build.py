@@ -19,6 +19,7 @@ from aot_cache.artifact.plan import CallPlan, CasePlan, Plan, Unit
 from aot_cache.builder import assemble, pipeline
 from aot_cache.builder.pipeline import Built, Request
 from aot_cache.cli.main import main
+from aot_cache.cli.render import terminal
 from aot_cache.runtime import host_gpu as native_gpu
 from aot_cache.store import read_bundle
 
@@ -240,6 +241,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(native_gpu, "gpu_here", lambda: False)
+    monkeypatch.setattr(terminal.Progress, "FIRST", HANGS)  # however slow the machine is
     monkeypatch.setattr(pipeline, "build", build)
 
     def call(arguments: str) -> tuple[int, str, str, list[str | None]]:

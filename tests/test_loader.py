@@ -142,6 +142,19 @@ def test_loading_initialises_no_gpu(bundle: Path) -> None:
     assert served.stats["bundles"][0]["devices"] == []
 
 
+def test_load_and_ready_log_a_line_each(bundle: Path) -> None:
+    code = (
+        "import logging, aot_cache; facts['lines'] = lines = []; handler = logging.Handler(); "
+        "handler.emit = lambda record: lines.append([record.levelname, record.getMessage()]); "
+        "logger = logging.getLogger('aot_cache'); logger.addHandler(handler); logger.setLevel('INFO'); "
+        f"report = aot_cache.load({str(bundle)!r}); aot_cache.ready(); facts['units'] = report.units"
+    )
+    served = serve(code)
+    loaded = f"loaded {bundle} (digest {read_bundle(bundle).digest[:16]}): {served.units} specializations, 0 graphs"
+    ready = f"ready: 0 of {served.units} specializations and 0 compiled graphs are loaded"
+    assert served.lines == [["INFO", loaded], ["INFO", ready]]
+
+
 ORDERS = {
     "bundle, triton": "import aot_cache.auto; import triton",
     "bundle, torch, triton": "import aot_cache.auto; import torch; import triton",
