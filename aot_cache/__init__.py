@@ -11,6 +11,8 @@ captures: what misses inside one runs without compiling; `policy` and `fallback`
 
 from __future__ import annotations
 
+import logging as _logging
+
 from aot_cache.errors import AotCacheError
 from aot_cache.recipes.declare import Call, Case, Recipe, declare, device
 from aot_cache.recipes.dimensions import Range, Values
@@ -25,6 +27,8 @@ from aot_cache.runtime.record import recording
 from aot_cache.tuning.kernels import ready
 
 __version__ = "0.1.0"
+
+_logging.getLogger(__name__).addHandler(_logging.NullHandler())  # a library is silent unless its program wants its log
 
 __all__ = [
     "AotCacheError",

@@ -1,10 +1,10 @@
 """`import aot_cache.auto` in a serving process: load what the environment names.
 
-AOT_CACHE         a bundle, or a folder with one bundle for each kind of GPU; unset: nothing happens
-AOT_CACHE_DIGEST  the bundle's digest; any other is refused
+AOT_CACHE         a bundle, or a folder with one bundle per kind of GPU; unset: no bundle is loaded
+AOT_CACHE_DIGEST  the bundle's digest; any other bundle is refused
 AOT_CACHE_STRICT  1: raise instead of serving without the bundle
-AOT_CACHE_POLICY  fallback, error or observe: what is done where a call misses; without a bundle it arms the guard alone
-AOT_CACHE_UNTESTED  1: releases of torch and Triton that were not tested together are used without a word
+AOT_CACHE_POLICY  fallback, error or observe: what happens where a call misses; without AOT_CACHE, only the guard is armed
+AOT_CACHE_UNTESTED  1: accept releases of torch and Triton that were not tested together
 AOT_CACHE_MISSES  a file to which every miss is appended, for `aot-cache build --misses`
 
 Import it before the model; it imports neither torch nor Triton itself and initialises no GPU.

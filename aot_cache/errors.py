@@ -19,8 +19,8 @@
     ├── RehearsalFailed         a bundle does not hit, or is not near eager, at a point at which it was rehearsed
     └── TuneError               tuning could not run
 
-Every message says what was wanted, what was found, and what to do. The command line prints exactly one line and
-exits with `exit_code`; it shows no traceback for anything in this tree.
+A message is `expected X, found Y`, or one sentence where that reads better ("no bundle at P"); the hint says what to do.
+The command line prints `error: …` and `hint: …` and exits with `exit_code`; it shows no traceback for anything in this tree.
 """
 
 from __future__ import annotations
@@ -33,22 +33,38 @@ class AotCacheError(Exception):
     """Base of every error that aot-cache raises on purpose.
 
     Args:
-        wanted: what the caller asked for.
+        expected: what was expected, where `found` says what was there; else the whole message, one sentence.
         found: what was there instead.
-        do: what the reader can do about it.
+        hint: what the reader can do about it.
+
+    Attributes:
+        expected, found: both empty where the message is a sentence.
+        message: what is wrong, without the hint.
     """
 
     exit_code = 3
 
-    def __init__(self, wanted: str, found: str = "", do: str = "") -> None:
-        self.wanted = wanted
-        self.found = found
-        self.do = do
-        super().__init__("; ".join(part for part in (wanted, found, do) if part))
+    def __init__(self, expected: str, found: str = "", hint: str = "") -> None:
+        self.message = f"expected {expected}, found {found}" if found else expected
+        self.expected, self.found, self.hint = expected if found else "", found, hint
+        super().__init__(f"{self.message}; hint: {hint}" if hint else self.message)
 
-    def __reduce__(self) -> tuple[type[AotCacheError], tuple[str, str, str]]:
-        # Errors cross process boundaries (the builder's workers); the default would lose `found` and `do`.
-        return (type(self), (self.wanted, self.found, self.do))
+    def __reduce__(self) -> tuple[type[AotCacheError], tuple[str, ...]]:
+        # Errors cross process boundaries (the builder's workers); the default would lose `found` and `hint`.
+        return (type(self), tuple(self.parts().values()))
+
+    def parts(self) -> dict[str, str]:
+        """What it was made of, by the names of the constructor's arguments: to send it to another process."""
+        return {"expected": self.expected or self.message, "found": self.found, "hint": self.hint}
+
+    def within(self, where: str) -> AotCacheError:
+        """The same error with the place at which it was met, such as a case and a point, in front of its message."""
+        return type(self)(f"{where}: {self.message}", hint=self.hint)
+
+    def to_json(self) -> dict[str, str | int]:
+        """Its parts, for `--json`."""
+        parts = {"message": self.message, "expected": self.expected, "found": self.found, "hint": self.hint}
+        return {"type": type(self).__name__, **parts, "exit_code": self.exit_code}
 
 
 class DeclarationError(AotCacheError):
@@ -141,7 +157,7 @@ _ADVICE = "Set TORCH"  # how torch ends many messages: which variables would say
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """What to do about a word that is none of `known`: the closest of them, if one is close."""
+    """A hint for a word that is none of `known`: the closest of them, if one is close."""
     near = get_close_matches(word, list(known), n=1)
     return f"did you mean {near[0]!r}?" if near else otherwise
 

@@ -21,7 +21,7 @@ GRAPHS, KERNELS = "graphs", "kernels"
 NOT_RUN = "(not run)"
 """What the name of a part of the tests ends with where nobody ran it."""
 UNTESTED = "AOT_CACHE_UNTESTED"
-"""Set to 1 to use releases that were not tested, without a word."""
+"""Set to 1 to use releases that were not tested, without a warning."""
 _NOT_FOR = {GRAPHS: ("triton_",), KERNELS: ("dynamo_", "inductor_")}
 """What a bundle holds → beginnings of the modules of `upstream/` that serving it does without."""
 
@@ -76,11 +76,11 @@ class Table:
         ):
             oldest = min(known, key=_number, default="")
             if here and oldest and _number(minor(here)) < _number(oldest):
-                return f"{name} {here}, and {oldest} is the oldest that works"
+                return f"{name} {here} is too old: {oldest} is the oldest that works"
         broken = [m for pair in self._of(torch, triton) for m in pair.broken if self._needed(m, what)]
         if broken and all(pair.broken for pair in self._of(torch, triton)):
             return (
-                f"{_named(torch, triton)}, where {', '.join(sorted(set(broken)))} of aot_cache.upstream fails its tests"
+                f"with {_named(torch, triton)}, {', '.join(sorted(set(broken)))} of aot_cache.upstream fails its tests"
             )
         return ""
 

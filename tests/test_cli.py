@@ -1,10 +1,9 @@
-"""aot_cache.cli.main: what each command prints, its exit codes, and that mistakes are one line. Builds are real ones."""
+"""aot_cache.cli.main: what each command prints, its exit codes, and that a mistake is an error and a hint. Builds are real."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from limits import HANGS
+from printed import without_progress
 
 from aot_cache.artifact import target as targets
 from aot_cache.artifact.key import Part
@@ -25,6 +25,7 @@ from aot_cache.artifact.target import Difference
 from aot_cache.builder import pipeline
 from aot_cache.builder.pipeline import Built, Request
 from aot_cache.cli.main import main
+from aot_cache.cli.render import terminal
 from aot_cache.errors import StoreUnwritable, TargetError
 from aot_cache.runtime import host_gpu as native_gpu
 from aot_cache.store import read_bundle, write_bundle
@@ -99,6 +100,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     """`aot-cache ARGUMENTS` in an empty folder of a machine without a GPU; also what children print is caught."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(native_gpu, "gpu_here", lambda: False)
+    monkeypatch.setattr(terminal.Progress, "FIRST", HANGS)  # however slow the machine is
 
     def call(*arguments: object) -> Said:
         capfd.readouterr()
@@ -108,10 +110,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     return call
 
 
-def assert_one_line(said: Said, *words: str, code: int = 3) -> None:
-    """A mistake is one line on stderr, and no traceback."""
+def assert_error(said: Said, *words: str, code: int = 3) -> None:
+    """A mistake is one line on stderr, another one with a hint, and no traceback."""
     assert said.code == code, said
-    assert said.err.startswith("aot-cache: ") and said.err.count("\n") == 1, said.err
+    error, *hint = said.err.splitlines()
+    assert error.startswith("error: ") and [line[:6] for line in hint] in ([], ["hint: "]), said.err
     assert all(word in said.err for word in words), said.err
 
 
@@ -144,10 +147,6 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
     return Sample(bundle, bundle.with_suffix(".plan.json"), said)
 
 
-_PROGRESS = re.compile(r"^\w+: [\w ]+ \d+/\d+, \d+ s.*\n", re.MULTILINE)
-"""What a long build says now and then, where stderr is no terminal: how often depends on the machine."""
-
-
 def command(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`aot-cache ARGUMENTS` as users run it, in a process of its own; without lines of progress."""
     done = subprocess.run(
@@ -159,7 +158,7 @@ def command(folder: Path, *arguments: str, **environment: str) -> subprocess.Com
         timeout=HANGS,
         check=False,
     )
-    done.stderr = _PROGRESS.sub("", done.stderr)
+    done.stderr = without_progress(done.stderr)
     return done
 
 
@@ -184,7 +183,7 @@ def test_a_build_ends_with_what_a_dockerfile_needs(sample: Sample) -> None:
     assert (said.returncode, said.stderr) == (0, "")  # no bars where stderr is no terminal
     digest = read_bundle(sample.bundle).digest
     lines = said.stdout.splitlines()
-    assert lines[0].startswith("target: h200 (the default without a GPU here; choose with --target")
+    assert lines[0].startswith("target: h200 (the default where no GPU is found; choose with --target")
     there = "/opt/aot-cache/good-h200.safetensors"
     assert lines[-3:] == [
         f"Dockerfile: COPY artifacts/bundles/good-h200.safetensors {there}",
@@ -212,7 +211,7 @@ def test_a_build_again_has_nothing_to_do(real: Run, tmp_path: Path) -> None:
 
 def test_a_kernel_that_fails_is_named_and_the_rest_kept(real: Run, run: Run) -> None:
     said = real("build", "--model", "tiny:bad", "--target", "h200")
-    assert_one_line(said, "1 failed", "tiny:broken", code=4)
+    assert_error(said, "failed (h200: tiny:broken)", code=4)
     assert "0 of 1" in said.out and "not proved: 1 failed" in said.out
     assert "h200: failed: tiny:broken: CompilationError" in said.out and "no_such_name" in said.out
     found = run("verify", "artifacts/bundles/bad-h200.safetensors", "--json")
@@ -228,7 +227,7 @@ def test_a_build_of_which_all_failed_leaves_what_was_there(real: Run, tmp_path: 
     before = (tmp_path / "b.safetensors").read_bytes()
     said = real("build", "--model", "tiny:worst", "--target", "h200", "--out", "b.safetensors")
     assert (whole.code, said.code) == (0, 4)
-    assert "h200: FAILED: nothing could be built" in said.out and "b.safetensors is as it was" in said.out
+    assert "h200: FAILED: nothing could be built" in said.out and "b.safetensors is unchanged" in said.out
     assert (tmp_path / "b.safetensors").read_bytes() == before
     facts = real("build", "--model", "tiny:worst", "--target", "h200", "--out", "b.safetensors", "--json").document
     (built,) = facts["bundles"]
@@ -237,7 +236,9 @@ def test_a_build_of_which_all_failed_leaves_what_was_there(real: Run, tmp_path: 
 
 def test_a_build_of_nothing(real: Run, tmp_path: Path) -> None:
     said = real("build", "--model", "tiny:good", "--target", "cpu")
-    assert_one_line(said, "a Triton kernel or a compiled function of good for cpu", "name one with --target")
+    assert_error(
+        said, "good launches no Triton kernel and calls no compiled function for cpu", "name one with --target"
+    )
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -274,12 +275,12 @@ def test_the_plan_can_be_seen_without_compiling(real: Run, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [("--model tiny:good --range m=1..2", ["'m'", "it has n"]), ("--model nowhere:x", ["nowhere"])],
+    [("--model tiny:good --range m=1..2", ["'m'", "known: n"]), ("--model nowhere:x", ["nowhere"])],
 )
 def test_a_mistake_that_the_worker_finds(real: Run, arguments: str, words: list[str]) -> None:
     said = real("build", *arguments.split(), "--json")
-    assert_one_line(said, *words)
-    assert said.out == ""
+    assert_error(said, *words)
+    assert list(said.document) == ["error"]
 
 
 class Pipeline:
@@ -292,7 +293,7 @@ class Pipeline:
         self.asked.append(request)
         progress("trace", 1, 1)
         if request.target.id == "b200":
-            raise StoreUnwritable("to write there", "no space")
+            raise StoreUnwritable("cannot write there: no space")
         path = Path("b.safetensors")
         return Built(
             target=request.target.id,
@@ -401,7 +402,9 @@ def test_misses_go_with_a_model(run: Run, stub: Pipeline, sample: Sample) -> Non
     Path("m").write_text(json.dumps(MISS))
     assert run("build", "--model", "tiny:good", "--misses", "m", "--misses", "m").code == 0
     assert stub.asked[0].misses == (Path("m"), Path("m"))
-    assert_one_line(run("build", "--plan", sample.plan, "--misses", "m"), "--misses with --model", "--plan")
+    assert_error(
+        run("build", "--plan", sample.plan, "--misses", "m"), "--plan cannot be combined with --misses", "use --model"
+    )
 
 
 def test_what_became_of_misses_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,11 +435,15 @@ def test_what_became_of_misses_is_said(run: Run, monkeypatch: pytest.MonkeyPatch
 def test_what_was_built_before_an_error_is_said(run: Run, stub: Pipeline) -> None:
     arguments = ("build", "--model", "tiny:good", "--target", "h200", "--target", "b200")
     said = run(*arguments)
-    assert_one_line(said, "no space")
+    assert_error(said, "no space")
     assert "sampled: twice.n" in said.out and "AOT_CACHE_DIGEST" in said.out
     assert [b["target"] for b in run(*arguments, "--json").document["bundles"]] == ["h200"]
     nothing = run(*arguments[:3], "--target", "b200", "--json")
-    assert (nothing.code, nothing.out) == (3, "")
+    assert (nothing.code, list(nothing.document), nothing.document["error"]["type"]) == (
+        3,
+        ["error"],
+        "StoreUnwritable",
+    )
 
 
 def test_control_c_ends_with_130(tmp_path: Path) -> None:
@@ -450,12 +457,12 @@ def test_control_c_ends_with_130(tmp_path: Path) -> None:
         text=True,
     )
     assert process.stderr is not None
-    assert process.stderr.readline() == "up\n"  # the worker runs, and would for long
+    assert "up\n" in iter(process.stderr.readline, "")  # the worker runs, and would for long
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=HANGS)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "aot-cache: interrupted; run again to continue with what is done"
+    assert err.splitlines()[-2:] == ["error: interrupted", "hint: run it again to continue: what is done is kept"]
 
 
 @pytest.mark.parametrize(
@@ -470,14 +477,14 @@ def test_control_c_ends_with_130(tmp_path: Path) -> None:
         ("--model tiny:good --range =3", ["'=3'"]),
         ("--model tiny:good --range n=", ["n="]),
         ("--model tiny:good --range n=1-4", ["n=1-4", "'1-4'"]),
-        ("--model tiny:good --range n=5..1", ["n=5..1", "at least one value"]),
-        ("--model tiny:good --range n=1 --range n=2", ["'n'", "two"]),
+        ("--model tiny:good --range n=5..1", ["n=5..1", "has no value"]),
+        ("--model tiny:good --range n=1 --range n=2", ["'n'", "two ranges"]),
         ("--plan no.json", ["no.json", "No such file"]),
         ("--plan tiny.py", ["tiny.py", "not JSON"]),
         ("--plan no.json --range n=1", ["--range", "--plan"]),
         ("--plan no.json --misses m", ["no.json", "No such file"]),
-        ("--model tiny:good --misses m", ["a misses file at m", "No such file"]),
-        ("--model tiny:good --misses tiny.py", ["a misses file", "tiny.py, line 2", "not JSON"]),
+        ("--model tiny:good --misses m", ["misses file m: ", "No such file"]),
+        ("--model tiny:good --misses tiny.py", ["tiny.py, line 2", "not JSON"]),
     ],
 )
 def test_a_mistake_is_found_before_anything_starts(
@@ -485,7 +492,7 @@ def test_a_mistake_is_found_before_anything_starts(
 ) -> None:
     (tmp_path / "tiny.py").write_text(RECIPES)
     said = run("build", *arguments.split())
-    assert_one_line(said, *words)
+    assert_error(said, *words)
     assert (said.out, stub.asked) == ("", [])
 
 
@@ -502,7 +509,9 @@ def native(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("native")
 def test_native_says_where_the_device_differs(run: Run, stub: Pipeline) -> None:
     said = run("build", "--model", "tiny:good", "--target", "native")
-    assert said.out.startswith("target: h200 (as asked)\nnative: memory_bytes is 1 on this h200, and 2 in the table\n")
+    assert said.out.startswith(
+        "target: h200 (as requested)\nnative: memory_bytes is 1 on this h200, but 2 in the table\n"
+    )
     assert stub.asked[0].target is NATIVE
     facts = run("build", "--model", "tiny:good", "--target", "native", "--json").document
     assert facts["differences"] == [{"target": "h200", "field": "memory_bytes", "table": 2, "device": 1}]
@@ -517,13 +526,15 @@ def test_a_gpu_that_is_here_is_the_default(run: Run, stub: Pipeline, monkeypatch
 
 def test_a_gpu_that_cannot_be_used_is_said(run: Run, stub: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     def unusable() -> None:
-        raise TargetError("the GPU of this machine", "torch 2.13 finds none", "")
+        raise TargetError("this machine's GPU cannot be used: torch 2.13 finds none")
 
     monkeypatch.setattr(native_gpu, "gpu_here", lambda: True)
     monkeypatch.setattr(native_gpu, "native", unusable)
     said = run("build", "--model", "tiny:good")
-    assert said.out.startswith("target: h200 (the default, because torch 2.13 finds none;")
-    assert_one_line(run("build", "--model", "tiny:good", "--target", "native"), "finds none")
+    assert said.out.startswith(
+        "target: h200 (the default, because this machine's GPU cannot be used: torch 2.13 finds none;"
+    )
+    assert_error(run("build", "--model", "tiny:good", "--target", "native"), "finds none")
 
 
 @pytest.mark.parametrize(
@@ -567,7 +578,7 @@ def test_inspecting_a_kernel(run: Run, sample: Sample, monkeypatch: pytest.Monke
     assert "bytes of shared memory, key " in said.out and "toolkit = " in said.out
     facts = run("inspect", sample.bundle, "--kernel", "scal", "--json").document
     assert {s["signature"].split()[2] for s in facts["specializations"]} == {"n:i32", "n:i32:16"}
-    assert_one_line(run("inspect", sample.bundle, "--kernel", "nope"), "'nope'", "tiny:scale")
+    assert_error(run("inspect", sample.bundle, "--kernel", "nope"), "'nope'", "tiny:scale")
 
 
 def test_inspecting_shows_which_sizes_are_served(run: Run, sample: Sample) -> None:
@@ -597,9 +608,9 @@ def test_a_ledger_in_the_grid(run: Run, sample: Sample) -> None:
     facts = run("inspect", sample.bundle, "--ledger", "stats.json", "--json").document
     assert facts["ledger"]["events"] == [{"kind": "compile", "total": 1, "in_capture": 1, "after_seal": 1}]
     Path("none.json").write_text(ledger(sample.bundle, bundles=[]))
-    assert_one_line(run("inspect", sample.bundle, "--ledger", "none.json"), "none.json", "with none")
-    assert_one_line(run("inspect", sample.bundle, "--ledger", "nowhere"), "nowhere")
-    assert_one_line(run("inspect", sample.plan, "--ledger", "stats.json"), "is a plan")
+    assert_error(run("inspect", sample.bundle, "--ledger", "none.json"), "none.json", "found none")
+    assert_error(run("inspect", sample.bundle, "--ledger", "nowhere"), "nowhere")
+    assert_error(run("inspect", sample.plan, "--ledger", "stats.json"), "found a plan")
 
 
 def test_a_page(run: Run, sample: Sample) -> None:
@@ -615,12 +626,12 @@ def test_a_page(run: Run, sample: Sample) -> None:
 
 def test_a_page_that_cannot_be_written(run: Run, sample: Sample) -> None:
     Path("file").touch()
-    assert_one_line(run("inspect", sample.bundle, "--html", "file/page.html"), "file/page.html")
+    assert_error(run("inspect", sample.bundle, "--html", "file/page.html"), "file/page.html")
     Path("folder").mkdir()
-    assert_one_line(run("inspect", sample.bundle, "--html", "folder"), "folder")
+    assert_error(run("inspect", sample.bundle, "--html", "folder"), "folder")
     assert sorted(path.name for path in Path().iterdir()) == ["file", "folder"], "nothing is left behind"
     Path("m").write_text(json.dumps(MISS))
-    assert_one_line(run("inspect", "--misses", "m", "--html", "page.html"), "--html")
+    assert_error(run("inspect", "--misses", "m", "--html", "page.html"), "--html")
 
 
 def test_inspecting_a_plan(run: Run, sample: Sample) -> None:
@@ -641,10 +652,10 @@ def test_inspecting_misses(run: Run, sample: Sample) -> None:
     facts = run("inspect", "--misses", "m", "--json").document
     assert (facts["kind"], facts["different"], facts["count"], facts["cut_off"]) == ("misses", 1, 15, 1)
     assert facts["misses"][0]["points"] == {"decode": {"batch": 600}}
-    assert_one_line(run("inspect"), "neither")
-    assert_one_line(run("inspect", sample.bundle, "--misses", "m"), "both")
-    assert_one_line(run("inspect", "--misses", "m", "--points"), "--points")
-    assert_one_line(run("inspect", "--misses", sample.plan), "a misses file")
+    assert_error(run("inspect"), "neither")
+    assert_error(run("inspect", sample.bundle, "--misses", "m"), "both")
+    assert_error(run("inspect", "--misses", "m", "--points"), "--points")
+    assert_error(run("inspect", "--misses", sample.plan), "line 1, is not a miss")
 
 
 def test_a_file_that_is_neither(run: Run, tmp_path: Path) -> None:
@@ -653,12 +664,12 @@ def test_a_file_that_is_neither(run: Run, tmp_path: Path) -> None:
     Path("other.json").write_text('{"a": 1}')
     # A bundle whose header has 123 bytes begins with the byte of "{".
     Path("brace").write_bytes(b"{" + bytes(7) + b"x" * 200)
-    assert_one_line(run("inspect", "nowhere"), "nowhere")
-    assert_one_line(run("inspect", "."), "folder", code=8)
-    assert_one_line(run("inspect", "empty"), "empty", code=8)
-    assert_one_line(run("inspect", "list.json"), "list.json", code=8)
-    assert_one_line(run("inspect", "other.json"), "schema None")
-    assert_one_line(run("inspect", "brace"), "brace", "header", code=8)
+    assert_error(run("inspect", "nowhere"), "nowhere")
+    assert_error(run("inspect", "."), "folder", code=8)
+    assert_error(run("inspect", "empty"), "empty", code=8)
+    assert_error(run("inspect", "list.json"), "list.json", code=8)
+    assert_error(run("inspect", "other.json"), "found none")
+    assert_error(run("inspect", "brace"), "brace", "header", code=8)
 
 
 @pytest.mark.parametrize(
@@ -677,7 +688,7 @@ def test_a_file_that_is_neither(run: Run, tmp_path: Path) -> None:
 )
 def test_what_is_misspelt_is_told_what_may_be_meant(real: Run, arguments: str, meant: str) -> None:
     said = real(*arguments.split())
-    assert said.code in (2, 3) and said.err.count("\n") == 1
+    assert said.code in (2, 3) and said.err.count("\n") == 2
     assert f"did you mean '{meant}'?" in said.err.lower(), said.err
 
 
@@ -688,9 +699,11 @@ def test_inspecting_what_is_corrupt_says_so(run: Run, sample: Sample) -> None:
         bad = bytearray(data)
         bad[at] ^= 1
         Path("bad.safetensors").write_bytes(bad)
-        assert_one_line(run("inspect", "bad.safetensors"), "aot-cache: corrupt: ", "bad.safetensors", code=8)
+        assert_error(run("inspect", "bad.safetensors"), "error: bundle bad.safetensors is damaged: ", code=8)
     Path("bad.safetensors").write_bytes(data[:300])
-    assert_one_line(run("inspect", "bad.safetensors"), "aot-cache: corrupt: ", "the file has 300", code=8)
+    assert_error(
+        run("inspect", "bad.safetensors"), "error: bundle bad.safetensors is damaged: ", "the file has 300", code=8
+    )
 
 
 def test_verifying(run: Run, sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -716,7 +729,7 @@ def test_verifying_what_is_damaged(run: Run, sample: Sample, monkeypatch: pytest
     Path("bad").write_bytes(data[:-1])
     said = run("verify", "bad", "--json")
     assert (said.code, said.document["digest"]) == (8, None)
-    assert_one_line(run("verify", "nowhere"), "nowhere")
+    assert_error(run("verify", "nowhere"), "nowhere")
 
 
 def test_verifying_on_this_host(run: Run, sample: Sample) -> None:
@@ -732,7 +745,7 @@ def test_explaining(run: Run, sample: Sample, monkeypatch: pytest.MonkeyPatch) -
     rows = [line.split() for line in said.out.splitlines() if line.startswith(("triton", "gpu", "arch"))]
     assert [row[-1] for row in rows] == ["ok", "costs", "differs"]
     assert not run("explain", sample.bundle, "--json").document["loads"]
-    assert_one_line(run("explain", "nowhere"), "nowhere")
+    assert_error(run("explain", "nowhere"), "nowhere")
 
 
 def test_comparing(run: Run, sample: Sample) -> None:
@@ -747,7 +760,7 @@ def test_comparing(run: Run, sample: Sample) -> None:
     assert "only in less.json" not in said.out
     facts = run("diff", "less.json", sample.plan, "--json").document
     assert (facts["same"], len(facts["only_right"]["units"])) == (False, 1)
-    assert_one_line(run("diff", sample.plan, "nowhere"), "nowhere")
+    assert_error(run("diff", sample.plan, "nowhere"), "nowhere")
 
 
 def test_the_table_of_targets(run: Run) -> None:
@@ -813,8 +826,8 @@ def test_tuning(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     "arguments",
     ["frobnicate", "build --frobnicate", "build --workers 0", "build --workers x", "record --out x", "diff a"],
 )
-def test_what_is_not_understood_is_one_line(run: Run, arguments: str) -> None:
-    assert_one_line(run(*arguments.split()), code=2)
+def test_what_is_not_understood_is_an_error_and_a_hint(run: Run, arguments: str) -> None:
+    assert_error(run(*arguments.split()), code=2)
 
 
 def test_help_names_every_command(run: Run) -> None:

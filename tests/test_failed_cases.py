@@ -233,7 +233,7 @@ def test_what_serves_it_says_the_same(some: Done) -> None:
 def test_all_of_a_recipe_is_bad(some: Done) -> None:
     done = run(some.folder, "build", "--model", "some_graphs:all_bad", "--target", "cpu", "--store", "other")
     assert done.returncode == 3 and "Traceback" not in done.stderr
-    assert "'raises' to run at n=3" in done.stderr and "case picks at n=4" in done.stderr
+    assert "case 'raises' at n=3: its code raised " in done.stderr and "case picks at n=4" in done.stderr
     assert not list((some.folder / "other").rglob("*.safetensors"))
 
 
@@ -358,7 +358,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Done:
 @pytest.mark.parametrize(
     ("case", "point", "words"),
     [
-        ("values", "n=1", "values for"),
+        ("values", "n=1", "reads the values of"),
         ("raises", "n=5", "ValueError: five does not divide"),
         ("only_graphs", "n=9", "ValueError: a fake one"),
         ("leaves", "n=4", "SystemExit: 7"),

@@ -99,7 +99,7 @@ def test_a_load_inside_a_capture_is_unsafe(monkeypatch: pytest.MonkeyPatch) -> N
         kernel().load_kernel(0)
     assert loads == [0] and counts() == {"unsafe": 1, "module_load": 1}
     aot_cache.arm("error")
-    with capture(), pytest.raises(CacheMiss, match="to be loaded, inside a CUDA graph capture"):
+    with capture(), pytest.raises(CacheMiss, match="is compiled, but not loaded, inside a CUDA graph capture"):
         kernel().load_kernel(0)
     assert loads == [0]
     kernel().load_kernel(1)

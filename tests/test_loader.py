@@ -142,6 +142,19 @@ def test_loading_initialises_no_gpu(bundle: Path) -> None:
     assert served.stats["bundles"][0]["devices"] == []
 
 
+def test_load_and_ready_log_a_line_each(bundle: Path) -> None:
+    code = (
+        "import logging, aot_cache; facts['lines'] = lines = []; handler = logging.Handler(); "
+        "handler.emit = lambda record: lines.append([record.levelname, record.getMessage()]); "
+        "logger = logging.getLogger('aot_cache'); logger.addHandler(handler); logger.setLevel('INFO'); "
+        f"report = aot_cache.load({str(bundle)!r}); aot_cache.ready(); facts['units'] = report.units"
+    )
+    served = serve(code)
+    loaded = f"loaded {bundle} (digest {read_bundle(bundle).digest[:16]}): {served.units} specializations, 0 graphs"
+    ready = f"ready: 0 of {served.units} specializations and 0 compiled graphs are loaded"
+    assert served.lines == [["INFO", loaded], ["INFO", ready]]
+
+
 ORDERS = {
     "bundle, triton": "import aot_cache.auto; import triton",
     "bundle, torch, triton": "import aot_cache.auto; import torch; import triton",
@@ -233,7 +246,7 @@ def of_another_kind(bundle: Path, folder: Path) -> dict[str, str]:
 
 
 BAD: dict[str, tuple[Callable[[Path, Path], dict[str, str]], str, str, int]] = {
-    "missing": (missing, "BundleMissing", "there is none", 3),
+    "missing": (missing, "BundleMissing", "no bundle at ", 3),
     "cut": (cut, "BundleCorrupt", "bytes of objects", 8),
     "flipped": (flipped, "BundleCorrupt", "manifest", 8),
     "text": (text, "BundleCorrupt", "header", 8),
@@ -253,7 +266,7 @@ def test_a_bad_bundle_is_one_warning(what: str, bundle: Path, tmp_path: Path) ->
     served = serve("import aot_cache.auto; facts['on'] = 1", **make(bundle, tmp_path))
     assert served.error is None and served.on == 1 and served.imported == []
     (warning,) = served.warnings
-    assert warning.startswith("aot-cache serves without its bundle: ") and words in warning
+    assert warning.startswith("aot-cache serves without a bundle: ") and words in warning
     assert served.stats["total"]["rejected_bundle"] == 1 and served.stats["bundles"] == []
 
 
@@ -447,7 +460,7 @@ def test_strict_leaves_nothing_to_chance(bundle: Path, what: str) -> None:
 
 def test_strict_refuses_a_bundle_for_a_gpu_where_there_is_none(bundle: Path) -> None:
     served = serve("import aot_cache.auto", AOT_CACHE=str(bundle), AOT_CACHE_STRICT="1")
-    assert served.error[0] == "Incompatible" and "which is for NVIDIA H200; there is none here" in served.error[1]
+    assert served.error[0] == "Incompatible" and "no GPU is visible here, and " in served.error[1]
     served = serve("import aot_cache.auto", AOT_CACHE=str(bundle))
     assert served.error is None and served.warnings == [], "without it, the process may see its GPU later"
 

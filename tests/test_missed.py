@@ -102,8 +102,8 @@ UNSOLVED: dict[str, tuple[Relations, dict[str, list[int]], str]] = {
         "size 1 of y.table is 12, and not 2 · batch with batch=7",
     ),
     "unknown": ({X: [None, [16]]}, {X: [7, 16]}, "size 0 of x does not follow from batch or tokens alone"),
-    "other tensors": ({X: [[16]]}, {"L['y']": [16]}, "it is given other tensors or integers"),
-    "another rank": ({X: [[16]]}, {X: [16, 1]}, "it is given other tensors or integers"),
+    "other tensors": ({X: [[16]]}, {"L['y']": [16]}, "it is called with other tensors or integers"),
+    "another rank": ({X: [[16]]}, {X: [16, 1]}, "it is called with other tensors or integers"),
 }
 
 
@@ -203,7 +203,7 @@ def test_what_is_covered_already_needs_no_declaration(batch: int) -> None:
     ("name", "structure", "sizes", "why"),
     [
         ("m:other", "one", [1, 1], "no declared case calls m:other"),
-        ("m:f", "two", [1, 1], "it is called otherwise: another mode, dtype, device"),
+        ("m:f", "two", [1, 1], "the call has another call signature: mode, dtype, device"),
         ("m:f", "one", [1, 100], "size 1 of x is 100, and no whole number makes it 128 · heads (decode)"),
     ],
 )
@@ -243,7 +243,7 @@ def test_a_point_can_be_taken_back() -> None:
 
 
 def test_points_that_a_recipe_cannot_have() -> None:
-    with pytest.raises(UnknownName, match="case called 'three'"):
+    with pytest.raises(UnknownName, match="no case 'three'"):
         recipe().widened({"three": [{"n": 1}]})
     for point in ({"m": 1}, {}, {"n": -1}, {"n": True}):
         with pytest.raises(DeclarationError):
@@ -414,7 +414,7 @@ def test_no_line_is_a_traceback(tmp_path_factory: pytest.TempPathFactory, data: 
 )
 def test_a_file_of_another_kind(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "m").write_bytes(content)
-    with pytest.raises(DeclarationError, match="a misses file"):
+    with pytest.raises(DeclarationError, match="is not a miss: "):
         read([tmp_path / "m"])
 
 

@@ -83,17 +83,17 @@ def test_a_model_s_folder_is_its_config_file() -> None:
 @pytest.mark.parametrize(
     ("content", "error", "words"),
     [
-        (None, DeclarationError, "a model's config file at f.json; No such file"),
-        ("{", DeclarationError, "f.json; not JSON (Expecting"),
+        (None, DeclarationError, "cannot read config file f.json: No such file"),
+        ("{", DeclarationError, "config file f.json is not JSON: Expecting"),
         ("\x00", DeclarationError, "not JSON"),
         ("[" * 100_000, DeclarationError, "not JSON"),
-        ("[1]", DeclarationError, 'a "model_type" in f.json; none; give transformers'),
-        ("{}", DeclarationError, 'a "model_type" in f.json; none'),
-        ('{"model_type": 3}', DeclarationError, 'a "model_type" in f.json; 3'),
+        ("[1]", DeclarationError, 'a "model_type" in f.json, found none; hint: give transformers'),
+        ("{}", DeclarationError, 'a "model_type" in f.json, found none'),
+        ('{"model_type": 3}', DeclarationError, 'a "model_type" in f.json, found 3'),
         (
             '{"model_type": "bert"}',
             UnknownName,
-            "for model_type 'bert' of f.json; there are some for big_3, big_3_text, other",
+            "no recipe for model_type 'bert' of f.json; known: big_3, big_3_text, other",
         ),
         ('{"model_type": "big3"}', UnknownName, "did you mean 'big_3'?"),
     ],

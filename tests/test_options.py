@@ -90,13 +90,13 @@ def test_a_text_that_people_write() -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("m?", "options of 'm' as name=value&name=value; ''"),
+        ("m?", "options of 'm' as name=value&name=value, found ''"),
         ("m?tp", "'tp'"),
         ("m?=2", "'=2'"),
         ("m?tp=1&", "''"),
-        ("m?tp=1&tp=1", "option 'tp' of 'm' once"),
-        ("m?tp=1&t%70=2", "option 'tp' of 'm' once"),
-        ("m?tp=%ff", "percent-escaped UTF-8; '%ff'"),
+        ("m?tp=1&tp=1", "option 'tp' of 'm' is given twice"),
+        ("m?tp=1&t%70=2", "option 'tp' of 'm' is given twice"),
+        ("m?tp=%ff", "as the value of an option, found '%ff'"),
     ],
 )
 def test_a_text_that_is_refused(spec: str, words: str) -> None:
@@ -107,7 +107,7 @@ def test_a_text_that_is_refused(spec: str, words: str) -> None:
 
 
 def test_an_option_that_is_added_twice() -> None:
-    with pytest.raises(DeclarationError, match="'tp' of 'm' once; '1' and '2'"):
+    with pytest.raises(DeclarationError, match="'tp' of 'm' is given twice: '1' and '2'"):
         options.added("m?tp=1", {"tp": "2"})
 
 
@@ -131,7 +131,7 @@ def test_a_recipe_s_spec_has_what_is_no_default_in_order() -> None:
 def test_fixed_options() -> None:
     assert load("big").doc == repr(("27b", "none", 1, 8, 1.0, False, "")) and spec_of("big") == "big"
     assert load("bigger?spec=mtp").doc == repr(("397b", "mtp", 1, 8, 1.0, False, ""))
-    with pytest.raises(DeclarationError, match=r"no option 'size' of '.*:bigger'; it is fixed to '397b'"):
+    with pytest.raises(DeclarationError, match=r"option 'size' of '.*:bigger' is fixed to '397b'"):
         load("bigger?size=397b")
 
 
@@ -145,7 +145,7 @@ def test_an_option_without_a_default() -> None:
     assert (recipe.name, recipe.cases[0].dims["n"]) == ("case", Range(1, 3)) and spec_of(
         "needs?layers=3"
     ) == "needs?layers=3"
-    with pytest.raises(DeclarationError, match=r"option 'layers' of '.*:needs'; it is not given"):
+    with pytest.raises(DeclarationError, match=r"option 'layers' of '.*:needs' is missing"):
         load("needs")
 
 
@@ -157,23 +157,31 @@ def test_a_function_may_be_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("tail", "error", "words"),
     [
-        ("made?max_batch=many", DeclarationError, "option 'max_batch' of '{}:made' to be a whole number; 'many'"),
+        ("made?max_batch=many", DeclarationError, "a whole number as option 'max_batch' of '{}:made', found 'many'"),
         ("made?max_batch=1.5", DeclarationError, "a whole number"),
-        ("made?max_batch=", DeclarationError, "a whole number; ''"),
-        ("made?scale=x", DeclarationError, "'scale' of '{}:made' to be a number; 'x'"),
-        ("made?scale=inf", DeclarationError, "a number; 'inf'"),
-        ("made?scale=nan", DeclarationError, "a number; 'nan'"),
-        ("made?packed=maybe", DeclarationError, "to be one of true, false, 1, 0, yes, no, on, off; 'maybe'"),
-        ("made?spec=mpt", DeclarationError, "to be one of none, mtp; 'mpt'; did you mean 'mtp'?"),
-        ("made?drafts=3", DeclarationError, "to be one of 1, 2; '3'"),
+        ("made?max_batch=", DeclarationError, "a whole number as option 'max_batch' of '{}:made', found ''"),
+        ("made?scale=x", DeclarationError, "a number as option 'scale' of '{}:made', found 'x'"),
+        ("made?scale=inf", DeclarationError, "found 'inf'"),
+        ("made?scale=nan", DeclarationError, "found 'nan'"),
+        (
+            "made?packed=maybe",
+            DeclarationError,
+            "expected one of true, false, 1, 0, yes, no, on, off as option 'packed' of '{}:made', found 'maybe'",
+        ),
+        (
+            "made?spec=mpt",
+            DeclarationError,
+            "expected one of none, mtp as option 'spec' of '{}:made', found 'mpt'; hint: did you mean 'mtp'?",
+        ),
+        ("made?drafts=3", DeclarationError, "expected one of 1, 2 as option 'drafts' of '{}:made', found '3'"),
         (
             "made?max-batch=3",
             UnknownName,
-            "'max-batch' of '{}:made'; it has config, drafts, max_batch, packed, scale, size, spec; did you mean 'max_batch'?",
+            "'max-batch'; known: config, drafts, max_batch, packed, scale, size, spec; hint: did you mean 'max_batch'?",
         ),
-        ("big?max_batsh=3", UnknownName, "it has config, drafts, packed, scale, spec"),
-        ("plain?tp=2", UnknownName, "an option called 'tp' of '{}:plain'; it takes no options"),
-        ("nothing?tp=2", UnknownName, "a Recipe at {0}:nothing; {0} has no 'nothing'"),
+        ("big?max_batsh=3", UnknownName, "known: config, drafts, packed, scale, spec"),
+        ("plain?tp=2", UnknownName, "'{}:plain' has no option 'tp'; it takes no options"),
+        ("nothing?tp=2", UnknownName, "no recipe at {0}:nothing: {0} has no 'nothing'"),
     ],
 )
 def test_an_option_that_is_refused(tail: str, error: type[Exception], words: str) -> None:
@@ -202,12 +210,16 @@ def _raises(n: int = 1) -> Any:
 @pytest.mark.parametrize(
     ("name", "error", "words"),
     [
-        ("_lists", DeclarationError, "option 'n' of '{}:_lists' that is str, int, float, bool or a Literal; list"),
-        ("_bare", DeclarationError, "it has none; name a Recipe, a declared case, or a function that makes one"),
-        ("_any", DeclarationError, "to be keywords; its function takes **n"),
-        ("_gone", DeclarationError, "to be readable; NameError"),
-        ("_raises", DeclarationError, "recipe '{}:_raises' to be made; ValueError: no such layer"),
-        ("_echo", UnknownName, "a Recipe at {}:_echo; a int"),
+        (
+            "_lists",
+            DeclarationError,
+            "str, int, float, bool or a Literal as the annotation of option 'n' of '{}:_lists', found list",
+        ),
+        ("_bare", DeclarationError, "found none; hint: name a Recipe, a declared case, or a function that makes one"),
+        ("_any", DeclarationError, "expected keywords as options of '{}:_any', found a function that takes **n"),
+        ("_gone", DeclarationError, "cannot be read: NameError"),
+        ("_raises", DeclarationError, "recipe '{}:_raises' raised ValueError: no such layer"),
+        ("_echo", UnknownName, "a Recipe at {}:_echo, found an object of type int"),
     ],
 )
 def test_a_function_that_is_no_good(name: str, error: type[Exception], words: str) -> None:
@@ -231,10 +243,10 @@ def test_a_file_is_told_by_its_content(tmp_path: Path, monkeypatch: pytest.Monke
     two.write_text("{ }")
     assert options.published(f"m?config={two}&tp=2") != told
     # Back: by the variable, whose file has to be the one
-    with pytest.raises(DeclarationError, match=r"in AOT_CACHE_CONFIG; it is not set"):
+    with pytest.raises(DeclarationError, match=r"in AOT_CACHE_CONFIG, found nothing: the variable is not set"):
         options.with_file(told)
     monkeypatch.setenv("AOT_CACHE_CONFIG", str(two))
-    with pytest.raises(DeclarationError, match="the config file of 'm' with sha256:"):
+    with pytest.raises(DeclarationError, match="expected config file sha256:"):
         options.with_file(told)
     monkeypatch.setenv("AOT_CACHE_CONFIG", str(one))
     assert options.parse(options.with_file(told)) == ("m", {"config": str(one), "tp": "2"})
@@ -243,7 +255,7 @@ def test_a_file_is_told_by_its_content(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("value", ["", "nowhere.json", ".", "a%00b"])
 def test_a_file_that_is_not_there(value: str) -> None:
-    with pytest.raises(DeclarationError, match="a config file at"):
+    with pytest.raises(DeclarationError, match="cannot read config file "):
         options.published(f"m?config={value}")
 
 

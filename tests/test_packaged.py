@@ -41,11 +41,11 @@ class Folder:
         )
 
     def build(self, form: Path | None, recipe: str = "packaged_recipe:recipe", store: str = "store") -> Any:
-        """(exit code, what the build says, its last line on stderr)."""
+        """(exit code, what the build says, its error)."""
         command = ("build", "--json", "--workers", 1, "--target", "h200", "--store", store, "--model", recipe)
         done = self.run(form, "-m", "aot_cache", *command)
-        said = json.loads(done.stdout)["bundles"][0] if done.stdout else None
-        return done.returncode, said, (done.stderr.splitlines() or [""])[-1]
+        said = json.loads(done.stdout).get("bundles", [None])[0]
+        return done.returncode, said, next((line for line in done.stderr.splitlines() if "error: " in line), "")
 
     def serve(self, form: Path, bundle: str, module: str = "pack.kernels") -> dict[str, Any]:
         done = self.run(form, ROOT / "tests" / "packaged_child.py", bundle, module)
@@ -94,7 +94,7 @@ def test_a_kernel_without_its_source_is_named_and_the_rest_is_built(folder: Fold
     (failure,) = said["failed"]
     assert (code, failure["kernel"], said["units"]) == (4, "case packaged", 1)
     assert failure["error"].startswith(
-        "at n=1: the source of kernel pack.kernels:times, which Triton compiles from; there is only compiled code of "
+        "at n=1: kernel pack.kernels:times has no source text, which Triton compiles from: only compiled code of "
         "kernels.py; install its package with its .py files"
     )
     assert read_bundle(Path(said["path"])).manifest["kernels"][0]["name"] == "packaged_recipe:own"
@@ -106,7 +106,7 @@ def test_a_recipe_that_imports_it_at_once_says_so_too(folder: Folder) -> None:
     code, said, error = folder.build(form, "at_once:recipe", store="other")
     assert (code, said) == (3, None)
     assert error.startswith(
-        "aot-cache: the source of kernel pack.kernels:times, which Triton compiles from; there is only"
+        "error: kernel pack.kernels:times has no source text, which Triton compiles from: only compiled code of"
     )
 
 
@@ -157,5 +157,5 @@ def test_a_kernel_of_a_notebooks_cell(folder: Folder) -> None:
     code, said, error = folder.build(None, "cells:recipe")
     assert (code, said) == (3, None)
     assert error.startswith(
-        "aot-cache: the source of kernel cells:times, which Triton compiles from; it was executed as <string>"
+        "error: kernel cells:times has no source text, which Triton compiles from: it was executed as <string>"
     )

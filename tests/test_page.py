@@ -161,6 +161,19 @@ def test_the_page_asks_for_nothing(tmp_path: Path) -> None:
     assert seen.having("content")[0].startswith("default-src 'none';")
 
 
+def test_a_narrow_page_has_the_names_above_the_cells(tmp_path: Path) -> None:
+    text = html_page.page(facts_of(tmp_path))
+    rows = re.findall(r'<tr class="label"><th colspan="(\d+)"><span>(.*?)</span></th></tr>', text)
+    assert [re.sub("<.*?>", "", names) for _, names in rows] == [
+        "decode pack.model:layer",
+        "pack.mod:add",
+        "pack.mod:norm",
+    ]
+    assert {width for width, _ in rows} == {"2"}
+    wide, _, narrow = html_page.STYLE.partition("@media (max-width: 700px)")
+    assert ".grid tr.label { display: none; }" in wide and ".grid tr.label { display: table-row; }" in narrow
+
+
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
 
@@ -191,11 +204,12 @@ def show() -> Show:
         pytest.skip(f"{program} does not start")  # Ubuntu's is a script that asks for a snap
     options = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --enable-logging=stderr"
 
-    def run(path: Path, fragment: str = "") -> Shown:
+    def run(path: Path, fragment: str = "", *more: str) -> Shown:
         done = subprocess.run(
             [
                 program,
                 *options.split(),
+                *more,
                 f"--user-data-dir={path.parent / 'profile'}",
                 "--dump-dom",
                 path.as_uri() + fragment,
@@ -231,6 +245,17 @@ def test_a_unit_is_shown_with_its_parts(tmp_path: Path, show: Show) -> None:
     assert "pack.model:layer:7" in panel and "decode: batch 2..4, tokens 1" in panel and "guards: 1" in panel
     assert "len(L['x']) == 3" in panel
     assert show(path, "#nothing").panel() == ""
+
+
+@pytest.mark.parametrize(("width", "left"), [(500, 40), (1100, 300)])
+def test_where_the_cells_of_the_coverage_begin(tmp_path: Path, show: Show, width: int, left: int) -> None:
+    """On a phone they begin at the left edge, before what scrolls out of view; else the names stand beside them."""
+    measure = "document.title = Math.round(document.querySelector('.grid .cell').getBoundingClientRect().left)"
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy".*?>', "", html_page.page(facts_of(tmp_path)))
+    path = written(tmp_path, text.replace("</body>", f"<script>{measure}</script></body>"))
+    found = re.search(r"<title>(\d+)</title>", show(path, "", f"--window-size={width},900").dom)
+    assert found is not None
+    assert int(found[1]) < left if width < 700 else int(found[1]) > left
 
 
 def test_a_hostile_bundle_in_a_browser(tmp_path: Path, show: Show) -> None:

@@ -143,9 +143,9 @@ GOOD = Plan(recipe="r", target="h200", units=[Unit(kernel="a:k", source="aa", sp
     ("content", "words"),
     [
         ("", "not JSON"),
-        ("[1]", "JSON of another kind"),
+        ("[1]", "expected a JSON object in plan"),
         ("{", "not JSON"),
-        ("{}", "schema None"),
+        ("{}", "found none"),
         (json.dumps({**GOOD, "aot-cache plan": 99}), "schema 99"),
         (json.dumps({k: v for k, v in GOOD.items() if k != "units"}), "'units'"),
         (json.dumps({**GOOD, "units": [{"kernel": "a:k"}]}), "TypeError"),
@@ -407,5 +407,7 @@ def test_a_choice_between_other_candidates_is_of_its_rank() -> None:
 
 def test_ranks_that_declare_otherwise_are_refused() -> None:
     other = of_rank(cases=[CasePlan(name="c", dims={"n": "1..8"}, points=8, total=8, sampled=[])])
-    with pytest.raises(DeclarationError, match=r"case 'c' .* alike on all ranks; n=1..4 as rank 0, n=1..8 as rank 2"):
+    with pytest.raises(
+        DeclarationError, match=r"declaration of case 'c' on all ranks, found n=1..4 as rank 0, n=1..8 as rank 2"
+    ):
         of_ranks([of_rank(), of_rank(), other])

@@ -89,7 +89,9 @@ def test_agreement(said: Said, scene: str) -> None:
 
 
 def test_disagreement_names_the_ranks_and_their_values(said: Said) -> None:
-    error = "every rank to agree on start; rank 2: no memory; the other ranks say yes"
+    error = (
+        "expected every rank to agree on start, found rank 2: no memory; hint: see why on these ranks: the others agree"
+    )
     assert everywhere(said, "one says no") == {"error": error}
     error = "the same bundle on every rank; ranks 0, 1, 2: abc; rank 3: def"
     assert everywhere(said, "one differs") == {"error": error}
@@ -116,7 +118,8 @@ def test_a_shape_for_which_no_rank_has_a_batch_is_skipped(said: Said) -> None:
 
 def test_a_batch_that_one_rank_lacks_raises_before_anything_runs(said: Said) -> None:
     found = everywhere(said, "one has no batch for 8")
-    error = "every rank to capture 8, or none; rank 2: batch is None; the other ranks could go"
+    error = "expected every rank to capture 8, or none, found rank 2: batch is None; "
+    error += "hint: see why on these ranks: the others could capture it"
     assert found == {"ran": [], "error": error}
 
 
@@ -127,7 +130,7 @@ def test_a_batch_that_one_rank_lacks_drops_the_shape_on_all(said: Said) -> None:
 
 
 def test_a_unit_that_one_rank_lacks(said: Said) -> None:
-    why = "rank 1: not all of it is installed (model:gated: its graph is not loaded)"
+    why = "rank 1: not everything that it needs is installed (model:gated: its graph is not loaded)"
     assert why in everywhere(said, "one lacks a unit")["error"]
     found = everywhere(said, "one lacks a unit, dropped")
     assert found["ran"] == [] and found["captured"] == []
@@ -158,14 +161,14 @@ def test_a_rank_that_is_killed() -> None:
     said, codes = job("killed")
     assert codes == [0, 0, 0, -9]
     for rank in range(3):
-        assert said["killed"][rank]["error"].startswith("every rank to come to start; no answer from rank 3 within 2 s")
+        assert said["killed"][rank]["error"].startswith("no answer to start from rank 3 within 2 s")
         assert said["killed"][rank]["seconds"] < 10
 
 
 def test_a_rank_that_sleeps_past_the_timeout() -> None:
     said, codes = job("sleeps")
     assert codes == [0] * RANKS
-    assert all("no answer from rank 1 within 1 s" in said["sleeps"][rank]["error"] for rank in (0, 2, 3))
+    assert all("no answer to start from rank 1 within 1 s" in said["sleeps"][rank]["error"] for rank in (0, 2, 3))
 
 
 def test_a_rank_that_raises_tells_the_others() -> None:

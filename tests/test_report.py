@@ -370,8 +370,8 @@ def test_a_plan_with_strange_values_is_one_error() -> None:
         ("traced", 1112, [], "enumerated 1112 points"),
         ("traced", 1, [], "enumerated 1 point"),
         ("traced", 90, ["decode.batch", "prefill.tokens"], "sampled: decode.batch, prefill.tokens"),
-        ("recorded", 0, [], "recorded: what ran, nothing else"),
-        ("", 0, [], "recorded: what ran, nothing else"),
+        ("recorded", 0, [], "recorded: only what ran"),
+        ("", 0, [], "recorded: only what ran"),
     ],
 )
 def test_coverage_in_words(origin: str, points: int, sampled: list[str], text: str) -> None:
@@ -442,7 +442,7 @@ def test_every_finding_has_its_bit(tmp_path: Path) -> None:
 def test_an_incomplete_bundle_whose_details_are_damaged(tmp_path: Path) -> None:
     found = a_bundle(tmp_path, complete=False, details="0" * 64)
     assert [f["what"] for f in bundle_facts.findings(found, None, FITS)] == [
-        "the build was not complete: something did not compile"
+        "the build is incomplete: something did not compile"
     ]
 
 
@@ -555,7 +555,7 @@ def test_tuned_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     render_bundle.plan_or_bundle(bundle_facts.plan(a_plan(tunings=tunings), Path("p")))
     out = capsys.readouterr().out
     assert "1 of 2" in out and "no choice" in out
-    assert "1 choices are not tuned: the first config that fits is used" in out
+    assert "1 choices are not tuned and use the first config that fits" in out
 
 
 def test_a_plan_that_is_shown_says_each_thing_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -598,12 +598,13 @@ def test_a_build_without_a_terminal_says_how_far_it_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for seconds, lines in ((0.0, ["h200: compile 1/2, ", "h200: compile 2/2, "]), (1e9, [])):
+        monkeypatch.setattr(terminal.Progress, "FIRST", seconds)
         monkeypatch.setattr(terminal.Progress, "SECONDS", seconds)
-        with terminal.Progress() as progress:
-            progress.target = "h200"
-            for done in (1, 2):
-                progress("compile", done, 2)
-            progress("graphs", 0, 0)  # there are none
+        progress = terminal.Progress()
+        progress.target = "h200"
+        for done in (1, 2):
+            progress("compile", done, 2)
+        progress("graphs", 0, 0)  # there are none
         found = capsys.readouterr().err.splitlines()
         assert [line.rpartition(",")[0] + ", " for line in found] == lines
 
@@ -619,7 +620,7 @@ def test_what_will_take_long_is_said_with_what_takes_less(
         now[0] = seconds
         progress("trace", done, 16_384)
     assert capsys.readouterr().err.splitlines() == [
-        "trace 64/16384, 20 s, about 85 min more; a narrower --range takes less",
+        "trace 64/16384, 20 s, about 85 min left; hint: a narrower --range takes less",
         "trace 10000/16384, 700 s",
         "trace 16000/16384, 1400 s",
     ]

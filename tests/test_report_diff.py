@@ -78,7 +78,7 @@ def test_a_graph_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_the_same_calls_compiled_otherwise(tmp_path: Path) -> None:
     other = changed(graphs={"__aot_graph_0": GRAPH_FACTS["bytecode"]})
     facts = diff_facts.diff(a_bundle(tmp_path / "a", GRAPH_FACTS), a_bundle(tmp_path / "b", other))
-    assert facts["summary"] == "compiled otherwise: 1 graph" and not facts["same"]
+    assert facts["summary"] == "compiled differently: 1 graph" and not facts["same"]
     newer = a_bundle(tmp_path / "c", other, graph_key={**KEY, "torch": "2.14.1"})
     (one,) = diff_facts.diff(a_bundle(tmp_path / "a", GRAPH_FACTS), newer)["compiled_otherwise"]
     assert one["differs"] == ["torch 2.13.0 and 2.14.1"]

@@ -147,7 +147,7 @@ def test_a_choice_that_was_missed_is_the_kernel_s(tmp_path: Path) -> None:
         (json.dumps(stats(misses=[{"kind": "graph"}])), "it has no name"),
         (json.dumps(stats(total={"graph": "5"})), "no whole number"),
         (json.dumps(stats(graphs=[{"digest": DIGEST, "primed": 0, "found": {"g1": []}, "stale": {}}])), "whole number"),
-        (json.dumps(stats(bundles=[], graphs=[])), "one with none"),
+        (json.dumps(stats(bundles=[], graphs=[])), "found none"),
     ],
 )
 def test_what_is_no_ledger(tmp_path: Path, text: str, words: str) -> None:

@@ -199,20 +199,20 @@ def test_bundles_that_fit(monkeypatch: pytest.MonkeyPatch, built: list[str], min
         (TINY + "&tp=2", "--tp is 1 here and 2 there"),
         (
             TINY + "&spec=mtp",
-            "--num-speculative-tokens is 0 here and 2 there; start with its --spec mtp, and --no-spec",
+            "--num-speculative-tokens is 0 here and 2 there; hint: start with its --spec mtp, and --no-spec",
         ),
-        (TINY + "&wings=2", "an option called 'wings' of 'qwen3.5-tiny'"),
-        ("gated-delta", "is for gated-delta; start with"),
-        ("qwen3.5?config=sha256:00", "is for qwen3.5?config=sha256:00 (the config file"),
+        (TINY + "&wings=2", "'qwen3.5-tiny' has no option 'wings'"),
+        ("gated-delta", f"is for gated-delta, not for {TINY}; hint: start with"),
+        ("qwen3.5?config=sha256:00", f"is for qwen3.5?config=sha256:00, not for {TINY} (expected config file"),
     ],
 )
 def test_a_bundle_of_other_options_is_one_line(monkeypatch: pytest.MonkeyPatch, built: str, words: str) -> None:
     loaded(monkeypatch, built)
     with pytest.raises(Incompatible) as caught:
         fits.check(TINY, strict=True)
-    for one in (words, f"a bundle for {TINY}; B.safetensors is for {built}", f"aot-cache build --model '{TINY}'"):
+    for one in (words, f"bundle B.safetensors is for {built}, not for {TINY}", f"aot-cache build --model '{TINY}'"):
         assert one in str(caught.value)
-    with pytest.warns(aot_cache.AotCacheWarning, match="aot-cache: a bundle for"):
+    with pytest.warns(aot_cache.AotCacheWarning, match="aot-cache: bundle B.safetensors is for"):
         said = fits.check(TINY)
     assert said == str(caught.value) and "\n" not in said
 
@@ -239,5 +239,5 @@ def test_each_size_has_bundles_of_its_own() -> None:
 
 
 def test_a_wrong_value_is_the_recipe_s_error() -> None:
-    with pytest.raises(DeclarationError, match="--spec to be one of none, mtp"):
+    with pytest.raises(DeclarationError, match="expected one of none, mtp as --spec"):
         serve.start_engine(options_of("--spec", "eagle"), start_report.Clock())

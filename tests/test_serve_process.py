@@ -160,17 +160,17 @@ def test_a_start_that_fails_ends_the_process_and_says_why(serving: Callable[...,
 
 
 def test_what_was_not_captured_is_said(serving: Callable[..., Process]) -> None:
-    dropped = {"shape": 8, "action": "dropped", "why": "not all of it is installed"}
+    dropped = {"shape": 8, "action": "dropped", "why": "not everything that it needs is installed"}
     process = serving(captures=[dropped]).ready()
     process.popen.send_signal(signal.SIGTERM)
-    assert process.end()[2] == "decode, batch 8: dropped, not all of it is installed\n"
+    assert process.end()[2] == "decode, batch 8: dropped, not everything that it needs is installed\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "qwen3.5-3b"], "a model called 'qwen3.5-3b'"),
-        (["--model", "nowhere/config.json"], "a model's config file at nowhere/config.json"),
+        (["--model", "qwen3.5-3b"], "unknown model 'qwen3.5-3b'"),
+        (["--model", "nowhere/config.json"], "cannot read config file nowhere/config.json"),
     ],
 )
 def test_a_model_that_there_is_not_is_one_line(

@@ -236,7 +236,7 @@ def test_thinning_drops_the_spread_before_what_changes_keys() -> None:
 def test_ends_that_do_not_fit_are_an_error() -> None:
     dims = {f"d{number}": Range(1, 9) for number in range(5)}
     assert len(enumerate_points(dims, limit=32).points) == 32
-    with pytest.raises(DeclarationError, match=r"at most 31 points.*5 dimensions alone are 32"):
+    with pytest.raises(DeclarationError, match=r"at most 31 points, found 32 from the ends of 5 dimensions alone"):
         enumerate_points(dims, limit=31)
 
 
@@ -349,9 +349,9 @@ def test_boxes_must_agree_on_the_dimensions() -> None:
 
 
 def test_a_box_may_not_fill_the_memory() -> None:
-    with pytest.raises(DeclarationError, match="at most 1000 points"):
+    with pytest.raises(DeclarationError, match=r"more than 1000 (points|values)"):
         expand([{"a": "1..100", "b": "1..100"}], limit=1000)
-    with pytest.raises(DeclarationError, match="at most 1000 points"):
+    with pytest.raises(DeclarationError, match=r"more than 1000 (points|values)"):
         expand([{"a": "1..600"}, {"a": "601..1200"}], limit=1000)
     assert len(expand([{"a": "1..1000"}], limit=1000)) == 1000
 

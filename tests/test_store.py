@@ -114,7 +114,7 @@ def test_write_atomic_says_why_it_cannot(tmp_path: Path, name: str, words: str) 
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(StoreUnwritable, match=words) as caught:
         write_atomic(tmp_path / name, b"new")
-    assert caught.value.do
+    assert caught.value.hint
     assert "\n" not in str(caught.value)
     assert sorted(os.listdir(tmp_path)) == before
     assert (tmp_path / "file").read_bytes() == b"old"
@@ -242,9 +242,9 @@ def test_a_folder_or_pipe_in_a_records_place_counts_as_absent(tmp_path: Path) ->
 def test_names_of_records_cannot_lead_elsewhere(tmp_path: Path, name: str) -> None:
     store = Store(tmp_path / "store")
     for kind, key in ((name, "key"), ("kind", name)):
-        with pytest.raises(StoreError, match="file names"):
+        with pytest.raises(StoreError, match="a file name as a record"):
             store.put_record(kind, key, {})
-        with pytest.raises(StoreError, match="file names"):
+        with pytest.raises(StoreError, match="a file name as a record"):
             store.get_record(kind, key)
     assert os.listdir(tmp_path) == []
 

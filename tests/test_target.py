@@ -168,7 +168,7 @@ def test_an_unknown_target_is_answered_with_the_closest_and_the_list(wrong: str,
 
 
 def test_what_is_close_to_nothing_gets_the_list_only() -> None:
-    with pytest.raises(UnknownName, match="the table has cpu, a100") as caught:
+    with pytest.raises(UnknownName, match="known: cpu, a100") as caught:
         get("?????")
     assert "did you mean" not in str(caught.value)
 
@@ -193,14 +193,14 @@ except aot_cache.errors.TargetError as error:
 
 def test_no_gpu_is_a_target_error() -> None:
     answer = _python(NATIVE, CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
-    assert answer.startswith("TargetError: the GPU of this machine; torch ") and "finds none" in answer
+    assert answer.startswith("TargetError: this machine's GPU cannot be used: torch ") and "finds none" in answer
     assert "\n" not in answer
 
 
 def test_no_torch_is_a_target_error() -> None:
     # None in sys.modules is Python's own way to say that a module is not there.
     answer = _python("import sys; sys.modules['torch'] = None" + NATIVE)
-    assert answer.startswith("TargetError: the GPU of this machine; ") and "torch" in answer
+    assert answer.startswith("TargetError: this machine's GPU cannot be used: ") and "torch" in answer
 
 
 @pytest.mark.skipif(not _has_gpu(), reason="needs a GPU")

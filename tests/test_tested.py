@@ -147,13 +147,13 @@ def test_an_error_while_a_shipped_recipe_runs(own: bool, where: str) -> None:
         "        from aot_cache.builder import graphs\n"
         "        runs = graphs.Runs(recipe, target.get('cpu'))\n"
         "        runs.survey(lambda *_: None)\n"
-        "        print(runs.broken[0].error.do)\n"
+        "        print(runs.broken[0].error.hint)\n"
         "    else:\n"
         "        from aot_cache.builder import kernels_trace, virtual_gpu\n"
         "        virtual_gpu.become(target.get('h200'))\n"
         "        kernels_trace.trace(recipe, 'h200', lambda *_: None, 1)\n"
         "except DeclarationError as error:\n"
-        "    print(error.do)\n"
+        "    print(error.hint)\n"
     )
     module = "my_recipe" if own else "aot_cache.models.qwen3_5.recipe"
     done = subprocess.run(

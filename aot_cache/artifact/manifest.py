@@ -486,7 +486,7 @@ def whole(bundle: Bundle) -> Manifest:
         found = Manifest.from_json({**both, **rest, "units": units, "tunings": tunings, "graphs": graphs})
         return _whole.setdefault(bundle, found)
     except _OTHER_FORM as error:
-        raise _misfit(bundle, f"they do not fit its manifest ({error})") from error
+        raise _misfit(bundle, f"its details do not fit its manifest ({error})") from error
 
 
 _served: WeakKeyDictionary[Bundle, Served] = WeakKeyDictionary()
@@ -495,7 +495,7 @@ _OTHER_FORM = (KeyError, IndexError, TypeError, ValueError, AttributeError)
 
 
 def _misfit(bundle: Bundle, found: str) -> BundleCorrupt:
-    return BundleCorrupt(f"the details of {bundle.path}", found, "build the bundle again")
+    return BundleCorrupt(f"bundle {bundle.path} is damaged: {found}", hint="build it again")
 
 
 def graph_from_json(kind: type[T], data: Mapping[str, Any]) -> T:

@@ -248,8 +248,8 @@ class Plan:
         if data.get("aot-cache plan") != SCHEMA:
             raise DeclarationError(
                 f"a plan of schema {SCHEMA}",
-                f"schema {data.get('aot-cache plan')!r}",
-                "write it anew with this version",
+                f"schema {data['aot-cache plan']!r}" if "aot-cache plan" in data else "none",
+                "write the plan again with this version of aot-cache",
             )
         try:
             return cls(
@@ -266,7 +266,9 @@ class Plan:
                 failed=[FailedCase(**f) for f in data.get("failed", [])],
             )
         except (KeyError, TypeError) as error:
-            raise DeclarationError("a complete plan", f"{type(error).__name__}: {error}", "write it anew") from error
+            raise DeclarationError(
+                f"the plan is incomplete: {type(error).__name__}: {error}", hint="write it again"
+            ) from error
 
     def write(self, path: Path) -> None:
         """Write the plan, one unit a line, so that a diff of two plans reads well."""
@@ -287,11 +289,15 @@ class Plan:
         try:
             data = json.loads(path.read_text())
         except OSError as error:
-            raise DeclarationError(f"a plan at {path}", error.strerror or str(error)) from error
+            raise DeclarationError(
+                f"cannot read plan {path}: {error.strerror or error}", hint="correct the path"
+            ) from error
         except (ValueError, RecursionError) as error:
-            raise DeclarationError(f"a plan at {path}", f"not JSON ({error})") from error
+            raise DeclarationError(f"plan {path} is not JSON: {error}", hint="give a plan or a bundle") from error
         if not isinstance(data, dict):
-            raise DeclarationError(f"a plan at {path}", "JSON of another kind")
+            raise DeclarationError(
+                f"a JSON object in plan {path}", f"JSON of type {type(data).__name__}", "give a plan or a bundle"
+            )
         return cls.from_json(data)
 
     def without(self, cases: Collection[str]) -> tuple[Plan, list[int]]:
@@ -383,10 +389,10 @@ def merge(plans: Iterable[Plan]) -> Plan:
     """
     parts = list(plans)
     if not parts:
-        raise DeclarationError("at least one recorded plan", "none", "did the program launch a Triton kernel?")
+        raise DeclarationError("there is no recorded plan to merge", hint="did the program launch a Triton kernel?")
     targets = sorted({p.target for p in parts})
     if len(targets) > 1:
-        raise DeclarationError("recordings of one target", f"{', '.join(targets)}")
+        raise DeclarationError("recordings of one target", ", ".join(targets), "record each target on its own")
     units: dict[str, Unit] = {}
     tunings: dict[str, Tuning] = {}
     numbers: dict[str, int] = {}

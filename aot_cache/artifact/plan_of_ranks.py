@@ -84,7 +84,9 @@ def _check_declared(first: Plan, other: Plan, rank: int) -> None:
         if here.get(name) != there.get(name):
             found = f"{_text(here.get(name))} as rank 0, {_text(there.get(name))} as rank {rank}"
             raise DeclarationError(
-                f"case {name!r} to be declared alike on all ranks", found, "declare what any of them needs"
+                f"the same declaration of case {name!r} on all ranks",
+                found,
+                "declare on every rank what any of them needs",
             )
 
 

@@ -118,7 +118,7 @@ def read(bundle: Path, digest: str) -> Stamp:
     try:
         runs = _runs(data)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        return Stamp(ignored=f"{path} is no record of a rehearsal: {type(error).__name__}: {error}"[:300])
+        return Stamp(ignored=f"{path} is not the record of a rehearsal: {type(error).__name__}: {error}"[:300])
     mine = tuple(run for run in runs if run.digest == digest)
     return Stamp(mine, "" if mine or not runs else f"{path} is about another bundle")
 

@@ -306,7 +306,6 @@ def get(id: str) -> Target:
     names = {text.lower(): row.id for row in _ROWS for text in (row.name, row.id)}
     close = difflib.get_close_matches(id.lower(), names, n=1, cutoff=0.5)
     raise UnknownName(
-        f"target {id!r}",
-        f"the table has {', '.join(TARGETS)}",
-        f"did you mean {names[close[0]]!r}?" if close else "name one of these",
+        f"unknown target {id!r}; known: {', '.join(TARGETS)}",
+        hint=f"did you mean {names[close[0]]!r}?" if close else "name one of these",
     )

@@ -112,9 +112,9 @@ class Raised:
     """The worker gives up: an error of `aot_cache.errors`, by the name of its class and its texts."""
 
     type: str
-    wanted: str
+    expected: str
     found: str
-    do: str
+    hint: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,7 @@ def _served(miss: Miss, kinds: Sequence[Kind], failed: Mapping[str, str]) -> str
     if all(kind.id in failed for kind in kinds):
         return f"it was not compiled: {failed[kinds[0].id]}"
     if miss.facts["points"] and not miss.facts["declare"]:
-        return f"it was declared already, and missed because {'; '.join(miss.why) or 'of something unknown'}"
+        return f"it is declared already, and missed because {'; '.join(miss.why) or 'of something unknown'}"
     return ""
 
 

@@ -89,15 +89,15 @@ def _closure(unit: Unit, closures: Mapping[str, JsonObject]) -> JsonObject:
     if found is None:
         function = triton_jit.unwrap(triton_jit.find(unit.kernel))
         if function is None or triton_jit.name_of(function) != unit.kernel:
-            raise TraceError("no kernel of this name can be reached", "", "is its module installed here?")
+            raise TraceError("no kernel of this name can be imported", hint="is its module installed here?")
         found = triton_jit.closure(function)
     if triton_jit.closure_digest(found) != unit.source:
-        raise TraceError("its source here is not the one that missed")
+        raise TraceError("its source here differs from the source that missed")
     for value in [*unit.specialization, *unit.options.values(), *unit.overrides.values()]:
         if triton_jit.encode(triton_jit.decode(value)) != value:
-            raise TraceError(f"it holds a value that no launch has: {value!r}")
+            raise TraceError(f"it has a value that no launch can have: {value!r}")
     if not all(isinstance(pair, dict) and len(pair.get("t", ())) == 2 for pair in unit.specialization):
-        raise TraceError("its specialization is none of (type, value) pairs")
+        raise TraceError("its specialization is not a list of (type, value) pairs")
     return found
 
 

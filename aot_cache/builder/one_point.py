@@ -70,24 +70,25 @@ def broken(case: Case, point: Point, error: BaseException, needs_values: tuple[t
     """What is said of a case that raised `error` at `point`."""
     where, (file, line) = f"{point_text(point)}{_as_rank()}", place_of(error) or _place_of_code(case)
     place = f"{file}:{line}"  # whole, for who reads the error here; a bundle says the same wherever it was built
-    wanted = f"case {case.name!r} to run at {where}"
+    at = f"case {case.name!r} at {where}"
     error = triton_sources.unreadable(error) or error
     told: AotCacheError
     if isinstance(error, TraceError):
-        do = shipped.what_to_do(case.make, error.do)
-        told = type(error)(f"{error.wanted}, in case {case.name!r} at {where}", error.found, do)
+        told = type(error)(f"{at}: {error.message}", hint=shipped.what_to_do(case.make, error.hint))
         why = str(error)
     elif isinstance(error, AotCacheError):
-        told, why = type(error)(f"{error.wanted}{_as_rank()}", error.found, error.do), str(error)
+        rank = _as_rank().removeprefix(", ")
+        told, why = error.within(rank) if rank else error, str(error)
     elif isinstance(error, needs_values):
         why = f"reads the values of a tensor ({error})"
-        told = TraceError(wanted, f"{place} {why}", shipped.what_to_do(case.make, "hand the number in as an argument"))
+        hint = shipped.what_to_do(case.make, "pass the number as an argument")
+        told = TraceError(f"{at}: {place} {why}", hint=hint)
     else:
         lines = str(error).splitlines() or [""]
         why = f"{type(error).__name__}: {lines[0]}"
         if isinstance(error, ImportError) and error.__cause__ is not None:
             why += f", from {one_line(first_cause(error))}"
-        told = DeclarationError(wanted, f"{why} ({place})", shipped.what_to_do(case.make))
+        told = DeclarationError(f"{at}: its code raised {why} ({place})", hint=shipped.what_to_do(case.make))
     return Broken(
         FailedCase(case=case.name, point=point, place=f"{short(file)}:{line}", why=why, rank=_as_rank()), told
     )
@@ -100,7 +101,7 @@ def died(case: str, point: Point, why: str) -> Broken:
 
 def known(failed: FailedCase) -> Broken:
     """What is said of a case of which no more is known than this."""
-    return Broken(failed, TraceError(f"case {failed.case!r} to run at {failed.where}{failed.rank}", failed.why))
+    return Broken(failed, TraceError(f"case {failed.case!r} cannot run at {failed.where}{failed.rank}: {failed.why}"))
 
 
 def _as_rank() -> str:
@@ -114,7 +115,7 @@ def all_of(broken: Iterable[Broken]) -> AotCacheError:
     if not others:
         return first.error
     more = "; ".join(f"{one.failed.name} {one.failed.text}" for one in others)
-    return type(first.error)(first.error.wanted, f"{first.error.found}; {more}", first.error.do)
+    return type(first.error)(f"{first.error.message}; {more}", hint=first.error.hint)
 
 
 # --- where in the user's code -----------------------------------------------------------------------------------------

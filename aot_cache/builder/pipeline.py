@@ -199,7 +199,7 @@ def _became(misses: Misses, why: Mapping[int, str], target: Target) -> dict[str,
             "name": miss.name,
             "asked": asked(miss),
             "count": miss.count,
-            "why": why.get(number, nobody.get(miss.kind, f"nothing is built of it for {target.id}")),
+            "why": why.get(number, nobody.get(miss.kind, f"it is not built for {target.id}")),
         }
         for number, miss in enumerate(misses.found)
     ]
@@ -250,11 +250,11 @@ def _finish(request: Request, store: Store, result: BuildResult, misses: Misses)
 
 def _nothing(plan: Plan, target: Target) -> TraceError:
     points = sum(case.points for case in plan.cases)
-    do = "see `aot-cache build --show-plan`"
+    hint = "see `aot-cache build --show-plan`"
     if target.backend == "cpu":
-        do = "Triton kernels are for a GPU: name one with --target (`aot-cache targets`)"
-    found = f"none of either at any of {points} points"
-    return TraceError(f"a Triton kernel or a compiled function of {plan.recipe} for {target.id}", found, do)
+        hint = "Triton kernels need a GPU: name one with --target (see `aot-cache targets`)"
+    what = f"{plan.recipe} launches no Triton kernel and calls no compiled function"
+    return TraceError(f"{what} for {target.id} at any of its {points} points", hint=hint)
 
 
 def _imported(package: str, inputs: Inputs) -> bool:

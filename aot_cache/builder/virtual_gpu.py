@@ -29,7 +29,7 @@ def become(target: Target) -> None:
         TargetError: for the `cpu` target: Triton has no backend for it.
     """
     if target.backend == "cpu":
-        raise TargetError("a GPU target", "cpu: Triton compiles for GPUs only", "name a GPU target (aot-cache targets)")
+        raise TargetError("a GPU target for Triton kernels", "cpu", "name a GPU target (see `aot-cache targets`)")
     from aot_cache.upstream.virtual import (
         dynamo_off,
         torch_cuda,

@@ -62,12 +62,12 @@ def main() -> int:
     except _OtherRanks as other:
         send(NeedsRanks(ranks=other.ranks))
     except AotCacheError as error:
-        send(Raised(type=type(error).__name__, wanted=error.wanted, found=error.found, do=error.do))
+        send(Raised(type=type(error).__name__, **error.parts()))
         return 1
     except Exception as error:
         traceback.print_exc()
-        found = f"{type(error).__name__}: {error}"
-        send(Raised(type="AotCacheError", wanted="the build worker to finish", found=found, do=""))
+        what = f"the build worker failed: {type(error).__name__}: {error}"
+        send(Raised(type="AotCacheError", expected=what, found="", hint=""))
         return 1
     return 0
 
@@ -87,7 +87,7 @@ def _recipe(job: Job) -> tuple[Recipe, dict[int, str]]:
         source = triton_sources.unreadable(error.__cause__)
         error = error if source is None else source
         if job.rank:  # the first rank's own is said without it: all have it, as far as anybody knows
-            error = type(error)(f"{error.wanted}, as rank {job.rank}", error.found, error.do)
+            error = error.within(f"as rank {job.rank}")
         raise error from None
     _check_ranks(job, loaded)
     recipe, why = missed_calls.widen(loaded.narrowed(ranges), job.misses)
@@ -102,8 +102,8 @@ def _check_ranks(job: Job, recipe: Recipe) -> None:
         return
     if not job.ranks_given:
         raise _OtherRanks(recipe.ranks)
-    wanted = f"a job of {recipe.ranks} ranks, which is what recipe {recipe.name!r} is shared by"
-    raise DeclarationError(wanted, f"--ranks {job.ranks}", "leave --ranks away, or change what splits it (--tp)")
+    expected = f"a world size of {recipe.ranks} for recipe {recipe.name!r}"
+    raise DeclarationError(expected, f"--ranks {job.ranks}", "omit --ranks, or change what splits it (--tp)")
 
 
 def _join(job: Job) -> None:

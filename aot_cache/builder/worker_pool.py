@@ -81,7 +81,7 @@ class WorkerPool:
             elif isinstance(event, NeedsRanks):
                 raise OtherRanks(event.ranks)
             elif isinstance(event, Raised):
-                raise getattr(errors, event.type)(event.wanted, event.found, event.do)
+                raise getattr(errors, event.type)(event.expected, event.found, event.hint)
             else:
                 answers.append(event)
                 if then is not None:
@@ -116,14 +116,14 @@ class WorkerPool:
         if not finished:
             words = [w.strip() for w in last_words if w.strip()]
             raise TargetError(
-                "the build worker to finish",
-                f"it ended with code {worker.returncode}: {words[-1] if words else 'no word'}",
+                f"the build worker ended with exit code {worker.returncode}: {words[-1] if words else 'no output'}",
+                hint="set AOT_CACHE_DEBUG=1 to see its output",
             )
 
     def _start(self, environment: Mapping[str, str]) -> ProcessGroup:
         with self._lock:
             if self._ended:
-                raise TargetError("the build to go on", "it was given up")
+                raise TargetError("the build was cancelled")
             group = ProcessGroup([sys.executable, "-m", "aot_cache.builder.worker"], environment)
             self._running.add(group)
             return group

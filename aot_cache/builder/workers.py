@@ -336,7 +336,7 @@ def _without_failed(result: BuildResult, failed_cases: Sequence[FailedCase]) -> 
     gone = {one.case for one in failed}
     if plan.cases and gone >= set(order):
         found = "; ".join(f"{one.name} {one.text}" for one in failed)
-        raise DeclarationError(f"a case of {plan.recipe} to run", found)
+        raise DeclarationError(f"no case of {plan.recipe} can run: {found}")
     kept, stay = replace(plan, failed=failed).without(gone)
     left_out = _ids(plan) - _ids(kept)
     return replace(
@@ -362,12 +362,11 @@ def _kernels_only(path: Path, target: Target) -> None:
     if plan.calls:
         names = ", ".join(sorted({call.function for call in plan.calls})[:3])
         raise DeclarationError(
-            "a plan of Triton kernels only",
-            f"{path} also has {len(plan.calls)} kinds of calls of compiled functions ({names})",
-            "build from the recipe with --model: graphs are traced from its code",
+            f"plan {path} has call signatures of compiled functions ({len(plan.calls)}: {names}), which need the recipe",
+            hint="build from the recipe with --model: graphs are traced from its code",
         )
     if target.backend == "cpu":
-        raise DeclarationError("a target that Triton compiles for", "cpu", "name a GPU with --target")
+        raise DeclarationError("a GPU target for a plan", "cpu", "name a GPU with --target")
 
 
 def _environment(request: Request, scratch: Path) -> dict[str, str]:

@@ -17,68 +17,91 @@ from aot_cache.artifact.specialization import parameter_names
 from aot_cache.artifact.target import Target
 from aot_cache.builder import pipeline
 from aot_cache.builder.pipeline import Built, Request
+from aot_cache.cli.command import AsJson, Unfinished
 from aot_cache.cli.facts import build as build_facts
 from aot_cache.cli.rehearse import After, after_build
 from aot_cache.cli.render import build as render_build
 from aot_cache.cli.render import terminal
-from aot_cache.errors import CompileFailed, DeclarationError, TargetError
+from aot_cache.errors import AotCacheError, CompileFailed, DeclarationError, TargetError
 from aot_cache.misses import file as miss_file
 from aot_cache.recipes import declare as declaring
 from aot_cache.recipes import dimensions, from_config
 from aot_cache.runtime import host_gpu as native_gpu
 
 DEFAULT_TARGET = "h200"
-HOW_TO_CHOOSE = "choose with --target, `aot-cache targets` lists them"
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
+DEFAULT_HELP = f"Default: the plan's target with --plan, else this machine's GPU, else {DEFAULT_TARGET}."
+HOW_TO_CHOOSE = "choose with --target; `aot-cache targets` lists them"
 
 
 # --- what it takes ----------------------------------------------------------------------------------------------------
+
+
+def _target_names(incomplete: str) -> list[str]:
+    """For shell completion."""
+    return [name for name in (*targets_table.TARGETS, "native") if name.startswith(incomplete)]
+
+
+def _model_names(incomplete: str) -> list[str]:
+    """For shell completion."""
+    return [name for name in declaring.names() if name.startswith(incomplete)]
+
 
 Texts = list[str] | None
 Model = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME|MODULE:OBJECT|CONFIG.JSON", help="The recipe to build, or the model's own config file or folder."
+        metavar="NAME|MODULE:OBJECT|CONFIG.JSON",
+        autocompletion=_model_names,
+        help="The recipe to build, or a model's config.json or its folder.",
     ),
 ]
 Spec = Annotated[
-    str | None, typer.Option(metavar="METHOD", help="Speculative decoding, such as `mtp`; `none` for none.")
+    str | None, typer.Option(metavar="METHOD", help="Speculative decoding method, such as `mtp`, or `none`.")
 ]
-Drafts = Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens that are drafted in a step.")]
-MaxBatch = Annotated[int | None, typer.Option(min=1, metavar="N", help="The most requests in a batch.")]
-MaxLength = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="The most tokens of a request, answer included.")
+Drafts = Annotated[int | None, typer.Option(min=1, metavar="N", help="Draft tokens per step.")]
+MaxBatch = Annotated[int | None, typer.Option(min=1, metavar="N", help="Largest batch, in requests.")]
+MaxLength = Annotated[int | None, typer.Option(min=1, metavar="N", help="Longest request, in tokens, output included.")]
+Parallel = Annotated[int | None, typer.Option("--tp", min=1, metavar="N", help="Tensor parallel size.")]
+Dtype = Annotated[str | None, typer.Option(metavar="NAME", help="Type of weights and activations, such as `bfloat16`.")]
+Option = Annotated[Texts, typer.Option(metavar="NAME=VALUE", help="Set an option of the recipe. Repeatable.")]
+PlanFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Build a plan file instead of a recipe.")]
+
+Targets = Annotated[
+    Texts,
+    typer.Option(
+        metavar="TARGET",
+        autocompletion=_target_names,
+        help=f"GPU to build for (see `aot-cache targets`), or `native`: this machine's. Repeatable. {DEFAULT_HELP}",
+    ),
 ]
-Parallel = Annotated[int | None, typer.Option("--tp", min=1, metavar="N", help="GPUs that a layer is split over.")]
-Dtype = Annotated[str | None, typer.Option(metavar="NAME", help="Of weights and activations, such as `bfloat16`.")]
-Option = Annotated[Texts, typer.Option(metavar="NAME=VALUE", help="Any option of the recipe. Repeatable.")]
-PlanFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A plan to build instead of a recipe.")]
-Targets = Annotated[Texts, typer.Option(metavar="T", help="A GPU kind, or `native`. May be repeated.")]
-Ranges = Annotated[
-    Texts, typer.Option("--range", metavar="DIM=1..64", help="In place of a declared range. Repeatable.")
-]
+Ranges = Annotated[Texts, typer.Option("--range", metavar="DIM=1..64", help="Replace a declared range. Repeatable.")]
 Misses = Annotated[
-    list[Path] | None, typer.Option(metavar="FILE", help="What servers missed: built as well. Repeatable.")
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="Also build what servers missed (AOT_CACHE_MISSES). Repeatable."),
 ]
-StoreFolder = Annotated[Path, typer.Option(metavar="DIR", help="Where everything is kept.")]
-Out = Annotated[Path | None, typer.Option(metavar="FILE", help="The bundle, with one target.")]
-LineInfo = Annotated[bool, typer.Option("--line-info", help="Keep line numbers, for profilers.")]
+StoreFolder = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the store and of the bundles.")]
+Out = Annotated[Path | None, typer.Option(metavar="FILE", help="Path of the bundle; needs a single target.")]
+LineInfo = Annotated[bool, typer.Option("--line-info", help="Keep line numbers in kernels, for profilers.")]
 Pythons = Annotated[
-    Texts, typer.Option(metavar="EXE", help="A further interpreter to build launchers for. Repeatable.")
+    Texts, typer.Option(metavar="EXE", help="Build launchers for this Python interpreter, too. Repeatable.")
 ]
 Ranks = Annotated[
     int | None,
     typer.Option(
-        min=1, metavar="N", help="Of a job: what holds a rank's number is built for each. Default: as the recipe says."
+        min=1,
+        metavar="N",
+        help="World size: what depends on the rank is built once per rank. Default: what the recipe says.",
     ),
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default all cores.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes. Default: all cores.")]
 Rehearse = Annotated[
     bool,
-    typer.Option("--rehearse/--no-rehearse", help="Run it as a server does, where that is possible here: target cpu."),
+    typer.Option(
+        "--rehearse/--no-rehearse",
+        help="Then run the bundle as a server does, where that is possible here (target cpu).",
+    ),
 ]
-ShowPlan = Annotated[bool, typer.Option("--show-plan", help="Print what would be built, and why; compile nothing.")]
+ShowPlan = Annotated[bool, typer.Option("--show-plan", help="Print what would be built and why, without compiling.")]
 
 
 def build(
@@ -104,9 +127,9 @@ def build(
     show_plan: ShowPlan = False,
     as_json: AsJson = False,
 ) -> None:
-    """Build the bundles of a model, for one GPU kind or several.
+    """Build the bundles of a model, for one or more targets.
 
-    --spec to --dtype are options that recipes of models have; `--option` gives those that only some recipe has.
+    The options from --spec to --dtype are those of the recipes for models; --option sets any other option of a recipe.
     """
     own = {"spec": spec, "num_speculative_tokens": num_speculative_tokens, "max_batch": max_batch}
     own |= {"max_model_len": max_model_len, "tp": tp, "dtype": dtype}
@@ -116,7 +139,7 @@ def build(
     targets, facts = _targets(target or [], given)
     if out is not None and len(targets) > 1:
         found = f"{len(targets)} targets"
-        raise DeclarationError("one target with --out", found, "leave --out away, or build each alone")
+        raise DeclarationError("one target with --out", found, "omit --out, or build each target alone")
     asked = Request(
         target=targets[0],
         store=store,
@@ -148,7 +171,7 @@ def _options(own: Mapping[str, str | int | None], texts: Sequence[str]) -> dict[
         if not (name and equals):
             raise DeclarationError("an option as name=value", repr(text), "write --option size=4b")
         if name in out:
-            raise DeclarationError(f"option {name!r} once", f"{out[name]!r} and {value!r}")
+            raise DeclarationError(f"option {name!r} is given twice: {out[name]!r} and {value!r}", hint="give it once")
         out[name] = value
     return out
 
@@ -157,7 +180,10 @@ def _named(model: str | None, given: Mapping[str, str]) -> str | None:
     """The spec of the recipe that --model names, with the options."""
     if model is None:
         if given:
-            raise DeclarationError("a recipe's options with --model", ", ".join(given), "a plan was made with its own")
+            raise DeclarationError(
+                f"options of a recipe ({', '.join(given)}) need --model",
+                hint="omit them: a plan has its options already",
+            )
         return None
     return from_config.spec_of(model, given)
 
@@ -166,15 +192,22 @@ def _check_inputs(model: str | None, plan: Path | None, ranges: Sequence[str], m
     """Find mistakes before the seconds that starting the worker takes; returns the plan, if one is given."""
     if (model is None) == (plan is None):
         found = "neither" if model is None else "both"
-        raise DeclarationError("either --model or --plan", found, "name a recipe (`aot-cache models`) or a plan file")
+        raise DeclarationError(
+            "either --model or --plan", found, "name a recipe (see `aot-cache models`) or a plan file"
+        )
     if plan is None:
         declaring.resolve(str(model))
         return None
     if ranges:
-        raise DeclarationError("no --range with --plan", ", ".join(ranges), "a plan's points are already enumerated")
+        raise DeclarationError(
+            f"--plan cannot be combined with --range ({', '.join(ranges)})",
+            hint="omit --range: a plan's points are already enumerated",
+        )
     given = Plan.read(plan)
     if misses:
-        raise DeclarationError("--misses with --model", "--plan", "misses are added to what a recipe declares")
+        raise DeclarationError(
+            "--plan cannot be combined with --misses", hint="use --model: misses are added to what a recipe declares"
+        )
     return given
 
 
@@ -185,17 +218,19 @@ def _ranges(texts: Sequence[str]) -> dict[str, str]:
         if not (dim.strip() and equals):
             raise DeclarationError("a range as dimension=values", repr(text), "write --range tokens=1..64")
         if dim.strip() in out:
-            raise DeclarationError(f"one range for dimension {dim.strip()!r}", "two", "list values as 1,2,8 in one")
+            raise DeclarationError(
+                f"dimension {dim.strip()!r} has two ranges", hint="list all values in one --range, as in 1,2,8"
+            )
         try:
             out[dim.strip()] = dimensions.parse_dimension(values).text
         except DeclarationError as error:
-            raise DeclarationError(f"{error.wanted} in --range {text}", error.found, error.do) from error
+            raise error.within(f"--range {text}") from error
     return out
 
 
 def _targets(names: Sequence[str], plan: Plan | None) -> tuple[list[Target], dict[str, Any]]:
     """The targets asked for, else this machine's GPU, else the plan's, else the default; and the facts about that."""
-    why, differences = "as asked", []
+    why, differences = "as requested", []
     if not names:
         names, why = _default_target(plan)
     found: dict[str, Target] = {}
@@ -216,9 +251,9 @@ def _default_target(plan: Plan | None) -> tuple[list[str], str]:
         try:
             native_gpu.native()
         except TargetError as error:
-            return [DEFAULT_TARGET], f"the default, because {error.found}; {HOW_TO_CHOOSE}"
+            return [DEFAULT_TARGET], f"the default, because {error.message}; {HOW_TO_CHOOSE}"
         return ["native"], f"this machine's GPU; {HOW_TO_CHOOSE}"
-    return [DEFAULT_TARGET], f"the default without a GPU here; {HOW_TO_CHOOSE}"
+    return [DEFAULT_TARGET], f"the default where no GPU is found; {HOW_TO_CHOOSE}"
 
 
 def _show_plans(requests: Sequence[Request], facts: dict[str, Any], as_json: bool) -> None:
@@ -228,21 +263,32 @@ def _show_plans(requests: Sequence[Request], facts: dict[str, Any], as_json: boo
             progress.target = request.target.id
             found = pipeline.plan_only(request, progress)
             plans.append(build_facts.plan(found, request.plan or Path(found.recipe), parameter_names))
+    failed = _cannot_run(plans)
+    if as_json and failed is not None:
+        raise Unfinished({**facts, "plans": plans}) from failed
     if as_json:
         terminal.document({**facts, "plans": plans})
-    else:
-        for one in plans:
-            terminal.line()
-            render_build.plan(one)
+        return
+    for one in plans:
+        terminal.line()
+        render_build.plan(one)
+    if failed is not None:
+        raise failed
+
+
+def _cannot_run(plans: Sequence[Mapping[str, Any]]) -> CompileFailed | None:
+    """The cases that are not in the plans."""
     lost = [f"{one['target']}: {failure['kernel']}" for one in plans for failure in one["failed"]]
-    if lost:
-        names = f"{len(lost)} cannot be run ({', '.join(lost)})"
-        raise CompileFailed("a plan of all cases", names, "the others are planned without it")
+    if not lost:
+        return None
+    what = f"{len(lost)} case{'s' if len(lost) > 1 else ''} cannot run ({', '.join(lost)})"
+    return CompileFailed(what, hint="fix what is said above; the other cases are planned")
 
 
 def _build_all(requests: Sequence[Request], facts: dict[str, Any], as_json: bool, rehearse: bool) -> None:
     done: list[Built] = []
     after: dict[str, After] = {}
+    stopped: AotCacheError | KeyboardInterrupt | None = None
     try:
         with terminal.Progress() as progress:
             for request in requests:
@@ -250,24 +296,31 @@ def _build_all(requests: Sequence[Request], facts: dict[str, Any], as_json: bool
                 done.append(pipeline.build(request, progress))
                 if rehearse:
                     after[request.target.id] = after_build(done[-1], request.model, progress)
-    finally:  # what was built for the targets before one that cannot be built is there, and is said
-        rows = [_facts_of(one, after.get(one.target)) for one in done]
-        if as_json and (rows or not sys.exc_info()[0]):
-            terminal.document({**facts, "bundles": rows})
-        elif rows:
-            render_build.builds(rows)
+    except (AotCacheError, KeyboardInterrupt) as error:
+        stopped = error  # what was built for the targets before this one is there, and is printed
+    rows = [_facts_of(one, after.get(one.target)) for one in done]
+    stopped = stopped or _failure(done) or next((one.error for one in after.values() if one.error is not None), None)
+    if as_json and stopped is not None:
+        raise Unfinished({**facts, "bundles": rows} if rows else {}) from stopped
+    if as_json:
+        terminal.document({**facts, "bundles": rows})
+    elif rows:
+        render_build.builds(rows)
+    if stopped is not None:
+        raise stopped
+
+
+def _failure(done: Sequence[Built]) -> CompileFailed | None:
+    """What did not compile, of all targets."""
     failed = [f"{one.target}: {failure['kernel']}" for one in done for failure in one.failed]
-    if failed:
-        units = sum(one.units + one.pruned + one.graphs for one in done) + len(failed)
-        names = ", ".join(dict.fromkeys(failed))
-        raise CompileFailed(
-            f"all of {units} cases, kernels and graphs to be built",
-            f"{len(failed)} failed ({names})",
-            "the rest is kept",
-        )
-    for one in after.values():
-        if one.error is not None:
-            raise one.error
+    if not failed:
+        return None
+    units = sum(one.units + one.pruned + one.graphs for one in done) + len(failed)
+    names = ", ".join(dict.fromkeys(failed))
+    return CompileFailed(
+        f"{len(failed)} of {units} cases, kernels and graphs failed ({names})",
+        hint="fix what is said above and build again: the rest is kept",
+    )
 
 
 def _facts_of(one: Built, after: After | None) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ParamSpec
 
 import typer
 
@@ -21,7 +21,21 @@ from aot_cache.artifact import target as targets_table
 from aot_cache.artifact.key import Part
 from aot_cache.artifact.manifest import served
 from aot_cache.artifact.specialization import parameter_names
-from aot_cache.cli.build import AsJson, build
+from aot_cache.cli.build import build
+from aot_cache.cli.command import (
+    LOG,
+    AsJson,
+    Quiet,
+    Unfinished,
+    Verbose,
+    called,
+    failed,
+    failure,
+    listen,
+    own_log,
+    prepared,
+    wants_json,
+)
 from aot_cache.cli.facts import build as build_facts
 from aot_cache.cli.facts import bundle as bundle_facts
 from aot_cache.cli.facts import diff as diff_facts
@@ -37,80 +51,131 @@ from aot_cache.process_group import interruptible
 from aot_cache.recipes import declare as declaring
 from aot_cache.runtime import host_gpu
 from aot_cache.store import Bundle, read_bundle, write_atomic
+from aot_cache.tested import installed
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+P = ParamSpec("P")
+app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle file.")]
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file, or a bundle.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code; one line on stderr for anything that is the caller's to mend."""
+    """Run the command line and return the exit code; an error and a hint on stderr for what is the caller's to fix."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
     came: list[int] = []
-    try:
-        with interruptible() as came:
-            code = app(
-                args=None if arguments is None else list(arguments), prog_name="aot-cache", standalone_mode=False
-            )
-            sys.stdout.flush()
-            if not came:  # else typer has caught it
-                return code if isinstance(code, int) else 0
-    except BundleCorrupt as error:
-        return _complain(f"corrupt: {error}", error.exit_code)
-    except AotCacheError as error:
-        return _complain(error, error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        pass  # said below
-    except Exception as error:
-        # The class of usage errors is click's or typer's own copy of it, by typer's version; both have these two.
-        if not hasattr(error, "format_message"):
-            raise
-        return _complain(error.format_message(), getattr(error, "exit_code", 2))
-    building = (sys.argv[1:] if arguments is None else list(arguments))[:1] == ["build"]
-    do = "; run again to continue with what is done" if building else ""
-    return _complain(f"interrupted{do}", 128 + (came[0] if came else signal.SIGINT))
+    document: Mapping[str, Any] | None = {} if wants_json(words) else None
+    raised: BaseException
+    with own_log():
+        try:
+            with interruptible() as came:
+                code = app(args=words, prog_name="aot-cache", standalone_mode=False)
+                sys.stdout.flush()
+                if not came:  # else typer has caught it
+                    return code if isinstance(code, int) else 0
+                raised = KeyboardInterrupt()
+        except Unfinished as error:
+            document, raised = error.document, error.__cause__ or error
+        except (Exception, KeyboardInterrupt) as error:
+            raised = error
+        facts = _facts_of(raised, came, words)
+        if facts is None:
+            raise raised
+        LOG.debug("%s", facts["type"], exc_info=raised)
+        return failed(facts, document)
 
 
-def _complain(what: object, code: int) -> int:
-    sys.stdout.flush()
-    print(f"aot-cache: {terminal.clean(what)}", file=sys.stderr)
-    return code
+def _facts_of(error: BaseException, came: Sequence[int], words: Sequence[str]) -> Mapping[str, Any] | None:
+    """What is printed of an error; None for one that is a bug."""
+    if isinstance(error, AotCacheError):
+        return error.to_json()
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        hint = "run it again to continue: what is done is kept" if called(words) == "build" else ""
+        return failure("Interrupted", "interrupted", hint, 128 + (came[0] if came else signal.SIGINT))
+    # The class of usage errors is click's or typer's own copy of it, by typer's version; both have these.
+    if not hasattr(error, "format_message"):
+        return None
+    context = getattr(error, "ctx", None)
+    hint = f"see `{context.command_path} --help`" if context is not None else ""
+    return failure("UsageError", error.format_message(), hint, getattr(error, "exit_code", 2))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        terminal.line(f"aot-cache {installed('aot_cache')}")
+        raise typer.Exit
 
 
 @app.callback(invoke_without_command=True)
-def _top(context: typer.Context) -> None:
-    """Compile Triton kernels ahead of time, on a machine without the GPU, and load them where there is one."""
+def _top(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Compile kernels and graphs ahead of time, on a machine without the GPU, and load them where there is one."""
+    listen(verbose, quiet)
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
 
-app.command()(build)
-app.command()(rehearse)
+def _command(*examples: str, **settings: Any) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Make a function a command, with -v, -q, and examples at the end of its help."""
+
+    def register(function: Callable[P, None]) -> Callable[P, None]:
+        run, epilog = prepared(function, examples)
+        app.command(epilog=epilog, **settings)(run)
+        return function
+
+    return register
+
+
+_command(
+    "aot-cache build --model qwen3.5-4b --target h200",
+    "aot-cache build --model my_package.recipes:decode --range batch=1..64 --target h200 --target b200",
+    "aot-cache build --model ./Qwen3.5-4B/config.json --tp 2 --max-batch 64 --show-plan",
+    "aot-cache build --model qwen3.5-4b --misses misses.jsonl",
+)(build)
+_command(
+    "aot-cache rehearse artifacts/bundles/qwen3.5-4b-h200.safetensors",
+    "aot-cache rehearse model.safetensors --case decode --points 64 --stamp",
+)(rehearse)
 
 
 # --- looking ----------------------------------------------------------------------------------------------------------
 
 
-@app.command()
+@_command(
+    "aot-cache inspect model.safetensors",
+    "aot-cache inspect model.safetensors --kernel attention --points",
+    "aot-cache inspect model.safetensors --html model.html --ledger stats.json",
+    "aot-cache inspect --misses misses.jsonl",
+)
 def inspect(
-    path: Annotated[Path | None, typer.Argument(metavar="PLAN", help="A plan file, or a bundle.")] = None,
+    path: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="A bundle, or a plan file.")] = None,
     kernel: Annotated[
-        str | None, typer.Option(metavar="SUBSTRING", help="List the specializations of these kernels.")
+        str | None,
+        typer.Option(metavar="SUBSTRING", help="List the specializations of kernels with this in their name."),
     ] = None,
     points: Annotated[bool, typer.Option("--points", help="List every specialization with its points.")] = False,
     misses: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="What servers missed, instead. Repeatable.")
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Show what servers missed instead of a bundle. Repeatable."),
     ] = None,
     ledger: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="FILE", help="The JSON of aot_cache.stats(), or a misses file: shown in the grid. Repeatable."
+            metavar="FILE", help="Show the JSON of aot_cache.stats(), or a misses file, in the grid. Repeatable."
         ),
     ] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one page with all of it instead.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write everything to one HTML page instead.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What is in a bundle or a plan, and which sizes it serves; or what servers missed."""
+    """Show what is in a bundle or a plan and which sizes it serves, or what servers missed."""
     if (path is None) == (not misses) or (misses and (kernel or points or ledger or html)):
         found = "both" if path is not None else "neither" if not misses else "--kernel, --points, --ledger or --html"
         raise DeclarationError("a plan or a bundle, or --misses FILE alone", found, "name one of them")
@@ -127,13 +192,16 @@ def inspect(
     terminal.document(facts) if as_json else render_bundle.plan_or_bundle(facts)
 
 
-@app.command()
+@_command(
+    "aot-cache verify model.safetensors",
+    'aot-cache verify model.safetensors --digest "$DIGEST" --json',
+)
 def verify(
     path: BundlePath,
-    digest: Annotated[str | None, typer.Option(metavar="SHA256", help="The digest that it must have.")] = None,
+    digest: Annotated[str | None, typer.Option(metavar="SHA256", help="Report a bundle with another digest.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a bundle: the exit code adds up 8 corrupt, 16 not for this host, 32 incomplete."""
+    """Check a bundle; the exit code is the sum of 8 (corrupt), 16 (not for this host) and 32 (incomplete)."""
     facts: dict[str, Any] = {"path": str(path), "digest": None}
     try:
         bundle = read_bundle(path)
@@ -159,51 +227,66 @@ def _host_parts(bundle: Bundle) -> list[Part]:
     return found + [replace(part, name=f"graphs: {part.name}") for part in of_graphs]
 
 
-@app.command()
+@_command(
+    "aot-cache explain model.safetensors",
+)
 def explain(path: BundlePath, as_json: AsJson = False) -> None:
-    """This host beside what a bundle was built for, part by part."""
+    """Compare this host with what a bundle was built for, part by part."""
     bundle = read_bundle(path)
     facts = bundle_facts.explain(bundle, _host_parts(bundle))
     terminal.document(facts) if as_json else terminal.explanation(facts)
 
 
-@app.command()
+@_command(
+    "aot-cache diff old.safetensors new.safetensors",
+    "aot-cache diff recorded.plan.json model.safetensors --json",
+)
 def diff(left: PlanPath, right: PlanPath, as_json: AsJson = False) -> None:
-    """What each of two plans (or bundles) has and the other has not: kernels and graphs; exit 1 when there is anything."""
+    """Compare the kernels and graphs of two plans or bundles; exits with 1 when they differ."""
     facts = diff_facts.diff(file_facts.side(left), file_facts.side(right), parameter_names)
     terminal.document(facts) if as_json else terminal.difference(facts)
     raise typer.Exit(0 if facts["same"] else 1)
 
 
-@app.command()
+@_command(
+    "aot-cache targets",
+    "aot-cache targets --json",
+)
 def targets(as_json: AsJson = False) -> None:
-    """The GPU kinds that can be built for, and where their numbers come from."""
+    """List the targets, and where their numbers come from."""
     rows = build_facts.targets(targets_table.TARGETS.values())
     terminal.document({"targets": rows}) if as_json else terminal.targets(rows)
 
 
-@app.command()
+@_command(
+    "aot-cache models",
+)
 def models(as_json: AsJson = False) -> None:
-    """The recipes that are installed here."""
+    """List the recipes that are installed."""
     found = dict(sorted(declaring.names().items()))
     if as_json:
         terminal.document({"models": found})
     elif found:
         terminal.pairs(found, ("model", "recipe"))
     else:
-        terminal.line("no recipe is installed here; build one with --model module:object")
+        terminal.line("no recipe is installed; build one with --model MODULE:OBJECT")
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
-@app.command(context_settings={"allow_interspersed_args": False})
+@_command(
+    "aot-cache record --out server.plan.json -- python serve.py --port 8000",
+    context_settings={"allow_interspersed_args": False},
+)
 def record(
-    out: Annotated[Path, typer.Option(metavar="PLAN", help="The plan to write.")],
-    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="The program to run.")],
-    recipe_name: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the plan file's name.")] = None,
+    out: Annotated[Path, typer.Option(metavar="PLAN", help="Path of the plan.")],
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="Program to run, with its arguments.")],
+    recipe_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the recipe. Default: the name of the plan file.")
+    ] = None,
 ) -> None:
-    """Run a program and write down what it launches; exits as the program does."""
+    """Run a program and record the kernels that it launches; exits with the program's exit code."""
     from aot_cache.runtime.record import run_command
 
     name = recipe_name or out.name.removesuffix(".json").removesuffix(".plan")
@@ -215,15 +298,17 @@ def record(
     raise typer.Exit(code if code >= 0 else 128 - code)
 
 
-@app.command()
+@_command(
+    "aot-cache tune model.safetensors --out model-tuned.safetensors --prune",
+)
 def tune(
     path: BundlePath,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The bundle with the choices made.")],
-    prune: Annotated[bool, typer.Option("--prune", help="Leave out the configs that were not chosen.")] = False,
-    points: Annotated[int, typer.Option(min=1, help="Points that are measured for each choice.")] = 3,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Path of the tuned bundle.")],
+    prune: Annotated[bool, typer.Option("--prune", help="Drop the configs that were not chosen.")] = False,
+    points: Annotated[int, typer.Option(min=1, metavar="N", help="Points at which each choice is measured.")] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a bundle's configs on this machine's GPU and write the choices."""
+    """Measure a bundle's configs on this machine's GPU, and write a bundle with the fastest ones."""
     from aot_cache.tuning.kernels import tune as run_tune
 
     with terminal.Progress() as progress:

@@ -11,6 +11,7 @@ import typer
 from aot_cache import rehearsal as rehearsals
 from aot_cache.artifact import rehearsed
 from aot_cache.artifact.rehearsed import Stamp
+from aot_cache.cli.command import AsJson, Unfinished
 from aot_cache.cli.render import rehearsal as render_rehearsal
 from aot_cache.cli.render import terminal
 from aot_cache.errors import AotCacheError, DeclarationError, RehearsalFailed
@@ -27,30 +28,31 @@ AFTER_BUILD = 16
 def rehearse(
     path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle file.")],
     points: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Of each case at most so many points, a spread of them.")
+        int, typer.Option(min=1, metavar="N", help="At most N points of each case, spread over its ranges.")
     ] = rehearsals.POINTS,
-    everything: Annotated[bool, typer.Option("--all", help="All declared points.")] = False,
-    case: Annotated[list[str] | None, typer.Option(metavar="NAME", help="This case only. Repeatable.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Run all declared points.")] = False,
+    case: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Run only this case. Repeatable.")] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(min=0, metavar="X", help="How far results may be from eager's. Default: by dtype."),
+        typer.Option(min=0, metavar="X", help="Largest distance from eager's results. Default: by dtype."),
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option(min=0, metavar="SECONDS", help="That a point may take. Default: any time.")
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Time limit of a point. Default: none.")
     ] = None,
-    digest: Annotated[str | None, typer.Option(metavar="SHA256", help="The digest that it must have.")] = None,
+    digest: Annotated[str | None, typer.Option(metavar="SHA256", help="Refuse a bundle with another digest.")] = None,
     compiler: Annotated[
-        bool, typer.Option("--with-compiler", help="Leave a C compiler in reach: the recipe's own code needs one.")
+        bool, typer.Option("--with-compiler", help="Keep a C compiler on PATH, for recipes whose own code needs one.")
     ] = False,
-    stamp: Annotated[bool, typer.Option("--stamp", help="Write down beside the bundle what was rehearsed.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")] = False,
+    stamp: Annotated[bool, typer.Option("--stamp", help="Write the result beside the bundle.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a bundle's declared points as a server does, in a fresh process that has only the bundle.
 
-    On a GPU each point's first call is inside a CUDA graph capture. Exit code 0 when all points hit and are close to eager.
+    On a GPU the first call of each point is inside a CUDA graph capture. Exits with 0 when all points hit and are close to
+    eager, else with 5.
     """
     if everything and points != rehearsals.POINTS:
-        raise DeclarationError("either --points or --all", "both", "leave one away")
+        raise DeclarationError("either --points or --all", "both", "omit one of them")
     with terminal.Progress() as progress:
         found = rehearsals.rehearse(
             path,
@@ -65,6 +67,8 @@ def rehearse(
     if stamp:
         stamped(found)
     shown = facts(found)
+    if as_json and not found.passed:
+        raise Unfinished(shown) from failure(found)
     terminal.document(shown) if as_json else render_rehearsal.rehearsal(shown)
     if not found.passed:
         raise failure(found)
@@ -84,8 +88,8 @@ def stamped(found: Rehearsal) -> Stamp:
 
 def failure(found: Rehearsal) -> RehearsalFailed:
     """The error with which a rehearsal ends that did not pass."""
-    wanted = f"all {found.chosen} chosen points of {found.path} to hit, close to eager"
-    return RehearsalFailed(wanted, found.died or _hits(found), "see what is said of each above")
+    expected = f"all {found.chosen} chosen points of {found.path} to hit and be close to eager"
+    return RehearsalFailed(expected, found.died or _hits(found), "see the results of each point above")
 
 
 def _hits(found: Rehearsal) -> str:
@@ -116,7 +120,7 @@ class After:
         if self.error is None:
             return None
         reasons = {"not_ready": "", "cases": [], "reasons": [str(self.error)]}
-        return {"passed": False, "verdict": "not proved: it could not be rehearsed", **reasons}
+        return {"passed": False, "verdict": "not proved: the rehearsal could not run", **reasons}
 
 
 def after_build(built: Built, model: str | None, progress: rehearsals.Progress) -> After:

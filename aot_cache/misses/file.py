@@ -144,7 +144,9 @@ def _lines(path: Path) -> Iterator[dict[str, Json] | None]:
                 if text.strip():
                     yield _line(text, f"{path}, line {number}")
     except OSError as error:
-        raise DeclarationError(f"a misses file at {path}", error.strerror or str(error)) from error
+        raise DeclarationError(
+            f"cannot read misses file {path}: {error.strerror or error}", hint="correct the path"
+        ) from error
 
 
 def _line(text: bytes, where: str) -> dict[str, Json] | None:
@@ -156,10 +158,10 @@ def _line(text: bytes, where: str) -> dict[str, Json] | None:
             return None
         raise _wrong(where, "it is not JSON") from error
     if not isinstance(data, dict) or MARK not in data:
-        raise _wrong(where, "JSON of another kind")
+        raise _wrong(where, "it is JSON of another kind")
     if data[MARK] != SCHEMA:
         raise DeclarationError(
-            f"misses of schema {SCHEMA}", f"schema {data[MARK]!r} in {where}", "use the same version"
+            f"misses of schema {SCHEMA}", f"schema {data[MARK]!r} in {where}", "use one version of aot-cache"
         )
     why = shape(data, {"kind": str}) or ("" if data["kind"] in KINDS else f"kind {data['kind']!r}")
     why = why or shape(data, {**_COMMON, **({} if _of_inductor(data) else _OWN[data["kind"]])}) or _inside(data)
@@ -174,7 +176,7 @@ def _of_inductor(data: Mapping[str, Json]) -> bool:
 
 
 def _wrong(where: str, found: str) -> DeclarationError:
-    return DeclarationError(f"a misses file, and a miss in {where}", found, "give the file that the server wrote")
+    return DeclarationError(f"{where}, is not a miss: {found}", hint="give the file that the server wrote")
 
 
 def shape(data: Json, wanted: Mapping[str, type]) -> str:

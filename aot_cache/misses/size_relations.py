@@ -54,7 +54,7 @@ def solve(
         changing: the dimensions that such calls were seen at several values of.
     """
     if {path: len(found) for path, found in sizes.items()} != {path: len(found) for path, found in relations.items()}:
-        return "it is given other tensors or integers"
+        return "it is called with other tensors or integers"
     equations: dict[tuple[tuple[object, ...], int], str] = {}
     unknown = []
     for path, found in relations.items():
@@ -69,7 +69,7 @@ def solve(
         return point
     untold = [name for name in seen if name in changing and name not in point]
     if unknown and untold:
-        return f"{unknown[0]} does not follow from {' or '.join(untold)} alone, and no other size tells"
+        return f"{unknown[0]} does not follow from {' or '.join(untold)} alone, and no other size determines it"
     return {**seen, **point}
 
 

@@ -41,8 +41,8 @@ def points_for(
     mine = [call for call in calls if call.function == name]
     alike = [call for call in mine if call.structure == structure]
     if not alike:
-        why = "is called otherwise: another mode, dtype, device, wrapping, source, or number of arguments"
-        return Solved({}, "", f"it {why}" if mine else f"no declared case calls {name}")
+        why = "has another call signature: mode, dtype, device, torch.compile options, source, or number of arguments"
+        return Solved({}, "", f"the call {why}" if mine else f"no declared case calls {name}")
     found: list[tuple[int, CasePlan, Point]] = []
     reasons: list[str] = []
     for case in cases:

@@ -98,7 +98,8 @@ class Case:
         made = self.make(**point)
         if not isinstance(made, Call):
             raise DeclarationError(
-                f"case {self.name!r} to return aot_cache.Call(function, *arguments)", f"a {type(made).__name__}"
+                f"aot_cache.Call(function, *arguments) from case {self.name!r}",
+                f"an object of type {type(made).__name__}",
             )
         return made
 
@@ -153,9 +154,8 @@ def declare(
         unfit = sorted(set(dims) ^ set(accepted))
         if unfit:
             raise DeclarationError(
-                f"the parameters of case {label!r} to be its dimensions",
-                f"a mismatch in {', '.join(unfit)}",
-                "name the same ones in @declare(...) and in the function",
+                f"the parameters of case {label!r} differ from its dimensions: {', '.join(unfit)}",
+                hint="name the same ones in @declare(...) and in the function",
             )
         _check_hint(label, hint or {}, dims)
         doc = (inspect.getdoc(make) or "").partition("\n")[0]
@@ -169,7 +169,7 @@ def _check_hint(label: str, hint: Mapping[str, int], dims: Mapping[str, Dimensio
         if dim not in dims or value not in dims[dim]:
             has = f"{dim} {dims[dim].text}" if dim in dims else f"dimensions {', '.join(dims) or 'none'}"
             raise DeclarationError(
-                f"a hint of case {label!r} that is one of its points", f"{dim}={value}, it has {has}"
+                f"a hint of case {label!r} that is one of its points", f"{dim}={value} (it has {has})"
             )
 
 
@@ -196,12 +196,12 @@ class Recipe:
     def __post_init__(self) -> None:
         names = [case.name for case in self.cases]
         if not names:
-            raise DeclarationError(f"recipe {self.name!r} to declare at least one case", "none")
+            raise DeclarationError(f"recipe {self.name!r} has no case", hint="declare at least one")
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
-            raise DeclarationError(f"recipe {self.name!r} to name each case once", f"{', '.join(twice)} twice")
+            raise DeclarationError(f"recipe {self.name!r} has two cases called {', '.join(twice)}", hint="rename one")
         if self.ranks < 1:
-            raise DeclarationError(f"recipe {self.name!r} to be for 1 rank or more", str(self.ranks))
+            raise DeclarationError(f"a world size of at least 1 for recipe {self.name!r}", str(self.ranks))
 
     def narrowed(self, ranges: Mapping[str, Dimension]) -> Recipe:
         """The recipe with `ranges` in place of its own for these dimensions, in every case that has them.
@@ -213,9 +213,8 @@ class Recipe:
         for dim in ranges:
             if dim not in known:
                 raise UnknownName(
-                    f"a dimension called {dim!r} in recipe {self.name!r}",
-                    f"it has {', '.join(sorted(known))}",
-                    did_you_mean(dim, known),
+                    f"recipe {self.name!r} has no dimension {dim!r}; known: {', '.join(sorted(known))}",
+                    hint=did_you_mean(dim, known),
                 )
         cases = [
             _replace(case, dims={dim: ranges.get(dim, own) for dim, own in case.dims.items()}) for case in self.cases
@@ -235,7 +234,7 @@ class Recipe:
         for name in points:
             if name not in {case.name for case in self.cases}:
                 known = ", ".join(case.name for case in self.cases)
-                raise UnknownName(f"a case called {name!r} in recipe {self.name!r}", f"it has {known}")
+                raise UnknownName(f"recipe {self.name!r} has no case {name!r}; known: {known}")
         cases = []
         for case in self.cases:
             more = list(points.get(case.name, ()))
@@ -271,9 +270,8 @@ def resolve(spec: str) -> str:
     if name in known:
         return known[name]
     raise UnknownName(
-        f"a model called {name!r}",
-        f"known: {', '.join(sorted(known)) or 'none'}",
-        did_you_mean(name, known, "name one of these, or module:object"),
+        f"unknown model {name!r}; known: {', '.join(sorted(known)) or 'none'}",
+        hint=did_you_mean(name, known, "name one of these, or module:object"),
     )
 
 
@@ -298,26 +296,29 @@ def load(spec: str) -> Recipe:
     except ModuleNotFoundError as error:
         if os.environ.get("AOT_CACHE_DEBUG") == "1":
             traceback.print_exception(first_cause(error))
-        wanted = f"the module {module_name!r} of recipe {name!r}"
         near = did_you_mean(module_name, _modules_nearby(), "install it, or set PYTHONPATH")
-        do = shipped.to_do_in(module_name, near)
+        hint = shipped.to_do_in(module_name, near)
         missing = f"no module named {error.name!r}" if error.name else one_line(first_cause(error))
-        raise UnknownName(wanted, missing, do) from error
+        what = f"cannot import module {module_name!r} of recipe {name!r}"
+        raise UnknownName(f"{what}: {missing}", hint=hint) from error
     except Exception as error:
-        do = shipped.to_do_in(module_name, "fix the recipe's module")
-        raise DeclarationError(f"recipe {name!r} to import", f"{type(error).__name__}: {error}", do) from error
+        hint = shipped.to_do_in(module_name, "fix the recipe's module")
+        what = f"cannot import recipe {name!r}: {type(error).__name__}: {error}"
+        raise DeclarationError(what, hint=hint) from error
     module = found
     for part in attribute.split("."):
         found = getattr(found, part, None)
     if found is None:
-        do = did_you_mean(attribute, vars(module), "name a Recipe, a declared case, or what makes one")
-        raise UnknownName(f"a Recipe at {path}", f"{module_name} has no {attribute!r}", do)
+        hint = did_you_mean(attribute, vars(module), "name a Recipe, a declared case, or a function that makes one")
+        raise UnknownName(f"no recipe at {path}: {module_name} has no {attribute!r}", hint=hint)
     found, kept = _made(found, name, given)
     if isinstance(found, Case):
         found = Recipe(found.name, [found])
     if not isinstance(found, Recipe):
         raise UnknownName(
-            f"a Recipe at {path}", f"a {type(found).__name__}", "name a Recipe, a declared case, or what makes one"
+            f"a Recipe at {path}",
+            f"an object of type {type(found).__name__}",
+            "name a Recipe, a declared case, or a function that makes one",
         )
     return _replace(found, spec=options.text(name, kept))
 
@@ -339,5 +340,5 @@ def _made(found: Any, name: str, given: Mapping[str, str]) -> tuple[Any, dict[st
     except AotCacheError:
         raise
     except Exception as error:
-        do = shipped.what_to_do(found, "")
-        raise DeclarationError(f"recipe {name!r} to be made", f"{type(error).__name__}: {error}", do) from error
+        hint = shipped.what_to_do(found, "")
+        raise DeclarationError(f"recipe {name!r} raised {type(error).__name__}: {error}", hint=hint) from error

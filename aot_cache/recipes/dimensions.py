@@ -43,9 +43,7 @@ class Range:
             _check_value(value, f"Range({self.lo!r}, {self.hi!r}, {self.step!r})")
         if self.step < 1 or self.hi < self.lo:
             raise DeclarationError(
-                "a range with at least one value",
-                f"Range({self.lo}, {self.hi}, {self.step}) has none",
-                "give lo <= hi and step >= 1",
+                f"Range({self.lo}, {self.hi}, {self.step}) has no value", hint="give lo <= hi and step >= 1"
             )
 
     @property
@@ -80,7 +78,7 @@ class Values:
 
     def __init__(self, *values: int) -> None:
         if not values:
-            raise DeclarationError("at least one value", "Values() has none", "list the values, as in Values(16, 32)")
+            raise DeclarationError("Values() has no value", hint="list the values, as in Values(16, 32)")
         for value in values:
             _check_value(value, "Values(…)")
         object.__setattr__(self, "values", tuple(sorted(set(values))))
@@ -120,7 +118,7 @@ def parse_dimension(text: str) -> Dimension:
         return Range(int(parts[0][1]), int(parts[0][2]), int(parts[0][3] or 1))
     if all(part is not None and part[2] is None for part in parts):
         return Values(*(int(part[1]) for part in parts if part is not None))
-    raise DeclarationError("a dimension", f"{text!r}", "write it as 1..512, 1..512/16, or 16,32,48")
+    raise DeclarationError("a range or a list of values", repr(text), "write it as 1..512, 1..512/16, or 16,32,48")
 
 
 # --- from dimensions to points ---------------------------------------------------------------------------------------
@@ -159,10 +157,12 @@ def enumerate_points(dims: Mapping[str, Dimension], limit: int = 16384) -> Enume
         DeclarationError: `limit` is below 1, a dimension is none, or the ends alone are more than `limit` points.
     """
     if not _is_int(limit) or limit < 1:
-        raise DeclarationError("a limit of at least 1 point", repr(limit), "")
+        raise DeclarationError("a limit of at least 1 point", repr(limit))
     for name, dim in dims.items():
         if not isinstance(name, str) or not isinstance(dim, (Range, Values)):
-            raise DeclarationError("a name and a Range or Values", f"{name!r}: {dim!r}", "declare each dimension so")
+            raise DeclarationError(
+                "a name and a Range or Values", f"{name!r}: {dim!r}", "declare each dimension as name=Range(...)"
+            )
     total = math.prod(len(dim) for dim in dims.values())
     chosen: dict[str, Sequence[int]] = {name: dim.values for name, dim in dims.items()}
     ranked: dict[str, list[tuple[int, int]]] = {}
@@ -228,7 +228,7 @@ def _thin(ranked: dict[str, list[tuple[int, int]]], limit: int) -> None:
         if ranked[name][-1][1] == _ENDS:
             raise DeclarationError(
                 f"at most {limit} points",
-                f"the ends of {len(ranked)} dimensions alone are {math.prod(map(len, ranked.values()))}",
+                f"{math.prod(map(len, ranked.values()))} from the ends of {len(ranked)} dimensions alone",
                 "declare fewer dimensions or a higher limit",
             )
         ranked[name].pop()
@@ -252,7 +252,7 @@ def describe(points: Iterable[Point], dims: Iterable[str]) -> list[dict[str, str
     rows: set[_Row] = set()
     for point in points:
         if len(point) != len(names) or not all(name in point for name in names):
-            raise DeclarationError(f"a point of {', '.join(names) or 'no dimension'}", repr(point), "")
+            raise DeclarationError(f"a point of {', '.join(names) or 'no dimension'}", repr(point))
         rows.add(tuple(point[name] for name in names))
     for value in set(itertools.chain.from_iterable(rows)):
         _check_value(value, "a point")
@@ -299,11 +299,13 @@ def expand(boxes: Iterable[Mapping[str, str]], limit: int = 1 << 20) -> list[Poi
     for box in boxes:
         names = list(box) if names is None else names
         if set(box) != set(names):
-            raise DeclarationError(f"boxes of {', '.join(names)}", f"one of {', '.join(box)}", "give all the same")
+            raise DeclarationError(
+                f"boxes of {', '.join(names)}", f"a box of {', '.join(box)}", "give all boxes the same dimensions"
+            )
         sets = [_parse_set(box[name], limit) for name in names]
         left -= math.prod(map(len, sets))
         if left < 0:
-            raise DeclarationError(f"at most {limit} points", "the boxes hold more", "")
+            raise DeclarationError(f"the boxes hold more than {limit} points")
         rows.update(itertools.product(*sets))
     return [dict(zip(names or [], row)) for row in sorted(rows)]
 
@@ -407,7 +409,7 @@ def _parse_set(text: str, limit: int) -> set[int]:
                 raise DeclarationError("a set of values", repr(text), "write it as 1..8191 except 16..8176/16")
             span = Range(int(match[1]), int(match[2] or match[1]), int(match[3] or 1))
             if len(values) + len(span) > limit:
-                raise DeclarationError(f"at most {limit} values", f"{text!r} names more", "check its bounds")
+                raise DeclarationError(f"{text!r} has more than {limit} values", hint="check its bounds")
             values.update(span)
         found.append(values)
     return found[0].difference(*found[1:])
@@ -420,4 +422,4 @@ def _is_int(value: object) -> TypeGuard[int]:
 
 def _check_value(value: object, where: str) -> None:
     if not _is_int(value) or not 0 <= value <= LARGEST:
-        raise DeclarationError(f"an int from 0 to {LARGEST}", f"{value!r} in {where}", "")
+        raise DeclarationError(f"an int from 0 to {LARGEST}", f"{value!r} in {where}")

@@ -60,9 +60,11 @@ def spec_for(path: str) -> str:
     try:
         found = json.loads(Path(path).read_bytes())
     except OSError as error:
-        raise DeclarationError(f"a model's config file at {path}", error.strerror or str(error)) from error
+        raise DeclarationError(f"cannot read config file {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
-        raise DeclarationError(f"a model's config file at {path}", f"not JSON ({error})") from error
+        raise DeclarationError(
+            f"config file {path} is not JSON: {error}", hint="give transformers' config.json"
+        ) from error
     wanted = found.get("model_type") if isinstance(found, dict) else None
     if not isinstance(wanted, str):
         raise DeclarationError(
@@ -71,9 +73,8 @@ def spec_for(path: str) -> str:
     known = names()
     if wanted not in known:
         raise UnknownName(
-            f"a recipe for model_type {wanted!r} of {path}",
-            f"there are some for {', '.join(sorted(known)) or 'none'}",
-            did_you_mean(wanted, known, "name a recipe: `aot-cache models` lists them"),
+            f"no recipe for model_type {wanted!r} of {path}; known: {', '.join(sorted(known)) or 'none'}",
+            hint=did_you_mean(wanted, known, "name a recipe: `aot-cache models` lists them"),
         )
     called = {value: name for name, value in sorted(declaring.names().items(), reverse=True)}
     return options.text(called.get(known[wanted], known[wanted]), {options.CONFIG: path})

@@ -42,7 +42,7 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
         if not (option and equals):
             raise DeclarationError(f"options of {name!r} as name=value&name=value", repr(part), f"write {name}?tp=2")
         if _plain(option) in options:
-            raise DeclarationError(f"option {_plain(option)!r} of {name!r} once", "twice in one text")
+            raise DeclarationError(f"option {_plain(option)!r} of {name!r} is given twice", hint="give it once")
         options[_plain(option)] = _plain(value)
     return name, options
 
@@ -62,7 +62,8 @@ def added(spec: str, more: Mapping[str, str]) -> str:
     name, options = parse(spec)
     for option in more:
         if option in options:
-            raise DeclarationError(f"option {option!r} of {name!r} once", f"{options[option]!r} and {more[option]!r}")
+            both = f"{options[option]!r} and {more[option]!r}"
+            raise DeclarationError(f"option {option!r} of {name!r} is given twice: {both}", hint="give it once")
     return text(name, {**options, **more})
 
 
@@ -74,7 +75,7 @@ def _plain(value: str) -> str:
     try:
         return unquote_to_bytes(value).decode("utf-8", "surrogatepass")
     except UnicodeDecodeError as error:
-        raise DeclarationError("an option's value as percent-escaped UTF-8", repr(value)) from error
+        raise DeclarationError("percent-escaped UTF-8 as the value of an option", repr(value)) from error
 
 
 def file_name(name: str, spec: str, more: Mapping[str, str] | None = None) -> str:
@@ -124,12 +125,12 @@ def with_file(spec: str) -> str:
     if not wanted.startswith(_SHA256):
         return spec
     path = os.environ.get(CONFIG_VARIABLE, "")
-    found = _SHA256 + _file_digest(path) if path else "it is not set"
+    found = _SHA256 + _file_digest(path) if path else "nothing: the variable is not set"
     if found != wanted:
         raise DeclarationError(
-            f"the config file of {name!r} with {wanted} in {CONFIG_VARIABLE}",
+            f"config file {wanted} of {name!r} in {CONFIG_VARIABLE}",
             found,
-            "a bundle holds the file's digest alone: set the variable to the file that it was built from",
+            "set it to the file that the bundle was built from: a bundle holds only the file's digest",
         )
     options[CONFIG] = path
     return text(name, options)
@@ -139,7 +140,8 @@ def _file_digest(path: str) -> str:
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
-        raise DeclarationError(f"a config file at {path}", getattr(error, "strerror", None) or str(error)) from error
+        why = getattr(error, "strerror", None) or str(error)
+        raise DeclarationError(f"cannot read config file {path}: {why}", hint="correct the path") from error
 
 
 # --- the function -----------------------------------------------------------------------------------------------------
@@ -163,21 +165,21 @@ def make(found: Callable[..., object], name: str, given: Mapping[str, str]) -> t
     values: dict[str, Any] = {}
     for option, value in given.items():
         if option in fixed:
-            raise DeclarationError(f"no option {option!r} of {name!r}", f"it is fixed to {fixed[option]!r}")
+            raise DeclarationError(f"option {option!r} of {name!r} is fixed to {fixed[option]!r}", hint="omit it")
         if option not in open_ones:
             raise unknown(option, name, open_ones)
         values[option] = _read(option, name, types[option], value)
     for option, own in open_ones.items():
         if own.default is own.empty and option not in values:
-            raise DeclarationError(f"option {option!r} of {name!r}", "it is not given, and has no default")
+            raise DeclarationError(f"option {option!r} of {name!r} is missing, and has no default", hint="give it")
     kept = {option: _written(v) for option, v in values.items() if not _same(v, open_ones[option].default)}
     return found(**values), kept
 
 
 def unknown(option: str, name: str, known: Mapping[str, object]) -> UnknownName:
     """The error for an option that recipe `name` does not have."""
-    has = f"it has {', '.join(sorted(known))}" if known else "it takes no options"
-    return UnknownName(f"an option called {option!r} of {name!r}", has, did_you_mean(option, known))
+    has = f"known: {', '.join(sorted(known))}" if known else "it takes no options"
+    return UnknownName(f"{name!r} has no option {option!r}; {has}", hint=did_you_mean(option, known))
 
 
 def _function(found: object) -> object:
@@ -189,7 +191,7 @@ def _parameters(found: Callable[..., object], name: str) -> dict[str, inspect.Pa
     parameters = dict(inspect.signature(found).parameters)
     for own in parameters.values():
         if own.kind not in (own.KEYWORD_ONLY, own.POSITIONAL_OR_KEYWORD):
-            raise DeclarationError(f"the options of {name!r} to be keywords", f"its function takes {own}")
+            raise DeclarationError(f"keywords as options of {name!r}", f"a function that takes {own}")
     return parameters
 
 
@@ -199,16 +201,16 @@ def _types(found: Callable[..., Any], name: str) -> dict[str, Any]:
         hints = typing.get_type_hints(_function(found))
     except Exception as error:
         raise DeclarationError(
-            f"the annotations of {name!r} to be readable", f"{type(error).__name__}: {error}"
+            f"the annotations of {name!r} cannot be read: {type(error).__name__}: {error}"
         ) from error
     out: dict[str, Any] = {}
     for option in inspect.signature(found).parameters:
         hint = hints.get(option)
         literal = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
         if hint not in (str, int, float, bool) and not literal:
-            said = "it has none" if hint is None else getattr(hint, "__name__", str(hint))
+            said = "none" if hint is None else getattr(hint, "__name__", str(hint))
             raise DeclarationError(
-                f"an annotation of option {option!r} of {name!r} that is str, int, float, bool or a Literal",
+                f"str, int, float, bool or a Literal as the annotation of option {option!r} of {name!r}",
                 said,
                 "name a Recipe, a declared case, or a function that makes one",
             )
@@ -224,8 +226,8 @@ def _read(option: str, name: str, kind: Any, value: str) -> Any:
     if choices:
         if value in choices:
             return choices[value]
-        wanted = f"option {option!r} of {name!r} to be one of {', '.join(choices)}"
-        raise DeclarationError(wanted, repr(value), did_you_mean(value, choices))
+        expected = f"one of {', '.join(choices)} as option {option!r} of {name!r}"
+        raise DeclarationError(expected, repr(value), did_you_mean(value, choices))
     if kind is str:
         return value
     try:
@@ -234,7 +236,7 @@ def _read(option: str, name: str, kind: Any, value: str) -> Any:
         read = math.nan
     if read != read or read in (math.inf, -math.inf):  # no isfinite: it cannot take every whole number
         words = "a whole number" if kind is int else "a number"
-        raise DeclarationError(f"option {option!r} of {name!r} to be {words}", repr(value))
+        raise DeclarationError(f"{words} as option {option!r} of {name!r}", repr(value))
     return read
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from aot_cache import errors
 from aot_cache.artifact import manifest
 from aot_cache.artifact.manifest import Manifest
-from aot_cache.errors import DeclarationError, RehearsalFailed, TargetError, UnknownName
+from aot_cache.errors import DeclarationError, RehearsalFailed, TargetError, UnknownName, did_you_mean
 from aot_cache.recipes.dimensions import point_text
 from aot_cache.rehearsal import process
 from aot_cache.rehearsal.results import CaseResult, Missed, PointResult, Rehearsal
@@ -103,17 +103,21 @@ def _check(bundle: Bundle, whole: Manifest, cases: Sequence[str]) -> None:
         TargetError: the GPU is not here.
     """
     if not whole.spec or whole.origin != "traced":
-        do = "a recorded plan says which kernels ran, not how to call them"
-        raise DeclarationError(f"a bundle of a recipe at {bundle.path}", "one of a recorded plan", do)
+        hint = "build it with --model: a recorded plan says which kernels ran, not how to call them"
+        raise DeclarationError(f"bundle {bundle.path} is built from a recorded plan, not from a recipe", hint=hint)
     if not (whole.units or whole.graphs):
-        raise DeclarationError(f"something to rehearse in {bundle.path}", "neither a kernel nor a graph")
+        raise DeclarationError(f"bundle {bundle.path} has neither a kernel nor a graph to rehearse")
     known = [case.name for case in whole.cases]
     for name in cases:
         if name not in known:
-            raise UnknownName(f"a case called {name!r} in {bundle.path}", f"it has {', '.join(known)}")
+            raise UnknownName(
+                f"no case {name!r} in {bundle.path}; known: {', '.join(known)}", hint=did_you_mean(name, known)
+            )
     target = whole.target
     if target["backend"] != "cpu" and not host_gpu.gpu_here():
-        raise TargetError(f"a {target['name']} to rehearse {bundle.path} on", "no GPU here", "run this where it serves")
+        raise TargetError(
+            f"no GPU here to rehearse {bundle.path} on, which is for {target['name']}", hint="run this where it serves"
+        )
 
 
 def _ranks(whole: Manifest) -> list[int]:
@@ -146,12 +150,12 @@ class _Listener:
                     getattr(self, f"_on_{event['event']}")(event)
         except process.Died as died:
             if self._ready is None:
-                wanted = f"the rehearsal of {self._bundle.path} to come to its first point"
-                raise RehearsalFailed(wanted, str(died), "AOT_CACHE_DEBUG=1 shows what it says") from None
+                what = f"the rehearsal of {self._bundle.path} ended before its first point: {died}"
+                raise RehearsalFailed(what, hint="set AOT_CACHE_DEBUG=1 to see its output") from None
             self._died = f"the rehearsal's process did not finish: {died} ({self._at})"
 
     def _on_error(self, event: Mapping[str, Any]) -> None:
-        raise getattr(errors, event["type"])(event["wanted"], event["found"], event["do"])
+        raise getattr(errors, event["type"])(event["expected"], event["found"], event["hint"])
 
     def _on_ready(self, event: Mapping[str, Any]) -> None:
         self._ready = event

@@ -30,11 +30,11 @@ def main() -> int:
     try:
         _rehearse(job, send)
     except AotCacheError as error:
-        send("error", type=type(error).__name__, wanted=error.wanted, found=error.found, do=error.do)
+        send("error", type=type(error).__name__, **error.parts())
         return 1
     except Exception as error:
         traceback.print_exc()
-        send("error", type="AotCacheError", wanted="the rehearsal to run", found=one_line(error), do="")
+        send("error", type="AotCacheError", expected=f"the rehearsal failed: {one_line(error)}", found="", hint="")
         return 1
     return 0
 

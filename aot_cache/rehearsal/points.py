@@ -44,10 +44,12 @@ def _as_built(recipe: Recipe, built: CasePlan) -> Case:
     found = next((case for case in recipe.cases if case.name == built.name), None)
     if found is None:
         has = ", ".join(case.name for case in recipe.cases)
-        raise UnknownName(f"the bundle's case {built.name!r} in recipe {recipe.name!r}", f"it has {has}", _AGAIN)
+        raise UnknownName(
+            f"recipe {recipe.name!r} no longer has the bundle's case {built.name!r}; known: {has}", hint=_AGAIN
+        )
     if set(found.dims) != set(built.dims):
-        wanted = f"case {found.name!r} with the dimensions {', '.join(built.dims) or 'none'}, as it was built"
-        raise DeclarationError(wanted, f"it has {', '.join(found.dims) or 'none'}", _AGAIN)
+        expected = f"case {found.name!r} with the dimensions {', '.join(built.dims) or 'none'}, as it was built"
+        raise DeclarationError(expected, ", ".join(found.dims) or "none", _AGAIN)
     dims = {name: dimensions.parse_dimension(str(text)) for name, text in built.dims.items()}
     return replace(found, dims=dims, missed=tuple(built.missed))
 
@@ -63,7 +65,7 @@ def _chosen(case: Case, most: int | None, wanted: bool) -> Chosen:
     if most is None:
         if everything.total > MOST:
             raise DeclarationError(
-                f"at most {MOST} points of case {case.name!r}", f"{everything.total}", "give --points"
+                f"at most {MOST} points of case {case.name!r}", f"{everything.total}", "choose some with --points"
             )
         return Chosen(case, [*dimensions.enumerate_points(case.dims, MOST).points, *missed], everything.total)
     return Chosen(case, [*_spread(case.dims, most), *missed], everything.total)

@@ -80,7 +80,7 @@ class _Child:
         try:
             return self._said.get(timeout=timeout)
         except queue.Empty:
-            raise Died(f"it was killed after {timeout:g} s without a word") from None
+            raise Died(f"it was killed after {timeout:g} s without an answer") from None
 
     def last(self) -> str:
         """How it ended, and its last words."""

@@ -96,7 +96,7 @@ class Stage:
         harm = [kind for kind in outcome.events if kind != _LATE]
         if harm and not outcome.misses:  # nobody decided on it, and still it was done
             names = ", ".join(harm)
-            outcome.misses = (Missed(case.name, f"the ledger counts what no hit has: {names}"),)
+            outcome.misses = (Missed(case.name, f"the ledger has events that no hit causes: {names}"),)
         return outcome
 
     def _outside(self, case: Case, point: Point, error: BaseException) -> tuple[Pair, Shared, _Outcome]:
@@ -117,7 +117,7 @@ class Stage:
                 for row in loader.explain(made.eager):
                     why = "; ".join(dict.fromkeys(graph["why"] for graph in row["graphs"] if graph["why"]))
                     if not any(miss.name == row["function"] for miss in found):
-                        found[Missed(row["function"], why or "no graph is of this function")] = None
+                        found[Missed(row["function"], why or "there is no graph of this function")] = None
         except Exception:  # what it stumbled over is known
             pass
         return {"status": results.MISS, "misses": tuple(found), "why": "; ".join(miss.why for miss in found)}
@@ -137,9 +137,9 @@ class Stage:
         except Exception as error:
             return {"status": results.CANNOT, "why": f"it raises in eager, too: {place.told(error)}"}
         if outcome.error is not None:
-            return {"status": results.FAILED, "why": f"it raises, and eager does not: {place.told(outcome.error)}"}
+            return {"status": results.FAILED, "why": f"it raises, but eager does not: {place.told(outcome.error)}"}
         if made.different:
-            why = f"{made.different} is another one each time that it is made with the same seed"
+            why = f"{made.different} differs each time, even with the same seed"
             return {"status": results.CANNOT, "why": f"nothing to compare: {why}"}
         theirs = _kept(wanted, made.eager, False)
         tolerance = self._tolerance
@@ -151,7 +151,7 @@ class Stage:
         facts = {"distance": apart.value, "where": apart.where}
         if apart.close:
             return {**facts, "status": results.HIT}
-        why = f"{apart.where} is {apart.value:.3g} away from eager, allowed is {tolerance:g}"
+        why = f"{apart.where} is {apart.value:.3g} away from eager, more than {tolerance:g}"
         return {**facts, "status": results.DIFFERS, "why": why}
 
 

@@ -31,11 +31,11 @@ def find(path: Path, digest: str | None) -> Bundle:
         fitting = [b for b in fitting if not served(b).on_cpu] or fitting
     if not fitting:
         raise BundleMissing(
-            f"a bundle for this host in {path}", f"{len(files)} bundles, none fits", "see aot-cache explain FILE"
+            f"no bundle for this host in {path}: none of {len(files)} fits", hint="see `aot-cache explain BUNDLE`"
         )
     if len(fitting) > 1:
         named = ", ".join(b.path.name for b in fitting)
-        raise Incompatible(f"one bundle for this host in {path}", f"{named}", "name the file")
+        raise Incompatible(f"one bundle for this host in {path}", named, "name the file")
     return fitting[0]
 
 
@@ -54,19 +54,19 @@ def agreed(path: Path, digest: str | None, group: object) -> str:
         mine = f"none ({error})"
     rank_agreement.agree_same(mine, "bundle", group=group)
     if mine.startswith("none"):
-        raise BundleMissing(f"a bundle at {path} that every rank can use", mine, "see aot-cache explain FILE")
+        raise BundleMissing(f"a bundle at {path} that every rank can use", mine, "see `aot-cache explain BUNDLE`")
     return mine
 
 
 def check_form(bundle: Bundle) -> None:
     """Raises Incompatible for a bundle of another kind, or of another version's form."""
     kind = bundle.manifest.get("kind")
-    do = "build it with this version of aot-cache"
+    hint = "build it with this version of aot-cache"
     if kind != KIND:
-        raise Incompatible(f"a bundle of units at {bundle.path}", f"one of {kind!r}", do)
+        raise Incompatible(f"a bundle of kind 'units' at {bundle.path}", f"kind {kind!r}", hint)
     missing = lacking(bundle.manifest)
     if missing:
-        raise Incompatible(f"a whole manifest in {bundle.path}", f"it lacks {', '.join(missing)}", do)
+        raise Incompatible(f"the manifest of {bundle.path} lacks {', '.join(missing)}", hint=hint)
 
 
 def check(bundle: Bundle, look_at_gpu: bool) -> None:
@@ -76,9 +76,8 @@ def check(bundle: Bundle, look_at_gpu: bool) -> None:
     differing = host_check.differing(host_check.parts(served(bundle), look_at_gpu=look_at_gpu))
     if differing:
         raise Incompatible(
-            f"a bundle for this host, not {bundle.path}",
-            host_check.say(differing),
-            "build one for it (aot-cache build)",
+            f"bundle {bundle.path} is not for this host: {host_check.say(differing)}",
+            hint="build one for this host (aot-cache build)",
         )
 
 
@@ -86,9 +85,9 @@ def check_gpu(bundle: Bundle) -> None:
     """Raises Incompatible for a bundle that is for a GPU where there is none: nothing of it would be used."""
     if not _on_cpu(bundle) and not torch_capture.cuda_is_up() and not host_gpu.gpu_here():
         name = served(bundle).target["name"]
-        wanted = f"a GPU for {bundle.path}, which is for {name}"
         raise Incompatible(
-            wanted, "there is none here, or it is hidden", "build for the target cpu, or serve where it is"
+            f"no GPU is visible here, and {bundle.path} is for {name}",
+            hint="build for the target cpu, or serve where the GPU is",
         )
 
 
@@ -100,14 +99,16 @@ def check_torch(bundle: Bundle) -> None:
 def _check_releases(bundle: Bundle, what: str) -> None:
     why = tested.refused_here(what, _on_cpu(bundle))
     if why:
-        wanted = f"releases under which the {what} of {bundle.path} can be served"
-        raise Incompatible(wanted, why, f"update aot-cache, or set {UNTESTED}=1 to try")
+        text = f"the {what} of {bundle.path} cannot be served with the releases that are installed: {why}"
+        raise Incompatible(text, hint=f"update aot-cache, or set {UNTESTED}=1 to try")
 
 
 def doubt(bundle: Bundle) -> str:
     """What speaks against trusting what is installed with this bundle, in one line; empty where it was tested."""
     said = tested.doubt_here(_on_cpu(bundle))
-    return f"{said}; it may miss, or compile where it should not; {UNTESTED}=1 takes that upon you" if said else ""
+    return (
+        f"{said}; the bundle may miss, or compile when it should not; set {UNTESTED}=1 to accept that" if said else ""
+    )
 
 
 def _on_cpu(bundle: Bundle) -> bool:

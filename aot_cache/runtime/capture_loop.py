@@ -74,7 +74,7 @@ def before_capture(
     text = rank_agreement.say(no)
     alike = len(no) == len(said) and len({(one["batch"], one["hits"]) for one in said.values()}) == 1
     if mixed == "error" and not alike:
-        others = "the other ranks could go" if len(no) < len(said) else ""
+        others = "see why on these ranks: the others could capture it" if len(no) < len(said) else ""
         raise RankDisagreement(f"every rank to capture {key}, or none", text, others)
     return Decision("drop", text)
 
@@ -90,7 +90,9 @@ def after_capture(key: str, *, group: object = None, timeout: float = rank_agree
         DeclarationError: there was no `before_capture` for this key.
     """
     if key not in _before:
-        raise DeclarationError(f"before_capture({key!r}) first", "it was not called for this key")
+        raise DeclarationError(
+            f"after_capture({key!r}) was called without before_capture({key!r})", hint="call before_capture first"
+        )
     mine = _misses_since(key)
     said = rank_agreement.of(group).gather(mine, f"captured {key}", timeout)
     missed = {rank: "; ".join(one) for rank, one in said.items() if one}
@@ -112,7 +114,7 @@ def _misses_since(key: str) -> list[str]:
 
 
 def _reason(one: Mapping[str, Json]) -> str:
-    what = "batch is None" if not one["batch"] else "not all of it is installed"
+    what = "batch is None" if not one["batch"] else "not everything that it needs is installed"
     return f"{what} ({one['why']})" if one["why"] else what
 
 

@@ -70,7 +70,7 @@ def will_hit(what: object, point: Mapping[str, int]) -> Hit:
                 missing = one.missing or loader.missed_before(one.name, case.name, point)
                 why += [f"{one.name}: {missing}"] if missing else []
     if not known:
-        raise UnknownName(f"a case, compiled function or kernel {name!r} in a loaded bundle", "none has it")
+        raise UnknownName(f"no loaded bundle has a case, compiled function or kernel {name!r}")
     at = ", ".join(f"{dim}={value}" for dim, value in point.items())
     return Hit(covered and not why, list(dict.fromkeys(why)) if covered else [f"{name} is not declared at {at}"])
 

@@ -79,7 +79,7 @@ class Answers:
         elif not self.sets:
             why = "no bundle with graphs is loaded"
         else:
-            why = "; ".join(found[:_REASONS]) or "no graph is of this function"
+            why = "; ".join(found[:_REASONS]) or "there is no graph of this function"
             self._remember(frame, why)
         return why, lambda: self._facts(frame)
 

@@ -146,9 +146,9 @@ class GraphSet:
         """Dynamo's guards and Inductor's code hold the number of the GPU, which was 0 when they were built."""
         if self.on_cpu or torch_capture.device_number() == 0:
             return
-        wanted = f"the first GPU of the process to be the current one, for the graphs of {self.bundle.path}"
-        do = "start each rank with a GPU of its own in CUDA_VISIBLE_DEVICES"
-        raise Incompatible(wanted, f"GPU {torch_capture.device_number()} is", do)
+        expected = f"GPU 0 as the current GPU of the process, for the graphs of {self.bundle.path}"
+        hint = "start each rank with a GPU of its own in CUDA_VISIBLE_DEVICES"
+        raise Incompatible(expected, f"GPU {torch_capture.device_number()}", hint)
 
     def _check(self, number: int, frame: Frame) -> tuple[object, str]:
         """(guard manager, "") when the call may run this graph, else (None, why not)."""
@@ -166,17 +166,17 @@ class GraphSet:
     def _differs(self, number: int, graph: ServedGraph, frame: Frame) -> str:
         """How the call differs from what was built, as far as it can be told without guards."""
         if frame.module != graph.module:
-            return f"it is a function of {graph.module}, and this one of {frame.module}"
+            return f"its function is of module {graph.module}, but this one is of {frame.module}"
         if frame.wrapping != graph.wrapping:
-            return f"it was built for torch.compile with {graph.wrapping}, and this is {frame.wrapping}"
+            return f"it was built for torch.compile with {graph.wrapping}, but this is {frame.wrapping}"
         rank = graph.rank
         if rank not in (None, torch_ranks.own_or_first()):
-            return f"it was built for rank {rank}, and this is rank {torch_ranks.own_or_first()}"
+            return f"it was built for rank {rank}, but this is rank {torch_ranks.own_or_first()}"
         mode = dynamo_globals.mode()
         if graph.mode.partition(" ")[0] != mode:
-            return f"it was built for mode {graph.mode!r}, and this is {mode!r}"
+            return f"it was built for mode {graph.mode!r}, but this is {mode!r}"
         if frame.fullgraph and graph.resumes:
-            return "it has a graph break, and fullgraph=True was asked for"
+            return "it has a graph break, but fullgraph=True is set"
         found = dynamo_globals.settings()
         if hashlib.sha256(found.encode()).hexdigest() != graph.settings:
             return self._changed_settings(graph.settings, found)

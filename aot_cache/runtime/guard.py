@@ -14,6 +14,7 @@ counted as unsafe. On ROCm, where that would be recorded wrongly without a sign,
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from aot_cache.upstream.hooks.triton_miss import GoOn, Launch
     from aot_cache.upstream.hooks.triton_tuner_miss import Tuning
 
+_LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 Facts = Callable[[], "Mapping[str, Json] | None"]
 _COUNTED = {
@@ -39,7 +41,7 @@ _COUNTED = {
     "unsafe": "unsafe",
     "refused": "refused",
 }
-_DO = "declare it (aot-cache build --misses FILE), or set another policy"
+_HINT = "declare it (aot-cache build --misses FILE), or set another policy"
 
 
 class Guard:
@@ -65,6 +67,7 @@ class Guard:
         self._later: list[Callable[[], None]] = []
         self._here = threading.local()
         self._warned: set[str] = set()
+        self._logged: set[str] = set()
         self._lock = threading.Lock()
 
     def count(self, kind: str, name: str) -> None:
@@ -78,12 +81,14 @@ class Guard:
         from aot_cache.upstream.hooks import dynamo_frames
 
         in_capture, own = self._state(policy.place_of(frame.code))
-        unknown: tuple[str, Facts] = ("it could not be found out", lambda: None)
+        unknown: tuple[str, Facts] = ("the reason is unknown", lambda: None)
         why, facts = _or(unknown, lambda: self._reasons(frame))
         action = self._action(own, in_capture, "eager")
         self._note("graph", frame.function, in_capture, action, why, facts)
         if action == "refused":
-            return dynamo_frames.refuse(CacheMiss(f"a graph for {frame.function}{_when(in_capture)}", why, _DO))
+            return dynamo_frames.refuse(
+                CacheMiss(f"no graph for {frame.function}{_when(in_capture)}: {why}", hint=_HINT)
+            )
         if action == "eager":
             return dynamo_frames.run_without_compiling()
         with self._decided():
@@ -105,12 +110,13 @@ class Guard:
         action = self._action(own, in_capture, "unsafe" if twin is None else "twin")
         nearest = _or(None, launch.nearest)
         differences = nearest.differences if nearest is not None else []
-        why = "; ".join(differences) or "no specialization of it is there"
+        why = "; ".join(differences) or "no specialization of it is installed"
         facts: Facts = lambda: {"unit": launch.unit(), "nearest": differences}  # noqa: E731
         self._note("kernel", launch.name, in_capture, action, why, facts)
         if action == "refused":
-            wanted = f"a specialization of {launch.name} for ({launch.text}){_when(in_capture)}"
-            raise CacheMiss(wanted, f"the nearest is for ({nearest.text}): {why}" if nearest is not None else why, _DO)
+            what = f"no specialization of {launch.name} for ({launch.text}){_when(in_capture)}"
+            why = f"the nearest is for ({nearest.text}): {why}" if nearest is not None else why
+            raise CacheMiss(f"{what}: {why}", hint=_HINT)
         if action == "twin" and twin is not None:
             from aot_cache.upstream.hooks import triton_miss
 
@@ -125,8 +131,8 @@ class Guard:
         from aot_cache.upstream.hooks import capture_mode, triton_miss
 
         self._warn_once(
-            f"the Triton kernel {launch.name} was compiled inside a CUDA graph capture; declare it, "
-            "or give it a twin (aot_cache.fallback)"
+            f"the Triton kernel {launch.name} was compiled inside a CUDA graph capture; hint: declare it, "
+            "or give it an eager fallback (aot_cache.fallback)"
         )
         with self._decided(), capture_mode.relaxed():
             kernel = go_on()
@@ -149,10 +155,10 @@ class Guard:
         action = self._action(own, in_capture, "first config")
         if action == "first config" and there is None and policy.twin_of(place):
             return 0  # its twin is about to run, and to be counted, whatever the config
-        why = f"no choice for {tuning.key}"
+        why = f"no config is chosen for {tuning.key}"
         self._note("tuning", tuning.name, in_capture, action, why, tuning.to_json)
         if action == "refused":
-            raise CacheMiss(f"a choice of the autotuner of {tuning.name}{_when(in_capture)}", why, _DO)
+            raise CacheMiss(f"the autotuner of {tuning.name} would measure{_when(in_capture)}: {why}", hint=_HINT)
         return (there or 0) if action == "first config" else None
 
     @contextlib.contextmanager
@@ -166,15 +172,15 @@ class Guard:
         if action == "compiled" or self._here.__dict__.pop("observed", False):
             yield
             return
-        self._note("load", name, in_capture, action, "it is compiled and was not loaded before", dict)
+        self._note("load", name, in_capture, action, "it is compiled, but not loaded yet", dict)
         if action == "refused":
-            raise CacheMiss(f"the kernel {name} to be loaded{_when(in_capture)}", "it is compiled only", _DO)
+            raise CacheMiss(f"kernel {name} is compiled, but not loaded{_when(in_capture)}", hint=_HINT)
         if action == "observed":
             yield
             return
         from aot_cache.upstream.hooks import capture_mode
 
-        self._warn_once(f"the kernel {name} was loaded inside a CUDA graph capture; launch it, or declare it, before")
+        self._warn_once(f"the kernel {name} was loaded inside a CUDA graph capture; hint: launch or declare it before")
         with capture_mode.relaxed():
             yield
 
@@ -186,10 +192,10 @@ class Guard:
         action = self._action(own, in_capture, "first config")
         if action == "compiled":
             return False
-        why = "its configs were not measured"
+        why = "its configs are not measured"
         self._note("tuning", name, in_capture, action, why, dict)
         if action == "refused":
-            raise CacheMiss(f"a choice between the configs of {name}{_when(in_capture)}", why, _DO)
+            raise CacheMiss(f"kernel {name} would measure its configs{_when(in_capture)}", hint=_HINT)
         return action == "first config"
 
     # --- captures -----------------------------------------------------------------------------------------------------
@@ -227,6 +233,7 @@ class Guard:
     def forget_warnings(self) -> None:
         """Say everything once more (tests)."""
         self._warned.clear()
+        self._logged.clear()
 
     # --- words --------------------------------------------------------------------------------------------------------
 
@@ -247,6 +254,10 @@ class Guard:
         if action in _COUNTED:
             self._ledger.note(_COUNTED[action], name, in_capture)
         self._misses.note(Miss(kind, name, in_capture, self._ledger.sealed, action, why), facts)
+        if self._ledger.sealed and name not in self._logged:
+            self._logged.add(name)
+            where = ", inside a CUDA graph capture" if in_capture else ""
+            _LOG.warning("%s %s missed after seal()%s (action: %s): %s", kind, name, where, action, why)
 
     def _warn_once(self, text: str) -> None:
         if text not in self._warned:

@@ -44,7 +44,7 @@ def native() -> tuple[Target, list[Difference]]:
 
 def _device() -> Target:
     """Device 0 as torch and triton see it, under an id made from its name."""
-    do = "name a target of the table, or run this where torch and triton can use a GPU"
+    hint = "name a target of the table, or run this where torch and triton can use a GPU"
     try:
         # Here and not above: importing this module must not cost two seconds, nor touch the GPU.
         import torch
@@ -52,16 +52,18 @@ def _device() -> Target:
 
         from aot_cache.upstream.codec.triton_kernel import device_limits
     except ImportError as error:
-        raise TargetError("the GPU of this machine", f"{error}", do) from error
+        raise TargetError(f"this machine's GPU cannot be used: {error}", hint=hint) from error
     if not torch.cuda.is_available():
-        raise TargetError("the GPU of this machine", f"torch {torch.__version__} finds none", do)
+        raise TargetError(f"this machine's GPU cannot be used: torch {torch.__version__} finds none", hint=hint)
     try:
         properties = torch.cuda.get_device_properties(0)
         limits = device_limits(0)
         source = f"read from the device with torch {torch.__version__} and triton {triton.__version__}"
         return _from_device(properties, limits, "hip" if torch.version.hip else "cuda", source)
     except (RuntimeError, AttributeError, KeyError) as error:
-        raise TargetError("the GPU of this machine", f"its properties cannot be read: {error}", do) from error
+        raise TargetError(
+            f"this machine's GPU cannot be used: its properties cannot be read: {error}", hint=hint
+        ) from error
 
 
 def _from_device(properties: Any, limits: Mapping[str, Any], backend: str, source: str) -> Target:

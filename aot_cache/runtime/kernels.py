@@ -257,7 +257,7 @@ class KernelSet:
         found |= {self._hidden[number]} if number in self._hidden else set()
         if len(found) > 1:
             what = ", ".join(sorted({name for hidden in found for name, _ in hidden}))
-            return f"{len(found)} kernels of this name cannot be told apart: they differ in {what}"
+            return f"{len(found)} kernels have this name and differ only in {what}"
         for hidden in found:
             self._hidden[number] = hidden
         return ""
@@ -302,7 +302,7 @@ class KernelSet:
         same_kind = torch_capture.device_name() == self.manifest.target["name"]
         for tuning in tunings:
             config = self._config(tuning, same_kind)
-            why = "no candidate of it compiled and fits" if config is None else ""
+            why = "none of its candidates compiled and fits" if config is None else ""
             if config is not None:
                 why = triton_kernel.choose(tuners[tuning.tuner], tuning.key, config)
             if why:

@@ -72,7 +72,7 @@ class Misses:
                     self._write(path, miss, found)
             except Exception as error:  # the call goes on, whatever becomes of its record
                 self._cannot_write = isinstance(error, OSError)
-                self._warn(f"aot-cache could not write a miss of {miss.name} to {path}: {error}")
+                self._warn(f"aot-cache cannot write the miss of {miss.name} to {path}: {error}")
 
     def count_in_capture(self) -> int:
         """How many there were inside captures."""
@@ -114,6 +114,6 @@ def append(path: str, line: str) -> None:
         data = (line + "\n").encode()
         written = os.write(handle, data)
         if written != len(data):  # a full disk: a reader skips the half line
-            raise OSError(28, "no space left for a whole line")
+            raise OSError(28, "no space left on device")
     finally:
         os.close(handle)

@@ -122,7 +122,9 @@ def fallback(kernel: object) -> Callable[[T], T]:
     place = place_of(kernel)
     names = set(getattr(kernel, "arg_names", ()))
     if not names:
-        raise DeclarationError("a Triton kernel to give a twin to", f"a {type(kernel).__name__}")
+        raise DeclarationError(
+            "a Triton kernel that gets an eager fallback", f"an object of type {type(kernel).__name__}"
+        )
 
     def decorate(twin: T) -> T:
         parameters = inspect.signature(twin).parameters  # type: ignore[arg-type]  # it is called below
@@ -133,8 +135,8 @@ def fallback(kernel: object) -> Callable[[T], T]:
         )
         if [n for n in unknown if n in taken or parameters[n].kind is inspect.Parameter.POSITIONAL_ONLY]:
             raise DeclarationError(
-                f"a twin that takes arguments of the kernel ({', '.join(sorted(names))}), or grid",
-                f"it takes {', '.join(unknown)}",
+                f"an eager fallback that takes arguments of the kernel ({', '.join(sorted(names))}), or grid",
+                f"one that takes {', '.join(unknown)}",
                 "name its parameters as the kernel's",
             )
         accepted = frozenset(names if takes_all else taken & (names | {"grid"}))
@@ -152,7 +154,7 @@ def place_of(what: object) -> Place:
     """
     code = what if isinstance(what, types.CodeType) else unwrapping.code_of(what)
     if code is None:
-        raise DeclarationError("a function, a module or a Triton kernel", f"a {type(what).__name__}")
+        raise DeclarationError("a function, a module or a Triton kernel", f"an object of type {type(what).__name__}")
     lines = [line for _, _, line in code.co_lines() if line]
     return Place(code.co_filename, code.co_firstlineno, max([code.co_firstlineno, *lines]))
 

@@ -52,7 +52,7 @@ def agree_all(ok: bool, what: str, *, why: str = "", group: object = None, timeo
     said = of(group).gather({"ok": bool(ok), "why": why}, what, timeout)
     no = {rank: one["why"] or "no" for rank, one in said.items() if not one["ok"]}
     if no:
-        raise RankDisagreement(f"every rank to agree on {what}", say(no), "the other ranks say yes")
+        raise RankDisagreement(f"every rank to agree on {what}", say(no), "see why on these ranks: the others agree")
 
 
 def agree_same(value: str, what: str, *, group: object = None, timeout: float = TIMEOUT) -> None:
@@ -108,11 +108,13 @@ class Ranks:
                         self._board.remove(self._key(old, self.own))
             except RuntimeError as error:
                 raise RankDisagreement(
-                    f"to agree with {_list(self.members)} on {what}", f"their store is gone: {one_line(error)}"
+                    f"cannot agree on {what} with {_list(self.members)}: their store is gone: {one_line(error)}"
                 ) from error
         elsewhere = {rank: f"at {one['what']!r}" for rank, one in said.items() if one["what"] != what}
         if elsewhere:
-            raise RankDisagreement(f"every rank to be at {what!r}", say(elsewhere), "they must ask in the same order")
+            raise RankDisagreement(
+                f"every rank to be at {what!r}", say(elsewhere), "call in the same order on every rank"
+            )
         return {rank: one["value"] for rank, one in said.items()}
 
     @contextmanager
@@ -138,13 +140,12 @@ class Ranks:
             gone = [rank for rank in self.members if board.has(self._gone(rank))] if pause > _LONGEST else []
             if gone:
                 told = board.get([self._gone(rank) for rank in gone])
-                raise RankDisagreement(f"every rank to come to {what}", say(dict(zip(gone, told))))
+                raise RankDisagreement(f"a rank gave up before {what}: {say(dict(zip(gone, told)))}")
             if time.monotonic() > deadline:
                 silent = [rank for rank, key in zip(self.members, keys) if not board.has(key)]
                 raise RankDisagreement(
-                    f"every rank to come to {what}",
-                    f"no answer from {_list(silent)} within {timeout:g} s",
-                    "see their logs: they are dead, hang, or took another way",
+                    f"no answer to {what} from {_list(silent)} within {timeout:g} s",
+                    hint="see their logs: they died, hang, or took a different code path",
                 )
             time.sleep(min(pause, _LONGEST))
             pause *= 1.5

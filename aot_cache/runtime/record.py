@@ -103,7 +103,7 @@ def run_command(command: list[str], out: Path, name: str) -> tuple[int, Plan]:
         try:
             code = subprocess.call(command, env=environment)
         except OSError as error:
-            raise DeclarationError(f"to run {command[0]!r}", error.strerror or str(error)) from error
+            raise DeclarationError(f"cannot run {command[0]!r}: {error.strerror or error}") from error
         plans = [Plan.read(path) for path in sorted(Path(folder).glob("*.json"))]
         plan = merge(plan for plan in plans if plan.units)
     plan.write(out)
@@ -142,5 +142,5 @@ def _target_id() -> str:
     from aot_cache.runtime import host_gpu
 
     if not torch_capture.cuda_is_up():
-        raise DeclarationError("a recording on a GPU", "kernels were launched and CUDA is not up")
+        raise DeclarationError("kernels were launched, but CUDA is not initialised", hint="record on a GPU")
     return host_gpu.native()[0].id

@@ -7,6 +7,7 @@ its first capture, or at the first launch that would have compiled, whichever co
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from aot_cache.runtime.graphs import GraphSet  # imports Dynamo
     from aot_cache.upstream.hooks.dynamo_frames import Frame
 
+_LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -135,13 +137,15 @@ class Session:
                 self.prime()
             self._prime_libraries()
         reports = [kernels.report for kernels in self._kernels]
+        primed, units = sum(r.primed for r in reports), sum(r.units for r in reports)
+        graphs = sum(found.loaded.primed for found in self.graphs())
+        _LOG.info("ready: %d of %d specializations and %d compiled graphs are loaded", primed, units, graphs)
         if strict:
             missing = self._missing(reports)
             if missing or not all(r.devices or not r.units for r in reports):
                 raise NotReady(
-                    "everything declared to be installed",
-                    "; ".join(missing) or "CUDA is not initialised",
-                    "see aot_cache.stats(), and build again if sources changed",
+                    f"not all that is declared is installed: {'; '.join(missing) or 'CUDA is not initialised'}",
+                    hint="see aot_cache.stats(), and build again if sources changed",
                 )
         return reports
 
@@ -191,7 +195,7 @@ class Session:
         """
         self._hook_dynamo()
         if self._answers is None:
-            raise Incompatible("a Dynamo whose misses can be looked at", "it could not be hooked (see the warning)", "")
+            raise Incompatible("the misses of this Dynamo cannot be explained", hint="see the warning about its hooks")
         return self._answers.explain(call)
 
     def _add(self, path: Path, digest: str | None, strict: bool) -> KernelSet:
@@ -208,12 +212,14 @@ class Session:
                 self._waiting_graphs.append(kernels)
                 if self._answers is not None:  # Dynamo is here already
                     self._add_graphs(self._answers)
+        counts = kernels.report.units, len(kernels.manifest.graphs)
+        _LOG.info("loaded %s (digest %s): %d specializations, %d graphs", bundle.path, bundle.digest[:16], *counts)
         return kernels
 
     def _heed(self, doubt: str, strict: bool) -> None:
         """Warn of releases that nobody tested, once in a process; an error where nothing may be left to chance."""
         if doubt and strict:
-            raise Incompatible("releases that this aot-cache was tested with", doubt, "")
+            raise Incompatible(doubt)
         if doubt and doubt not in self._doubts:
             self._doubts.add(doubt)
             self._warn(f"aot-cache: {doubt}")
@@ -231,7 +237,7 @@ class Session:
         self.ledger.note("rejected_bundle", str(error), torch_capture.capturing())
         if strict:
             raise error
-        self._warn(f"aot-cache serves without its bundle: {error}")
+        self._warn(f"aot-cache serves without a bundle: {error}")
 
     def _add_graphs(self, answers: Answers) -> None:
         """Make the graphs of waiting bundles known to Dynamo's misses. What is not for this host is refused, once."""
@@ -244,8 +250,8 @@ class Session:
                 bundle_lookup.check_torch(bundle)
                 parts = host_check.differing(host_check.graph_parts(served(bundle)))
                 if parts:
-                    do = "build for it (aot-cache build)"
-                    raise Incompatible(f"graphs for this host, not those of {bundle.path}", host_check.say(parts), do)
+                    what = f"the graphs of {bundle.path} are not for this host: {host_check.say(parts)}"
+                    raise Incompatible(what, hint="build them for this host (aot-cache build)")
                 answers.sets.append(GraphSet(bundle, self.ledger, kernels.strict))
             except Exception as error:
                 self._refuse(error, kernels.strict)
@@ -341,7 +347,7 @@ class Session:
         try:
             cuda_libraries.prime()
         except Exception as error:  # out of memory, a library that is missing: the model says it better
-            self._warn(f"aot-cache could not prime CUDA's libraries before a capture: {error}")
+            self._warn(f"aot-cache could not initialise CUDA's libraries before a capture: {error}")
 
     def _late(self, function: object, name: str, device: int) -> bool:
         """A launch is about to compile, or to tune: install what is still waiting for this device; true when anything was."""

@@ -85,12 +85,12 @@ def probe_writable(folder: Path) -> None:
 def unwritable(path: Path, error: OSError) -> StoreUnwritable:
     """The error to raise when the system's `error` kept something from being written at `path`."""
     default = (error.strerror or str(error), "choose another folder")
-    found, do = _REASONS.get(error.errno or 0, default)
-    return StoreUnwritable(f"to write {path}", found, do)
+    why, hint = _REASONS.get(error.errno or 0, default)
+    return StoreUnwritable(f"cannot write {path}: {why}", hint=hint)
 
 
 @contextmanager
-def open_regular(path: Path) -> Iterator[tuple[io.FileIO, int]]:
+def open_regular(path: Path, what: str = "bundle") -> Iterator[tuple[io.FileIO, int]]:
     """Open an ordinary file for reading; yields the unbuffered file and its size in bytes.
 
     A folder, pipe or device is refused without waiting on it. Symbolic links are followed: what is read is judged by
@@ -108,16 +108,18 @@ def open_regular(path: Path) -> Iterator[tuple[io.FileIO, int]]:
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise BundleCorrupt(f"an ordinary file at {path}", "it is a folder, pipe or device", "name a file")
+                raise BundleCorrupt(
+                    f"{path} is a folder, pipe or device, not a file", hint=f"name the file of a {what}"
+                )
             with io.FileIO(descriptor, "r", closefd=False) as file:
                 yield file, status.st_size
         finally:
             os.close(descriptor)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise BundleMissing(f"a file at {path}", "there is none", "build it, or correct the path") from error
+        raise BundleMissing(f"no {what} at {path}", hint="build it, or correct the path") from error
     except OSError as error:
-        found = error.strerror or str(error)
-        raise StoreError(f"to read {path}", found, "make it readable for this user") from error
+        why = error.strerror or str(error)
+        raise StoreError(f"cannot read {path}: {why}", hint="make it readable for this user") from error
 
 
 def _temporary_name(folder: Path) -> Path:

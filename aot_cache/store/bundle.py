@@ -94,7 +94,9 @@ class _Body:
             found = self._digests.get(number)
             return found if found is not None else self._parts[number].result()
         except OSError as error:
-            raise StoreError(f"to read {path}", error.strerror or str(error), "copy it to a local disk") from error
+            raise StoreError(
+                f"cannot read {path}: {error.strerror or error}", hint="copy it to a local disk"
+            ) from error
 
     def wait(self) -> None:
         """Until the threads no longer use the file."""
@@ -203,7 +205,9 @@ class Bundle:
                     break
                 data += more
         except OSError as error:
-            raise StoreError(f"to read {self.path}", error.strerror or str(error), "copy it to a local disk") from error
+            raise StoreError(
+                f"cannot read {self.path}: {error.strerror or error}", hint="copy it to a local disk"
+            ) from error
         return data  # a file that was shortened gives fewer bytes, which do not hash to the name
 
 
@@ -224,7 +228,7 @@ def write_bundle(path: str | os.PathLike[str], manifest: Mapping[str, Any], obje
     path = Path(path)
     for name, data in objects.items():
         if hashlib.sha256(data).hexdigest() != name:
-            raise BundleCorrupt(f"to write {path}", f"the bytes of object {name!r} do not hash to its name")
+            raise BundleCorrupt(f"cannot write {path}: the bytes of object {name!r} do not hash to its name")
     sizes = {name: len(data) for name, data in objects.items()}
     text = _canonical({**manifest, "objects": sizes})
     if _canonical(_parse(text)) != text:  # keys that are numbers become strings, and may then sort or meet otherwise
@@ -232,8 +236,8 @@ def write_bundle(path: str | os.PathLike[str], manifest: Mapping[str, Any], obje
     ordered = [objects[name] for name in sorted(objects)]
     header = _header(text, sizes, _part_digests(b"".join(ordered)))
     if len(header) - _PREFIX > MAX_HEADER:
-        found = f"the header would have {len(header):,} bytes, and {MAX_HEADER:,} are allowed"
-        raise StoreError(f"to write {path}", found, "make more than one bundle")
+        why = f"its header would have {len(header):,} bytes, more than the {MAX_HEADER:,} that are allowed"
+        raise StoreError(f"cannot write {path}: {why}", hint="split it into several bundles")
     write_atomic(path, b"".join([header, *ordered]))
     return hashlib.sha256(header).hexdigest()
 
@@ -286,12 +290,12 @@ def _read_header(path: Path, header: bytes, size: int, digest: str | None) -> tu
         _refuse(path, f"it has {size - len(header):,} bytes of objects, and its manifest says {wanted:,}")
     actual = hashlib.sha256(header).hexdigest()
     if digest is not None and digest != actual:
-        raise DigestMismatch(f"the bundle {digest} at {path}", f"it is {actual}", "install or pin the right one")
+        raise DigestMismatch(f"bundle {digest} at {path}", f"bundle {actual}", "install or pin the right one")
     return manifest, part_digests, actual
 
 
 def _refuse(path: Path, found: str) -> NoReturn:
-    raise BundleCorrupt(f"a sound bundle at {path}", found, "copy or build it again")
+    raise BundleCorrupt(f"bundle {path} is damaged: {found}", hint="copy or build it again")
 
 
 def _canonical(value: Any) -> str:

@@ -64,12 +64,16 @@ class Store:
             StoreError: the file cannot be read.
         """
         if not _DIGEST.fullmatch(digest):
-            raise BundleMissing(f"the object {digest!r}", "that is no sha256", "name it by 64 lower-case hex digits")
+            raise BundleMissing(
+                "a sha256 as the name of an object", repr(digest), "name it by 64 lower-case hex digits"
+            )
         path = self._object(digest)
-        with open_regular(path) as (file, _):
+        with open_regular(path, "object") as (file, _):
             data = file.readall()
         if hashlib.sha256(data).hexdigest() != digest:
-            raise BundleCorrupt(f"the object {path}", "its bytes do not hash to its name", "remove it and build again")
+            raise BundleCorrupt(
+                f"object {path} is damaged: its bytes do not hash to its name", hint="remove it and build again"
+            )
         return data
 
     def has(self, digest: str) -> bool:
@@ -128,8 +132,8 @@ class Store:
             lock = FileLock(path, is_singleton=True)
             lock.acquire(timeout=timeout)
         except Timeout as error:
-            found = f"another writer has held it for {timeout:g} s"
-            raise StoreUnwritable(f"the lock {path}", found, "wait for it or end it") from error
+            what = f"cannot lock {path}: another writer has held the lock for {timeout:g} s"
+            raise StoreUnwritable(what, hint="wait for that process, or end it") from error
         except OSError as error:
             raise unwritable(path, error) from error
         try:
@@ -152,8 +156,8 @@ class Store:
     def _record(self, kind: str, key: str) -> Path:
         for name in (kind, key):
             if not _NAME.fullmatch(name):
-                do = "use up to 200 letters, digits, '.', '_' and '-'"
-                raise StoreError("a record's kind and key that can be file names", repr(name), do)
+                hint = "use up to 200 letters, digits, '.', '_' and '-'"
+                raise StoreError("a file name as a record's kind or key", repr(name), hint)
         return self._home / "records" / kind / f"{key}.json"
 
 

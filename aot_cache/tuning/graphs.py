@@ -83,4 +83,4 @@ def case_of(recipe: Recipe, name: str) -> Case:
     for case in recipe.cases:
         if case.name == name:
             return case
-    raise TuneError(f"case {name!r} in recipe {recipe.name!r}", "it is not there any more", "build the bundle again")
+    raise TuneError(f"recipe {recipe.name!r} no longer has case {name!r}", hint="build the bundle again")

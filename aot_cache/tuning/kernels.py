@@ -70,7 +70,8 @@ def ready(*, strict: bool = False, tune: bool = False) -> list[Report]:
     if tune:
         if not torch_capture.cuda_is_up() or torch_capture.capturing():
             raise TuneError(
-                "to tune before the first capture", "CUDA is not up, or a capture is active", "call it earlier"
+                "cannot tune: CUDA is not initialised, or a capture is active",
+                hint="call ready(tune=True) once CUDA is initialised and before the first capture",
             )
         for kernels in loader.loaded():
             manifest = whole(kernels.bundle)
@@ -104,14 +105,12 @@ def tune(bundle_path: Path, out: Path, *, prune: bool, points: int, progress: Pr
 
     bundle = read_bundle(bundle_path)
     if not torch.cuda.is_available():
-        raise TuneError("a GPU to tune on", "none", "run this on the kind of GPU that serves")
+        raise TuneError("no GPU to tune on", hint="run this on the kind of GPU that serves")
     torch.zeros(1, device="cuda")  # brings CUDA up
     name = torch_capture.device_name()
     manifest = whole(bundle)
     if name != manifest.target["name"]:
-        raise TuneError(
-            f"a {manifest.target['name']}", f"a {name}", "choices are measured on the kind of GPU that serves"
-        )
+        raise TuneError(f"a {manifest.target['name']}", f"a {name}", "run this on the kind of GPU that serves")
     before = _clocks()
     recipes.load(manifest.spec)  # its modules are imported, so that every kernel is installed
     report = loader.load(bundle_path, strict=True)

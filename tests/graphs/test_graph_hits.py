@@ -257,11 +257,11 @@ def test_tensors_from_inside_and_outside_of_inference_mode(what: str, modes: dic
 
 
 OTHER_MODES = {
-    "inference under no_grad": "built for mode 'inference', and this is 'no_grad'",
-    "inference under grad": "built for mode 'inference', and this is 'grad'",
-    "no_grad under inference": "built for mode 'no_grad', and this is 'inference'",
-    "no_grad under grad": "built for mode 'no_grad', and this is 'grad'",
-    "grad under no_grad": "built for mode 'grad', and this is 'no_grad'",
+    "inference under no_grad": "built for mode 'inference', but this is 'no_grad'",
+    "inference under grad": "built for mode 'inference', but this is 'grad'",
+    "no_grad under inference": "built for mode 'no_grad', but this is 'inference'",
+    "no_grad under grad": "built for mode 'no_grad', but this is 'grad'",
+    "grad under no_grad": "built for mode 'grad', but this is 'no_grad'",
     "no_grad, parameters that require grad": " requires grad",
     "grad, nothing requires it": " requires grad",
     "no_grad, autocast": "GLOBAL_STATE changed: autocast",

@@ -365,7 +365,9 @@ def test_source_that_changed_where_it_is_inlined_misses(moved: dict[str, Any]) -
 
 def test_a_function_of_the_same_name_and_text_in_another_module_misses(moved: dict[str, Any]) -> None:
     assert missed(moved["same text"])
-    assert "it is a function of sample_twin_one, and this one of sample_twin_three" in moved["same text"]["why"]
+    assert (
+        "its function is of module sample_twin_one, but this one is of sample_twin_three" in moved["same text"]["why"]
+    )
 
 
 def test_source_that_changed_misses(moved: dict[str, Any]) -> None:

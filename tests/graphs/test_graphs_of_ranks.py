@@ -58,8 +58,10 @@ def test_the_build_says_where_the_number_comes_from(job: OfRanks) -> None:
 def test_a_rank_whose_code_fails_is_named(job: OfRanks) -> None:
     """Nothing else is declared, so there is nothing to build; what the first two ranks do says nothing of the third."""
     run = job.project.build("sample_ranks:broken", more=("--ranks", str(RANKS)))
-    assert run.returncode == 3 and run.stderr.splitlines()[-1].startswith(
-        "aot-cache: case 'late' to run at n=4, as rank 2; RuntimeError: the last stage has no such layer ("
+    error = next(line for line in run.stderr.splitlines() if line.startswith("error: "))
+    assert run.returncode == 3
+    assert error.startswith(
+        "error: case 'late' at n=4, as rank 2: its code raised RuntimeError: the last stage has no such layer ("
     )
 
 
@@ -117,5 +119,5 @@ def test_each_rank_runs_its_own(job: OfRanks, rank: int) -> None:
     """Under policy `error`: with another rank's graph the numbers would be wrong, without one it would raise."""
     facts = job.project.serve(SERVE, job.bundle, AS=str(rank))
     assert facts["apart"] < 1e-3 and facts["stats"]["misses"] == []
-    others = [f"it was built for rank {other}, and this is rank {rank}" for other in range(RANKS) if other != rank]
+    others = [f"it was built for rank {other}, but this is rank {rank}" for other in range(RANKS) if other != rank]
     assert [why for why in facts["why"] if why in others] == others

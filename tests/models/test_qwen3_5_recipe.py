@@ -94,9 +94,9 @@ def test_types_of_models_that_are_installed() -> None:
 
 
 def test_errors_are_those_of_settings() -> None:
-    with pytest.raises(UnknownName, match="a size '2b'"):
+    with pytest.raises(UnknownName, match="unknown size '2b'"):
         shipped.recipe(size="2b")
-    with pytest.raises(DeclarationError, match="--spec to be one of"):
+    with pytest.raises(DeclarationError, match="as --spec, found"):
         shipped.recipe(spec="ngram")
 
 

@@ -84,17 +84,17 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"size": "3b"}, "a size '3b' of qwen3.5"),
-        ({"spec": "eagle"}, "--spec to be one of none, mtp"),
-        ({"spec": ""}, "--spec to be one of none, mtp"),
-        ({"dtype": "int8"}, "--dtype to be one of bfloat16, float16, float32"),
-        ({"max_batch": 0}, "--max-batch of 1 or more"),
+        ({"size": "3b"}, "unknown size '3b' of qwen3.5"),
+        ({"spec": "eagle"}, "expected one of none, mtp as --spec"),
+        ({"spec": ""}, "expected one of none, mtp as --spec"),
+        ({"dtype": "int8"}, "expected one of bfloat16, float16, float32 as --dtype"),
+        ({"max_batch": 0}, "--max-batch of at least 1"),
         ({"num_speculative_tokens": 2}, "--spec mtp with --num-speculative-tokens"),
-        ({"spec": "mtp", "num_speculative_tokens": -1}, "--num-speculative-tokens of 0 or more"),
-        ({"max_model_len": 1}, "--max-model-len of 2 or more"),
-        ({"max_model_len": 3, "spec": "mtp"}, "--max-model-len of 4 or more"),
-        ({"prefill_chunk": 0}, "prefill_chunk of 1 or more"),
-        ({"tp": 0}, "--tp of 1 or more"),
+        ({"spec": "mtp", "num_speculative_tokens": -1}, "--num-speculative-tokens of at least 0"),
+        ({"max_model_len": 1}, "--max-model-len of at least 2"),
+        ({"max_model_len": 3, "spec": "mtp"}, "--max-model-len of at least 4"),
+        ({"prefill_chunk": 0}, "prefill_chunk of at least 1"),
+        ({"tp": 0}, "--tp of at least 1"),
         ({"tp": 4}, "--tp that divides num_key_value_heads = 2"),
         ({"tp": 3, "size": "27b"}, "--tp that divides num_key_value_heads = 4"),
         ({"tp": 4, "size": "35b-a3b"}, "--tp that divides num_key_value_heads = 2"),
@@ -182,8 +182,8 @@ def mixture(*names: str, **more: Json) -> Json:
 @pytest.mark.parametrize(
     ("content", "error"),
     [
-        ("", "a config.json at "),
-        ("{", "a config.json at "),
+        ("", "cannot read config file "),
+        ("{", "cannot read config file "),
         ("[]", "a JSON object in "),
         ("null", "a JSON object in "),
         ({"text_config": None}, "text_config"),
@@ -191,15 +191,18 @@ def mixture(*names: str, **more: Json) -> Json:
         ({}, "model_type None"),
         ({"model_type": "qwen3_next"}, "model_type 'qwen3_next'"),
         ({"model_type": "qwen3_5", "text_config": {"model_type": "llama"}}, "model_type 'llama'"),
-        (without(model_type="qwen3_5_moe_text"), "no moe_intermediate_size, num_experts, num_experts_per_tok, shared"),
-        (mixture("num_experts"), "no num_experts;"),
-        (mixture(model_type="qwen3_5_text"), "no intermediate_size;"),
+        (
+            without(model_type="qwen3_5_moe_text"),
+            "lacks moe_intermediate_size, num_experts, num_experts_per_tok, shared",
+        ),
+        (mixture("num_experts"), "lacks num_experts;"),
+        (mixture(model_type="qwen3_5_text"), "lacks intermediate_size;"),
         (mixture(model_type="qwen3_5_moe_vision"), "model_type 'qwen3_5_moe_vision'"),
         (mixture(num_experts="8"), "num_experts"),
         (mixture(num_experts_per_tok=0), "num_experts_per_tok"),
-        (mixture(num_experts_per_tok=9), "to be at most num_experts = 8"),
-        (without("head_dim"), "no head_dim"),
-        (without("head_dim", "vocab_size", "rope_parameters"), "no head_dim, rope_parameters, vocab_size"),
+        (mixture(num_experts_per_tok=9), "of at most num_experts = 8"),
+        (without("head_dim"), "lacks head_dim"),
+        (without("head_dim", "vocab_size", "rope_parameters"), "lacks head_dim, rope_parameters, vocab_size"),
         (without(num_attention_heads="8"), "num_attention_heads"),
         (without(intermediate_size=None), "intermediate_size"),
         (without(hidden_size=0), "hidden_size"),
@@ -214,14 +217,14 @@ def test_a_config_file_that_is_wrong(content: Json, error: str, tmp_path: Path) 
 
 
 def test_a_config_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DeclarationError, match=r"a config\.json at .*nowhere"):
+    with pytest.raises(DeclarationError, match=r"cannot read config file .*nowhere\.json: No such file"):
         settings(config=str(tmp_path / "nowhere.json"))
 
 
 @pytest.mark.parametrize("name", ["moe_intermediate_size", "shared_expert_intermediate_size"])
 def test_experts_that_cannot_be_split(name: str, tmp_path: Path) -> None:
     path = written(tmp_path, mixture(**{name: 33}))
-    with pytest.raises(DeclarationError, match=f"--tp that divides {name} = 33; --tp 2"):
+    with pytest.raises(DeclarationError, match=f"--tp that divides {name} = 33, found --tp 2"):
         settings(config=path, tp=2)
 
 

@@ -82,7 +82,7 @@ def test_experts_that_transformers_saved(tmp_path: Path) -> None:
     named = load_file(file)
     (one,) = [name for name in named if name.endswith("layers.2.mlp.experts.7.up_proj.weight")]
     for changed, error in (
-        ({}, "a weight model.layers.2.mlp.experts.7.up"),
+        ({}, "no weight model.layers.2.mlp.experts.7.up"),
         ({one: torch.ones(31, 64)}, "of one shape"),
     ):
         save_file({name: value for name, value in named.items() if name != one} | changed, file)
@@ -139,18 +139,18 @@ def refused(folder: str, drafts: int = 1) -> str:
 @pytest.mark.parametrize("name", ["empty", "nowhere"])
 def test_no_files(name: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert refused(str(tmp_path / name)).startswith("*.safetensors in ")
+    assert refused(str(tmp_path / name)).startswith("no *.safetensors in ")
 
 
 def test_a_missing_weight(tmp_path: Path) -> None:
     folder = saved(tmp_path, left_out="mtp.fc.weight")
-    assert refused(folder).startswith("a weight mtp.fc.weight in ")
+    assert refused(folder).startswith("no weight mtp.fc.weight in ")
     assert qwen.serve(make_engine(qwen.tiny(), "cpu", folder), ASKED) == expected(), "nobody asks for the draft"
 
 
 def test_a_weight_of_another_shape(tmp_path: Path) -> None:
     assert refused(saved(tmp_path, **{"model.norm.weight": torch.ones(63)})).startswith(
-        "model.norm.weight of shape [64]; [63]"
+        "expected weight model.norm.weight of shape [64], found [63]"
     )
 
 

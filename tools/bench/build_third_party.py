@@ -89,11 +89,9 @@ def build(recipe: str, target: str, paths: list[str], store: str) -> Json:
             return {"imports": False, **_nothing("it did not end", paths), "seconds": PATIENCE}
         seconds = round(time.perf_counter() - began, 1)
         plan = Path(scratch, "x.plan.json")
-        if not done.stdout.startswith("{"):
-            last = next(
-                (line for line in done.stderr.splitlines() if line.startswith("aot-cache:")), done.stderr[-500:]
-            )
-            imports = "to import" not in last
+        if '"bundles"' not in done.stdout:
+            last = next((line for line in done.stderr.splitlines() if line.startswith("error:")), done.stderr[-500:])
+            imports = "error: cannot import" not in last
             return {"imports": imports, **_nothing(last, paths), "seconds": seconds, "exit": done.returncode}
         said = json.loads(done.stdout)["bundles"][0]
         kernels = sorted({unit["kernel"] for unit in json.loads(plan.read_text())["units"]})

@@ -97,7 +97,7 @@ def plan(found: Plan, path: Path, kernel: str | None = None, points: bool = Fals
     Raises:
         DeclarationError: a value in it has another form than this version writes, or no kernel is called so.
     """
-    with form(DeclarationError, f"a plan of this version at {path}"):
+    with form(DeclarationError, f"plan {path}"):
         facts = {"kind": "plan", "path": str(path), **_common(found, failures(one.failure() for one in found.failed))}
         facts["kernels"] = _kernels(found, _chosen(found, kernel), [])
         facts["grids"] = _grids(found, CALL, facts["calls"])
@@ -166,7 +166,7 @@ def coverage(origin: str, points: int, sampled: Sequence[str], *, failed: int = 
     if rehearsals:
         return rehearsals
     if origin == "recorded" or not points:
-        return "recorded: what ran, nothing else"
+        return "recorded: only what ran"
     return f"enumerated {points} point{'s' if points > 1 else ''}"
 
 
@@ -246,7 +246,8 @@ def _chosen(found: Plan, kernel: str | None) -> set[str]:
     chosen = {name for name in known if kernel is None or kernel in name}
     if kernel is not None and not chosen:
         raise DeclarationError(
-            f"a kernel with {kernel!r} in its name", f"there are {', '.join(sorted(known)) or 'none'}", "name one"
+            f"no kernel has {kernel!r} in its name; known: {', '.join(sorted(known)) or 'none'}",
+            hint="name one of these",
         )
     return chosen
 
@@ -281,17 +282,18 @@ def _specializations(found: Plan, kernels: Collection[str], compiled: Sequence[F
 
 
 @contextmanager
-def form(error: type[AotCacheError], wanted: str) -> Iterator[None]:
-    """A file may hash right and still be another version's, or hostile: one clear error instead of a traceback."""
+def form(error: type[AotCacheError], what: str) -> Iterator[None]:
+    """A file may hash right and still be another version's, or hostile: one clear error about `what`, no traceback."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as caught:
-        raise error(wanted, f"{type(caught).__name__}: {caught}", "build it again with this version") from caught
+        why = f"{type(caught).__name__}: {caught}"
+        raise error(f"{what} is of another form than this version reads: {why}", hint="build it again") from caught
 
 
 def form_of(found: Bundle) -> AbstractContextManager[None]:
     """Inside, a manifest of another form than this version writes is a BundleCorrupt."""
-    return form(BundleCorrupt, f"a bundle of this version at {found.path}")
+    return form(BundleCorrupt, f"bundle {found.path}")
 
 
 def many(count: int, what: str) -> str:
@@ -315,7 +317,7 @@ def findings(found: Bundle, digest: str | None, parts: Iterable[Part]) -> list[F
     """What is wrong with a bundle whose header is sound; each with the bit that it sets in the exit code."""
     out: list[Facts] = []
     if digest is not None and digest != found.digest:
-        out.append(finding(DigestMismatch, f"the bundle is {found.digest}, and {digest} was pinned"))
+        out.append(finding(DigestMismatch, f"expected digest {digest}, found {found.digest}"))
     out += [finding(BundleCorrupt, f"the bytes of object {name} do not hash to its name") for name in found.check_all()]
     with form_of(found):
         for name in found.manifest["binaries"]:
@@ -326,7 +328,7 @@ def findings(found: Bundle, digest: str | None, parts: Iterable[Part]) -> list[F
                 what = f"{part.name}: the bundle is for {part.wanted}, this host has {part.found}"
                 out.append(finding(Incompatible, what))
         if found.manifest["complete"] is not True:
-            out += [finding(NotReady, f"the build was not complete: {what}") for what in _failed(found)]
+            out += [finding(NotReady, f"the build is incomplete: {what}") for what in _failed(found)]
     return out
 
 

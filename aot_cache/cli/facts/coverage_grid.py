@@ -246,12 +246,12 @@ def signs(found: Sequence[Facts]) -> Iterator[str]:
     rows = [row for grid in found for row in grid["rows"]]
     shown = {text for row in rows for text in row["shown"]}
     if any("×" in text for text in shown):
-        yield "a ×3: three specializations or graphs, of which an autotuner or another dimension takes one; b: others"
+        yield "a ×3: three specializations or graphs, of which an autotuner or another dimension selects one; b: others"
     if ABSENT in shown:
         yield f"{ABSENT}: not declared"
     if NOTHING in shown:
-        yield f"{NOTHING}: declared, and not reached there"
+        yield f"{NOTHING}: declared, but not reached there"
     if any(any(row["missed"]) for row in rows):
-        yield "✗12: calls that were missed there"
+        yield "✗12: number of calls that missed there"
     if any(any(row.get("found", ())) for row in rows):
-        yield "g1 3×: three first calls were given this graph; later calls hit in Dynamo's cache and are not counted"
+        yield "g1 3×: three first calls got this graph; later calls hit in Dynamo's cache and are not counted"

@@ -195,5 +195,5 @@ def _summary(facts: Facts) -> str:
         counts = [many(len(only[kind]), word) for kind, word in _WORDS.items() if only.get(kind)]
         parts += [f"only {where}: {', '.join(counts)}"] if counts else []
     if facts["compiled_otherwise"]:
-        parts.append(f"compiled otherwise: {many(len(facts['compiled_otherwise']), 'graph')}")
+        parts.append(f"compiled differently: {many(len(facts['compiled_otherwise']), 'graph')}")
     return "; ".join(parts) or "the same is launched by both"

@@ -28,7 +28,7 @@ def facts(path: Path, kernel: str | None, points: bool, ledger: Sequence[Path]) 
         found = ledger_facts.read(ledger, bundle.digest) if ledger else None
         return bundle_facts.bundle(bundle, kernel, points, parameter_names, found, rehearsed.read(path, bundle.digest))
     if ledger:
-        raise DeclarationError("a bundle with --ledger", f"{path} is a plan", "name the bundle that was served")
+        raise DeclarationError("a bundle with --ledger", f"a plan ({path})", "name the bundle that was served")
     return bundle_facts.plan(Plan.read(path), path, kernel, points, parameter_names)
 
 
@@ -37,7 +37,7 @@ def _check(bundle: Bundle) -> None:
     bad = bundle.check_all()
     if bad:
         found = f"the bytes of {len(bad)} of its objects do not hash to their names ({', '.join(name[:12] for name in bad[:3])})"
-        raise BundleCorrupt(f"a sound bundle at {bundle.path}", found, "copy or build it again")
+        raise BundleCorrupt(f"bundle {bundle.path} is damaged: {found}", hint="copy or build it again")
 
 
 def side(path: Path) -> diff_facts.Side:

@@ -83,23 +83,26 @@ def _is_stats(path: Path) -> bool:
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
-        raise DeclarationError(f"a ledger at {path}", error.strerror or str(error)) from error
+        raise DeclarationError(
+            f"cannot read ledger {path}: {error.strerror or error}", hint="correct the path"
+        ) from error
     return not head.lstrip().startswith(b'{"' + miss_file.MARK.encode())
 
 
 def _stats(path: Path, digest: str) -> Mapping[str, Json]:
-    wanted = f"a ledger at {path}, which is the JSON of aot_cache.stats(), or a misses file"
+    hint = "write json.dumps(aot_cache.stats()) to it with this version, or give a misses file"
     try:
         data = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise DeclarationError(wanted, "it is not JSON", "write json.dumps(aot_cache.stats()) there") from error
+        raise DeclarationError(f"ledger {path} is not JSON", hint=hint) from error
     why = _wrong(data)
     if why:
-        raise DeclarationError(wanted, why, "write json.dumps(aot_cache.stats()) there, with this version")
+        raise DeclarationError(f"ledger {path} is not the JSON of aot_cache.stats(): {why}", hint=hint)
     had = [one["digest"] for one in [*data["bundles"], *data["graphs"]]]
     if digest not in had:
         found = ", ".join(dict.fromkeys(one[:16] for one in had)) or "none"
-        raise DeclarationError(f"a ledger of a process with bundle {digest[:16]}", f"{path} is of one with {found}")
+        expected = f"bundle {digest[:16]} in ledger {path}"
+        raise DeclarationError(expected, found, "give the ledger of a process that served this bundle")
     return dict(data)
 
 

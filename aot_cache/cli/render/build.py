@@ -17,7 +17,7 @@ def chosen(facts: Facts) -> None:
     """Which targets, why, and how to choose; then where a native one is not what the table says."""
     line(f"target: {', '.join(facts['targets'])} ({facts['why']})")
     for d in facts["differences"]:
-        line(f"native: {d['field']} is {d['device']} on this {d['target']}, and {d['table']} in the table")
+        line(f"native: {d['field']} is {d['device']} on this {d['target']}, but {d['table']} in the table")
 
 
 def builds(rows: Sequence[Facts]) -> None:
@@ -45,24 +45,24 @@ def builds(rows: Sequence[Facts]) -> None:
         line()
         _rehearsal(b)
         if b["nothing_to_do"]:
-            line(f"{b['target']}: nothing to do, nothing has changed since this was built")
+            line(f"{b['target']}: nothing to do: nothing has changed since the last build")
         if b["ranks"] > 1:
-            line(f"{b['target']}: for a job of {b['ranks']} ranks")
+            line(f"{b['target']}: for a world size of {b['ranks']}")
         if not b["complete"]:
             lost = f"without {many(len(b['failed']), 'part')} of the recipe"
             line(f"{b['target']}: {f'INCOMPLETE: {lost}' if b['written'] else 'FAILED: nothing could be built'}")
         for failure in b["failed"]:
             line(f"{b['target']}: failed: {failure['kernel']}: {failure['error']}")
         for name, settings in b["sets"].items():
-            what = f"{', '.join(settings)} while it makes arguments, and is built so: a server that does not, misses"
+            what = f"{', '.join(settings)} while it makes arguments, and is built with that: a server without it misses"
             line(f"{b['target']}: case {name} sets {what}")
         for name, why in b["per_rank"].items():
-            line(f"{b['target']}: built for each rank: {name}: {why}")
+            line(f"{b['target']}: built once per rank: {name}: {why}")
         for name, which in b["apart"].items():
-            line(f"{b['target']}: not the same on all ranks: {name}: {which}")
+            line(f"{b['target']}: differs between ranks: {name}: {which}")
         _became(b)
         if not b["written"]:
-            line(f"bundle: none was written; {b['path']} is as it was")
+            line(f"bundle: none was written; {b['path']} is unchanged")
             continue
         line(f"bundle: {b['path']}")
         line(f"digest: {b['digest']}")
@@ -78,7 +78,7 @@ def _rehearsal(built: Facts) -> None:
     if found is None:
         return
     if not found["passed"]:
-        line(f"{built['target']}: the bundle does not hit where it is served; it is kept: {built['path']}")
+        line(f"{built['target']}: the bundle would miss where it is served; it is kept at {built['path']}")
     trouble(found)
 
 
@@ -88,7 +88,7 @@ def _became(built: Facts) -> None:
     if given.get("given"):
         line(f"{built['target']}: misses: {given['covered']} of {given['given']} covered")
     if given.get("cut_off"):
-        line(f"{built['target']}: misses: lines cut off, by a process that was killed: {given['cut_off']}")
+        line(f"{built['target']}: misses: lines cut off by a killed process: {given['cut_off']}")
     for miss in given.get("uncovered", ()):
         what = f"{miss['kind']} {miss['name']} ({', '.join(filter(None, (times(miss['count']), miss['asked'])))})"
         line(f"{built['target']}: not covered: {what}: {miss['why']}")
@@ -98,7 +98,7 @@ def plan(facts: Facts) -> None:
     """`build --show-plan`: what is where at one glance, then what exactly reaches each compiled call and each kernel."""
     overview(facts)
     if facts["calls"]:
-        line("Each compiled call gets a graph, or one for each way that its code takes:")
+        line("Each compiled call gets one graph, or one per code path:")
         line()
     for call in facts["calls"]:
         words = filter(None, (f"{call['function']}:{call['line']}", call["mode"], call["options"]))

@@ -113,7 +113,7 @@ def _graph(graph: Facts) -> None:
     line()
     line(f"{graph['label']}  {graph['function']}:{graph['line']}, {graph['mode']}, changes {graph['changes']}")
     if graph["rank"] is not None:
-        line(f"  only of rank {graph['rank']}: {graph['per_rank']}")
+        line(f"  only for rank {graph['rank']}: {graph['per_rank']}")
     for points in reached_text(graph["reached"]):
         line(f"  reached by {points}")
     for name in graph["kernels"]:
@@ -127,9 +127,9 @@ def _summary(facts: Facts) -> Iterator[tuple[str, object]]:
     yield "target", f"{facts['target']}, {facts['device']}" if "device" in facts else facts["target"]
     yield "triton", facts["triton"]
     if facts["ranks"] > 1:
-        yield "ranks", f"for a job of {facts['ranks']}"
+        yield "ranks", f"world size {facts['ranks']}"
     for kernel, which in facts["apart"].items():
-        yield "not alike", f"{kernel}: {which}"
+        yield "differs", f"{kernel}: {which}"
     if facts["kind"] == "bundle":
         yield "digest", facts["digest"]
         yield "size", f"{size(facts['bytes'])} ({facts['bytes']} bytes)"
@@ -138,7 +138,7 @@ def _summary(facts: Facts) -> Iterator[tuple[str, object]]:
         yield "failed", f"{failure['kernel']}: {failure['error']}"
     yield "kernels", f"{facts['kernel_count']}, in {facts['units']} specializations"
     if facts["calls"]:
-        yield "graphs", len(facts["graphs"]) if "graphs" in facts else f"for {len(facts['calls'])} kinds of calls"
+        yield "graphs", len(facts["graphs"]) if "graphs" in facts else f"for {len(facts['calls'])} call signatures"
     if facts.get("graph_key"):
         yield "graphs for", ", ".join(f"{name} {value}" for name, value in facts["graph_key"].items() if value)
     if "pruned" in facts:
@@ -150,10 +150,10 @@ def _summary(facts: Facts) -> Iterator[tuple[str, object]]:
         seen = f"{case['points']} points" if case["points"] == case["total"] else f"{case['points']} of {case['total']}"
         more = "".join(f", and {point}" for point in case["missed"])
         doc = f": {case['doc']}" if case["doc"] else ""
-        what = f"({seen}, {case['mode']})" if case["built"] else "(failed: nothing of it is here)"
+        what = f"({seen}, {case['mode']})" if case["built"] else "(failed: not in the bundle)"
         yield "case", f"{case['name']}: {dims}{more} {what}{doc}"
     if facts["untuned"]:
-        yield "untuned", f"{facts['untuned']} choices are not tuned: the first config that fits is used"
+        yield "untuned", f"{facts['untuned']} choices are not tuned and use the first config that fits"
     if "specializations" in facts:
         for name, value in facts.get("key", {}).items():
             yield "key", f"{name} = {value if isinstance(value, str) else json.dumps(value)}"
@@ -177,7 +177,7 @@ def _specialization(one: Facts) -> None:
         line(f"  id {one['id']}")
     line(f"  source {one['parts']['source'][:SHORT]}")
     if one["ranks"]:
-        line(f"  only of {ranks_text(one['ranks'])}")
+        line(f"  only for {ranks_text(one['ranks'])}")
     for text in one["reached_by"]:
         line(f"  reached by {text}")
 
@@ -198,7 +198,7 @@ def _ledger(found: Facts) -> None:
     if found["events"]:
         line()
         names = ("total", "in_capture", "after_seal")
-        head = ("event", "in all", "in captures", "after the seal")
+        head = ("event", "in all", "in captures", "after seal()")
         table(head, [(e["kind"], *(e[name] for name in names)) for e in found["events"]], head[1:])
     if found["misses"]:
         line()
@@ -208,4 +208,4 @@ def _ledger(found: Facts) -> None:
         ]
         table(("kind", "missed", "count", "in capture", "why"), rows, ("count",))
         if not found["complete"]:
-            line("the last misses that each process kept; a misses file has them all")
+            line("these are the last misses that each process kept; a misses file has all of them")

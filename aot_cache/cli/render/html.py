@@ -109,9 +109,9 @@ def _head(facts: Facts) -> Iterator[str]:
 
 
 def _coverage(facts: Facts) -> Iterator[str]:
-    yield "<h2>Coverage <small>which graph or specialization serves which sizes; choose a cell for its parts</small></h2>"
+    yield "<h2>Coverage <small>which graph or specialization serves which sizes; select a cell to see its parts</small></h2>"
     if not facts["grids"]:
-        yield '<p class="soft">Recorded: what ran is here, and it is not known of which ranges.</p>'
+        yield '<p class="soft">Recorded: only what ran is known, not the ranges.</p>'
     for grid in facts["grids"]:
         yield from _grid(grid)
     yield "".join(f'<p class="soft">{_e(text)}</p>' for text in signs(facts["grids"]))
@@ -150,6 +150,9 @@ def _grid(grid: Facts) -> Iterator[str]:
         rows = list(group)
         yield "<tbody>"
         for number, row in enumerate(rows):
+            # On a narrow page the names stand above the cells, which then begin at the left edge.
+            label = f"<b>{_e(case)}</b> {_name(row['name'])}" if not number else _name(row["name"])
+            yield f'<tr class="label"><th colspan="{len(columns) + state}"><span>{label}</span></th></tr>'
             first = f'<th scope="row" class="case" rowspan="{len(rows)}">{_e(case)}</th>' if not number else ""
             yield f'<tr>{first}<th scope="row">{_name(row["name"])}</th>{"".join(_cells(row))}'
             yield f'<td class="state">{_e(_state(row))}</td></tr>' if state else "</tr>"
@@ -179,7 +182,7 @@ def _cells(row: Facts) -> Iterator[str]:
             units = _e(" ".join(labels))
             text = f'<button class="cell t{tint}" data-units="{units}" aria-expanded="false">{_e(shown)}{more}</button>'
         else:
-            why = "not declared" if labels is None else "declared, and not reached there"
+            why = "not declared" if labels is None else "declared, but not reached there"
             text = f'<span class="none" title="{why}">{_e(shown)}{more}</span>'
         yield f'<td colspan="{width}">{text}</td>'
 
@@ -266,11 +269,11 @@ def _ledger(found: Facts) -> Iterator[str]:
         words = [f"processes: {found['processes']}, sealed: {found['sealed']}"]
         words += [f"{one['loaded']} of {one['in_all']} {what} loaded" for one, what in loaded if one["in_all"]]
         yield f"<p>{_e('; '.join(words))}</p>"
-    yield '<p class="soft">First calls, events and misses. Hits are not counted: nothing of aot-cache is on their path.</p>'
+    yield '<p class="soft">First calls, events and misses. Hits are not counted: they run no code of aot-cache.</p>'
     if found["events"]:
         names = ("total", "in_capture", "after_seal")
         rows = [(_td(e["kind"]), *(_td(e[name], "n") for name in names)) for e in found["events"]]
-        yield _table(("event", "in all#", "in captures#", "after the seal#"), rows)
+        yield _table(("event", "in all#", "in captures#", "after seal()#"), rows)
     trouble = [(_td("not installed"), _td(name), _td("", "n"), _td(why)) for name, why in found["stale"].items()]
     trouble += [
         (_td("not installed"), _td(n), _td("", "n"), _td("its module is not imported")) for n in found["pending"]
@@ -282,7 +285,7 @@ def _ledger(found: Facts) -> Iterator[str]:
     if trouble:
         yield _table(("what", "name", "calls#", "why"), trouble)
     if found["misses"] and not found["complete"]:
-        yield '<p class="soft">The last misses that each process kept; a misses file has them all.</p>'
+        yield '<p class="soft">These are the last misses that each process kept; a misses file has all of them.</p>'
 
 
 def _built_for(facts: Facts) -> Iterator[str]:

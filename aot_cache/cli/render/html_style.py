@@ -43,6 +43,7 @@ td.wrap { overflow-wrap: anywhere; }
 .grid td { padding: 2px 3px; border-left: 1px solid var(--line); text-align: center; }
 .grid td.state { text-align: left; padding: 2px 12px; white-space: nowrap; }
 .grid .module { color: var(--soft); }
+.grid tr.label { display: none; }
 .cell { appearance: none; border: 0; border-radius: 4px; width: 100%; min-width: 44px; min-height: 24px; padding: 2px 8px;
   font: 12px/18px var(--mono); color: var(--ink); cursor: pointer; white-space: nowrap;
   background: color-mix(in srgb, var(--tint) 13%, transparent); }
@@ -75,7 +76,9 @@ pre { margin: 0; padding: 12px 14px; overflow-x: auto; overflow-wrap: normal; li
 footer { color: var(--soft); font-size: 12px; margin-top: 36px; }
 @media (max-width: 700px) {
   main { padding: 18px 14px 48px; } th, td { padding: 5px 8px; } .tiles b { font-size: 17px; }
-  .grid th.case, .grid th.function { width: auto; } .grid .module { display: none; }
+  .grid .module, .grid th.case, .grid th.function, .grid th[scope=row] { display: none; }
+  .grid tr.label { display: table-row; } .grid tr.label th { border-bottom: 0; font-weight: 400; white-space: nowrap; }
+  .grid tr.label span { position: sticky; left: 8px; }
   #unit { left: 0; right: 0; bottom: 0; top: auto; width: 100%; max-height: 72vh; border-radius: 14px 14px 0 0; }
 }
 @media print { #unit { display: none; } .card { overflow: visible; } }

@@ -38,7 +38,7 @@ def trouble(facts: Facts) -> None:
         line(f"not ready: {facts['not_ready']}")
     for case in facts["cases"]:
         if case["not_captured"]:
-            line(f"not captured: {case['name']} was called outside of captures: {case['not_captured']}")
+            line(f"not captured: {case['name']} ran outside captures: {case['not_captured']}")
     for reason in facts["reasons"]:
         line(f"missed: {reason}")
 

@@ -7,7 +7,9 @@ control characters.
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -23,6 +25,7 @@ from aot_cache.cli.facts.bundle import SHORT
 from aot_cache.store import Json
 
 Facts = Mapping[str, Json]
+_LOG = logging.getLogger("aot_cache.cli")
 WIDE = 100_000
 """Columns when stdout is no terminal: a pipe or a log shall have whole names, not ones folded at 80."""
 
@@ -64,54 +67,88 @@ def size(count: int | None) -> str:
 
 
 class Progress:
-    """Bars on stderr for `build(progress=...)`; where that is no terminal, as in an image build, a line now and then."""
+    """Progress on stderr for `build(progress=...)`: bars on a terminal, else, as in an image build, a line now and then."""
 
+    FIRST = 4.0
+    """Seconds until the first line: what takes less is silent."""
     SECONDS = 10.0
-    """Between two lines: what takes less is silent."""
+    """Between two lines after that."""
     LONG = 600.0
-    """Seconds that a stage may be said to take without a word about taking less."""
+    """Seconds that a stage may be estimated to take without a hint about taking less."""
+    quiet = False
+    """Whether all of this is left out (-q)."""
 
     def __init__(self) -> None:
         self.target = ""
-        self._began = self._said = time.monotonic()
+        self._began = time.monotonic()
+        self._due = self._began + self.FIRST
         self._stages: dict[str, float] = {}
         self._tasks: dict[str, TaskID] = {}
+        self._last: tuple[str, int, int] = ("starting", 0, 0)
+        self._over, self._lock = threading.Event(), threading.Lock()
+        self._speaker: threading.Thread | None = None
         columns = (
             *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
             *(TextColumn("left:"), TimeRemainingColumn()),
         )
-        self._bars = Bars(*columns, console=Console(file=sys.stderr), disable=not sys.stderr.isatty(), transient=True)
+        console = Console(file=sys.stderr)
+        on_terminal = sys.stderr.isatty()
+        self._bars = Bars(*columns, console=console, disable=self.quiet or not on_terminal, transient=True)
+        self._lines = not self.quiet and not on_terminal
 
     def __enter__(self) -> Progress:
         self._bars.start()
+        if self._lines:  # a line is due whether or not a stage gets on
+            self._speaker = threading.Thread(target=self._keep_saying, daemon=True, name="aot-cache progress")
+            self._speaker.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._over.set()
+        if self._speaker is not None:
+            self._speaker.join()
         self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if not total:
             return
-        label = f"{self.target}: {stage}" if self.target else stage
-        began = self._stages.setdefault(label, time.monotonic())
-        if self._bars.disable:
-            self._line(f"{label} {done}/{total}", done, total, began)
-            return
-        if label not in self._tasks:
-            self._tasks[label] = self._bars.add_task(label, total=total)
-        self._bars.update(self._tasks[label], completed=done, total=total)
-
-    def _line(self, text: str, done: int, total: int, began: float) -> None:
+        label = self._label(stage)
         now = time.monotonic()
-        if now - self._said >= self.SECONDS:
-            self._said = now
-            left = (now - began) / done * (total - done) if done else 0.0
-            more = f", about {left / 60:.0f} min more" if left > self.LONG else ""
-            more += "; a narrower --range takes less" if more and done < total / 2 else ""
-            sys.stderr.write(f"{clean(text)}, {now - self._began:.0f} s{more}\n")
-            sys.stderr.flush()
+        began = self._stages.setdefault(label, now)
+        self._last = (label, done, total)
+        if done == total:
+            _LOG.info("%s %d/%d, %.1f s", label, done, total, now - began)
+        if self._lines:
+            self._say()
+        elif not self._bars.disable:
+            if label not in self._tasks:
+                self._tasks[label] = self._bars.add_task(label, total=total)
+            self._bars.update(self._tasks[label], completed=done, total=total)
+
+    def _label(self, stage: str) -> str:
+        return f"{self.target}: {stage}" if self.target else stage
+
+    def _keep_saying(self) -> None:
+        while not self._over.wait(max(0.1, self._due - time.monotonic())):
+            self._say()
+
+    def _say(self) -> None:
+        """A line of what was last heard, where one is due."""
+        now = time.monotonic()
+        with self._lock:
+            if now < self._due:
+                return
+            self._due = now + self.SECONDS
+        label, done, total = self._last
+        began = self._stages.get(label, now)
+        left = (now - began) / done * (total - done) if done else 0.0
+        more = f", about {left / 60:.0f} min left" if left > self.LONG else ""
+        more += "; hint: a narrower --range takes less" if more and done < total / 2 else ""
+        what = f"{label} {done}/{total}" if total else self._label(label)
+        sys.stderr.write(f"{clean(what)}, {now - self._began:.0f} s{more}\n")
+        sys.stderr.flush()
 
 
 # --- misses and differences --------------------------------------------------------------------------------------------
@@ -132,15 +169,15 @@ def misses(facts: Facts) -> None:
         )
         for m in facts["misses"]
     ]
-    head = ("kind", "name", "asked for", "count", "in capture", "done instead", "why", "declare, or what differs")
+    head = ("kind", "name", "call", "count", "in capture", "action", "why", "declare, or what differs")
     if rows:
         table(head, rows, ("count",))
         line()
     line(f"different misses: {facts['different']}, {facts['in_capture']} of them inside captures")
-    line(f"missed calls in all: {facts['count']}")
+    line(f"missed calls in total: {facts['count']}")
     line(f"covered by a wider declaration: {facts['declarable']}; `aot-cache build --misses` builds what can be built")
     if facts["cut_off"]:
-        line(f"lines cut off, by a process that was killed: {facts['cut_off']}")
+        line(f"lines cut off by a killed process: {facts['cut_off']}")
 
 
 def times(count: int) -> str:
@@ -164,7 +201,7 @@ def difference(facts: Facts) -> None:
         for found in [*only.get("graphs", ()), *only.get("calls", ())]:
             _compiled(found)
     if facts["compiled_otherwise"]:
-        line("for the same calls, compiled otherwise:")
+        line("compiled differently for the same calls:")
     for found in facts["compiled_otherwise"]:
         _compiled(found)
 
@@ -219,7 +256,7 @@ def explanation(facts: Facts) -> None:
         ("part", "bundle", "this host", ""), [(p["name"], p["bundle"], p["host"], p["status"]) for p in facts["parts"]]
     )
     line()
-    line("this bundle loads here" if facts["loads"] else "this bundle does not load here: see the parts that differ")
+    line("this bundle loads here" if facts["loads"] else "this bundle does not load here: see which parts differ")
 
 
 def targets(rows: Sequence[Facts]) -> None:

@@ -60,21 +60,21 @@ def differences(mine: Settings, built: Settings) -> dict[str, tuple[str, str]]:
 
 def _told(mine: declaring.Recipe, spec: str, built: str, path: Path) -> Incompatible | None:
     """What is wrong with a bundle; None where it fits."""
-    do = f"start with the bundle's options, or build: aot-cache build --model '{spec}'"
-    wanted = f"a bundle for {options.published(spec)}"
+    hint = f"start with the bundle's options, or build: aot-cache build --model '{spec}'"
+    what = f"bundle {path} is for {built}, not for {options.published(spec)}"
     try:
         theirs = declaring.load(_with_file(built, spec)).settings
     except AotCacheError as error:
-        return Incompatible(wanted, f"{path} is for {built} ({error.wanted}: {error.found})", do)
+        return Incompatible(f"{what} ({error.message})", hint=hint)
     if not isinstance(theirs, Settings):
-        return Incompatible(wanted, f"{path} is for {built}", do)
+        return Incompatible(what, hint=hint)
     found = differences(mine.settings, theirs)
     if not found:
         return None
     if theirs.drafts and not mine.settings.drafts:
-        do = f"start with its --spec mtp, and --no-speculation; {do}"
+        hint = f"start with its --spec mtp, and --no-speculation; {hint}"
     said = ", ".join(f"{option} is {here} here and {there} there" for option, (here, there) in found.items())
-    return Incompatible(wanted, f"{path} is for {built}: {said}", do)
+    return Incompatible(f"{what}: {said}", hint=hint)
 
 
 def _with_file(built: str, spec: str) -> str:

@@ -173,8 +173,8 @@ def settings(
     """
     if not config and size not in SIZES:
         known = ", ".join(f"qwen3.5-{one}" for one in SIZES)
-        do = did_you_mean(size, SIZES, "or give --model PATH/config.json")
-        raise UnknownName(f"a size {size!r} of qwen3.5", f"known: {known}", do)
+        hint = did_you_mean(size, SIZES, "give --model PATH/config.json for another size")
+        raise UnknownName(f"unknown size {size!r} of qwen3.5; known: {known}", hint=hint)
     text = read_config(Path(config)) if config else SIZES[size]
     _one_of("--spec", spec, SPECS)
     _one_of("--dtype", dtype, DTYPES)
@@ -183,7 +183,9 @@ def settings(
     drafts = num_speculative_tokens or DRAFTS
     if spec == "none":
         if num_speculative_tokens:
-            raise DeclarationError("--spec mtp with --num-speculative-tokens", "--spec none")
+            raise DeclarationError(
+                "--spec mtp with --num-speculative-tokens", "--spec none", "omit one of them, or give --spec mtp"
+            )
         drafts = 0
     elif text.get("mtp_num_hidden_layers", 0) != 1:
         found = f"{text.get('mtp_num_hidden_layers', 'no')} mtp_num_hidden_layers in its config"
@@ -204,28 +206,29 @@ def read_config(path: Path) -> Mapping[str, Json]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise DeclarationError(f"a config.json at {path}", str(error)) from error
+        why = getattr(error, "strerror", None) or str(error)
+        raise DeclarationError(f"cannot read config file {path}: {why}", hint="correct the path or the file") from error
     if not isinstance(found, dict):
-        raise DeclarationError(f"a JSON object in {path}", f"a {type(found).__name__}")
+        raise DeclarationError(f"a JSON object in {path}", f"JSON of type {type(found).__name__}")
     text = found.get("text_config", found)
     if not isinstance(text, dict):
-        raise DeclarationError(f"text_config in {path} to be an object", repr(text))
+        raise DeclarationError(f"an object as text_config in {path}", repr(text))
     kind = KINDS.get(str(text.get("model_type")))
     if kind is None:
-        raise DeclarationError(f"a Qwen3.5 in {path}", f"model_type {text.get('model_type')!r}")
+        raise DeclarationError(f"the config of a Qwen3.5 in {path}", f"model_type {text.get('model_type')!r}")
     text = {**text, "model_type": kind}
     if "rope_parameters" not in text and "rope_scaling" in text:
         text["rope_parameters"] = text["rope_scaling"]
     needed = sorted({*_SHAPES[kind]} - {*_OPTIONAL})
     missing = [name for name in needed if name not in text and name not in found]
     if missing:
-        raise DeclarationError(f"all sizes of the model in {path}", f"no {', '.join(missing)}", "complete the file")
+        raise DeclarationError(f"config file {path} lacks {', '.join(missing)}", hint="complete the file")
     text = {**{name: found[name] for name in needed if name in found}, **text}
     for name in needed:
         _check_field(name, text[name], type(_SHAPES[kind][name]), path)
     if kind == MOE and text["num_experts_per_tok"] > text["num_experts"]:
-        wanted = f"num_experts_per_tok in {path} to be at most num_experts = {text['num_experts']}"
-        raise DeclarationError(wanted, str(text["num_experts_per_tok"]))
+        expected = f"num_experts_per_tok of at most num_experts = {text['num_experts']} in {path}"
+        raise DeclarationError(expected, str(text["num_experts_per_tok"]))
     return text
 
 
@@ -233,21 +236,21 @@ def _check_field(name: str, value: Json, kind: type, path: Path) -> None:
     fits = isinstance(value, Mapping) if kind is dict else type(value) is kind
     if not fits or (kind is int and value < 1):
         what = {int: "a number of 1 or more", bool: "true or false", dict: "an object"}[kind]
-        raise DeclarationError(f"{name} in {path} to be {what}", repr(value))
+        raise DeclarationError(f"{what} as {name} in {path}", repr(value))
 
 
 def _check_split(text: Mapping[str, Json], tp: int) -> None:
     _at_least("--tp", tp, 1)
     for name in SHARED_BY_RANKS[text["model_type"]]:
         if text[name] % tp:
-            raise DeclarationError(f"--tp that divides {name} = {text[name]}", f"--tp {tp}")
+            raise DeclarationError(f"a --tp that divides {name} = {text[name]}", f"--tp {tp}")
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise DeclarationError(f"{option} to be one of {', '.join(known)}", repr(value), did_you_mean(value, known))
+        raise DeclarationError(f"one of {', '.join(known)} as {option}", repr(value), did_you_mean(value, known))
 
 
 def _at_least(option: str, value: int, least: int) -> None:
     if value < least:
-        raise DeclarationError(f"{option} of {least} or more", str(value))
+        raise DeclarationError(f"{option} of at least {least}", str(value))

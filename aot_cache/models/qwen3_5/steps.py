@@ -187,7 +187,7 @@ def cached_attention(
 def commit(
     conv: Tensor, state: Tensor, mixed: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, count: Tensor
 ) -> None:
-    """Move a layer's state on by the pending token and the `count` [b] drafts that hold; the others never were."""
+    """Move a layer's state on by the pending token and the `count` [b] accepted drafts; rejected drafts leave no trace."""
     batch, tokens = mixed.shape[:2]
     holds = (torch.arange(tokens, device=count.device) <= count[:, None])[..., None]
     state[:batch] = torch.ops.aot_qwen3_5.advance(k, v, g * holds, beta * holds, state[:batch])

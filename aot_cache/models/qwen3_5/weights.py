@@ -45,7 +45,9 @@ def read(net: Net, settings: Settings, folder: str, rank: int = 0) -> None:
         for name, target in wanted(net):
             value = part(name, _value(name, found, len(target), folder), settings, rank)
             if value.shape != target.shape:
-                raise DeclarationError(f"{name} of shape {list(target.shape)}", f"{list(value.shape)} in {folder}")
+                raise DeclarationError(
+                    f"weight {name} of shape {list(target.shape)}", f"{list(value.shape)} in {folder}"
+                )
             target.copy_(value)
 
 
@@ -57,12 +59,12 @@ def _value(name: str, found: Mapping[str, Any], count: int, folder: str) -> Tens
         names = [f"{before}experts.{n}.{one}.weight" for n in range(count) for one in _EXPERTS[last]]
     for one in names:
         if one not in found:
-            raise DeclarationError(f"a weight {one} in {folder}", "none of that name", "give this model's folder")
+            raise DeclarationError(f"no weight {one} in {folder}", hint="give the folder of this model's checkpoint")
     values: list[Tensor] = [found[one]() for one in names]
     if names == [name]:
         return values[0]
     if len(shapes := {tuple(value.shape) for value in values}) > 1:
-        raise DeclarationError(f"experts of one shape for {name}", f"{sorted(shapes)} in {folder}")
+        raise DeclarationError(f"experts of one shape for weight {name}", f"{sorted(shapes)} in {folder}")
     return torch.cat(values).view(count, -1, values[0].shape[-1])
 
 
@@ -104,12 +106,12 @@ def part(name: str, value: Tensor, settings: Settings, rank: int) -> Tensor:
 def _found(folder: Path) -> Iterator[tuple[str, object]]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise DeclarationError(f"*.safetensors in {folder}", "no such file", "give a checkpoint's folder")
+        raise DeclarationError(f"no *.safetensors in {folder}", hint="give the folder of a checkpoint")
     for file in files:
         try:
             opened: Any = safe_open(file, framework="pt")
         except SafetensorError as error:
-            raise DeclarationError(f"a safetensors file {file}", str(error), "download it again") from error
+            raise DeclarationError(f"cannot read {file}: {error}", hint="download it again") from error
         for name in [*opened.keys()]:
             yield name.replace("model.language_model.", "model."), _reader(opened, name)
 

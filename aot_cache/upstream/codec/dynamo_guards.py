@@ -192,7 +192,7 @@ def build(
     try:
         manager = package.load_guard_manager(state, code, f_globals)
     except (KeyError, AttributeError, IndexError, TypeError, AssertionError) as error:
-        return None, f"its arguments have another structure ({type(error).__name__}: {error})"
+        return None, f"its arguments have a different structure ({type(error).__name__}: {error})"
     if manager.check(f_locals):
         return manager, ""
     return None, failure(manager, f_locals)
@@ -229,7 +229,7 @@ def _first_difference(
 def failure(manager: Any, f_locals: Mapping[str, Any]) -> str:
     """The first guard of `manager` that the call fails, in Dynamo's words without their source positions."""
     parts = manager.check_verbose(f_locals).verbose_code_parts
-    return "; ".join(dict.fromkeys(_plain(str(part)) for part in parts)) or "a guard that gives no reason"
+    return "; ".join(dict.fromkeys(_plain(str(part)) for part in parts)) or "a guard failed without a reason"
 
 
 def expressions(manager: Any) -> list[str]:

@@ -177,7 +177,7 @@ def encode(value: Any) -> Json:
         return {"l": [encode(v) for v in value]}
     raise TraceError(
         "a constexpr that can be written to a plan (number, string, enum, dtype, tuple, jit function)",
-        f"a {type(value).__module__}.{type(value).__qualname__}",
+        f"an object of type {type(value).__module__}.{type(value).__qualname__}",
         "pass it as one of those",
     )
 
@@ -187,9 +187,7 @@ def _encode_member(value: enum.Enum) -> Json:
     name = f"{type(value).__module__}:{type(value).__qualname__}"
     if find(name) is not type(value):
         raise TraceError(
-            "the enum of a constexpr to be found by its name",
-            f"nothing, or another, at {name}",
-            "define it at the top of its module",
+            f"enum {name} of a constexpr cannot be found by its name", hint="define it at the top level of its module"
         )
     return {"enum": name, "value": encode(value.value)}
 
@@ -221,9 +219,9 @@ def decode(value: Json) -> Any:
     found = find(value["jit"])
     function = found if isinstance(found, JITCallable) else unwrap(found)
     if function is None:
-        raise TraceError(f"the jit function {value['jit']}", "no such name", "import what defines it")
+        raise TraceError(f"no jit function {value['jit']}", hint="import the module that defines it")
     if closure_digest(closure(function))[:32] != value["source"]:
-        raise TraceError(f"the jit function {value['jit']} as it was", "its source differs", "build again")
+        raise TraceError(f"the source of jit function {value['jit']} has changed", hint="build again")
     return function
 
 

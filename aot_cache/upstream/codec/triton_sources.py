@@ -25,9 +25,9 @@ def unreadable(error: BaseException | None) -> TraceError | None:
         trace = trace.tb_next
     if not isinstance(function, FunctionType):
         return None
-    wanted = f"the source of kernel {function.__module__}:{function.__qualname__}, which Triton compiles from"
+    what = f"kernel {function.__module__}:{function.__qualname__} has no source text, which Triton compiles from"
     file = function.__code__.co_filename
     if file.startswith("<"):  # of text that was executed; a notebook leaves its cells' text where `inspect` finds it
-        return TraceError(wanted, f"it was executed as {file}, and no text is kept of that", "define it in a file")
-    found = f"there is only compiled code of {os.path.basename(file)}"
-    return TraceError(wanted, found, "install its package with its .py files: no server can compile it without, either")
+        return TraceError(f"{what}: it was executed as {file}", hint="define it in a file")
+    why = f"only compiled code of {os.path.basename(file)} is installed"
+    return TraceError(f"{what}: {why}", hint="install its package with its .py files; a server needs them, too")

@@ -30,7 +30,7 @@ from typing import Any
 
 import triton
 
-from aot_cache.errors import TargetError
+from aot_cache.errors import TargetError, one_line
 from aot_cache.tested import minor
 from aot_cache.upstream import patch
 from aot_cache.upstream.versions import LAUNCHER_PER_SIGNATURE
@@ -62,9 +62,9 @@ def other_python(executable: str) -> Python:
         output = subprocess.run([executable, "-c", code], capture_output=True, text=True, check=True).stdout
         suffix, include = json.loads(output)
     except (OSError, subprocess.CalledProcessError, ValueError) as error:
-        raise TargetError(f"a Python interpreter at {executable}", f"{type(error).__name__}: {error}") from error
+        raise TargetError(f"cannot run Python interpreter {executable}: {one_line(error)}") from error
     if not (Path(include) / "Python.h").exists():
-        raise TargetError(f"Python's headers for {executable}", f"no Python.h in {include}", "install its -dev package")
+        raise TargetError(f"no Python.h for {executable} in {include}", hint="install its -dev package")
     return Python(suffix, include)
 
 
@@ -118,11 +118,12 @@ def _cc(arguments: list[str], folder: str, what: str) -> None:
         subprocess.run([compiler, *arguments], cwd=folder, check=True, capture_output=True, text=True)
     except OSError as error:
         raise TargetError(
-            f"a C compiler to build {what}", f"{compiler}: {error.strerror}", "install gcc or set CC"
+            f"cannot run C compiler {compiler} to build {what}: {error.strerror}", hint="install gcc or set CC"
         ) from error
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines()
-        raise TargetError(f"{compiler} to build {what}", lines[0] if lines else f"exit {error.returncode}") from error
+        why = lines[0] if lines else f"exit code {error.returncode}"
+        raise TargetError(f"{compiler} cannot build {what}: {why}") from error
 
 
 # --- serving ----------------------------------------------------------------------------------------------------------

@@ -249,7 +249,7 @@ def _short(value: str) -> str:
 def _differences(wanted: dict[str, str], found: dict[str, str]) -> list[str]:
     names = [*wanted, *(name for name in found if name not in wanted)]
     return [
-        f"{name} is {_short(wanted.get(name, 'not given'))}, and there it is {_short(found.get(name, 'not given'))}"
+        f"{name} is {_short(wanted.get(name, 'unset'))} instead of {_short(found.get(name, 'unset'))}"
         for name in names
         if wanted.get(name) != found.get(name)
     ]

@@ -48,11 +48,13 @@ def ensure() -> None:
             )
         except OSError as error:
             raise TargetError(
-                "a C++ compiler, because this torch is built for the CPU only", str(error), "set CXX"
+                f"cannot run C++ compiler {compiler}, which a CPU build of torch needs: {error.strerror}",
+                hint="install g++, set CXX, or use a CUDA build of torch",
             ) from error
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise TargetError(
-                f"{compiler} to compile against torch's headers", last, "set CXX, or use a CUDA build of torch"
+                f"{compiler} cannot compile against torch's headers: {last}",
+                hint="set CXX, or use a CUDA build of torch",
             )
         ctypes.CDLL(str(library))

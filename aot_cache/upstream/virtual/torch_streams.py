@@ -62,7 +62,9 @@ class Event(_PLAIN_EVENT):  # type: ignore[misc]  # torch's class is untyped
         return True
 
     def elapsed_time(self, _: Any) -> float:
-        raise TraceError("no time taken while tracing", "host code asks how long the GPU took", "declare its result")
+        raise TraceError(
+            "host code measures GPU time, which is unknown while tracing", hint="leave that out of the recipe"
+        )
 
 
 class Stream(_PLAIN_STREAM):  # type: ignore[misc]  # torch's class is untyped

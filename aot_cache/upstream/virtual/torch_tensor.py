@@ -244,7 +244,9 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if implementation is not None:
             return implementation(*args, **kwargs)
         if found := only_for(func, "CUDA"):
-            raise TraceError(f"code of {func} for CUDA", f"only for {found}", "see which device its library found")
+            raise TraceError(
+                f"operator {func} has no CUDA kernel, only {found}", hint="check which device its library found"
+            )
         if not func._schema.returns:  # what it writes is all it does
             _forget(func, args, kwargs)
             return None
@@ -297,15 +299,16 @@ def _to(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _no_shape(func: Any, tensors: list[VirtualTensor], error: Exception) -> TraceError:
     if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
         return DataDependent(
-            f"values for {func} of {tensors}",
-            "its result depends on values that are not declared",
-            "make the tensor from values in the recipe (torch.tensor([...], device='cuda'))",
+            f"the result of {func} depends on values of {tensors}, which are not declared",
+            hint="make the tensor from values in the recipe (torch.tensor([...], device='cuda'))",
         )
     if not isinstance(error, NotImplementedError):  # the call itself is wrong, on any device
         shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
-        return TraceError(f"{func} to accept tensors of shape {shapes}", one_line(error), "correct the recipe's call")
+        return TraceError(
+            f"{func} rejects tensors of shape {shapes}: {one_line(error)}", hint="correct the recipe's call"
+        )
     return TraceError(
-        f"a shape rule for {func}", "torch's meta device has none", "register one (torch.library.register_fake)"
+        f"operator {func} has no shape rule for the meta device", hint="register one (torch.library.register_fake)"
     )
 
 
@@ -351,7 +354,7 @@ def _wrap(out: Any, known: Any, inputs: list[VirtualTensor], device: torch.devic
             for tensor in inputs:  # in place and out= give the tensor that they were given
                 if tensor.meta_ is out:
                     if tuple(tensor.shape) != tuple(out.shape):
-                        raise TraceError("an operator that keeps its input's shape", f"one that resized {tensor!r}")
+                        raise TraceError("an in-place operator that keeps the shape", f"one that resized {tensor!r}")
                     return tensor
         values = known if isinstance(known, torch.Tensor) and known.numel() <= _most(known) else None
         return VirtualTensor(out, values, device, _shared_with(values, inputs))
@@ -380,9 +383,8 @@ def _values(tensor: Any, what: str) -> torch.Tensor:
         return tensor  # type: ignore[no-any-return]
     if tensor.known is None:
         raise DataDependent(
-            f"values for {what} of {tensor!r}",
-            "host code reads a tensor whose values are not declared",
-            "make it from values in the recipe (torch.tensor([...], device='cuda')) or hand the number in as an argument",
+            f"{what} reads the values of {tensor!r}, which are not declared",
+            hint="make it from values in the recipe (torch.tensor([...], device='cuda')), or pass the number as an argument",
         )
     return tensor.known
 

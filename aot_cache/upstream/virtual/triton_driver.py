@@ -40,7 +40,8 @@ class _Utils:
 
     def load_binary(self, *_: Any) -> Any:
         raise TraceError(
-            "no module load while tracing", "host code loads a compiled kernel itself", "declare its result"
+            "host code loads a compiled kernel itself, which is impossible while tracing",
+            hint="leave that out of the recipe",
         )
 
 
@@ -76,7 +77,10 @@ class VirtualDriver:
         return ty
 
     def get_benchmarker(self) -> Any:
-        raise TraceError("no benchmark while tracing", "host code asks Triton for a benchmarker", "declare its choice")
+        raise TraceError(
+            "host code asks Triton for a benchmarker, which is impossible while tracing",
+            hint="leave that out of the recipe",
+        )
 
 
 def pretend(target: Target) -> None:
