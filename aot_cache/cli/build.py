@@ -69,6 +69,7 @@ PlanFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Build a pla
 Targets = Annotated[
     Texts,
     typer.Option(
+        "--target",
         metavar="TARGET",
         autocompletion=_target_names,
         help=f"GPU to build for (see `aot-cache targets`), or `native`: this machine's. Repeatable. {DEFAULT_HELP}",
