@@ -427,7 +427,7 @@ def test_what_became_of_misses_is_said(run: Run, monkeypatch: pytest.MonkeyPatch
     )
     monkeypatch.setattr(pipeline, "build", lambda *_: built)
     said = run("build", "--model", "tiny:good")
-    assert "h200: misses: 2 of 3 covered\n" in said.out and "was killed: 1\n" in said.out
+    assert "h200: misses: 2 of 3 covered\n" in said.out and "a killed process: 1\n" in said.out
     assert "h200: not covered: graph m:layer (12 times, x 600×16): no case? calls it\n" in said.out
     assert run("build", "--model", "tiny:good", "--json").document["bundles"][0]["misses"] == misses
 
@@ -648,14 +648,14 @@ def test_inspecting_misses(run: Run, sample: Sample) -> None:
     assert (said.code, said.err) == (0, "")
     (row,) = [line.split() for line in said.out.splitlines() if "m:layer" in line]
     assert row[:2] == ["graph", "m:layer"] and "15" in row and " ".join(row[-2:]).endswith("batch=Range(1, 600)")
-    assert "\x1b" not in said.out and "was killed: 1" in said.out
+    assert "\x1b" not in said.out and "a killed process: 1\n" in said.out
     facts = run("inspect", "--misses", "m", "--json").document
     assert (facts["kind"], facts["different"], facts["count"], facts["cut_off"]) == ("misses", 1, 15, 1)
     assert facts["misses"][0]["points"] == {"decode": {"batch": 600}}
     assert_error(run("inspect"), "neither")
     assert_error(run("inspect", sample.bundle, "--misses", "m"), "both")
     assert_error(run("inspect", "--misses", "m", "--points"), "--points")
-    assert_error(run("inspect", "--misses", sample.plan), "line 1, is not a miss")
+    assert_error(run("inspect", "--misses", sample.plan), "line 2, is not a miss")
 
 
 def test_a_file_that_is_neither(run: Run, tmp_path: Path) -> None:

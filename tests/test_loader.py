@@ -642,7 +642,7 @@ def test_c_modules_are_built_and_loaded_from_memory(tmp_path: Path) -> None:
         first, again, has_path = facts[answer]
         assert first == again and not has_path, "the same bytes, without the folder they were built in"
     assert len(set(facts["python"])) == 1
-    assert "gcc to build x" in facts["broken"] and "/no/such/python" in facts["no interpreter"]
+    assert "gcc cannot build x" in facts["broken"] and "/no/such/python" in facts["no interpreter"]
     assert "install gcc or set CC" in facts["no compiler"]
 
 

@@ -95,7 +95,7 @@ def test_a_kernel_without_its_source_is_named_and_the_rest_is_built(folder: Fold
     assert (code, failure["kernel"], said["units"]) == (4, "case packaged", 1)
     assert failure["error"].startswith(
         "at n=1: kernel pack.kernels:times has no source text, which Triton compiles from: only compiled code of "
-        "kernels.py; install its package with its .py files"
+        "kernels.py is installed; hint: install its package with its .py files"
     )
     assert read_bundle(Path(said["path"])).manifest["kernels"][0]["name"] == "packaged_recipe:own"
 

@@ -198,7 +198,7 @@ def test_a_build_that_does_not_hit_says_so_and_keeps_the_bundle(project: Path) -
     build = ("build", "--model", "one:both", "--target", "cpu", "--workers", 1, "--out", "b.safetensors")
     said = command(project, *build)
     assert said.returncode == 5, said.stderr
-    assert "the bundle does not hit where it is served; it is kept: " in said.stdout
+    assert "the bundle would miss where it is served; it is kept at " in said.stdout
     assert "missed: one:elsewhere: it is not compiled by Inductor (at other, n=2 and 2 more)" in said.stdout
     assert "not proved: 3 of 6 points hit" in said.stdout and "proved 6" not in said.stdout
     assert (project / "b.safetensors").exists() and not rehearsed.path_of(project / "b.safetensors").exists()
