@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from aot_cache.artifact import manifest
 from aot_cache.artifact import target as targets
 from aot_cache.artifact.plan import CallPlan, Plan
 from aot_cache.builder import fingerprint, fork_map, pipeline, virtual_gpu
+from aot_cache.builder.fingerprint import Inputs
 from aot_cache.builder.pipeline import Built, Request
 from aot_cache.errors import AotCacheError, DeclarationError, StoreUnwritable, TargetError, TraceError, UnknownName
 from aot_cache.store import read_bundle
@@ -353,7 +354,7 @@ def test_a_model_that_nobody_knows(bad: Project) -> None:
 def test_a_dimension_that_nobody_declared(bad: Project) -> None:
     with pytest.raises(UnknownName) as caught:
         bad.build(model="bad_recipes:raises", ranges={"tokens": "1..4"})
-    assert "'tokens'" in str(caught.value) and "it has m, n" in str(caught.value)
+    assert "'tokens'" in str(caught.value) and "known: m, n" in str(caught.value)
 
 
 def test_a_recipe_that_raises_at_a_point(bad: Project) -> None:
@@ -370,7 +371,7 @@ def test_a_recipe_that_raises_at_a_point(bad: Project) -> None:
     [
         ("bad_import:recipe", DeclarationError, "RuntimeError: no such model here"),
         ("needs:recipe", UnknownName, "no module named 'not_installed_here'"),
-        ("bad_recipes:gone", UnknownName, "a Recipe at bad_recipes:gone"),
+        ("bad_recipes:gone", UnknownName, "no recipe at bad_recipes:gone"),
     ],
 )
 def test_a_recipe_that_cannot_be_had(bad: Project, model: str, error: type[AotCacheError], words: str) -> None:
@@ -380,7 +381,7 @@ def test_a_recipe_that_cannot_be_had(bad: Project, model: str, error: type[AotCa
 
 def test_the_cpu_has_no_kernels(bad: Project) -> None:
     """Triton compiles for GPUs only: for `cpu` there are compiled graphs, of which this recipe has none."""
-    with pytest.raises(TargetError, match="Triton compiles for GPUs only"):
+    with pytest.raises(TargetError, match="expected a GPU target for Triton kernels, found cpu"):
         virtual_gpu.become(targets.get("cpu"))
     with pytest.raises(TraceError, match=r"at any of its 17 points.*name one with --target"):
         bad.build(target=targets.get("cpu"))
@@ -619,18 +620,18 @@ def test_what_changed_is_named(tmp_path: Path) -> None:
 
     path = tmp_path / "read.py"
     path.write_text("one")
-    inputs: dict[str, Any] = {"python": platform.python_version(), "packages": {}, "files": {}}
+    inputs = Inputs(python=platform.python_version())
     assert fingerprint.changed(inputs) == ""
-    inputs["files"] = {str(path): fingerprint._file_digest(str(path))}
-    inputs["packages"] = {"pytest": fingerprint.package_digest("pytest")}
+    files, packages = {str(path): fingerprint._file_digest(str(path))}, {"pytest": fingerprint.package_digest("pytest")}
+    inputs = replace(inputs, files=files, packages=packages)
     assert fingerprint.changed(inputs) == ""
     path.write_text("two")
     assert fingerprint.changed(inputs) == str(path)
     path.unlink()
     assert fingerprint.changed(inputs) == str(path)
-    assert fingerprint.changed({**inputs, "packages": {"pytest": "0.1 other"}}) == "package pytest"
-    assert fingerprint.changed({**inputs, "packages": {"not-here": "1"}}) == "package not-here"
-    assert fingerprint.changed({**inputs, "python": "2.7"}) == "Python's version"
+    assert fingerprint.changed(replace(inputs, packages={"pytest": "0.1 other"})) == "package pytest"
+    assert fingerprint.changed(replace(inputs, packages={"not-here": "1"})) == "package not-here"
+    assert fingerprint.changed(replace(inputs, python="2.7")) == "Python's version"
 
 
 def test_what_this_process_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -638,9 +639,9 @@ def test_what_this_process_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.syspath_prepend(str(tmp_path))
     __import__("stamped_module")
     inputs = fingerprint.inputs()
-    assert str(tmp_path / "stamped_module.py") in inputs["files"]
-    assert "pytest" in inputs["packages"]
-    assert not [path for path in inputs["files"] if path.startswith(os.path.dirname(os.__file__) + "/json")]
+    assert str(tmp_path / "stamped_module.py") in inputs.files
+    assert "pytest" in inputs.packages
+    assert not [path for path in inputs.files if path.startswith(os.path.dirname(os.__file__) + "/json")]
     sys.modules.pop("stamped_module")
 
 

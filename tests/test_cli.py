@@ -23,6 +23,7 @@ from aot_cache.artifact.key import Part
 from aot_cache.artifact.plan import Plan
 from aot_cache.artifact.target import Difference
 from aot_cache.builder import pipeline
+from aot_cache.builder.fingerprint import Inputs
 from aot_cache.builder.pipeline import Built, Request
 from aot_cache.cli.main import main
 from aot_cache.cli.render import terminal
@@ -320,7 +321,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Pipeline:
 
 def test_a_plan_is_built_for_its_own_target(run: Run, sample: Sample, stub: Pipeline) -> None:
     plan = Plan.read(sample.plan)
-    plan.target = "a100"
+    plan = replace(plan, target="a100")
     plan.write(Path("recorded.plan.json"))
     said = run("build", "--plan", "recorded.plan.json")
     assert said.out.startswith("target: a100 (the plan's; choose with --target")
@@ -368,13 +369,13 @@ def test_releases_that_nobody_tested_are_one_line(run: Run, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("inputs", "found"),
     [
-        ({"packages": {"torch": "", "transformers": ""}, "files": {}}, True),
-        ({"packages": {"torch": ""}, "files": {"/a/transformers/__init__.py": ""}}, True),
-        ({"packages": {"torch": ""}, "files": {"/a/my_transformers/__init__.py": "", "/transformers/x.py": ""}}, False),
-        ({}, False),
+        (Inputs(packages={"torch": "", "transformers": ""}), True),
+        (Inputs(packages={"torch": ""}, files={"/a/transformers/__init__.py": ""}), True),
+        (Inputs(packages={"torch": ""}, files={"/a/my_transformers/__init__.py": "", "/transformers/x.py": ""}), False),
+        (Inputs(), False),
     ],
 )
-def test_transformers_counts_where_the_recipe_imported_it(inputs: dict[str, Any], found: bool) -> None:
+def test_transformers_counts_where_the_recipe_imported_it(inputs: Inputs, found: bool) -> None:
     assert pipeline._imported("transformers", inputs) is found
 
 

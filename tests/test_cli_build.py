@@ -15,7 +15,7 @@ import pytest
 from limits import HANGS
 from printed import without_progress
 
-from aot_cache.artifact.plan import CallPlan, CasePlan, Plan, Unit
+from aot_cache.artifact.plan import CallPlan, CasePlan, Failure, Plan, Unit
 from aot_cache.builder import assemble, pipeline
 from aot_cache.builder.pipeline import Built, Request
 from aot_cache.cli.main import main
@@ -305,7 +305,7 @@ def test_points_that_reach_what_failed_are_not_covered() -> None:
     plan = Plan(recipe="r", target="h200", cases=cases, units=units, calls=[call])
 
     def covered(*failed: tuple[str, str]) -> int:
-        return assemble.covered(plan, [{"kernel": kernel, "unit": unit, "error": ""} for kernel, unit in failed])
+        return assemble.covered(plan, [Failure(kernel=kernel, unit=unit, error="") for kernel, unit in failed])
 
     assert covered() == 11
     assert covered(("m:k", units[0].id)) == 7

@@ -14,7 +14,7 @@ import pytest
 from test_manifest import GRAPH_FACTS, OBJECTS, of_graphs
 
 from aot_cache.artifact import manifest
-from aot_cache.artifact.manifest import served
+from aot_cache.artifact.manifest import Manifest, served
 from aot_cache.artifact.target import TARGETS
 from aot_cache.runtime import host_check
 from aot_cache.store import read_bundle, write_bundle
@@ -37,7 +37,7 @@ def here() -> dict[str, str]:
 
 def a_bundle(path: Path, key: dict[str, Any], target: str = "cpu") -> Path:
     whole = of_graphs(GRAPH_FACTS, graph_key=key, calls=[], target=TARGETS[target].properties())
-    lean, details = manifest.split(whole)
+    lean, details = manifest.split(Manifest.from_json(whole))
     write_bundle(path, lean, {**OBJECTS, lean["details"]: details})
     return path
 
@@ -90,7 +90,7 @@ def test_of_graphs_for_a_gpu_triton_counts_and_vector_instructions_do_not(tmp_pa
 
 
 def test_a_bundle_without_graphs_is_bound_to_no_torch(tmp_path: Path) -> None:
-    lean, details = manifest.split(of_graphs(graph_key={}, calls=[]))
+    lean, details = manifest.split(Manifest.from_json(of_graphs(graph_key={}, calls=[])))
     write_bundle(tmp_path / "b", lean, {**OBJECTS, lean["details"]: details})
     assert host_check.graph_parts(served(read_bundle(tmp_path / "b"))) == []
 

@@ -139,7 +139,7 @@ def test_one_config_is_loaded_or_the_chosen_one_or_all(built: Built, graphs: dic
 
 
 def test_a_tuned_bundle_keeps_its_graphs(bundle: Bundle) -> None:
-    whole = manifest.whole(bundle).to_json()
+    whole = manifest.whole(bundle)
     needed = tuning_kernels._needed(whole)  # what `tune` writes into the new bundle
-    assert {digest for graph in whole["graphs"] for digest in graph["graphs"].values()} <= needed
+    assert {digest for graph in whole.graphs for digest in graph.graphs.values()} <= needed
     assert {*needed, bundle.manifest["details"]} == set(bundle.manifest["objects"])

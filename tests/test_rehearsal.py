@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from aot_cache import Call, Case, Range, Recipe, Values, declare
 from aot_cache.artifact import rehearsed
+from aot_cache.artifact.plan import CasePlan
 from aot_cache.artifact.rehearsed import CaseRun, Run, Stamp
 from aot_cache.cli.facts import bundle as bundle_facts
 from aot_cache.cli.render import terminal
@@ -37,8 +38,8 @@ def a_case(**dims: Any) -> Case:
     return Case("one", make, dims)
 
 
-def as_built(case: Case, **more: Any) -> dict[str, Any]:
-    return {"name": case.name, "dims": {n: d.text for n, d in case.dims.items()}, "missed": [], **more}
+def as_built(case: Case, **more: Any) -> CasePlan:
+    return replace(CasePlan.of(case, case.points()), **more)
 
 
 def chosen(case: Case, most: int | None, **more: Any) -> points.Chosen:
@@ -413,7 +414,7 @@ HOSTILE = [
 def test_what_is_no_stamp_is_said(bundle: Path, data: bytes) -> None:
     rehearsed.path_of(bundle).write_bytes(data)
     stamp = rehearsed.read(bundle, DIGEST)
-    assert not stamp.runs and "is no record of a rehearsal" in stamp.ignored
+    assert not stamp.runs and "is not the record of a rehearsal" in stamp.ignored
     assert rehearsed.add(bundle, a_run(9)).runs, "and does not stay"
 
 

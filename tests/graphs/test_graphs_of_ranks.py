@@ -14,6 +14,7 @@ from projects import HERE, Project
 
 from aot_cache.artifact import manifest
 from aot_cache.errors import Incompatible
+from aot_cache.runtime import graphs
 from aot_cache.runtime.graphs import GraphSet
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import read_bundle
@@ -81,8 +82,9 @@ def test_graphs_are_for_the_first_gpu_of_a_process(
 ) -> None:
     """Their guards and code hold its number: a rank on another one would miss all of them, and say so by a device only."""
     monkeypatch.setattr(torch_capture, "device_number", lambda: gpu)
-    target = {"backend": backend}
-    bundle: Any = SimpleNamespace(manifest={"graphs": [], "target": target}, path=Path("B"), digest="d")
+    header: Any = SimpleNamespace(graphs=[], on_cpu=backend == "cpu")
+    monkeypatch.setattr(graphs, "served", lambda bundle: header)
+    bundle: Any = SimpleNamespace(path=Path("B"), digest="d")
     made = GraphSet(bundle, Ledger())
     if fits:
         assert made.prime() == 0
