@@ -33,7 +33,10 @@ PATIENCE = 1500.0
 
 
 RULES: tuple[tuple[str, str], ...] = (
-    (r"only for CPU", "theirs"),  # its library found no GPU of its kind, and registered its operator for the CPU
+    (
+        r"no CUDA kernel, only CPU",
+        "theirs",
+    ),  # its library found no GPU of its kind, and registered its operator for the CPU
     (r"no module named 'amdsmi'|No module named 'amdsmi'", "theirs"),
     (r"CompilationError|PassManager|MLIR|triton/(language|compiler|backends)|does not compile", "upstream (Triton)"),
     (r"type fp8e4nv not supported", "upstream (Triton)"),
