@@ -329,6 +329,15 @@ def test_a_module_that_is_no_good(
     assert words in str(caught.value)
 
 
+def test_a_module_that_a_recipe_lacks_is_not_misspelt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hint that names the module that was given."""
+    (tmp_path / "own_module.py").write_text("import not_here_at_all")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(UnknownName, match="'not_here_at_all'; hint: install it, or set PYTHONPATH"):
+        recipes.load("own_module:recipe")
+
+
 def test_a_recipe_that_ships_is_installed_under_its_name() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     assert 'gated-delta = "aot_cache.models.gated_delta:recipe"' in text

@@ -296,7 +296,8 @@ def load(spec: str) -> Recipe:
     except ModuleNotFoundError as error:
         if os.environ.get("AOT_CACHE_DEBUG") == "1":
             traceback.print_exception(first_cause(error))
-        near = did_you_mean(module_name, _modules_nearby(), "install it, or set PYTHONPATH")
+        own = error.name is None or f"{module_name}.".startswith(f"{error.name}.")  # else one that the recipe imports
+        near = did_you_mean(module_name, _modules_nearby() if own else (), "install it, or set PYTHONPATH")
         hint = shipped.to_do_in(module_name, near)
         missing = f"no module named {error.name!r}" if error.name else one_line(first_cause(error))
         what = f"cannot import module {module_name!r} of recipe {name!r}"
