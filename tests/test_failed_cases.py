@@ -358,7 +358,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Done:
 @pytest.mark.parametrize(
     ("case", "point", "words"),
     [
-        ("values", "n=1", "reads the values of"),
+        ("values", "n=1", "int() reads the values of"),
         ("raises", "n=5", "ValueError: five does not divide"),
         ("only_graphs", "n=9", "ValueError: a fake one"),
         ("leaves", "n=4", "SystemExit: 7"),

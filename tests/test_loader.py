@@ -407,7 +407,7 @@ def test_graphs_of_another_host_are_refused_once(
     served = serve(DYNAMO, **with_graphs(bundle, tmp_path, backend, **part))
     assert served.error is None and served.stats["graphs"] == []
     (warning,) = served.warnings
-    assert words in warning and "graphs for this host" in warning
+    assert words in warning and "are not for this host" in warning
     assert served.stats["total"]["rejected_bundle"] == 1
 
 

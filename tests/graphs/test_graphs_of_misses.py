@@ -191,8 +191,8 @@ def test_what_is_not_covered_is_named(following: Next) -> None:
     reasons = sorted(row["why"] for row in misses["uncovered"])
     assert f"case 'decorated' at n={1 << 60}: " in reasons.pop(0), "no tensor is so large"
     assert reasons == [
-        "the call has another call signature: mode, dtype, device, torch.compile options, source, or number of arguments",
         "it is declared already, and missed because SHIFT was 0.5 and is 7.0",
         "no declared case calls sample_model:elsewhere",
         "size 1 of x is 17, and always 16 in what was declared (decorated)",
+        "the call has another call signature: mode, dtype, device, torch.compile options, source, or number of arguments",
     ]

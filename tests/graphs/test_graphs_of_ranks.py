@@ -89,7 +89,9 @@ def test_graphs_are_for_the_first_gpu_of_a_process(
     if fits:
         assert made.prime() == 0
         return
-    with pytest.raises(Incompatible, match=r"the first GPU .* graphs of B; GPU 1 is; start each rank .*CUDA_VISIBLE"):
+    with pytest.raises(
+        Incompatible, match=r"expected GPU 0 .* graphs of B, found GPU 1; hint: start each rank .*CUDA_VISIBLE"
+    ):
         made.prime()
 
 
