@@ -32,6 +32,7 @@ def write(folder: Path) -> None:
         lists = ("kernels", "units", "tunings", "native", "metadata_sets", "signatures", "binaries", "graphs")
         manifest = {"kind": "units", "recipe": name, "target": targets.get("cpu").properties(), "details": digest}
         manifest |= {"toolchain": {"triton": ""}, "metadata": {}, "graph_key": {}, "late": {}, **{n: [] for n in lists}}
+        manifest |= {"spec": "", "origin": "traced", "ranks": 1, "complete": True}
         write_bundle(folder / f"{name}.safetensors", manifest, {digest: details})
 
 

@@ -192,7 +192,7 @@ def test_a_kernel_that_does_not_compile_is_named_and_the_rest_is_built(build: Bu
     reached = {unit.id: unit.reached for unit in made.plan.units}
     assert made.manifest["failed"] == [{"reached": reached[f["unit"]], **f} for f in map(plain, made.outcome.failed)]
     ids = {unit.id for unit in made.plan.units}
-    assert all(failure["unit"] in ids for failure in made.outcome.failed)
+    assert all(failure.unit in ids for failure in made.outcome.failed)
 
 
 @pytest.mark.parametrize("line_info", [False, True])
