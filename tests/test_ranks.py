@@ -94,14 +94,14 @@ def test_disagreement_names_the_ranks_and_their_values(said: Said) -> None:
         "expected every rank to agree on start, found rank 2: no memory; hint: see why on these ranks: the others agree"
     )
     assert everywhere(said, "one says no") == {"error": error}
-    error = "the same bundle on every rank; ranks 0, 1, 2: abc; rank 3: def"
+    error = "expected the same bundle on every rank, found ranks 0, 1, 2: abc; rank 3: def"
     assert everywhere(said, "one differs") == {"error": error}
 
 
 def test_ranks_at_different_places(said: Said) -> None:
     errors = {rank: facts["error"] for rank, facts in said["another place"].items()}
-    assert errors[0].startswith("every rank to be at 'right'; ranks 1, 2, 3: at 'left'")
-    assert errors[1] == errors[3] and errors[1].startswith("every rank to be at 'left'; rank 0: at 'right'")
+    assert errors[0].startswith("expected every rank to be at 'right', found ranks 1, 2, 3: at 'left'")
+    assert errors[1] == errors[3] and errors[1].startswith("expected every rank to be at 'left', found rank 0: at 'right'")
 
 
 def test_all_ranks_have_all_batches(said: Said) -> None:
@@ -148,7 +148,7 @@ def test_a_miss_that_one_rank_sees_only_in_the_capture(said: Said) -> None:
 def test_all_ranks_load_the_same_bundle_or_none(said: Said) -> None:
     assert everywhere(said, "the same bundle") == {"loaded": 1, "error": "", "warnings": 0}
     found = everywhere(said, "another bundle")
-    assert found["loaded"] == 0 and "the same bundle on every rank; ranks 0, 1, 2: " in found["error"]
+    assert found["loaded"] == 0 and "expected the same bundle on every rank, found ranks 0, 1, 2: " in found["error"]
     assert everywhere(said, "no bundle") == {"loaded": 0, "error": "", "warnings": 1}, "as ever: served without, warned"
 
 
