@@ -174,6 +174,17 @@ def test_what_is_written_is_what_is_read(whole: dict[str, Any]) -> None:
     assert (header, details) == raw_manifest.split(json.loads(json.dumps(whole)))
 
 
+def test_what_a_newer_version_adds_is_passed_over(tmp_path: Path) -> None:
+    header, details = raw_manifest.split(of_graphs(GRAPH_FACTS))
+    write_bundle(tmp_path / "a", header, {**OBJECTS, header["details"]: details})
+    more = json.loads(json.dumps(header))
+    for one in (more, more["graphs"][0], more["graphs"][0]["resumes"]["__aot_resume_0"]):
+        one["new"] = 1
+    write_bundle(tmp_path / "b", more, {**OBJECTS, header["details"]: details})
+    old, new = read_bundle(tmp_path / "a"), read_bundle(tmp_path / "b")
+    assert manifest.served(new) == manifest.served(old) and manifest.whole(new) == manifest.whole(old)
+
+
 @given(whole=manifests)
 def test_the_same_manifest_gives_the_same_bytes(whole: dict[str, Any]) -> None:
     one, details = manifest.split(Manifest.from_json(whole))

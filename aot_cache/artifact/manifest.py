@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
-from aot_cache.artifact.plan import CallPlan, CasePlan, Encoded, Failure, Origin, Pair
+from aot_cache.artifact.plan import CallPlan, CasePlan, Config, Encoded, Failure, Origin, Pair
 from aot_cache.artifact.reached import Reached
 from aot_cache.errors import BundleCorrupt
 from aot_cache.store import Bundle, JsonObject, JsonValue
@@ -92,8 +92,8 @@ class ServedTuning:
     kernel: int
     tuner: int
     key: Sequence[Encoded]
-    choice: Mapping[str, Encoded] | None
-    first: Mapping[str, Encoded] | None = None
+    choice: Config | None
+    first: Config | None = None
     ranks: Sequence[int] = ()
 
 
@@ -109,8 +109,8 @@ class TuningChoice:
     kernel: int
     tuner: int
     key: Sequence[Encoded]
-    candidates: Sequence[Mapping[str, Encoded]]
-    choice: Mapping[str, Encoded] | None
+    candidates: Sequence[Config]
+    choice: Config | None
     measured: JsonObject
     reached: Reached
     default: int | None
@@ -302,9 +302,9 @@ class Manifest:
         """Raises KeyError, TypeError or ValueError where `data` has another form than `to_json` gives it."""
         parts = dict(data)
         for name, part in _PARTS.items():
-            parts[name] = [part(**one) for one in parts[name]]
+            parts[name] = [_known(part, one) for one in parts[name]]
         parts["graphs"] = [graph_from_json(Graph, one) for one in parts["graphs"]]
-        return cls(**parts)
+        return _known(cls, parts)
 
 
 class UnitRow(NamedTuple):
@@ -365,21 +365,21 @@ class Served:
     def on_cpu(self) -> bool:
         return bool(self.target["backend"] == "cpu")
 
-    def unit_names(self) -> list[str]:
-        """The kernels' names, by their numbers."""
+    def kernel_names(self) -> list[str]:
+        """By their numbers."""
         return [kernel.name for kernel in self.kernels]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Served:
         """Raises KeyError, TypeError or ValueError where `data` has another form than `split` gives it."""
         parts = dict(data)
-        parts["kernels"] = [Kernel(**one) for one in parts["kernels"]]
+        parts["kernels"] = [_known(Kernel, one) for one in parts["kernels"]]
         parts["units"] = [UnitRow(*one) for one in parts["units"]]
-        parts["late"] = {int(number): LateKey(**one) for number, one in parts["late"].items()}
-        parts["tunings"] = [ServedTuning(**one) for one in parts["tunings"]]
-        parts["native"] = [NativeModule(**one) for one in parts["native"]]
+        parts["late"] = {int(number): _known(LateKey, one) for number, one in parts["late"].items()}
+        parts["tunings"] = [_known(ServedTuning, one) for one in parts["tunings"]]
+        parts["native"] = [_known(NativeModule, one) for one in parts["native"]]
         parts["graphs"] = [graph_from_json(ServedGraph, one) for one in parts["graphs"]]
-        return cls(**parts)
+        return _known(cls, parts)
 
 
 _PARTS: Mapping[str, type] = {
@@ -498,15 +498,20 @@ def _misfit(bundle: Bundle, found: str) -> BundleCorrupt:
     return BundleCorrupt(f"bundle {bundle.path} is damaged: {found}", hint="build it again")
 
 
+def _known(kind: type[T], data: Mapping[str, Any]) -> T:
+    """An object of one of the types above. What the type does not know is passed over: a newer version may say more."""
+    return kind(**{one.name: data[one.name] for one in fields(kind) if one.name in data})  # type: ignore[arg-type]
+
+
 def graph_from_json(kind: type[T], data: Mapping[str, Any]) -> T:
     """A graph of the type `kind`: `ServedGraph`, or one with more fields. Raises as `Manifest.from_json`."""
-    parts = {**data, "resumes": {name: Resume(**one) for name, one in data["resumes"].items()}}
+    parts = {**data, "resumes": {name: _known(Resume, one) for name, one in data["resumes"].items()}}
     if "candidates" in parts:
         parts["candidates"] = {
-            name: {key: SeveralConfigs(**one) for key, one in found.items()}
+            name: {key: _known(SeveralConfigs, one) for key, one in found.items()}
             for name, found in parts["candidates"].items()
         }
-    return kind(**parts)
+    return _known(kind, parts)
 
 
 def plain(value: Any) -> Any:

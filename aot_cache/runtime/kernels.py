@@ -82,7 +82,7 @@ class KernelSet:
         self.manifest = manifest = served(bundle)
         self.report = Report(path=str(bundle.path), digest=bundle.digest, units=len(manifest.units))
         self._ledger = ledger
-        self._names = manifest.unit_names()
+        self._names = manifest.kernel_names()
         self._units: dict[int, list[int]] = {}
         for number, unit in enumerate(manifest.units):
             self._units.setdefault(unit.kernel, []).append(number)
