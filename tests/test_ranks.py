@@ -101,7 +101,9 @@ def test_disagreement_names_the_ranks_and_their_values(said: Said) -> None:
 def test_ranks_at_different_places(said: Said) -> None:
     errors = {rank: facts["error"] for rank, facts in said["another place"].items()}
     assert errors[0].startswith("expected every rank to be at 'right', found ranks 1, 2, 3: at 'left'")
-    assert errors[1] == errors[3] and errors[1].startswith("expected every rank to be at 'left', found rank 0: at 'right'")
+    assert errors[1] == errors[3] and errors[1].startswith(
+        "expected every rank to be at 'left', found rank 0: at 'right'"
+    )
 
 
 def test_all_ranks_have_all_batches(said: Said) -> None:

@@ -65,3 +65,26 @@ def test_whoever_asks_why_is_told_where_dynamo_cannot_be_hooked(monkeypatch: pyt
     with pytest.raises(Incompatible, match="cannot be explained; hint: see the warning"):
         mine.explain(lambda: None)
     assert len(said) == 1 and "graph_lookup" in said[0]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_graphs_that_are_refused_are_counted_once(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded before Dynamo is imported; what comes after a bundle whose graphs are refused is looked at, too."""
+    said: list[str] = []
+    mine = Session(said.append)
+    seen: list[Any] = []
+
+    def refuse(bundle: Any) -> None:
+        seen.append(bundle)
+        raise Incompatible("no graphs here")
+
+    monkeypatch.setattr(session.bundle_lookup, "check_torch", refuse)
+    monkeypatch.setattr(mine.hooks, "once", lambda *_: None)
+    mine._waiting_graphs += [Kernels(strict=False), Kernels(strict=strict)]  # type: ignore[list-item]
+    if strict:
+        with pytest.raises(Incompatible, match="no graphs here"):
+            mine._hook_dynamo()
+    else:
+        mine._hook_dynamo()
+    assert len(seen) == 2 and mine.ledger.to_json()["total"]["rejected_bundle"] == 2
+    assert len(said) == (1 if strict else 2)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aot_cache.artifact.manifest import served
 from aot_cache.errors import Incompatible, NotReady
 from aot_cache.runtime import bundle_lookup, gc_pause, host_check, policy
 from aot_cache.runtime.guard import Guard
@@ -209,9 +208,10 @@ class Session:
         with self._lock:
             self._kernels.append(kernels)
             if kernels.manifest.graphs:
-                self._waiting_graphs.append(kernels)
                 if self._answers is not None:  # Dynamo is here already
-                    self._add_graphs(self._answers)
+                    self._add_graphs(kernels, self._answers)
+                else:
+                    self._waiting_graphs.append(kernels)
         counts = kernels.report.units, len(kernels.manifest.graphs)
         _LOG.info("loaded %s (digest %s): %d specializations, %d graphs", bundle.path, bundle.digest[:16], *counts)
         return kernels
@@ -239,22 +239,21 @@ class Session:
             raise error
         self._warn(f"aot-cache serves without a bundle: {error}")
 
-    def _add_graphs(self, answers: Answers) -> None:
-        """Make the graphs of waiting bundles known to Dynamo's misses. What is not for this host is refused, once."""
+    def _add_graphs(self, kernels: KernelSet, answers: Answers) -> None:
+        """Make the graphs of a bundle known to Dynamo's misses.
+
+        Raises:
+            Incompatible: they are not for this host.
+        """
         from aot_cache.runtime.graphs import GraphSet
 
-        while self._waiting_graphs:
-            kernels = self._waiting_graphs.pop(0)
-            bundle = kernels.bundle
-            try:
-                bundle_lookup.check_torch(bundle)
-                parts = host_check.differing(host_check.graph_parts(served(bundle)))
-                if parts:
-                    what = f"the graphs of {bundle.path} are not for this host: {host_check.say(parts)}"
-                    raise Incompatible(what, hint="build them for this host (aot-cache build)")
-                answers.sets.append(GraphSet(bundle, self.ledger, kernels.strict))
-            except Exception as error:
-                self._refuse(error, kernels.strict)
+        bundle = kernels.bundle
+        bundle_lookup.check_torch(bundle)
+        parts = host_check.differing(host_check.graph_parts(kernels.manifest))
+        if parts:
+            what = f"the graphs of {bundle.path} are not for this host: {host_check.say(parts)}"
+            raise Incompatible(what, hint="build them for this host (aot-cache build)")
+        answers.sets.append(GraphSet(bundle, self.ledger, kernels.strict))
 
     def _drop_graphs(self, graphs: GraphSet) -> None:
         if self._answers is not None and graphs in self._answers.sets:
@@ -313,12 +312,18 @@ class Session:
                     self._answers = Answers(self.guard, self._refuse)
                 answers = self._answers
             self.hooks.once("dynamo", answers.hook)
-            with self._lock:
-                self._add_graphs(answers)
         except Exception as error:
             strict = any(kernels.strict for kernels in self._waiting_graphs)
             self._waiting_graphs.clear()
             self._refuse(error, strict)
+            return
+        with self._lock:
+            while self._waiting_graphs:
+                kernels = self._waiting_graphs.pop(0)
+                try:
+                    self._add_graphs(kernels, answers)
+                except Exception as error:
+                    self._refuse(error, kernels.strict)
 
     def _native(self, source_key: str) -> bytes | None:
         from aot_cache.upstream.hooks.triton_launcher import interpreter_tag
