@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import typer
 from limits import HANGS
+from typer.models import OptionInfo
 
 import aot_cache
 from aot_cache import errors
@@ -57,6 +59,19 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
         return code, *capfd.readouterr()
 
     return call
+
+
+def test_an_option_that_is_called_as_its_metavar_says_its_name() -> None:
+    """typer 0.27 loses it otherwise (`target`, TARGET): `--target` was no option there."""
+    found = [
+        (name, annotation)
+        for command in app.registered_commands
+        for name, parameter in inspect.signature(command.callback or print, eval_str=True).parameters.items()
+        for annotation in getattr(parameter.annotation, "__metadata__", ())
+        if isinstance(annotation, OptionInfo) and annotation.metavar == name.upper()
+    ]
+    assert "target" in dict(found)
+    assert all(f"--{name}" in (option.default, *(option.param_decls or ())) for name, option in found)
 
 
 # --- the program ------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ PlanFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Build a pla
 Targets = Annotated[
     Texts,
     typer.Option(
-        "--target",
+        "--target",  # said, because typer 0.27 loses the name of an option whose metavar is its name in capitals
         metavar="TARGET",
         autocompletion=_target_names,
         help=f"GPU to build for (see `aot-cache targets`), or `native`: this machine's. Repeatable. {DEFAULT_HELP}",
