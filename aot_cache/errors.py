@@ -138,8 +138,8 @@ class NotReady(AotCacheError):
 class CacheMiss(AotCacheError):
     """Raised in place of compiling, tuning or loading inside a capture, or after `seal()`, where the policy is `error`.
 
-    Also raised on ROCm for a Triton kernel that would compile inside a capture and has no eager twin: the capture would
-    be wrong without a sign.
+    Also raised on ROCm for a Triton kernel that would compile inside a capture and has no eager fallback: the capture would be
+    silently wrong.
     """
 
     exit_code = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -171,3 +172,28 @@ def test_every_variable_that_is_named_is_read_somewhere() -> None:
     named = {name for page in PAGES for name in re.findall(r"\bAOT_CACHE(?:_[A-Z]+)*\b", page.read_text())}
     source = "".join(path.read_text() for path in (ROOT / "aot_cache").rglob("*.py"))
     assert named and not {name for name in named if not re.search(rf"\b{name}\b", source)}
+
+
+def literals() -> str:
+    """All texts in the package's source, a line each; what is filled in is `…`."""
+    texts = []
+    for path in (ROOT / "aot_cache").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(" ".join(text.split()) for text in texts)
+
+
+def test_messages_in_the_headings_of_troubleshooting_are_said() -> None:
+    """Whoever searches for what the terminal says finds it: a message that is reworded is reworded here."""
+    said_here = literals()
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = [found for line in re.findall(r"^### (.+)$", text, flags=re.M) for found in re.findall(r"`([^`]+)`", line)]
+    messages = [found.removeprefix("expected ") for found in quoted if " " in found and not found.startswith("Torch ")]
+    assert len(messages) >= 9
+    for message in messages:
+        # Releases are put into a message with their names.
+        for part in filter(None, (part.strip(" :,;") for part in re.split("…|×|torch ", message))):
+            assert part in said_here, f"nothing says {part!r}"

@@ -76,7 +76,7 @@ def a_plan(**more: Any) -> Plan:
 
 
 def a_manifest(plan: Plan | None = None) -> dict[str, Any]:
-    """What `build.bundles.assemble` writes, by hand, for the two kernels of `a_plan`."""
+    """What `builder.assemble.assemble` writes, by hand, for the two kernels of `a_plan`."""
     plan = plan or a_plan()
     number = {KERNEL: 0, OTHER: 1}
     return {

@@ -202,9 +202,9 @@ class CallPlan:
             integer argument itself.
         hint: case → the point at which it is traced first.
         reached: the points at which it is made.
-        structure: digest of everything about the call but its sizes (see `call_leaves.structure_of`).
-        follows: case → how all sizes that are not the model's follow from its dimensions (see `follows`), one for each
-            place that makes such a call.
+        structure: digest of everything about the call but its sizes (see `misses.call_signature.structure_of`).
+        follows: case → how all sizes that are not the model's follow from its dimensions (see `misses.size_relations`), one
+            for each place that makes such a call.
     """
 
     function: str

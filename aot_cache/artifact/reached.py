@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from aot_cache.recipes import dimensions
 
 Reached = dict[str, list[dict[str, str]]]
-"""Case name → boxes of points (see `shapes.describe`)."""
+"""Case name → boxes of points (see `dimensions.describe`)."""
 
 
 def together(parts: Iterable[Reached]) -> Reached:

@@ -53,7 +53,7 @@ def _argument(name: str, pair: Pair) -> str:
 
 
 def value_text(value: object) -> str:
-    """An encoded value (see `upstream.triton_jit.encode`) as Python would write it."""
+    """An encoded value (see `upstream.codec.triton_jit.encode`) as Python would write it."""
     if not isinstance(value, dict):
         return repr(value)
     if "named" in value:
@@ -78,7 +78,7 @@ _WRITTEN: dict[str, Callable[[Any], str]] = {
 
 
 def closure_digest(closure: Mapping[str, Any]) -> str:
-    """The same as `upstream.triton_jit.closure_digest`, which cannot be had without importing Triton."""
+    """The same as `upstream.codec.triton_jit.closure_digest`, which cannot be had without importing Triton."""
     return hashlib.sha256(json.dumps(closure, sort_keys=True).encode()).hexdigest()
 
 

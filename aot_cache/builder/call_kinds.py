@@ -117,7 +117,7 @@ def _fits(size: int, wanted: object) -> bool:
 
 @dataclass(frozen=True)
 class SeenLeaf:
-    """A tensor or integer of a call: the expression that leads to it, and its sizes (see `call_leaves.Leaf`)."""
+    """A tensor or integer of a call: the expression that leads to it, and its sizes (see `misses.call_signature.Leaf`)."""
 
     path: str
     integer: bool

@@ -1,6 +1,6 @@
 """Trace and compile the graphs of a recipe: run its host code at every declared point on tensors without memory.
 
-First all compiled functions run as plain Python, and what they are called with is looked at (`calls`). This process only
+First all compiled functions run as plain Python, and what they are called with is looked at (`call_kinds`). This process only
 makes the recipe's arguments and models: host code runs in forked children, each of which begins as a server does, with its
 models made and nothing called. The first call may go another way there than all others (a cache that is made when it is
 first written to, a registry that is filled), and is looked at and traced apart. Then each kind of
@@ -234,7 +234,7 @@ class Runs:
         ]
 
     def compile_all(self, store: Store, inputs: Inputs, progress: Progress, workers: int | None = None) -> Made:
-        """Compile what the store lacks; `inputs` is everything that this process imported (`stamp.inputs`)."""
+        """Compile what the store lacks; `inputs` is everything that this process imported (`fingerprint.inputs`)."""
         made = Made(key=dynamo_globals.bound_to(self._target.properties()))
         shared = {
             "bound": made.key,

@@ -75,7 +75,7 @@ class Trace:
 
 
 def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None = None) -> Trace:
-    """Enumerate what `recipe` launches. The process must have become `target` (see `virtual_device.become`).
+    """Enumerate what `recipe` launches. The process must have become `target` (see `virtual_gpu.become`).
 
     A case that cannot be run at every declared point is left out, and named in the plan.
 

@@ -35,7 +35,7 @@ def points_for(
     Args:
         calls, cases: of the plan that was served.
         name: `module:qualname` of the function.
-        structure: of the call, see `call_leaves.structure_of`.
+        structure: of the call, see `misses.call_signature.structure_of`.
         sizes: of each tensor and integer that is given and is not the model's own.
     """
     mine = [call for call in calls if call.function == name]
@@ -76,7 +76,7 @@ def _places(case: CasePlan, calls: Sequence[CallPlan]) -> Iterator[tuple[Relatio
 
 
 def _first(box: Mapping[str, str]) -> Point:
-    """The first point of a box as `shapes.describe` writes it; costs nothing however large the box is."""
+    """The first point of a box as `dimensions.describe` writes it; costs nothing however large the box is."""
     return {dim: int(text.partition("..")[0].partition(",")[0]) for dim, text in box.items()}
 
 

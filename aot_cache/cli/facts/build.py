@@ -28,7 +28,7 @@ SERVER = "import aot_cache.auto  # before the model"
 
 
 def plan(found: Plan, path: Path, names: Names = no_names) -> Facts:
-    """What would be built, and why: `report.plan`, and for each kernel and call the points of all cases that reach it."""
+    """What would be built, and why: `facts.bundle.plan`, and for each kernel and call the points of all cases that reach it."""
     facts = bundle_facts.plan(found, path, names=names)
     for row in facts["kernels"]:
         row["reached"] = together(unit.reached for unit in found.units if unit.kernel == row["kernel"])

@@ -94,7 +94,7 @@ def grids(cases: Sequence[CasePlan], units: Sequence[Served], missed: Iterable[M
     A case stands in the grid of each of its dimensions along which what serves a function changes, and at least in one.
 
     Returns:
-        For each grid `dimension`, `columns` and `rows`. A column has `values` (text, see `shapes`), `short`, `count` and
+        For each grid `dimension`, `columns` and `rows`. A column has `values` (text, see `dimensions`), `short`, `count` and
         `sampled`, true where values between these were declared and not visited. A row has `case`, `kind`, `name`, and
         for each column in `cells` the labels, in the order of `units`, or None where the case declares no such value;
         in `shown` the same as people read it; in `missed` how many calls were missed there.
@@ -242,7 +242,7 @@ def _column(dim: str, values: Sequence[int], sampled: bool) -> Facts:
 
 
 def signs(found: Sequence[Facts]) -> Iterator[str]:
-    """What the signs in these grids mean, a line for each that occurs; the counts are of `report_ledger.annotate`."""
+    """What the signs in these grids mean, a line for each that occurs; the counts are of `facts.ledger.annotate`."""
     rows = [row for grid in found for row in grid["rows"]]
     shown = {text for row in rows for text in row["shown"]}
     if any("×" in text for text in shown):

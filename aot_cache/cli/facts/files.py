@@ -17,7 +17,7 @@ from aot_cache.store import Bundle, read_bundle
 
 
 def facts(path: Path, kernel: str | None, points: bool, ledger: Sequence[Path]) -> dict[str, Any]:
-    """What `inspect` says: `report.plan` or `report.bundle`, whose arguments these are.
+    """What `inspect` says: `facts.bundle.plan` or `facts.bundle.bundle`, whose arguments these are.
 
     Raises:
         DeclarationError: `ledger` is given with a plan, or a file of it is none of this bundle.

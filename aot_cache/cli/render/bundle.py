@@ -1,4 +1,4 @@
-"""A plan or a bundle on the terminal, as `inspect` shows it. Formats only, as `render`."""
+"""A plan or a bundle on the terminal, as `inspect` shows it. Formats only."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def page(facts: Facts) -> str:
     """The whole page.
 
     Args:
-        facts: of `report.bundle` or `report.plan`, made with `points`.
+        facts: of `facts.bundle.bundle` or `facts.bundle.plan`, made with `points`.
     """
     title = f"{facts['recipe']} for {facts.get('device', facts['target'])}"
     policy = f"default-src 'none'; style-src '{_hash(STYLE)}'; script-src '{_hash(SCRIPT)}'; base-uri 'none'"

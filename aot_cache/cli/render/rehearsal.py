@@ -1,4 +1,4 @@
-"""What `rehearse` prints. Formats only, as `render`."""
+"""What `rehearse` prints. Formats only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables and lines from the dicts of `report`. Formats only: nothing is computed or looked up here.
+"""Tables and lines from the dicts of `cli.facts`. Formats only: nothing is computed or looked up here.
 
 What is shown can come from a file of unknown origin, so no text is ever read as markup or reaches the terminal with its
 control characters.

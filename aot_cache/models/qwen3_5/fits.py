@@ -19,7 +19,7 @@ def check(spec: str, strict: bool = False) -> str:
     """Compare the options of the loaded bundles with the server's; call it between `aot_cache.ready()` and the first capture.
 
     Args:
-        spec: the server's recipe with its options, as `model_types.spec_of` makes it.
+        spec: the server's recipe with its options, as `from_config.spec_of` makes it.
         strict: raise instead of warning.
 
     Returns:
