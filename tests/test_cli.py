@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 from limits import HANGS
 from printed import without_progress
+from stub_builds import a_built
 
 from aot_cache.artifact import target as targets
 from aot_cache.artifact.key import Part
@@ -296,20 +297,7 @@ class Pipeline:
         if request.target.id == "b200":
             raise StoreUnwritable("cannot write there: no space")
         path = Path("b.safetensors")
-        return Built(
-            target=request.target.id,
-            path=path,
-            digest="d" * 64,
-            size=9,
-            units=1,
-            graphs=0,
-            compiled=1,
-            pruned=0,
-            failed=[],
-            sampled=["twice.n"],
-            points=1,
-            seconds=0.1,
-        )
+        return a_built(target=request.target.id, path=path, sampled=["twice.n"])
 
 
 @pytest.fixture
@@ -343,21 +331,7 @@ def test_releases_that_nobody_tested_are_one_line(run: Run, monkeypatch: pytest.
     doubt = "never tested with torch 9.9.0 × triton 9.9.0 × transformers 9.9.0 (tested there: none)"
 
     def build(request: Request, progress: Callable[[str, int, int], None]) -> Built:
-        return Built(
-            target=request.target.id,
-            path=Path("b"),
-            digest="d" * 64,
-            size=9,
-            units=1,
-            graphs=0,
-            compiled=1,
-            pruned=0,
-            failed=[],
-            sampled=[],
-            points=1,
-            seconds=0.1,
-            untested=doubt,
-        )
+        return a_built(target=request.target.id, untested=doubt)
 
     monkeypatch.setattr(pipeline, "build", build)
     said = run("build", "--model", "tiny:good", "--target", "h200", "--target", "a100")
@@ -411,21 +385,7 @@ def test_misses_go_with_a_model(run: Run, stub: Pipeline, sample: Sample) -> Non
 def test_what_became_of_misses_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"kind": "graph", "name": "m:layer", "asked": "x 600×16", "count": 12, "why": "no case\x1b calls it"}
     misses = {"given": 3, "covered": 2, "uncovered": [row], "cut_off": 1}
-    built = Built(
-        target="h200",
-        path=Path("b"),
-        digest="d" * 64,
-        size=9,
-        units=1,
-        graphs=0,
-        compiled=1,
-        pruned=0,
-        failed=[],
-        sampled=[],
-        points=1,
-        seconds=0.1,
-        misses=misses,
-    )
+    built = a_built(misses=misses)
     monkeypatch.setattr(pipeline, "build", lambda *_: built)
     said = run("build", "--model", "tiny:good")
     assert "h200: misses: 2 of 3 covered\n" in said.out and "a killed process: 1\n" in said.out

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from limits import HANGS
 from printed import without_progress
+from stub_builds import a_built
 
 from aot_cache.artifact.plan import CallPlan, CasePlan, Failure, Plan, Unit
 from aot_cache.builder import assemble, pipeline
@@ -224,20 +225,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 
     def build(request: Request, progress: object) -> Built:
         asked.append(request.model)
-        return Built(
-            target=request.target.id,
-            path=Path("b"),
-            digest="d" * 64,
-            size=9,
-            units=1,
-            graphs=0,
-            compiled=1,
-            pruned=0,
-            failed=[],
-            sampled=[],
-            points=1,
-            seconds=0.1,
-        )
+        return a_built(target=request.target.id)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(native_gpu, "gpu_here", lambda: False)

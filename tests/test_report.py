@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stub_builds
 from raw_manifest import split
 from test_manifest import FACTS
 
@@ -464,8 +465,9 @@ def test_explaining_part_by_part(tmp_path: Path) -> None:
 
 
 def a_built(path: Path, **more: Any) -> Built:
-    given = {"failed": [], "sampled": [], "points": 4, "seconds": 0.5, **more}
-    return Built(target="h200", path=path, digest="d" * 64, size=10, units=3, graphs=0, compiled=3, pruned=0, **given)
+    return stub_builds.a_built(
+        **{"path": path, "size": 10, "units": 3, "compiled": 3, "points": 4, "seconds": 0.5, **more}
+    )
 
 
 def test_a_build_says_what_goes_into_the_dockerfile() -> None:

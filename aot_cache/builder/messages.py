@@ -226,7 +226,7 @@ def read(line: str) -> Event:
     return kind(**data)
 
 
-def the(kind: type[T], answers: Iterable[object]) -> T | None:
+def answer_of(kind: type[T], answers: Iterable[object]) -> T | None:
     """The answer of a type; None: there is none."""
     return next((one for one in answers if isinstance(one, kind)), None)
 

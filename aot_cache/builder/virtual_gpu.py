@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 compiled_calls: list[Any] = []
-"""Each call of a `torch.compile`d function, see `recorded_calls.call_of`: it ran as plain Python, and `builder.graphs` traces it."""
+"""Each call of a `torch.compile`d function (`recorded_calls.call_of`): it ran as plain Python, and `builder.graphs` traces it."""
 
 
 def become(target: Target) -> None:

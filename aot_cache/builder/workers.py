@@ -17,7 +17,17 @@ from aot_cache.artifact.plan import FailedCase, Failure, Plan, each_once
 from aot_cache.artifact.target import Target
 from aot_cache.builder import fingerprint, graphs_per_rank
 from aot_cache.builder.fingerprint import NO_INPUTS, Inputs
-from aot_cache.builder.messages import Answer, Compiled, GraphsMade, Job, Refused, Surveyed, Traced, TracedGraph, the
+from aot_cache.builder.messages import (
+    Answer,
+    Compiled,
+    GraphsMade,
+    Job,
+    Refused,
+    Surveyed,
+    Traced,
+    TracedGraph,
+    answer_of,
+)
 from aot_cache.builder.worker_pool import OtherRanks, Progress, WorkerPool
 from aot_cache.errors import DeclarationError
 from aot_cache.misses.file import Misses
@@ -241,21 +251,21 @@ class _Build:
 
 
 def _kernels(answers: Sequence[Answer], job: Job) -> _Kernels:
-    traced = the(Traced, answers)
+    traced = answer_of(Traced, answers)
     assert traced is not None
-    return _Kernels(traced=traced, compiled=the(Compiled, answers), plan=job.plan_out)
+    return _Kernels(traced=traced, compiled=answer_of(Compiled, answers), plan=job.plan_out)
 
 
 def _failed_cases(ranks: Sequence[Sequence[Answer]]) -> list[FailedCase]:
     """Those that some rank could not run; what is compiled comes after what is surveyed, and knows of more."""
-    last = [the(GraphsMade, answers) or the(Surveyed, answers) for answers in ranks]
+    last = [answer_of(GraphsMade, answers) or answer_of(Surveyed, answers) for answers in ranks]
     return each_once(failed for answer in last if answer is not None for failed in answer.failed_cases)
 
 
 def _of_all_ranks(ranks: Sequence[Sequence[Answer]]) -> _Graphs:
     """What the workers of all ranks answered, the first rank's first."""
-    surveyed = [one for answers in ranks for one in [the(Surveyed, answers)] if one is not None]
-    made = [one for answers in ranks for one in [the(GraphsMade, answers)] if one is not None]
+    surveyed = [one for answers in ranks for one in [answer_of(Surveyed, answers)] if one is not None]
+    made = [one for answers in ranks for one in [answer_of(GraphsMade, answers)] if one is not None]
     broken = _failed_cases(ranks)
     inputs = fingerprint.together(one.inputs for one in surveyed)
     if not made:
