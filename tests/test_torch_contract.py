@@ -12,8 +12,10 @@ import functools
 import importlib
 import inspect
 import json
+import os
 import pickle
 import re
+import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -795,6 +797,55 @@ def test_the_artifact_of_a_graph() -> None:
         made.dynamo_code is not None and names[0] in made.dynamo_code.co_names,
         "a graph's _backend_id is not the name by which bytecode calls it",
     )
+
+
+@pytest.mark.contract("inductor_artifact")
+def test_where_the_cache_folders_are_asked_for() -> None:
+    """Each function that is replaced while a graph is loaded is there."""
+    from torch._inductor.runtime import cache_dir_utils
+
+    for name, functions in inductor_artifact._ASKS.items():
+        module = importlib.import_module(name)
+        for function in functions:
+            need(
+                getattr(module, function) is getattr(cache_dir_utils, function), f"{name} has no {function} of its own"
+            )
+    need(parameters(cache_dir_utils.cache_dir) == [], "cache_dir()")
+    need(parameters(cache_dir_utils.triton_cache_dir) == ["device"], "triton_cache_dir(device)")
+
+
+@pytest.mark.contract("inductor_artifact")
+def test_a_graph_is_loaded_in_folders_of_this_thread_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a load writes (source, Triton's binaries) goes to its private folders; another thread sees the ordinary ones."""
+    from torch._inductor import codecache, triton_bundler
+    from torch._inductor.runtime import triton_heuristics
+
+    ordinary = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    for variable, folder in ordinary.items():
+        monkeypatch.setenv(variable, folder)
+    kernel = triton_bundler.TritonKernelArtifact("kernel.cubin", b"a binary")
+    bundle = triton_bundler.TritonBundle([triton_bundler.TritonKernelArtifacts("HASH", 0, [kernel])], [])
+    monkeypatch.setattr(inductor, "bundle_triton_into_fx_graph_cache", True)
+    asked: list[str] = []
+
+    def elsewhere() -> None:
+        asked.extend([codecache.cache_dir(), triton_heuristics.triton_cache_dir(0)])
+
+    with inductor_artifact._private_folders(b""):
+        source = Path(codecache.write("x = 1", "py")[1])
+        triton_bundler.TritonBundler.read_and_emit(bundle)
+        private = Path(triton_heuristics.triton_cache_dir(0))
+        other = threading.Thread(target=elsewhere)
+        other.start()
+        other.join()
+        need({name: os.environ[name] for name in ordinary} == ordinary, "a variable changed")
+    need((private / "HASH" / "kernel.cubin").read_bytes() == b"a binary", "Triton's binaries are written elsewhere")
+    need(source.is_relative_to(private), "a graph's source is written elsewhere")
+    need(asked == list(ordinary.values()), f"another thread is told {asked}")
+    need(
+        not any(Path(folder).is_dir() and any(Path(folder).rglob("*.*")) for folder in ordinary.values()), "files there"
+    )
+    need(codecache.cache_dir() == ordinary["TORCHINDUCTOR_CACHE_DIR"], "the folders stay replaced")
 
 
 @pytest.mark.contract("inductor_target")

@@ -103,6 +103,16 @@ def replace_all(owner: Any, answers: Mapping[str, Answer]) -> Undo:
         return undo.pop_all().close
 
 
+@contextlib.contextmanager
+def inside(owner: Any, name: str, by: Answer) -> Iterator[None]:
+    """`replace`, for all threads, until the block ends: for a builder's own process. A server takes `OnThisThread`."""
+    undo = replace(owner, name, by)
+    try:
+        yield
+    finally:
+        undo()
+
+
 class OnThisThread:
     """A function that is replaced for a while, and only for the thread that asks: others go on as if it were not.
 

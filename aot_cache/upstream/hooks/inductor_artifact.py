@@ -9,10 +9,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import importlib
 import os
 import random
 import re
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -107,31 +109,24 @@ _TIMES = ("forward_time_taken_ns", "backward_time_taken_ns")
 def _without_sources() -> Iterator[None]:
     """Artifacts without what is in them for logs (graphs as text, user code's lines with the paths of this machine), and
     without imports that they do not need."""
-    graphs: Any = CompiledFxGraph
-    results: Any = GenericAOTAutogradResult
-    prepare, serialized = graphs.prepare_for_serialization, results.__dict__.get("__getstate__")
 
-    def prepare_for_serialization(self: Any) -> Any:
+    def prepare_for_serialization(original: Any, self: Any) -> Any:
         for name in _TEXTS:
             setattr(self, name, "")
         self.cache_linemap = []
-        result = prepare(self)
+        result = original(self)
         self.source_code = inductor_source.lean(self.source_code)
         return result
 
-    def __getstate__(self: Any) -> Any:
+    def __getstate__(_original: Any, self: Any) -> Any:
         self.runtime_metadata.tangent_source_stack_traces = None
         return {**self.__dict__, **dict.fromkeys(_AUTOGRAD_TEXTS), **dict.fromkeys(_TIMES, 0)}
 
-    graphs.prepare_for_serialization, results.__getstate__ = prepare_for_serialization, __getstate__
-    try:
+    with (
+        patch.inside(CompiledFxGraph, "prepare_for_serialization", prepare_for_serialization),
+        patch.inside(GenericAOTAutogradResult, "__getstate__", __getstate__),
+    ):
         yield
-    finally:
-        graphs.prepare_for_serialization = prepare
-        if serialized is None:
-            del results.__getstate__
-        else:
-            results.__getstate__ = serialized
 
 
 _CACHE_KEY = re.compile(rb"cache_key\x94\x8c\x34(c[a-z2-7]{51})")
@@ -167,7 +162,7 @@ def load_graph(data: bytes) -> Any:
     Upstream writes source and binaries into its cache folders to read them again; here these are private, and removed when
     the process ends.
     """
-    with _private_folders(), _without_the_compiler():
+    with _one_at_a_time, _private_folders(data), _without_the_compiler():
         return Serializable.deserialize_compile_artifacts(data)
 
 
@@ -190,26 +185,38 @@ def _without_the_compiler() -> Iterator[None]:
 _post_compile = patch.OnThisThread(FxGraphCache, "cache_hit_post_compile")
 
 
-@contextlib.contextmanager
-def _private_folders() -> Iterator[None]:
-    """Upstream's cache folders are this process's own inside, one thread at a time.
+_ASKS = {
+    "torch._inductor.codecache": ("cache_dir",),
+    "torch._inductor.triton_bundler": ("triton_cache_dir",),
+    "torch._inductor.runtime.autotune_cache": ("cache_dir",),
+    "torch._inductor.runtime.triton_heuristics": ("cache_dir", "triton_cache_dir"),
+}
+"""Where upstream, while it loads a graph, asks for its cache folders: module → functions, imported there by name."""
 
-    Upstream has no other way to say so than variables that all threads see. What another thread compiles at this moment goes
-    into the same folder: that is why it stays until the process ends.
+_folder_answer = functools.cache(patch.OnThisThread)
+"""One for each module and function, as that is what knows its users."""
+
+
+@contextlib.contextmanager
+def _private_folders(data: bytes) -> Iterator[None]:
+    """For this thread, upstream's cache folders are new ones of this process's own while `data` is loaded.
+
+    The variables that name them (`TORCHINDUCTOR_CACHE_DIR`, `TRITON_CACHE_DIR`) stay as they are: all threads see those.
+    Each load has its own folders, as upstream takes a file of the same name for one of the same kernels.
     """
-    with _one_at_a_time:
-        before = {name: os.environ.get(name) for name in _FOLDERS}
-        # Each load has its own: upstream takes a file of the same name for one of the same kernels.
-        folder = tempfile.mkdtemp(dir=_folder_of(os.getpid()))
-        os.environ.update({name: os.path.join(folder, name.lower()) for name in _FOLDERS})
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
+    folder = tempfile.mkdtemp(dir=_folder_of(os.getpid()))
+
+    def answer(_original: Any, *_device: int) -> str:
+        return folder
+
+    with contextlib.ExitStack() as replaced:
+        for name, functions in _ASKS.items():
+            if name.encode() in data:  # it will be imported, and must not take the names from elsewhere by then
+                importlib.import_module(name)
+            module = sys.modules.get(name)
+            for function in functions if module else ():
+                replaced.enter_context(_folder_answer(module, function).replaced(answer))
+        yield
 
 
 @functools.cache
@@ -224,21 +231,16 @@ def _folder_of(pid: int) -> str:
     return folder
 
 
-_one_at_a_time = threading.RLock()
+_one_at_a_time = threading.RLock()  # upstream fills tables of its own without a lock
 _FOLDERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 @contextlib.contextmanager
 def instead(handler: Callable[..., Any]) -> Iterator[None]:
     """`handler(wrapper, backend, graph, inputs, **kwargs)` answers in place of Inductor, which is `backend`."""
-    wrapper: Any = torch._TorchCompileInductorWrapper
-    original = wrapper.__call__
 
-    def __call__(self: Any, graph: Any, inputs: Any, **kwargs: Any) -> Any:
+    def __call__(original: Any, self: Any, graph: Any, inputs: Any, **kwargs: Any) -> Any:
         return handler(self, partial(original, self), graph, inputs, **kwargs)
 
-    wrapper.__call__ = __call__
-    try:
+    with patch.inside(torch._TorchCompileInductorWrapper, "__call__", __call__):
         yield
-    finally:
-        wrapper.__call__ = original

@@ -84,17 +84,12 @@ def keeping() -> Iterator[dict[str, bytes]]:
 def _headers_of_all() -> Iterator[None]:
     """Headers that are compiled ahead are found by the command line, and made without a graph's own flags: with ours, which
     name a build's folder, each build would make its own, in 15 s and 75 MB that nobody ever removes."""
-    module: Any = codecache
-    original = module._precompile_header
 
-    def precompile_header(header: str, hashable_cmd_line: str, **command: Any) -> str:
+    def precompile_header(original: Any, header: str, hashable_cmd_line: str, **command: Any) -> str:
         return str(original(header, hashable_cmd_line.replace(" ".join(_alike()), ""), **command))
 
-    module._precompile_header = precompile_header
-    try:
+    with patch.inside(codecache, "_precompile_header", precompile_header):
         yield
-    finally:
-        module._precompile_header = original
 
 
 def find_vector_instructions() -> None:

@@ -48,20 +48,15 @@ class Kernel:
 def collecting() -> Iterator[dict[str, Json]]:
     """Collect what is compiled inside with several configs: key → its name and the configs' text."""
     found: dict[str, Json] = {}
-    bundler: Any = TritonBundler
-    original = bundler.__dict__["put_static_autotuner"]
 
-    def put_static_autotuner(cls: Any, key: str, kernel: Any) -> Any:
+    def put_static_autotuner(original: Any, cls: Any, key: str, kernel: Any) -> Any:
         if len(kernel.compile_results) > 1:
             name = kernel.inductor_meta.get("kernel_name") or kernel.fn.__name__
             found[key] = {"kernel": name, "configs": _configs(kernel)}
-        return original.__func__(cls, key, kernel)
+        return original(cls, key, kernel)
 
-    bundler.put_static_autotuner = classmethod(put_static_autotuner)
-    try:
+    with patch.inside(TritonBundler, "put_static_autotuner", put_static_autotuner):
         yield found
-    finally:
-        bundler.put_static_autotuner = original
 
 
 @contextlib.contextmanager
@@ -100,11 +95,8 @@ def measuring() -> Iterator[None]:
     def bench(original: Any, self: Any, *args: Any, **kwargs: Any) -> float:
         return float(statistics.median(original(self, *args, **kwargs) for _ in range(_TIMES)))
 
-    undo = patch.replace(CachingAutotuner, "bench", bench)
-    try:
+    with patch.inside(CachingAutotuner, "bench", bench):
         yield
-    finally:
-        undo()
 
 
 def _configs(tuner: Any) -> list[str]:

@@ -71,6 +71,8 @@ def watch_captures(before: Callable[[], None], after: Callable[[], None]) -> Cal
     """Call `before()` ahead of each `CUDAGraph.capture_begin` and `after()` behind each `capture_end`; note what is under way.
 
     `before` runs with the stream current that will be captured. Returns a function that takes the hooks out.
+    torch 2.14 has public hooks (`register_graph_capture_start_hook`), which come too late for this: their start is called
+    with the capture under way, when nothing may be loaded any more.
     """
     import torch
 

@@ -47,11 +47,8 @@ def benchmarking(allowed: Allowed, measured: Measured) -> Iterator[None]:
         measured(name, ordinal, key, encoded, times)
         return times
 
-    undo = patch.replace(Autotuner, "_bench", bench)
-    try:
+    with patch.inside(Autotuner, "_bench", bench):
         yield
-    finally:
-        undo()
 
 
 def forget(function: JITFunction, ordinal: int, key: Sequence[Json]) -> None:
