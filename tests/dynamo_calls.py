@@ -64,7 +64,7 @@ def compiled_by_dynamo(what: Callable[..., Any], *args: Any, backend: Any = as_i
         kept.nameless.append(list(written.nameless))
         return answer
 
-    with hooked(dynamo_frames.instead_of_compiling(keep)):
+    with hooked(dynamo_frames.intercept_compile(keep)):
         with dynamo_inputs.session({}, 8), dynamo_guards.writing() as written:
             torch.compile(what, backend=backend)(*args)
     return kept

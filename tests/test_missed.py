@@ -20,7 +20,7 @@ from aot_cache.errors import DeclarationError, UnknownName
 from aot_cache.misses import file as miss_file
 from aot_cache.misses import size_relations as follows
 from aot_cache.misses.file import identity, read
-from aot_cache.misses.size_relations import Relation, Relations
+from aot_cache.misses.size_relations import AffineSize, Relations
 from aot_cache.misses.solve import Solved, points_for
 from aot_cache.recipes import dimensions
 from aot_cache.recipes.declare import Call, Case, Recipe
@@ -33,7 +33,7 @@ POINTS = dimensions.enumerate_points(DIMS).points
 OUTSIDE = st.fixed_dictionaries({name: st.integers(1, 10_000) for name in DIMS})
 
 
-def size_at(relation: Relation, point: Point) -> int:
+def size_at(relation: AffineSize, point: Point) -> int:
     assert relation is not None
     plus, *more = relation
     return int(plus + (more[0] * math.prod(point[name] for name in more[1:]) if more else 0))

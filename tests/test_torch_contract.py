@@ -80,7 +80,7 @@ def test_compile_is_given_its_arguments_by_name() -> None:
 def test_compile_is_called_by_name_in_its_module() -> None:
     """A hook replaces `convert_frame._compile`; a caller that held the function would not see it."""
     seen = []
-    with hooked(dynamo_frames.instead_of_compiling(lambda frame, go_on: seen.append(frame) or go_on(None))):
+    with hooked(dynamo_frames.intercept_compile(lambda frame, go_on: seen.append(frame) or go_on(None))):
         torch.compile(function, backend=as_it_is, fullgraph=True)(torch.ones(3))
     need(len(seen) == 1, "a frame is compiled past convert_frame._compile")
     (frame,) = seen
@@ -116,7 +116,7 @@ def test_the_chain_of_backends_leads_to_the_wrapping(fullgraph: bool, options: d
     def run(wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs: Any) -> Any:
         return graph.forward
 
-    with pytest.MonkeyPatch.context() as patch, hooked(dynamo_frames.instead_of_compiling(look)):
+    with pytest.MonkeyPatch.context() as patch, hooked(dynamo_frames.intercept_compile(look)):
         patch.setattr(convert_frame.CatchErrorsWrapper, "__call__", __call__)
         with inductor_artifact.instead(run):
             torch.compile(function, options=options, dynamic=dynamic, fullgraph=fullgraph)(torch.ones(3))
@@ -126,7 +126,7 @@ def test_the_chain_of_backends_leads_to_the_wrapping(fullgraph: bool, options: d
         f"_compile's compiler_fn does not lead to Inductor's wrapper: {[frame.wrapping for frame in seen]}",
     )
     wrapper = before[0]
-    need(dynamo_frames.describe_wrapping(wrapper) == wanted, "the callback does not lead to the same wrapper")
+    need(dynamo_frames.compile_config_of(wrapper) == wanted, "the callback does not lead to the same wrapper")
     inner = wrapper._torchdynamo_orig_backend
     found = getattr(getattr(inner, "_inner_convert", inner), "_one_graph", None)
     need(found is fullgraph, "ConvertFrame._inner_convert._one_graph is not fullgraph")
@@ -180,7 +180,7 @@ def test_a_skipped_call_is_asked_about_again() -> None:
         seen.append(frame.code.co_name)
         return dynamo_frames.run_without_compiling()
 
-    with hooked(dynamo_frames.instead_of_compiling(look)):
+    with hooked(dynamo_frames.intercept_compile(look)):
         compiled = torch.compile(outer, backend=as_it_is)
         made = [compiled(torch.ones(3)) for _ in range(2)]
     need([m.tolist() for m in made] == [[3] * 3] * 2, "a frame that is skipped does not run as plain Python")
@@ -190,7 +190,7 @@ def test_a_skipped_call_is_asked_about_again() -> None:
 @pytest.mark.contract("dynamo_frames")
 def test_a_call_that_is_skipped_may_want_its_whole_graph() -> None:
     """Looking at calls, and explaining them, compiles nothing, whatever `fullgraph` says."""
-    with hooked(dynamo_frames.instead_of_compiling(lambda *_: dynamo_frames.run_without_compiling())):
+    with hooked(dynamo_frames.intercept_compile(lambda *_: dynamo_frames.run_without_compiling())):
         made = torch.compile(outer, backend=as_it_is, fullgraph=True)(torch.ones(3))
     need(made.tolist() == [3] * 3, "a frame that is skipped does not run as plain Python")
 
@@ -648,7 +648,7 @@ def test_dimensions_are_dynamic_within_their_bounds() -> None:
         dynamo_inputs.mark(frame, {"L['x']": [[0, 2, 9]]})
         return go_on(None)
 
-    with hooked(dynamo_frames.instead_of_compiling(handle)):
+    with hooked(dynamo_frames.intercept_compile(handle)):
         with dynamo_inputs.session({"L['x']": [[0, 2, 9]], "L['k']": [[-1, 2, 40]]}, 8):
             need(torch.compiler.config.dynamic_sources == "L['k']", "torch.compiler.config.dynamic_sources")
             compiled = torch.compile(sized, backend=backend, fullgraph=True)

@@ -1,4 +1,4 @@
-"""What children made of the kinds of calls, and all graphs of a recipe that come of it."""
+"""What a child made of one call signature, and what a build has of all of them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from aot_cache.store import JsonObject, Store
 
 
 @dataclass
-class Made:
-    """All graphs of a recipe, as JSON facts, and what could not be made.
+class GraphBuildResult:
+    """All graphs of a recipe, and what could not be compiled.
 
     Args:
         graphs: one entry for each frame's bytecode; bytes are in the store.
-        failed: kinds of calls of which something could not be compiled, with the reason.
-        compiled: how many kinds of calls were compiled now, and not found in the store.
-        key: what all graphs are bound to, see `key.graph_parts`.
+        failed: call signatures that could not be compiled, whole or in part, with the reason.
+        compiled: how many call signatures were compiled now; the others were in the store.
+        key: properties of target and toolchain that all graphs depend on, see `key.graph_parts`.
     """
 
     graphs: list[TracedGraph] = field(default_factory=list)
@@ -31,42 +31,42 @@ class Made:
 
 
 @dataclass
-class Answer:
-    """What a child made of one kind of call."""
+class CompileResult:
+    """What a child made of one call signature."""
 
     graphs: list[TracedGraph] = field(default_factory=list)
     failed: dict[int, str] = field(default_factory=dict)
     """Case → why its calls could not be compiled."""
     broken: Broken | None = None
-    """A case whose own code cannot be run at a point: it is taken out, and the kind is compiled without it."""
-    strange: list[tuple[int, int]] = field(default_factory=list)
-    """(case, point) where a call was seen that is of no known kind."""
+    """A case whose host code fails at a point. It is dropped, and the signature is compiled without it."""
+    unmatched: list[tuple[int, int]] = field(default_factory=list)
+    """(case, point) pairs with a call that matches no known signature."""
     fresh: bool = False
 
 
-def stored(store: Store, graph_key: str) -> Answer | None:
+def stored(store: Store, graph_key: str) -> CompileResult | None:
     record = store.get_record(GRAPHS, graph_key)
     if record is None:
         return None
     graphs = [graph_from_json(TracedGraph, graph) for graph in record["graphs"]]
     if not all(store.has(digest) for graph in graphs for digest in graph.objects()):
         return None
-    return Answer(graphs, strange=[(case, at) for case, at in record["strange"]])
+    return CompileResult(graphs, unmatched=[(case, at) for case, at in record["unmatched"]])
 
 
-def put(store: Store, graph_key: str, answer: Answer) -> None:
+def put(store: Store, graph_key: str, answer: CompileResult) -> None:
     """Keep what a child made, for `stored`."""
-    store.put_record(GRAPHS, graph_key, {"graphs": plain(answer.graphs), "strange": answer.strange})
+    store.put_record(GRAPHS, graph_key, {"graphs": plain(answer.graphs), "unmatched": answer.unmatched})
 
 
-def together(answers: Sequence[Answer]) -> Answer:
-    """The answers of each case as one of all: what was made of some, and why it was not of the others."""
-    out = Answer()
+def merged(answers: Sequence[CompileResult]) -> CompileResult:
+    """The results of single cases as one: the graphs of some, and the failures of the others."""
+    out = CompileResult()
     for answer in answers:
         out.graphs += answer.graphs
         out.failed |= answer.failed
         out.broken = out.broken or answer.broken
-        out.strange += answer.strange
+        out.unmatched += answer.unmatched
         out.fresh |= answer.fresh
     return out
 

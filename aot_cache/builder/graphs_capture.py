@@ -1,4 +1,4 @@
-"""One kind of call in the child that compiles it: what Dynamo asks for, and what was made of it."""
+"""The child that compiles one call signature: answers what Dynamo asks for, and keeps the frames and artifacts it made."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aot_cache.artifact.manifest import Resume, SeveralConfigs
-from aot_cache.builder.call_kinds import Kind
+from aot_cache.builder.call_signatures import CallSignature
 from aot_cache.builder.messages import TracedGraph
 from aot_cache.builder.recorded_calls import resized
 from aot_cache.misses.call_signature import structure_of
@@ -35,15 +35,20 @@ class _Facts:
     settings: str
 
 
-class Job:
-    """One kind of call in its child: what Dynamo asks for, and what was made."""
+class CompileJob:
+    """One call signature in its child.
 
-    def __init__(self, kind: Kind, kinds: Iterable[Kind]) -> None:
-        self.kind = kind
+    Args:
+        signature: to be compiled.
+        signatures: all of the recipe: a call of another one is left to that one's child.
+    """
+
+    def __init__(self, signature: CallSignature, signatures: Iterable[CallSignature]) -> None:
+        self.signature = signature
         self.met = False
-        self.strange: set[tuple[int, int]] = set()
-        self._known: dict[str, list[Kind]] = {}
-        for other in kinds:
+        self.unmatched: set[tuple[int, int]] = set()
+        self._known: dict[str, list[CallSignature]] = {}
+        for other in signatures:
             self._known.setdefault(other.structure, []).append(other)
         self.at = (0, 0)
         self.mode = ""
@@ -61,14 +66,14 @@ class Job:
     def handle(self, frame: Frame, compile_frame: Any) -> Any:
         """Dynamo is about to compile `frame`."""
         structure, found = structure_of(frame, self.mode)
-        mine = self.kind.fits(structure, found)
+        mine = self.signature.fits(structure, found)
         if structure in self._known and not mine:
-            if not any(kind.fits(structure, found) for kind in self._known[structure]):
-                self.strange.add(self.at)
+            if not any(other.fits(structure, found) for other in self._known[structure]):
+                self.unmatched.add(self.at)
             return dynamo_frames.run_without_compiling()
         if mine:
             self.met, self._template = True, dict(frame.f_locals)
-            dynamo_inputs.mark(frame, self.kind.dynamic())
+            dynamo_inputs.mark(frame, self.signature.dynamic())
         same = self._made_before(frame)
         if same is not None:
             return same
@@ -83,9 +88,9 @@ class Job:
         return answer
 
     def _made_before(self, frame: Frame) -> object:
-        """What was made of an earlier call, if a server would take it for this one, too: by the same guards, read again.
+        """The graph of an earlier call, if a server would take it for this one, too: its guards, read again, hold.
 
-        Dynamo's own look at this process's objects (a new instance of a model, a new closure), which a server never sees.
+        Dynamo itself asks again for a new instance of a model or a new closure; a server's process never sees those two.
         """
         for number, (made, _, facts) in enumerate(self._frames):
             if made.code is frame.code and facts.wrapping == frame.wrapping:
@@ -97,9 +102,9 @@ class Job:
         return None
 
     def hits(self, calls: Sequence[Mapping[str, Sequence[int]]]) -> bool:
-        """Whether calls of these sizes, at the point where the job is, all hit what was made; then it is noted.
+        """Whether calls of these sizes, at the job's current point, all hit graphs made before. If so, that is noted.
 
-        In the modes of the point's case, and with tensors as the template's were made.
+        Must be called in the modes of the point's case, which the template's tensors were made in.
         """
         if not self._only_mine or not self._checks:
             return False
@@ -183,7 +188,7 @@ class Job:
         store: Store,
     ) -> TracedGraph:
         assert made.dynamo_code is not None
-        # Dynamo numbers what it makes, or draws lots for its name; here it is called by what it is.
+        # Dynamo names what it makes by a counter or a uuid4. Names by content make equal builds equal bytes.
         names = {name: f"__aot_graph_{artifacts[name][:24]}" for name in made.graphs}
         modules = {f"__aot_import_{module.replace('.', '_dot_')}": module for module in aliases.values()}
         names |= {name: f"__aot_import_{module.replace('.', '_dot_')}" for name, module in aliases.items()}
@@ -217,7 +222,7 @@ class Job:
             libraries={source: store.put(data) for source, data in sorted(libraries.items())},
             imports=dict(sorted({**made.imports, **modules}.items())),
             resumes=resumes,
-            dynamic=self.kind.dynamic(),
+            dynamic=self.signature.dynamic(),
             kernels=[k for name in made.graphs for k in inductor_artifact.kernels_in(self._artifacts[name])],
             asks_rank=sorted(place for place in map(_asks_rank, (made.code, *made.inlined)) if place),
             points={str(case): sorted(at) for case, at in points.items()},

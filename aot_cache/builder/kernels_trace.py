@@ -23,7 +23,7 @@ from aot_cache.recipes.declare import Case, Recipe
 from aot_cache.recipes.dimensions import Enumeration, Point
 from aot_cache.store import Json, JsonObject
 from aot_cache.upstream.codec import triton_jit
-from aot_cache.upstream.hooks.triton_launches import LaunchLog, instead_of_launching
+from aot_cache.upstream.hooks.triton_launches import LaunchLog, intercept_launch
 
 BLOCK = 64
 """Points that a child runs before it reports."""
@@ -176,7 +176,7 @@ def _fill(block: _Block, case: Case, every: Sequence[Point], mine: range, index:
     torch.set_num_threads(1)  # small tensors of known values, in as many children as there are cores
     log = LaunchLog()
     virtual_gpu.compiled_calls.clear()
-    with instead_of_launching(log), virtual_gpu.tensors(), case.modes():
+    with intercept_launch(log), virtual_gpu.tensors(), case.modes():
         for number in mine:
             log.mark = at[index] = number
             block.broken = one_point.run(case, every[number])
@@ -193,7 +193,7 @@ def _fill(block: _Block, case: Case, every: Sequence[Point], mine: range, index:
 def functions_at(case: Case, point: Point) -> dict[str, Any]:
     """The kernels that `case` launches at `point`, by identity: the way to kernels that are made inside functions."""
     log = LaunchLog()
-    with instead_of_launching(log), virtual_gpu.tensors(), case.modes():
+    with intercept_launch(log), virtual_gpu.tensors(), case.modes():
         broken = one_point.run(case, point)
     if broken is not None:
         raise broken.error

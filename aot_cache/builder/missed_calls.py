@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from aot_cache.artifact.plan import Plan
-from aot_cache.builder.call_kinds import Kind
+from aot_cache.builder.call_signatures import CallSignature
 from aot_cache.builder.messages import Refused
 from aot_cache.errors import AotCacheError
 from aot_cache.misses.file import GRAPH, Miss
@@ -29,7 +29,7 @@ def widen(recipe: Recipe, misses: Sequence[Miss]) -> tuple[Recipe, dict[int, str
 
 def uncovered(
     misses: Sequence[Miss],
-    kinds: Iterable[Kind],
+    signatures: Iterable[CallSignature],
     plan: Plan,
     failed: Mapping[str, str],
     why: Mapping[int, str],
@@ -38,15 +38,15 @@ def uncovered(
     """Number of each missed call → why it will miss again; empty when it will not.
 
     Args:
-        kinds: of calls that the recipe makes now.
-        plan: what those kinds are in words.
-        failed: id of a kind → why it was not compiled.
+        signatures: of the calls that the recipe makes now.
+        plan: the same signatures, as a plan has them.
+        failed: id of a signature → why it was not compiled.
         why: of `widen`.
         refused: points where the recipe's code could not run.
     """
-    by_name: dict[str, list[Kind]] = {}
-    for kind in kinds:
-        by_name.setdefault(f"{kind.module}:{kind.function}", []).append(kind)
+    by_name: dict[str, list[CallSignature]] = {}
+    for signature in signatures:
+        by_name.setdefault(f"{signature.module}:{signature.function}", []).append(signature)
     out = {}
     for number, miss in enumerate(misses):
         if miss.kind == GRAPH:
@@ -55,10 +55,10 @@ def uncovered(
     return out
 
 
-def _served(miss: Miss, kinds: Sequence[Kind], failed: Mapping[str, str]) -> str:
+def _served(miss: Miss, signatures: Sequence[CallSignature], failed: Mapping[str, str]) -> str:
     """Why a call that the recipe makes will miss all the same."""
-    if all(kind.id in failed for kind in kinds):
-        return f"it was not compiled: {failed[kinds[0].id]}"
+    if all(signature.id in failed for signature in signatures):
+        return f"it was not compiled: {failed[signatures[0].id]}"
     if miss.facts["points"] and not miss.facts["declare"]:
         return f"it is declared already, and missed because {'; '.join(miss.why) or 'of something unknown'}"
     return ""

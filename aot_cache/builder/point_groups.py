@@ -1,37 +1,37 @@
-"""The points of a case in groups that one set of graphs may serve, and those of them at which sizes are looked at."""
+"""The points of a case in groups that one set of graphs may serve, and the probe points of each group."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from aot_cache.builder.call_kinds import SeenCall, Survey
+from aot_cache.builder.call_signatures import CallTrace, SeenCall
 from aot_cache.builder.one_point import Broken
 from aot_cache.recipes import dimensions
 from aot_cache.recipes.declare import Case
 from aot_cache.recipes.dimensions import Point, Values
 
-MOST, MOST_OF_RECORDED = 40, 5
+MAX_PROBES, MAX_PROBES_RECORDED = 40, 5
 
 
 @dataclass(eq=False)
 class Group:
-    """Points of a case that differ in `Range`s only, and what was seen at some of them."""
+    """Points of a case that differ in `Range`s only, and the calls seen at some of them."""
 
     case: int
     points: list[int]
-    telling: set[int]
-    survey: Survey = field(default_factory=Survey)
+    probe_points: set[int]
+    trace: CallTrace = field(default_factory=CallTrace)
     seen: set[int] = field(default_factory=set)
     first: set[str] = field(default_factory=set)
-    """Structures of calls that a process makes at its first call only."""
+    """Structures of calls that a process makes at its first point only."""
     ends: set[int] = field(default_factory=set)
-    """Points that were a process's first, besides the hint."""
+    """Points that a process ran first, besides the hint."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a child runs: one point, which is the process's first, then others, of which that may be one."""
+class TraceJob:
+    """What a child runs: `first`, which is the first point of that process, then `points`, which may have it again."""
 
     group: Group
     first: int
@@ -39,8 +39,8 @@ class Look:
 
 
 @dataclass
-class Seen:
-    """What a child saw: (point, the calls there) in the order in which it ran them; and why it stopped."""
+class TraceResult:
+    """What a child saw: (point, its calls) in the order in which it ran them; `broken` says why it stopped early."""
 
     calls: list[tuple[int, list[SeenCall]]] = field(default_factory=list)
     skipped: set[str] = field(default_factory=set)
@@ -58,8 +58,8 @@ def by_values(case: Case, points: list[Point]) -> Iterator[list[int]]:
     yield from groups.values()
 
 
-def telling(case: Case, points: list[Point], group: list[int], most: int) -> set[int]:
-    """Points of a group at which sizes are looked at: its ends, ones, powers of two, and a spread of others."""
+def probe_points(case: Case, points: list[Point], group: list[int], most: int) -> set[int]:
+    """Points of a group at which calls are traced first: both ends, ones, powers of two, and a spread of others."""
     first = points[group[0]]
     dims = {name: Values(first[name]) if isinstance(dim, Values) else dim for name, dim in case.dims.items()}
     wanted = {tuple(point.items()) for point in dimensions.enumerate_points(dims, most).points}

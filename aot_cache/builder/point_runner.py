@@ -1,4 +1,4 @@
-"""Runs points of a recipe's cases in forked children, each of which begins as a server does: models made, nothing called."""
+"""Runs points of a recipe's cases in forked children. Each child starts as a server does: models are made, nothing was called."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterator, MutableSequence, Sequence
 from typing import Any
 
 from aot_cache.builder import fingerprint, fork_map, one_point
-from aot_cache.builder.call_kinds import seen_call
+from aot_cache.builder.call_signatures import seen_call
 from aot_cache.builder.one_point import Broken
-from aot_cache.builder.point_groups import Look, Seen
+from aot_cache.builder.point_groups import TraceJob, TraceResult
 from aot_cache.recipes.declare import Case
 from aot_cache.recipes.dimensions import Point
 from aot_cache.upstream.hooks import dynamo_frames, inductor_artifact
@@ -20,11 +20,11 @@ from aot_cache.upstream.virtual import dynamo_inputs, process_settings
 from aot_cache.upstream.virtual.torch_fake import NEEDS_VALUES, host_mode, without_launches
 
 
-class Looker:
-    """Runs points, by the numbers of their case and of themselves. The process must have become the target.
+class PointRunner:
+    """Runs points, which are named by the numbers of their case and of themselves. The process must have become the target.
 
     Attributes:
-        skipped: functions that were compiled with another backend than Inductor, as far as is seen.
+        skipped: functions seen so far that are compiled with another backend than Inductor.
         late_modules: module → file of what host code imported while it ran in children.
     """
 
@@ -36,7 +36,7 @@ class Looker:
         self.late_modules: dict[str, str] = {}
 
     def make_arguments(self) -> None:
-        """Make what cases call, and call nothing: children share the models that are made with it."""
+        """Make the arguments of all cases, and call nothing. Models that are made with them are shared by the children."""
         if self._modules:
             return
         self._modules = frozenset(sys.modules)
@@ -44,8 +44,9 @@ class Looker:
             self._make(case, self._points[number][self.hint_first(number, range(len(self._points[number])))[0]])
 
     def _make(self, case: Case, point: Point) -> None:
-        """Make arguments. What only the first making sets stays, as in a server: it came with a model that is kept."""
-        # What is wrong with it is said where it is run.
+        """Make the arguments of one point twice. A process-wide setting that only the first time changes is kept: it came
+        with a model that is cached, and a server has it, too."""
+        # Errors are reported where the point is run.
         with contextlib.suppress(Exception, SystemExit):
             with self._modes(case), process_settings.kept() as settings:
                 case.call(point)
@@ -59,13 +60,13 @@ class Looker:
             once.make()
             one_point.sets.setdefault(case.name, set()).update(once.names)
 
-    def look(self, jobs: Sequence[Look]) -> Iterator[tuple[Look, Seen | Broken]]:
-        """What children saw, or why they could not run a point; each job has a child of its own.
+    def trace(self, jobs: Sequence[TraceJob]) -> Iterator[tuple[TraceJob, TraceResult | Broken]]:
+        """Yield what each job's child saw, or why it could not run a point. Each job has a child of its own.
 
-        Compiled functions run as plain Python, which is quick; where that fails (`.numpy()` of a tensor without memory),
-        the point is run again with Dynamo's graph of them.
+        Compiled functions run as plain Python, which is quick. Where that fails (`.numpy()` of a tensor without memory),
+        the job is run again with Dynamo's graphs of them.
         """
-        failed: list[tuple[Look, Broken]] = []
+        failed: list[tuple[TraceJob, Broken]] = []
         for job, found in self._in_children(jobs, traced=False):
             if isinstance(found, Broken):
                 failed.append((job, found))
@@ -75,11 +76,11 @@ class Looker:
         for job, found in self._in_children([job for job, _ in failed], traced=True):
             yield job, why[id(job)] if isinstance(found, Broken) else found
 
-    def _in_children(self, jobs: Sequence[Look], traced: bool) -> Iterator[tuple[Look, Seen | Broken]]:
+    def _in_children(self, jobs: Sequence[TraceJob], traced: bool) -> Iterator[tuple[TraceJob, TraceResult | Broken]]:
         at = multiprocessing.RawArray("q", max(1, len(jobs)))
 
         for index, found in fork_map.run(
-            lambda number: self._seen(jobs[number], number, at, traced),
+            lambda number: self._trace(jobs[number], number, at, traced),
             range(len(jobs)),
             fresh=True,
         ):
@@ -93,9 +94,12 @@ class Looker:
             one_point.sets.setdefault(case.name, set()).update(found.sets)
             yield job, found.broken or found
 
-    def _seen(self, job: Look, number: int, here: MutableSequence[int], traced: bool) -> Seen:
-        """Run points, compiled functions as plain Python or as graphs; `here[number]` says which. Must not raise."""
-        case, seen = self._cases[job.group.case], Seen()
+    def _trace(self, job: TraceJob, number: int, here: MutableSequence[int], traced: bool) -> TraceResult:
+        """Run a job's points; `here[number]` is always the current one, for whoever finds this process dead. Never raises.
+
+        Compiled functions run as Dynamo's graphs if `traced`, else as plain Python.
+        """
+        case, seen = self._cases[job.group.case], TraceResult()
 
         def look(frame: Frame, compile_frame: Any) -> Any:
             if frame.wrapping is None:
@@ -107,7 +111,7 @@ class Looker:
         with _uncompiled() if traced else contextlib.nullcontext(), dynamo_frames.hooked(look):
             for at in (job.first, *job.points):
                 if traced:
-                    dynamo_inputs.forget()  # or what was traced at another point is not seen again
+                    dynamo_inputs.forget()  # else a call that was traced at another point is not seen here
                 here[number] = at
                 seen.calls.append((at, []))
                 seen.broken = self.run(job.group.case, at)
@@ -118,7 +122,7 @@ class Looker:
         return seen
 
     def run(self, case: int, point: int) -> Broken | None:
-        """Run one point in this process; what is returned says why it cannot be."""
+        """Run one point in this process. Returns why that failed, or None."""
         whole = self._cases[case]
         return one_point.run(whole, self._points[case][point], lambda: self._modes(whole), NEEDS_VALUES)
 
@@ -145,7 +149,7 @@ class Looker:
 
 @contextlib.contextmanager
 def _uncompiled() -> Iterator[None]:
-    """Dynamo traces, and runs its graphs as they are."""
+    """Let Dynamo trace, and run its graphs without a compiler."""
 
     def run(_wrapper: Any, _backend: Any, graph: Any, _inputs: Any, **_: Any) -> Any:
         return graph.forward

@@ -1,8 +1,8 @@
-"""What compiled functions are given at every point, as the kernel trace saw it: graphs need not run host code again for it.
+"""The calls of compiled functions at every point, as the kernel trace saw them, so that graphs need not run host code again.
 
-The kernel trace runs all host code at all points anyway, with compiled functions as plain Python. What it notes of each
-call are the sizes of the tensors and integers among its arguments, by name. Where that agrees with what a survey on
-Dynamo's own frames says (`Recorded.trusts`), guards are checked at these sizes, and only a call that fails them is made.
+The kernel trace runs all host code at all points anyway, with compiled functions as plain Python. It records the sizes of
+each call's tensor and integer arguments, by name. Where that agrees with Dynamo's own frames at the probe points
+(`RecordedCalls.is_consistent`), guards are checked at the recorded sizes, and host code runs only where they fail.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from aot_cache.builder.call_kinds import Kind
+from aot_cache.builder.call_signatures import CallSignature
 from aot_cache.upstream.codec import unwrapping
 from aot_cache.upstream.codec.real_tensors import is_parameter
 
@@ -23,7 +23,7 @@ Call = tuple[str, dict[str, list[int]]]
 
 
 def call_of(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-    """A call, as it is noted; without sizes where the function under it is not known."""
+    """A call, as it is recorded; without name and sizes if the compiled function cannot be unwrapped."""
     inner = unwrapping.function_of(function)
     if inner is None:
         return "", {}
@@ -46,66 +46,69 @@ def written(calls: Mapping[str, Sequence[Sequence[Call]]]) -> str:
     return json.dumps(calls)
 
 
-class Recorded:
+class RecordedCalls:
     """The calls at every point.
 
     Args:
-        calls: case's name → for each of its points the calls in order; a case that was not traced is not there.
+        calls: name of a case → for each of its points its calls in order. Cases that were not traced are missing.
     """
 
     def __init__(self, calls: Mapping[str, Sequence[Sequence[Call]]]) -> None:
         self._calls = calls
 
     @classmethod
-    def read(cls, path: Path) -> Recorded:
-        """What `written` has put into a file; nothing where there is none."""
+    def read(cls, path: Path) -> RecordedCalls:
+        """Read what `written` made; empty if there is no such file."""
         return cls(json.loads(path.read_text()) if path.exists() else {})
 
-    def at(self, kind: Kind, case: str, point: int) -> list[dict[str, list[int]]]:
-        """The sizes of each call of this kind at a point."""
-        return [sizes for name, sizes in self._points(case)[point] if _is(kind, name, sizes)]
+    def at(self, signature: CallSignature, case: str, point: int) -> list[dict[str, list[int]]]:
+        """The sizes of each call with this signature at a point."""
+        return [sizes for name, sizes in self._points(case)[point] if _matches(signature, name, sizes)]
 
-    def trusts(self, kind: Kind, case: str, seen: Collection[int], mine: Collection[int]) -> bool:
-        """Whether what is noted says the same of the points that were `seen`: which of them are the kind's own."""
-        found = {at for at in seen if self.knows(case, at) and self.at(kind, case, at)}
-        return self.knows(case, 0) and found == set(mine) & set(seen) and _named(kind)
+    def is_consistent(self, signature: CallSignature, case: str, seen: Collection[int], mine: Collection[int]) -> bool:
+        """Whether the record agrees with Dynamo about which of the `seen` points have calls with this signature (`mine`)."""
+        found = {at for at in seen if self.knows(case, at) and self.at(signature, case, at)}
+        return self.knows(case, 0) and found == set(mine) & set(seen) and _named(signature)
 
-    def strangers(self, kinds: Sequence[Kind], case: str) -> set[int]:
-        """Points at which one of the kinds' functions is called as none of them."""
-        names = {_name(kind) for kind in kinds}
+    def unmatched_points(self, signatures: Sequence[CallSignature], case: str) -> set[int]:
+        """Points with a call of one of these functions that matches none of the signatures."""
+        names = {_name(signature) for signature in signatures}
         return {
             at
             for at, calls in enumerate(self._points(case))
-            if any(name in names and not any(_is(kind, name, sizes) for kind in kinds) for name, sizes in calls)
+            if any(
+                name in names and not any(_matches(signature, name, sizes) for signature in signatures)
+                for name, sizes in calls
+            )
         }
 
     def knows(self, case: str, point: int) -> bool:
-        """Whether the calls at a point were noted: those that were missed elsewhere come later."""
+        """Whether the calls of a point were recorded. Points added for misses are not."""
         return point < len(self._points(case))
 
     def _points(self, case: str) -> Sequence[Sequence[Call]]:
         return self._calls.get(case, ())
 
 
-def _is(kind: Kind, name: str, sizes: Mapping[str, Sequence[int]]) -> bool:
-    return name == _name(kind) and kind.takes(
-        kind.structure, {path: found for path, found in sizes.items() if path in kind.paths}
+def _matches(signature: CallSignature, name: str, sizes: Mapping[str, Sequence[int]]) -> bool:
+    return name == _name(signature) and signature.takes(
+        signature.structure, {path: found for path, found in sizes.items() if path in signature.paths}
     )
 
 
-def _name(kind: Kind) -> str:
-    return f"{kind.module}:{kind.function}"
+def _name(signature: CallSignature) -> str:
+    return f"{signature.module}:{signature.function}"
 
 
-def _named(kind: Kind) -> bool:
-    """Whether everything that changes is an argument itself, not something inside one."""
-    return all(path.startswith("L['") and path.endswith("']") and path.count("[") == 1 for path in kind.dynamic())
+def _named(signature: CallSignature) -> bool:
+    """Whether every size that changes belongs to an argument itself, not to something inside one."""
+    return all(path.startswith("L['") and path.endswith("']") and path.count("[") == 1 for path in signature.dynamic())
 
 
 def resized(template: Mapping[str, Any], sizes: Mapping[str, Sequence[int]]) -> dict[str, Any] | None:
-    """Arguments as in `template`, of other sizes; None where a tensor is not simply dense.
+    """Arguments as in `template` with other sizes; None if a tensor is not simply dense.
 
-    Within the tensors' mode in which the template's were made.
+    Must be called in the mode in which the template's tensors were made.
     """
     given = dict(template)
     for path, wanted in sizes.items():

@@ -30,7 +30,7 @@ from aot_cache.errors import AotCacheError
 
 if TYPE_CHECKING:
     from aot_cache.artifact.plan import FailedCase
-    from aot_cache.builder.graphs import Runs
+    from aot_cache.builder.graphs import GraphBuilder
     from aot_cache.recipes.declare import Recipe
 
 Send = Callable[[Event], None]
@@ -201,7 +201,7 @@ def _graphs(job: Job, send: Send, progress: Progress) -> None:
     from aot_cache.artifact.plan import Plan, each_once
     from aot_cache.builder import fingerprint, graphs, missed_calls, one_point
     from aot_cache.builder.messages import Refused
-    from aot_cache.builder.recorded_calls import Recorded
+    from aot_cache.builder.recorded_calls import RecordedCalls
     from aot_cache.recipes import declare as recipes
     from aot_cache.store import Store
     from aot_cache.upstream.virtual import torch_fake
@@ -215,7 +215,7 @@ def _graphs(job: Job, send: Send, progress: Progress) -> None:
     path = Path(job.plan_out)
     plan = Plan.read(path) if path.exists() else graphs.empty_plan(recipe, job.target.id)
     asked = [name for name in names if job.cases is None or name in job.cases]
-    runs = graphs.Runs(recipe, job.target, asked, Recorded.read(Path(job.calls)))
+    runs = graphs.GraphBuilder(recipe, job.target, asked, RecordedCalls.read(Path(job.calls)))
     runs.survey(progress)
     failed_cases = _failed_cases(runs, names, job.failed_cases)
     if runs.refused:
@@ -242,12 +242,12 @@ def _graphs(job: Job, send: Send, progress: Progress) -> None:
             compiled=made.compiled,
             key=made.key,
             failed_cases=failed_cases,
-            missed_calls=missed_calls.uncovered(job.misses, runs.kinds.values(), plan, failed, why, refused),
+            missed_calls=missed_calls.uncovered(job.misses, runs.signatures.values(), plan, failed, why, refused),
         )
     )
 
 
-def _failed_cases(runs: Runs, names: Sequence[str], before: Sequence[FailedCase]) -> list[FailedCase]:
+def _failed_cases(runs: GraphBuilder, names: Sequence[str], before: Sequence[FailedCase]) -> list[FailedCase]:
     """The cases that cannot be run, with those that were known `before`.
 
     Raises:

@@ -13,12 +13,12 @@ from typing import Any
 
 from aot_cache.recipes.dimensions import LARGEST, Point
 
-Relation = list[object] | None
-Relations = Mapping[str, Sequence[Relation]]
+AffineSize = list[object] | None
+Relations = Mapping[str, Sequence[AffineSize]]
 """Path of a tensor or integer → the relation of each of its sizes; an integer has one."""
 
 
-def fit(sizes: Sequence[int], points: Sequence[Point]) -> Relation:
+def fit(sizes: Sequence[int], points: Sequence[Point]) -> AffineSize:
     """The relation that gives each of `sizes` at its point, of which there is at least one."""
     if len(set(sizes)) == 1:
         return [sizes[0]]
@@ -30,7 +30,7 @@ def fit(sizes: Sequence[int], points: Sequence[Point]) -> Relation:
     return None
 
 
-def _line(sizes: Sequence[int], values: Sequence[int], names: Sequence[str]) -> Relation:
+def _line(sizes: Sequence[int], values: Sequence[int], names: Sequence[str]) -> AffineSize:
     """The line through (value, size) of all points."""
     other = next((n for n, value in enumerate(values) if value != values[0]), None)
     if other is None:

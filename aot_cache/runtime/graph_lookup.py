@@ -48,9 +48,9 @@ class Answers:
         yield inductor_later.import_when_compiling()
         yield inductor_later.give_debug_back
         yield inductor_miss.around_loading(guard.loading)
-        yield inductor_miss.instead_of_tuning(guard.first_of_inductor, guard.later)
+        yield inductor_miss.intercept_tuning(guard.first_of_inductor, guard.later)
         # Outside of what counts: a frame that is not traced is not counted as one.
-        yield dynamo_frames.instead_of_compiling(guard.frame)
+        yield dynamo_frames.intercept_compile(guard.frame)
         yield dynamo_frames.before_compiling(self.find, self.wanted)
 
     def wanted(self, code: Any) -> bool:

@@ -80,7 +80,7 @@ class Guard:
         """Dynamo is about to trace a frame."""
         from aot_cache.upstream.hooks import dynamo_frames
 
-        in_capture, own = self._state(policy.place_of(frame.code))
+        in_capture, own = self._state(policy.span_of(frame.code))
         unknown: tuple[str, Facts] = ("the reason is unknown", lambda: None)
         why, facts = _or(unknown, lambda: self._reasons(frame))
         action = self._action(own, in_capture, "eager")
@@ -104,9 +104,9 @@ class Guard:
                 if kernel is not None:
                     self.count("late_install", launch.name)
                     return kernel
-        place = policy.place_of(launch.function)
+        place = policy.span_of(launch.function)
         in_capture, own = self._state(place)
-        twin = policy.twin_of(place) if in_capture and not launch.warmup else None
+        twin = policy.eager_impl_of(place) if in_capture and not launch.warmup else None
         action = self._action(own, in_capture, "unsafe" if twin is None else "twin")
         nearest = _or(None, launch.nearest)
         differences = nearest.differences if nearest is not None else []
@@ -120,7 +120,7 @@ class Guard:
         if action == "twin" and twin is not None:
             from aot_cache.upstream.hooks import triton_miss
 
-            return triton_miss.StandIn(launch.function, twin)
+            return triton_miss.EagerLauncher(launch.function, twin)
         if action == "unsafe":
             return self._compile_unsafely(launch, go_on)
         self._here.observed = action == "observed"  # its load, which comes next, is the same miss
@@ -142,7 +142,7 @@ class Guard:
 
     def tuning(self, tuning: Tuning) -> int | None:
         """A Triton autotuner is about to measure; returns the number of the config to take, or None to let it."""
-        place = policy.place_of(tuning.tuner)
+        place = policy.span_of(tuning.tuner)
         in_capture, own = self._state(place)
         with self.installing():
             late = self._late(tuning.function, tuning.name, tuning.device)
@@ -153,7 +153,7 @@ class Guard:
             return chosen
         there: int | None = _or(None, tuning.first_installed) if in_capture else None
         action = self._action(own, in_capture, "first config")
-        if action == "first config" and there is None and policy.twin_of(place):
+        if action == "first config" and there is None and policy.eager_impl_of(place):
             return 0  # its twin is about to run, and to be counted, whatever the config
         why = f"no config is chosen for {tuning.key}"
         self._note("tuning", tuning.name, in_capture, action, why, tuning.to_json)
@@ -237,7 +237,7 @@ class Guard:
 
     # --- words --------------------------------------------------------------------------------------------------------
 
-    def _state(self, place: policy.Place) -> tuple[bool, str]:
+    def _state(self, place: policy.SourceSpan) -> tuple[bool, str]:
         return torch_capture.capturing(), policy.of(place)
 
     def _action(self, own: str, in_capture: bool, fallback: str) -> str:

@@ -22,7 +22,7 @@ VARIABLE = "AOT_CACHE_POLICY"
 T = TypeVar("T")
 
 
-class Place(NamedTuple):
+class SourceSpan(NamedTuple):
     """Where a function stands: its file, and its first and last line."""
 
     file: str
@@ -31,7 +31,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Twin:
+class EagerImpl:
     """What runs in place of a kernel that is missing inside a capture.
 
     Args:
@@ -48,8 +48,8 @@ class Twin:
 
 
 _default: str | None = None
-_own: dict[Place, str] = {}
-_twins: dict[Place, Twin] = {}
+_own: dict[SourceSpan, str] = {}
+_twins: dict[SourceSpan, EagerImpl] = {}
 
 
 def set_default(name: str | None) -> None:
@@ -78,7 +78,7 @@ def default() -> str:
     return _default or from_environment() or "fallback"
 
 
-def of(place: Place) -> str:
+def of(place: SourceSpan) -> str:
     """The policy for the function at `place`: its own, or that of the function in which it stands, or the process's.
 
     What Dynamo makes of the rest of a function, after a graph break, stands in that function.
@@ -87,7 +87,7 @@ def of(place: Place) -> str:
     return _own[max(around, key=lambda own: own.first)] if around else default()
 
 
-def twin_of(place: Place) -> Twin | None:
+def eager_impl_of(place: SourceSpan) -> EagerImpl | None:
     """The twin of the kernel at `place`, if it has one."""
     return _twins.get(place)
 
@@ -103,7 +103,7 @@ def policy(name: str) -> Callable[[T], T]:
     _known(name, "policy")
 
     def decorate(what: T) -> T:
-        _own[place_of(what)] = name
+        _own[span_of(what)] = name
         return what
 
     return decorate
@@ -119,7 +119,7 @@ def fallback(kernel: object) -> Callable[[T], T]:
     Raises:
         DeclarationError: `kernel` is no kernel, or the twin takes what the kernel has not.
     """
-    place = place_of(kernel)
+    place = span_of(kernel)
     names = set(getattr(kernel, "arg_names", ()))
     if not names:
         raise DeclarationError(
@@ -140,13 +140,13 @@ def fallback(kernel: object) -> Callable[[T], T]:
                 "name its parameters as the kernel's",
             )
         accepted = frozenset(names if takes_all else taken & (names | {"grid"}))
-        _twins[place] = Twin(twin, accepted)  # type: ignore[arg-type]
+        _twins[place] = EagerImpl(twin, accepted)  # type: ignore[arg-type]
         return twin
 
     return decorate
 
 
-def place_of(what: object) -> Place:
+def span_of(what: object) -> SourceSpan:
     """Where the Python function under `what` stands; `what` may also be its code.
 
     Raises:
@@ -156,7 +156,7 @@ def place_of(what: object) -> Place:
     if code is None:
         raise DeclarationError("a function, a module or a Triton kernel", f"an object of type {type(what).__name__}")
     lines = [line for _, _, line in code.co_lines() if line]
-    return Place(code.co_filename, code.co_firstlineno, max([code.co_firstlineno, *lines]))
+    return SourceSpan(code.co_filename, code.co_firstlineno, max([code.co_firstlineno, *lines]))
 
 
 def _known(name: str, what: str) -> str:

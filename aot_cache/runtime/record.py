@@ -28,11 +28,11 @@ class Recording:
     """A recording under way; `plan()` is what was launched so far."""
 
     def __init__(self, name: str) -> None:
-        from aot_cache.upstream.hooks.triton_launches import LaunchLog, beside_launching
+        from aot_cache.upstream.hooks.triton_launches import LaunchLog, record_launches
 
         self._name = name
         self._log = LaunchLog()
-        self._undo = beside_launching(self._log)
+        self._undo = record_launches(self._log)
 
     def stop(self) -> None:
         """Take the hooks out."""

@@ -297,10 +297,10 @@ class Session:
 
         yield triton_events.listen(self.guard.count)
         yield triton_launcher.serve(self._native)
-        yield triton_miss.instead_of_compiling(self.guard.launch)
+        yield triton_miss.intercept_compile(self.guard.launch)
         yield triton_miss.around_loading(self.guard.loading)
         # Outside of what counts: what is not measured is not counted as a tuning.
-        yield triton_tuner_miss.instead_of_tuning(self.guard.tuning, self.guard.later)
+        yield triton_tuner_miss.intercept_tuning(self.guard.tuning, self.guard.later)
 
     def _hook_dynamo(self) -> None:
         """Inside somebody's import of Dynamo, which must not fail because of us."""

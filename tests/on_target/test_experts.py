@@ -41,7 +41,7 @@ def traced(dtype: torch.dtype) -> Plan:
 
 def test_no_number_of_tokens_is_in_a_key() -> None:
     plan = traced(torch.bfloat16)
-    assert [unit.kernel for unit in plan.units] == ["aot_cache.models.qwen3_5.experts_kernel:rows_by_expert"] * 2
+    assert [unit.kernel for unit in plan.units] == ["aot_cache.models.qwen3_5.experts_kernel:grouped_gemm_kernel"] * 2
     for unit in plan.units:
         assert [point["tokens"] for point in dimensions.expand(unit.reached["forward"])] == [*range(1, MOST + 1)]
     assert not plan.tunings

@@ -20,7 +20,7 @@ def launch(x: Tensor, weight: Tensor, pairs: Tensor, ends: Tensor) -> Tensor:
     count, (experts, columns, width) = len(pairs), weight.shape
     out = torch.empty(count, columns, dtype=x.dtype, device=x.device)
     tiles = min(count, experts) + count // ROWS
-    rows_by_expert[(tiles, triton.cdiv(columns, COLUMNS))](
+    grouped_gemm_kernel[(tiles, triton.cdiv(columns, COLUMNS))](
         x.contiguous(),
         weight,
         out,
@@ -41,7 +41,7 @@ def launch(x: Tensor, weight: Tensor, pairs: Tensor, ends: Tensor) -> Tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def rows_by_expert(  # type: ignore[no-untyped-def]
+def grouped_gemm_kernel(  # type: ignore[no-untyped-def]
     x,
     weight,
     out,

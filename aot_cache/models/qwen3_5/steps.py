@@ -23,13 +23,13 @@ Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 # --- what the two kinds of layers are made of ----------------------------------------------------------------------------
 
 
-def _summed(x: Tensor, split: bool) -> Tensor:
+def _sum_over_ranks(x: Tensor, split: bool) -> Tensor:
     """The sum over the ranks that share a layer."""
     return torch.ops.aot_qwen3_5.all_reduce(x) if split else x
 
 
 def _mlp(layer: Module, x: Tensor, split: bool) -> Tensor:
-    return x + _summed(layer.mlp(layer.post_attention_layernorm(x)), split)
+    return x + _sum_over_ranks(layer.mlp(layer.post_attention_layernorm(x)), split)
 
 
 def _projected(mixer: Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -49,7 +49,7 @@ def _mixed_out(layer: Module, x: Tensor, core: Tensor, z: Tensor, split: bool) -
     """The rest of a layer, behind the delta rule."""
     mixer = layer.linear_attn
     gated = mixer.norm(core.reshape(-1, mixer.head_v_dim), z.reshape(-1, mixer.head_v_dim))
-    x = x + _summed(mixer.out_proj(gated.reshape(*x.shape[:2], mixer.value_dim)), split)
+    x = x + _sum_over_ranks(mixer.out_proj(gated.reshape(*x.shape[:2], mixer.value_dim)), split)
     return _mlp(layer, x, split)
 
 
@@ -85,14 +85,14 @@ def _attention(
     """A layer of full attention: each token sees its place and all before it."""
     seen = torch.arange(cache.keys.shape[2], device=x.device) <= places[..., None]
     out, _ = layer.self_attn(layer.input_layernorm(x), turn, seen[:, None, None], cache)
-    return _mlp(layer, x + _summed(out, split), split)
+    return _mlp(layer, x + _sum_over_ranks(out, split), split)
 
 
 def _positions(starts: Tensor, tokens: Tensor) -> Tensor:
     return starts[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
 
 
-def _turned(rotary: Module, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def _rope_cos_sin(rotary: Module, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of positions [b, t], which are the same on all three axes of an image for text."""
     cos, sin = rotary(x, positions[None].expand(3, -1, -1))
     return cos, sin
@@ -105,7 +105,7 @@ def _turned(rotary: Module, x: Tensor, positions: Tensor) -> tuple[Tensor, Tenso
 def begin(embed: Module, rotary: Module, tokens: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Embeddings, and cosines and sines of the positions, of tokens [b, t] of which the first stand at `starts` [b]."""
     x = embed(tokens)
-    cos, sin = _turned(rotary, x, _positions(starts, tokens))
+    cos, sin = _rope_cos_sin(rotary, x, _positions(starts, tokens))
     return x, cos, sin
 
 
@@ -117,15 +117,15 @@ def prompt_delta(
 
     Where the part begins the prompt (`starts` [1] is 0), what the slot held is of another request and does not count.
     """
-    mixer, goes_on = layer.linear_attn, (starts > 0)[:, None, None]
+    mixer, has_initial_state = layer.linear_attn, (starts > 0)[:, None, None]
     mixed, z, g, beta = _projected(mixer, layer.input_layernorm(x))
-    before = conv[slot] * goes_on
+    before = conv[slot] * has_initial_state
     inputs = torch.cat([before, mixed.transpose(1, 2)], dim=-1)
     conv[slot] = inputs[..., -before.shape[-1] :]
     seen = inputs[..., 1:].transpose(1, 2).contiguous()
     summed = torch.ops.aot_qwen3_5.prompt_conv(seen, mixer.conv1d.weight.squeeze(1))[:, before.shape[-1] - 1 :]
     q, k, v = _heads(mixer, summed)
-    core, last = torch.ops.aot_qwen3_5.prompt(q, k, v, g, beta, state[slot] * goes_on[..., None])
+    core, last = torch.ops.aot_qwen3_5.prompt(q, k, v, g, beta, state[slot] * has_initial_state[..., None])
     state[slot] = last
     return _mixed_out(layer, x, core, z, split)
 
@@ -267,7 +267,9 @@ def prompt_draft(
     """Fill the draft's cache for a part of a prompt: tokens [1, p] one to the right of the hidden states they go with."""
     x = _drafting(mtp, embed, tokens, hidden)
     places = _positions(starts, tokens)
-    _attention(mtp.mtp_block, x, _turned(rotary, x, places + 1), places, _OneSlot(keys, values, places, slot), split)
+    _attention(
+        mtp.mtp_block, x, _rope_cos_sin(rotary, x, places + 1), places, _OneSlot(keys, values, places, slot), split
+    )
 
 
 @torch.compile(fullgraph=True)
@@ -296,6 +298,6 @@ def draft(
     """
     x = _drafting(mtp, embed, tokens, hidden)
     places = _positions(starts, tokens)
-    x = _attention(mtp.mtp_block, x, _turned(rotary, x, places + 1), places, _Slots(keys, values, places), split)
+    x = _attention(mtp.mtp_block, x, _rope_cos_sin(rotary, x, places + 1), places, _Slots(keys, values, places), split)
     last = mtp.post_norm(x.gather(1, count[:, None, None].expand(-1, 1, x.shape[-1])))
     return head(last).argmax(-1), last

@@ -38,7 +38,7 @@ class Frame:
     Args:
         code: the function's code object.
         f_globals, f_locals: the names that it sees.
-        wrapping: how it was compiled, see `describe_wrapping`; None when not by Inductor.
+        wrapping: how it was compiled, see `compile_config_of`; None when not by Inductor.
         fullgraph: whether graph breaks are errors for it.
     """
 
@@ -63,7 +63,7 @@ class Frame:
         return str(getattr(self.code, "co_qualname", self.code.co_name))
 
 
-def describe_wrapping(backend: Any) -> dict[str, Json] | None:
+def compile_config_of(backend: Any) -> dict[str, Json] | None:
     """The parts of a `torch.compile(...)` that decide its code: backend, options (a mode is options), dynamic.
 
     None for any backend but Inductor.
@@ -99,7 +99,7 @@ def refuse(error: Exception) -> ConvertFrameReturn:
     return run_without_compiling()
 
 
-def instead_of_compiling(handler: Instead) -> Callable[[], None]:
+def intercept_compile(handler: Instead) -> Callable[[], None]:
     """Ask `handler(frame, compile)` wherever Dynamo would compile, after all its own reasons to skip a frame.
 
     `compile(package)` lets Dynamo go on and write what it makes into `package` (see `dynamo_package.Package`), or
@@ -113,7 +113,7 @@ def instead_of_compiling(handler: Instead) -> Callable[[], None]:
             given["code"],
             given["globals"],
             given["locals"],
-            describe_wrapping(given["compiler_fn"]),
+            compile_config_of(given["compiler_fn"]),
             bool(given["one_graph"]),
         )
 
@@ -156,8 +156,8 @@ def why_given_up(error: Exception, name: str) -> str:
 
 @contextlib.contextmanager
 def hooked(handler: Instead) -> Iterator[None]:
-    """`instead_of_compiling` inside only."""
-    undo = instead_of_compiling(handler)
+    """`intercept_compile` inside only."""
+    undo = intercept_compile(handler)
     try:
         yield
     finally:
@@ -189,7 +189,7 @@ def before_compiling(
             return run_without_compiling()  # upstream would leave this function alone for ever
         inner = self._torchdynamo_orig_backend
         fullgraph = bool(getattr(getattr(inner, "_inner_convert", inner), "_one_graph", False))
-        found = find(Frame(frame.f_code, frame.f_globals, frame.f_locals, describe_wrapping(self), fullgraph))
+        found = find(Frame(frame.f_code, frame.f_globals, frame.f_locals, compile_config_of(self), fullgraph))
         return None if found is None else as_compiled(found, frame.f_code)
 
     def __call__(original: Any, self: Any, frame: Any, cache_entry: Any, frame_state: Any) -> ConvertFrameReturn:
@@ -241,7 +241,7 @@ def count(note: Callable[[str, str], None]) -> Callable[[], None]:
         return call(self, *args, **kwargs)
 
     undo_graphs = patch.replace(OutputGraph, "call_user_compiler", call_user_compiler)
-    undo_frames = instead_of_compiling(look)
+    undo_frames = intercept_compile(look)
 
     def undo() -> None:
         undo_frames()

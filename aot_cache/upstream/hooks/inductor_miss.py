@@ -20,7 +20,7 @@ _HEURISTICS = "torch._inductor.runtime.triton_heuristics"
 _STATIC = "torch._inductor.runtime.static_triton_launcher"
 
 
-def instead_of_tuning(choose: Callable[[str], bool], later: Callable[[Forget], None]) -> Callable[[], None]:
+def intercept_tuning(choose: Callable[[str], bool], later: Callable[[Forget], None]) -> Callable[[], None]:
     """Ask `choose(kernel)` wherever a kernel would measure its configs: true makes it take the first, until `later`'s call.
 
     Works from the moment on when Inductor is imported. Returns a function that takes the hooks out.

@@ -249,7 +249,7 @@ def _tuners_among(function: JITFunction, values: Sequence[Any]) -> list[Autotune
 
 
 @contextlib.contextmanager
-def instead_of_launching(log: LaunchLog) -> Iterator[None]:
+def intercept_launch(log: LaunchLog) -> Iterator[None]:
     """Launches are written to `log` and nothing runs: the virtual device."""
     jit_run, tuner_run = JITFunction.run, Autotuner.run
 
@@ -268,7 +268,7 @@ def instead_of_launching(log: LaunchLog) -> Iterator[None]:
         JITFunction.run, Autotuner.run = jit_run, tuner_run
 
 
-def beside_launching(log: LaunchLog) -> Any:
+def record_launches(log: LaunchLog) -> Any:
     """Write launches to `log` and run them too. Returns a function that takes the hooks out again."""
 
     def run(jit_run: Any, self: JITFunction, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> Any:

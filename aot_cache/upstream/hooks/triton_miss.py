@@ -101,7 +101,7 @@ GoOn = Callable[[], Any]
 Handler = Callable[[Launch, GoOn], Any]
 
 
-def instead_of_compiling(handler: Handler) -> Callable[[], None]:
+def intercept_compile(handler: Handler) -> Callable[[], None]:
     """Ask `handler(launch, go_on)` for the kernel wherever Triton would compile one; `go_on()` compiles it.
 
     Returns a function that takes the hook out.
@@ -164,7 +164,7 @@ def load_now(kernel: Any) -> None:
         kernel._init_handles()
 
 
-class StandIn:
+class EagerLauncher:
     """What `JITFunction.run` launches in place of a kernel: a Python function that computes the same with torch.
 
     Args:

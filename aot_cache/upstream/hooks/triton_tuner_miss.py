@@ -115,7 +115,7 @@ Forget = Callable[[], None]
 Choose = Callable[[Tuning], "int | None"]
 
 
-def instead_of_tuning(choose: Choose, later: Callable[[Forget], None]) -> Callable[[], None]:
+def intercept_tuning(choose: Choose, later: Callable[[Forget], None]) -> Callable[[], None]:
     """Ask `choose(tuning)` for the number of a config wherever an autotuner would measure; None lets it.
 
     `later` is given what makes the tuner forget the choice, to be called when the capture is over. Returns a function

@@ -118,7 +118,7 @@ def mark(frame: Frame, dynamic: Dynamic) -> None:
 
 
 def _get(frame: Frame, path: str) -> Any:
-    # The paths are our own (`builder.call_kinds`), made of names that the call's own structure has.
+    # The paths are our own (`builder.call_signatures`), made of names that the call's own structure has.
     return eval(path, {"L": frame.f_locals})  # noqa: S307
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from aot_cache.builder.call_kinds import Kind, Survey, seen_call
-from aot_cache.builder.recorded_calls import Call, Recorded, call_of, resized
+from aot_cache.builder.call_signatures import CallSignature, CallTrace, seen_call
+from aot_cache.builder.recorded_calls import Call, RecordedCalls, call_of, resized
 from aot_cache.upstream.hooks.dynamo_frames import Frame
 
 WRAPPING = {"backend": "inductor", "options": {}, "dynamic": None}
@@ -23,14 +23,14 @@ def given(rows: int, *, inside: bool = False) -> dict[str, Any]:
     return {"x": torch.empty(rows, 8), "many": rows * 2, "part": part, "name": "a"}
 
 
-def kinds(*points: dict[str, Any]) -> list[Kind]:
-    """The kinds that a survey of Dynamo's own frames tells."""
-    survey = Survey()
+def signatures(*points: dict[str, Any]) -> list[CallSignature]:
+    """The signatures that a survey of Dynamo's own frames tells."""
+    survey = CallTrace()
     for number, arguments in enumerate(points):
         bound = inspect.signature(step).bind(**arguments).arguments
         frame = Frame(step.__code__, {"__name__": __name__}, dict(bound), WRAPPING, False)
         survey.add([seen_call(frame, "no_grad")], number)
-    return list(survey.kinds(0).values())
+    return list(survey.signatures(0).values())
 
 
 def noted(*points: dict[str, Any]) -> list[list[Call]]:
@@ -55,10 +55,10 @@ def test_what_is_no_python_function_has_no_sizes() -> None:
 
 def test_points_that_nobody_looked_at_are_known_by_what_was_noted() -> None:
     points = [given(n) for n in (2, 3, 4, 9)]
-    (kind,) = kinds(*points[:2], points[3])
-    recorded = Recorded({"case": noted(*points[:2], points[3], points[2])})
-    assert recorded.trusts(kind, "case", {0, 1, 2}, [0, 1, 2])
-    assert recorded.at(kind, "case", 3) == [{"L['x']": [4, 8], "L['many']": [8]}]
+    (signature,) = signatures(*points[:2], points[3])
+    recorded = RecordedCalls({"case": noted(*points[:2], points[3], points[2])})
+    assert recorded.is_consistent(signature, "case", {0, 1, 2}, [0, 1, 2])
+    assert recorded.at(signature, "case", 3) == [{"L['x']": [4, 8], "L['many']": [8]}]
     assert recorded.knows("case", 3) and not recorded.knows("case", 4) and not recorded.knows("other", 0)
 
 
@@ -72,27 +72,27 @@ def test_points_that_nobody_looked_at_are_known_by_what_was_noted() -> None:
     ],
 )
 def test_what_does_not_agree_with_the_survey_is_not_trusted(calls: list[list[Call]]) -> None:
-    (kind,) = kinds(given(2), given(3), given(9))
-    assert not Recorded({"case": calls}).trusts(kind, "case", {0, 1, 2}, [0, 1, 2])
+    (signature,) = signatures(given(2), given(3), given(9))
+    assert not RecordedCalls({"case": calls}).is_consistent(signature, "case", {0, 1, 2}, [0, 1, 2])
 
 
 def test_a_kind_noted_where_the_survey_saw_none_is_not_trusted() -> None:
-    (kind,) = kinds(given(2), given(9))
-    recorded = Recorded({"case": noted(given(2), given(9), given(5))})
-    assert not recorded.trusts(kind, "case", {0, 1, 2}, [0, 1])
+    (signature,) = signatures(given(2), given(9))
+    recorded = RecordedCalls({"case": noted(given(2), given(9), given(5))})
+    assert not recorded.is_consistent(signature, "case", {0, 1, 2}, [0, 1])
 
 
 def test_a_size_inside_an_argument_is_not_noted_and_so_not_trusted() -> None:
-    (kind,) = kinds(given(2, inside=True), given(9, inside=True))
-    recorded = Recorded({"case": noted(given(2, inside=True), given(9, inside=True))})
-    assert not recorded.trusts(kind, "case", {0, 1}, [0, 1])
+    (signature,) = signatures(given(2, inside=True), given(9, inside=True))
+    recorded = RecordedCalls({"case": noted(given(2, inside=True), given(9, inside=True))})
+    assert not recorded.is_consistent(signature, "case", {0, 1}, [0, 1])
 
 
 def test_a_point_at_which_a_known_function_is_called_otherwise_is_strange() -> None:
-    known = kinds(given(2), given(9))
+    known = signatures(given(2), given(9))
     wide = {**given(3), "x": torch.empty(3, 16)}
-    recorded = Recorded({"case": noted(given(2), given(9), given(5), wide, given(10))})
-    assert recorded.strangers(known, "case") == {3, 4}
+    recorded = RecordedCalls({"case": noted(given(2), given(9), given(5), wide, given(10))})
+    assert recorded.unmatched_points(known, "case") == {3, 4}
 
 
 def test_arguments_of_other_sizes_are_like_those_they_are_made_from() -> None:

@@ -1,8 +1,8 @@
-"""What compiled functions are called with over a case's points: which sizes change, and which calls are alike.
+"""Call signatures of compiled functions over a case's points: which sizes change, and which calls one graph may serve.
 
-A *kind* of call is one that one graph may serve: the same code under the same wrapping, arguments of the same structure,
-and sizes that are equal or change with a declared `Range`. A size that is 1 at some points makes a kind of its own there,
-because Dynamo has no dynamic dimension that may be 1. `Values` are static: each makes its own kind.
+Calls have one *signature* if they call the same code under the same compile config, with arguments of the same structure,
+and their sizes are equal or change with a declared `Range`. A size that is 1 at some points has a signature of its own there,
+because Dynamo has no dynamic dimension that may be 1. `Values` are static: each value has its own signature.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from aot_cache.artifact import key
 from aot_cache.misses.call_signature import Leaf, structure_of
-from aot_cache.misses.size_relations import Relation, fit
+from aot_cache.misses.size_relations import AffineSize, fit
 from aot_cache.recipes.dimensions import Point
 from aot_cache.store import JsonObject
 from aot_cache.upstream.hooks.dynamo_frames import Frame
@@ -29,7 +29,7 @@ _Pattern = tuple[tuple[tuple[int, int], ...], ...]
 
 @dataclass
 class _Series:
-    """The n-th call of one structure at every point of a case: how its sizes go."""
+    """The n-th call of one structure at every point of a case, and how its sizes change."""
 
     paths: list[str]
     integer: list[bool]
@@ -62,15 +62,15 @@ class _Series:
 
 
 @dataclass
-class Kind:
-    """One kind of call (see the module's text).
+class CallSignature:
+    """See the module's docstring.
 
     Args:
         function, module, line: what is called.
-        structure: digest of code, wrapping and the arguments' structure.
+        structure: digest of the code, the compile config and the structure of the arguments.
         sizes: for each leaf and dimension a size, or [low, high] where it changes with the point.
         points: case number → points at which such a call is made.
-        places: case number → the how many'th calls of this structure at a point are such.
+        places: case number → occurrence indices, among a point's calls of this structure, of calls with this signature.
     """
 
     function: str
@@ -89,13 +89,13 @@ class Kind:
         return key.digest([self.structure, self.paths, self.sizes])[:16]
 
     def fits(self, structure: str, found: list[Leaf]) -> bool:
-        """Whether a call is of this kind."""
+        """Whether a call has this signature."""
         return structure == self.structure and all(
             _fits(size, wanted) for leaf, sizes in zip(found, self.sizes) for size, wanted in zip(leaf.sizes, sizes)
         )
 
     def takes(self, structure: str, sizes: Mapping[str, Sequence[int]]) -> bool:
-        """Whether a call that was written down is of this kind: `sizes` are those that are not the model's own."""
+        """Whether a recorded call has this signature; `sizes` has none of the model's own parameters."""
         mine = dict(zip(self.paths, self.sizes))
         return structure == self.structure and all(
             len(found) == len(mine.get(path, ())) and all(map(_fits, found, mine[path]))
@@ -103,7 +103,7 @@ class Kind:
         )
 
     def dynamic(self) -> dict[str, list[list[int]]]:
-        """Path → [dimension, low, high] of what changes; dimension -1 is an integer argument itself."""
+        """Path → [dimension, low, high] of each size that changes; dimension -1 stands for an integer argument."""
         return {
             path: [[-1 if integer else d, *size] for d, size in enumerate(sizes) if isinstance(size, list)]
             for path, integer, sizes in zip(self.paths, self.integer, self.sizes)
@@ -127,7 +127,7 @@ class SeenLeaf:
 
 @dataclass(frozen=True)
 class SeenCall:
-    """A call of a compiled function, as the child that looked at it tells its parent."""
+    """A call of a compiled function, as a child reports it to its parent."""
 
     function: str
     module: str
@@ -138,21 +138,21 @@ class SeenCall:
 
 
 def seen_call(frame: Frame, mode: str) -> SeenCall:
-    """What there is to tell of a call."""
+    """The call that Dynamo asks to compile as `frame`."""
     structure, found = structure_of(frame, mode)
     leaves = [SeenLeaf(x.path, not isinstance(x.value, torch.Tensor), x.fixed, x.sizes) for x in found]
     return SeenCall(frame.name, frame.module, frame.code.co_firstlineno, frame.wrapping, structure, leaves)
 
 
-class Survey:
-    """Collects the calls of all points of one case with one choice of `Values`, then tells their kinds."""
+class CallTrace:
+    """Collects the calls of all points of one case with one choice of `Values`, and groups them by signature."""
 
     def __init__(self) -> None:
         self.series: dict[tuple[str, int], _Series] = {}
         self._frames: dict[str, tuple[str, str, int, Any]] = {}
 
     def add(self, calls: Sequence[SeenCall], point: int) -> None:
-        """The calls that were made at a point, in order."""
+        """Add the calls of a point, in their order."""
         count: dict[str, int] = {}
         for call in calls:
             number = count.get(call.structure, 0)
@@ -171,38 +171,38 @@ class Survey:
                 )
             self.series[place].add(call.leaves, point)
 
-    def kinds(self, case: int) -> dict[str, Kind]:
-        """Every kind of call that was seen, by id."""
-        out: dict[str, Kind] = {}
+    def signatures(self, case: int) -> dict[str, CallSignature]:
+        """All signatures seen, by id."""
+        out: dict[str, CallSignature] = {}
         for (structure, number), series in self.series.items():
             for pattern, points in series.points.items():
                 name, module, line, wrapping = self._frames[structure]
-                kind = Kind(
+                signature = CallSignature(
                     name, module, line, structure, series.paths, series.integer, _sizes(series, pattern), wrapping
                 )
-                same = out.setdefault(kind.id, kind)
+                same = out.setdefault(signature.id, signature)
                 same.points[case] = sorted({*same.points.get(case, ()), *points})
                 same.places.setdefault(case, set()).add(number)
         return out
 
 
-Place = tuple[str, int]
-"""A structure, and the how many'th call of it at a point."""
+Occurrence = tuple[str, int]
+"""A structure, and the index of a call among a point's calls of that structure."""
 
 
-def follows(surveys: Iterable[Survey], points: Sequence[Point]) -> dict[Place, dict[str, list[Relation]]]:
-    """How the sizes of each place's calls follow from the point, over all choices of a case's `Values`.
+def follows(traces: Iterable[CallTrace], points: Sequence[Point]) -> dict[Occurrence, dict[str, list[AffineSize]]]:
+    """How the sizes of each occurrence follow from the point, over all choices of a case's `Values`.
 
     Args:
-        surveys: of all parts of one case.
+        traces: all of one case.
         points: of the case, by number.
     """
-    alike: dict[Place, list[_Series]] = {}
-    for survey in surveys:
+    alike: dict[Occurrence, list[_Series]] = {}
+    for survey in traces:
         for place, series in survey.series.items():
             alike.setdefault(place, []).append(series)
-    known: dict[object, Relation] = {}
-    out: dict[Place, dict[str, list[Relation]]] = {}
+    known: dict[object, AffineSize] = {}
+    out: dict[Occurrence, dict[str, list[AffineSize]]] = {}
     for place, several in alike.items():
         seen = {at: sizes for series in several for at, sizes in series.seen.items()}
         paths = [path for path, fixed in zip(several[0].paths, several[0].fixed) if not fixed]
@@ -214,9 +214,9 @@ def follows(surveys: Iterable[Survey], points: Sequence[Point]) -> dict[Place, d
 
 
 def _fitted(
-    column: tuple[int, ...], at: tuple[int, ...], where: Sequence[Point], known: dict[object, Relation]
-) -> Relation:
-    """`fit`, once for sizes that go alike: a model's layers are many."""
+    column: tuple[int, ...], at: tuple[int, ...], where: Sequence[Point], known: dict[object, AffineSize]
+) -> AffineSize:
+    """`fit`, once for equal columns of sizes: a model has many equal layers."""
     if (column, at) not in known:
         known[column, at] = fit(column, where)
     return known[column, at]
