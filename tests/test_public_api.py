@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from contracts import python
 
 import aot_cache
 from aot_cache import errors
@@ -74,6 +75,29 @@ def test_public_methods_say_what_they_do(name: str) -> None:
         and not inspect.getdoc(getattr(getattr(aot_cache, name), method))
     ]
     assert not silent, f"methods of aot_cache.{name} without a docstring: {silent}"
+
+
+def test_the_package_alone_imports_none_of_its_rooms() -> None:
+    """So that an engine's plug-in costs milliseconds in a process that does not serve."""
+    code = "import sys, aot_cache; print([n for n in sys.modules if n.startswith('aot_cache.')])"
+    assert python(code, {}).stdout.strip() == "[]"
+
+
+def test_names_come_from_where_type_checkers_are_told() -> None:
+    tree = ast.parse((ROOT / "aot_cache" / "__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    told = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert set(told) | {"__version__"} == set(PUBLIC)
+    for name, place in told.items():
+        module, _, attribute = place.rpartition(".")
+        assert getattr(aot_cache, name) is getattr(importlib.import_module(module), attribute), name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        aot_cache.nothing  # noqa: B018
 
 
 def test_nothing_public_is_left_out() -> None:

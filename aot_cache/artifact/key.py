@@ -1,7 +1,7 @@
-"""The key: named components, each hashed apart, so that a miss can name the part that differs. Pure functions.
+"""The key: named components, each hashed separately, so that a miss can name the part that differs. Pure functions.
 
-Built like JAX's `cache_key.py`. A kernel's key holds no torch and no Python version, no path, no time: one bundle serves
-many images, and the same input gives the same bytes twice.
+Modelled on JAX's `cache_key.py`. A kernel's key holds no torch or Python version, no path and no time, so that one bundle
+serves many images and builds are reproducible.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from aot_cache.store import JsonObject, JsonValue
 
 SCHEMA = "1"
 UNITS, NATIVE, IR, GRAPHS = "units", "native", "ir", "graphs"
-"""Kinds of records in the store: compiled units, the C modules that Triton would build at run time, what became of an
-intermediate representation that several units share, and the graphs of one kind of call."""
+"""Kinds of records in the store: compiled units, the C modules that Triton would build at run time, the result of compiling an
+intermediate representation that several units share, and the graphs of one call signature."""
 
 
 def digest(value: object) -> str:
@@ -26,17 +26,17 @@ def digest(value: object) -> str:
 
 
 def variant(function: str, source: str) -> str:
-    """The name of one of several kernels of one function's name: `module:qualname@` and the start of its source's digest."""
+    """Unique name of a kernel that shares its `module:qualname`: `@` and the start of its source digest are appended."""
     return f"{function}@{source[:12]}"
 
 
 def function_of(kernel: str) -> str:
-    """`module:qualname` of a kernel, without what tells it from others of that name."""
+    """`module:qualname` of a kernel, without the suffix of `variant`."""
     return kernel.partition("@")[0]
 
 
 def told_apart(variants: Iterable[str]) -> dict[str, str]:
-    """Variant → what the kernel is called: by its function's name alone where no other one has that."""
+    """Variant → kernel name: `module:qualname` where that is unique, else the variant."""
     known = {name for name in variants if name != function_of(name)}
     count = Counter(map(function_of, known))
     return {name: function_of(name) if count[function_of(name)] == 1 else name for name in known}
@@ -45,12 +45,12 @@ def told_apart(variants: Iterable[str]) -> dict[str, str]:
 def toolchain_parts(
     *, triton: str, target: JsonObject, toolkit: str, environment: Mapping[str, str], line_info: bool
 ) -> dict[str, JsonValue]:
-    """What the compiled bytes of every kernel of one build depend on.
+    """The named parts that the compiled bytes of all kernels of one build depend on.
 
     Args:
         triton: Triton's version.
         target: backend, arch and warp size.
-        toolkit: the assembler's version (`ptxas`), empty where there is none.
+        toolkit: the assembler's version (`ptxas`); empty if there is none.
         environment: variables that change code generation.
         line_info: whether line numbers are kept for profiling.
     """
@@ -72,7 +72,7 @@ def unit_parts(
     overrides: JsonObject,
     toolchain: JsonObject,
 ) -> dict[str, JsonValue]:
-    """All named parts of one kernel unit's key. Options are a mapping here: their order changes no code."""
+    """All named parts of one kernel unit's key. Options are sorted, because their order does not change the code."""
     return {
         **toolchain,
         "kernel": kernel,
@@ -89,27 +89,27 @@ def unit_key(parts: JsonObject) -> str:
 
 
 def graph_parts(*, torch: str, git: str, python: str, triton: str, target: JsonObject) -> dict[str, JsonValue]:
-    """What every graph of one build is bound to.
+    """The named parts that every graph of one build depends on.
 
     Args:
-        torch: the release, without the build's flavour (`+cpu`, `+cu130`).
+        torch: the release, without the local version (`+cpu`, `+cu130`).
         git: torch's commit.
-        python: major.minor; bytecode is bound to it.
+        python: major.minor; bytecode depends on it.
         triton: Triton's version; empty for the CPU.
-        target: the whole target: Inductor looks at more of it than Triton does.
+        target: all properties of the target, because Inductor uses more of them than Triton does.
     """
     return {"torch": torch, "torch git": git, "python": python, "triton": triton, "target": dict(target)}
 
 
 @dataclass(frozen=True)
 class Part:
-    """One named part of a bundle's key beside what this host has."""
+    """One named part of a bundle's key, and what this host has."""
 
     name: str
     wanted: str
     found: str
     needed: bool = True
-    """False where a difference costs something but does not forbid loading (GPU name, launchers)."""
+    """False if a difference has a cost but does not prevent loading (GPU name, launchers)."""
 
     @property
     def same(self) -> bool:

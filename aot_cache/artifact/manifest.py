@@ -1,9 +1,9 @@
-"""A bundle's manifest: what is in it, with types; and its two forms in a file.
+"""A bundle's manifest as typed data, and its two parts in the file.
 
-Every start of a server parses the header, so it keeps what loading needs and says each thing once (`Served`): a unit is five
-numbers and Triton's own key. What only `inspect`, `tune` and `diff` need (which points reach a unit, what lost, measurements)
-goes into one object of the bundle, hashed like the others. `split` and `whole` lead from one to the other, and this module is
-the only one that reads or writes the JSON of either.
+Every server start parses the header, so it is compact and holds only what loading needs (`Served`): a unit is four numbers
+and Triton's own key. What only `inspect`, `tune` and `diff` need (the points that reach a unit, losing candidates,
+measurements) is one object of the bundle, the details, hashed like the others. `split` and `whole` convert between the two
+forms. Only this module reads or writes their JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aot_cache.errors import BundleCorrupt
 from aot_cache.store import Bundle, JsonObject, JsonValue
 
 KIND = "units"
-"""What a bundle of kernels and graphs says that it is."""
+"""`Manifest.kind` of a bundle of kernels and graphs."""
 
 T = TypeVar("T")
 
@@ -34,9 +34,9 @@ class Kernel:
     """A kernel that has units in the bundle.
 
     Args:
-        name: `module:qualname`; where several kernels have that name, with what tells them apart (`key.variant`).
+        name: `module:qualname`; with `@` and the start of the source digest where several kernels share it (`key.variant`).
         closure: its source closure, see `upstream.codec.triton_jit.closure`.
-        ranks: of a job, those that launch it; empty: all of them do.
+        ranks: the ranks that launch it; empty if all do.
     """
 
     name: str
@@ -50,17 +50,17 @@ class KernelUnit:
 
     Args:
         kernel: number in `Manifest.kernels`.
-        key: the store's key.
-        memory_key: Triton's key in memory; None where only the serving process can compute it, because the unit is given
-            another jit function, whose own key depends on where it stands in its file.
+        key: its key in the store.
+        memory_key: Triton's in-memory key. None if only the serving process can compute it: the unit takes another jit
+            function as an argument, and that function's key depends on its position in its file.
         specialization: Triton's (type, value) for each parameter, encoded.
         options: launch options.
         option_order: their names in the order in which they were passed, which is part of Triton's key.
         object: digest of the binary.
-        metadata: what Triton says of the binary, without what all units have in common (`Manifest.metadata`).
+        metadata: Triton's metadata of the binary, without what all units have in common (`Manifest.metadata`).
         via: `[tuning, candidate]` pairs through which it is launched; `[-1, -1]` is a launch without a tuner.
         reached: the points that reach it.
-        ranks: of a job, those that launch it; empty: all of them do.
+        ranks: the ranks that launch it; empty if all do.
     """
 
     kernel: int
@@ -78,15 +78,15 @@ class KernelUnit:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedTuning:
-    """One choice of an autotuner, as far as loading needs it.
+    """One choice of an autotuner: the part that loading needs.
 
     Args:
         kernel: number in `Manifest.kernels`.
-        tuner: which of the autotuners around it.
+        tuner: index of the autotuner among those around the kernel.
         key: the tuner's key, encoded.
-        choice: the config that was measured best; None without a measurement.
-        first: the config that is taken without a measurement: the first that compiled and fits; None: there is none.
-        ranks: of a job, those that ask for it; empty: all of them do.
+        choice: the config that was measured fastest; None without a measurement.
+        first: the config that is used without a measurement: the first that compiled and fits, or None.
+        ranks: the ranks that need it; empty if all do.
     """
 
     kernel: int
@@ -99,11 +99,12 @@ class ServedTuning:
 
 @dataclass(frozen=True, kw_only=True)
 class TuningChoice:
-    """One choice of an autotuner: `ServedTuning` with the candidates, of which number `default` is the first that fits.
+    """One choice of an autotuner: `ServedTuning` with all candidates.
 
     Args:
-        measured: on what, how, with what spread; empty without a measurement.
-        reached: the points that ask for it.
+        measured: device, method and spread of the measurement; empty without one.
+        reached: the points that need it.
+        default: index of the first candidate that compiled and fits, or None.
     """
 
     kernel: int
@@ -125,7 +126,7 @@ class TuningChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class Pruned:
-    """A unit that was left out because it does not fit the target; its autotuner passes it over, too."""
+    """A unit that was left out because it does not fit the target; its autotuner skips it, too."""
 
     kernel: str
     unit: str
@@ -138,9 +139,9 @@ class NativeModule:
     """A C module that Triton would build at run time.
 
     Args:
-        name: what Triton calls it.
-        source: digest of its source, as Triton asks for it.
-        suffix: the interpreter's, such as `.cpython-311-x86_64-linux-gnu.so`.
+        name: the name that Triton gives it.
+        source: digest of its source, by which Triton looks it up.
+        suffix: the interpreter's extension suffix, such as `.cpython-311-x86_64-linux-gnu.so`.
         object: digest of its bytes.
     """
 
@@ -155,7 +156,7 @@ class NativeModule:
 
 @dataclass(frozen=True, kw_only=True)
 class Resume:
-    """A function with the rest of one that has a graph break; `free` says whether it has free variables."""
+    """A resume function: the rest of a function after a graph break. `free` says whether it has free variables."""
 
     module: str
     code: str
@@ -164,26 +165,26 @@ class Resume:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedGraph:
-    """The bytecode that Dynamo made of one function for one kind of call, as far as loading needs it.
+    """The bytecode that Dynamo made of one function for one call signature: the part that loading needs.
 
-    Digests name objects of the bundle, unless it says otherwise.
+    Digests name objects of the bundle, except where noted.
 
     Args:
-        module, function: where the function is, and its qualname.
-        code: digest of what its code does (`upstream.codec.python_code.digest`): which calls it is looked up for.
+        module, function: the function's module and qualname.
+        code: digest of its code (`upstream.codec.python_code.digest`), by which graphs are looked up; names no object.
         mode: grad mode and autocast.
-        wrapping: backend, options and dynamic of its `torch.compile`.
+        wrapping: the compile config: backend, options and dynamic of its `torch.compile`.
         settings: digest of Inductor's settings.
-        guard_state: digest of the guards; `identities` and `values` are those that compare with what the process has, as
+        guard_state: digest of the guards. `identities` and `values` are those that compare with objects of the process, as
             `(kind of guard, expression, text)`.
         bytecode: digest of the code that Dynamo made.
         graphs: name in the bytecode → digest of a compiled graph.
-        choices: compiled graph → kernel → number of the config that was measured best.
+        choices: compiled graph → kernel → number of the config that was measured fastest.
         libraries: digest of a C++ source → digest of the shared library.
         imports: name in the bytecode → module.
         resumes: name in the bytecode → the rest of the function after a graph break.
         inlined: (module, qualname, digest of its code) of functions that were traced with it.
-        rank: of a job, the only one that may run it; None: all may.
+        rank: the only rank that may run it; None if all may.
     """
 
     module: str
@@ -210,7 +211,7 @@ class ServedGraph:
         return f"{self.module}:{self.function}"
 
     def objects(self) -> set[str]:
-        """Digests of everything that it needs of the store."""
+        """Digests of all objects that it refers to."""
         resumes = [resume.code for resume in self.resumes.values()]
         return {
             self.guard_state,
@@ -224,7 +225,7 @@ class ServedGraph:
 
 @dataclass(frozen=True, kw_only=True)
 class SeveralConfigs:
-    """A kernel of Inductor's that is compiled with several configs, each of them in words."""
+    """An Inductor kernel that is compiled with several configs; each config is given as text."""
 
     kernel: str
     configs: Sequence[str]
@@ -232,16 +233,16 @@ class SeveralConfigs:
 
 @dataclass(frozen=True, kw_only=True)
 class Graph(ServedGraph):
-    """`ServedGraph` with what people are told.
+    """`ServedGraph` with what `inspect` shows.
 
     Args:
-        line: where the function stands in its file.
-        guards: all of them, as Python.
-        dynamic: expression of an argument → [dimension, low, high] of what it leaves open (see `plan.CallPlan`).
-        kernels: those that it launches.
-        candidates: compiled graph → its kernels with several configs, by their keys.
+        line: the function's line in its file.
+        guards: all guards, as Python expressions.
+        dynamic: expression of an argument → [dimension, low, high] of its dynamic sizes (see `plan.CallPlan`).
+        kernels: names of the kernels that it launches.
+        candidates: compiled graph → its kernels with several configs, by key.
         reached: the points at which it is called.
-        per_rank: why it is built for one rank; empty where it is for all.
+        per_rank: why it is built for one rank only; empty if it is for all.
     """
 
     line: int
@@ -258,19 +259,19 @@ class Graph(ServedGraph):
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything that a bundle says of itself.
+    """The full manifest of a bundle.
 
     Args:
         kind: `KIND`.
-        recipe: its name, and `spec` the text that loads it.
+        recipe: the recipe's name; `spec` is the text that loads it.
         origin: `traced` or `recorded`.
-        ranks: how many the job has that it is for.
-        target: the GPU kind's properties (`target.Target.properties`).
+        ranks: the world size that the bundle is for.
+        target: the target's properties (`target.Target.properties`).
         toolchain: what the bytes of all kernels depend on (`key.toolchain_parts`).
-        metadata: what Triton says of every unit's binary.
-        graph_key: what all graphs are bound to (`key.graph_parts`); empty without a graph.
+        metadata: the part of Triton's metadata that all units have in common.
+        graph_key: what all graphs depend on (`key.graph_parts`); empty without graphs.
         complete: whether nothing failed.
-        objects: digest → bytes of everything in the file; empty until it is written.
+        objects: digest → size in bytes of every object in the file; empty until it is written.
     """
 
     kind: str
@@ -299,7 +300,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
-        """Raises KeyError, TypeError or ValueError where `data` has another form than `to_json` gives it."""
+        """Raises KeyError, TypeError or ValueError if `data` does not have the form that `to_json` writes."""
         parts = dict(data)
         for name, part in _PARTS.items():
             parts[name] = [_known(part, one) for one in parts[name]]
@@ -308,7 +309,7 @@ class Manifest:
 
 
 class UnitRow(NamedTuple):
-    """A unit as the header has it: numbers into `kernels`, `signatures`, `metadata_sets` and `binaries`, and its key."""
+    """A unit in the header: indices into `kernels`, `signatures`, `metadata_sets` and `binaries`, and its key."""
 
     kernel: int
     signature: int
@@ -319,7 +320,7 @@ class UnitRow(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LateKey:
-    """What the serving process makes a unit's key of, where it has none: (type, value) pairs, and (name, value) of options."""
+    """The input from which the serving process computes a unit's missing key: (type, value) pairs, and (name, value) options."""
 
     specialization: Sequence[Sequence[Any]]
     options: Sequence[tuple[str, Encoded]]
@@ -327,16 +328,16 @@ class LateKey:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What the header of a bundle holds, and all that loading reads.
+    """The header of a bundle, which is all that loading reads.
 
     Args:
-        signatures: each a list of its parameters' types.
-        metadata_sets: what Triton says of a binary beside `metadata`.
+        signatures: lists of parameter types.
+        metadata_sets: Triton's metadata of a binary, without what is in `metadata`.
         binaries: digests.
-        late: number of a unit → what its key is made of.
-        details: digest of the object with everything else.
+        late: number of a unit without a key → what its key is computed from.
+        details: digest of the object with the rest of the manifest.
 
-    The others are as in `Manifest`.
+    The other fields are as in `Manifest`.
     """
 
     kind: str
@@ -366,12 +367,12 @@ class Served:
         return bool(self.target["backend"] == "cpu")
 
     def kernel_names(self) -> list[str]:
-        """By their numbers."""
+        """Kernel names, in the order of their numbers."""
         return [kernel.name for kernel in self.kernels]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Served:
-        """Raises KeyError, TypeError or ValueError where `data` has another form than `split` gives it."""
+        """Raises KeyError, TypeError or ValueError if `data` does not have the form that `split` writes."""
         parts = dict(data)
         parts["kernels"] = [_known(Kernel, one) for one in parts["kernels"]]
         parts["units"] = [UnitRow(*one) for one in parts["units"]]
@@ -400,16 +401,16 @@ _DETAILS = ("cases", "pruned", "failed", "calls")
 
 
 def lacking(header: Mapping[str, object]) -> list[str]:
-    """What a header has not that this version's has."""
+    """Names of fields that this version needs and the header lacks."""
     needed = [one.name for one in fields(Served) if one.default_factory is MISSING]
     return [name for name in needed if name not in header]
 
 
 def served(bundle: Bundle) -> Served:
-    """What loading reads of a bundle; parsed once.
+    """The parsed header of a bundle; cached per bundle.
 
     Raises:
-        BundleCorrupt: its header has another form than this version writes.
+        BundleCorrupt: its header does not have the form that this version writes.
     """
     known = _served.get(bundle)
     if known is not None:
@@ -421,7 +422,7 @@ def served(bundle: Bundle) -> Served:
 
 
 def split(manifest: Manifest) -> tuple[dict[str, Any], bytes]:
-    """(header, details object) of a manifest, both as they are written."""
+    """(header, bytes of the details object) of a manifest, as they are written."""
     signatures, metadata_sets, binaries = _Table(), _Table(), _Table()
     late: dict[str, Any] = {}
     rows = []
@@ -460,7 +461,7 @@ def split(manifest: Manifest) -> tuple[dict[str, Any], bytes]:
 
 
 def whole(bundle: Bundle) -> Manifest:
-    """Everything that a bundle says of itself: `split` undone. Read once; nobody changes it.
+    """The full manifest of a bundle: the inverse of `split`. Cached per bundle; treat it as read-only.
 
     Raises:
         BundleCorrupt: the details are missing, do not hash, or do not fit the header.
@@ -499,12 +500,12 @@ def _misfit(bundle: Bundle, found: str) -> BundleCorrupt:
 
 
 def _known(kind: type[T], data: Mapping[str, Any]) -> T:
-    """An object of one of the types above. What the type does not know is passed over: a newer version may say more."""
+    """Make an object of one of the types above. Unknown fields are ignored: a newer version may write more."""
     return kind(**{one.name: data[one.name] for one in fields(kind) if one.name in data})  # type: ignore[arg-type]
 
 
 def graph_from_json(kind: type[T], data: Mapping[str, Any]) -> T:
-    """A graph of the type `kind`: `ServedGraph`, or one with more fields. Raises as `Manifest.from_json`."""
+    """A graph of type `kind`: `ServedGraph`, or a subclass of it. Raises like `Manifest.from_json`."""
     parts = {**data, "resumes": {name: _known(Resume, one) for name, one in data["resumes"].items()}}
     if "candidates" in parts:
         parts["candidates"] = {
@@ -515,7 +516,7 @@ def graph_from_json(kind: type[T], data: Mapping[str, Any]) -> T:
 
 
 def plain(value: Any) -> Any:
-    """A value of this module's types, or of the plan's, as JSON has it."""
+    """A value of this module's types, or of the plan's, as JSON values."""
     if hasattr(value, "__dataclass_fields__"):
         found = {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
         return {k: v for k, v in found.items() if v is not None} if isinstance(value, Failure) else found
@@ -527,7 +528,7 @@ def plain(value: Any) -> Any:
 
 
 class _Table:
-    """Values by number, each once."""
+    """Distinct values, numbered in the order in which they first occur."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
@@ -541,19 +542,19 @@ class _Table:
         return self._numbers[text]
 
 
-# --- what people call its parts ---------------------------------------------------------------------------------------
+# --- labels for display -----------------------------------------------------------------------------------------------
 
 
 def graph_label(number: int) -> str:
-    """What people, and the ledger, call a bundle's graph: `g1` is the first in its manifest."""
+    """Label of a bundle's graph, for display and in the ledger: `g1` is the first in the manifest."""
     return f"g{number + 1}"
 
 
 def call_label(number: int) -> str:
-    """What people call a plan's compiled call, which has no graph yet: `c1` is the first in it."""
+    """Label of a plan's compiled call, which has no graph yet: `c1` is the first in the plan."""
     return f"c{number + 1}"
 
 
 def unit_label(number: int) -> str:
-    """What people call a bundle's specialization: `k1` is the first in its manifest."""
+    """Label of a bundle's specialization: `k1` is the first in the manifest."""
     return f"k{number + 1}"

@@ -1,6 +1,6 @@
 """The plan: every unit that a recipe can launch, with the points that reach it. Readable, diffable JSON; no torch.
 
-The builder writes it from the virtual device, `aot-cache record` from a real GPU, in the same form.
+The builder makes it on the virtual device, `aot-cache record` on a real GPU; the format is the same.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ SCHEMA = 1
 T = TypeVar("T")
 Origin = Literal["traced", "recorded"]
 Encoded: TypeAlias = JsonValue
-"""A value of a kernel's call as JSON, see `upstream.codec.triton_jit.encode`."""
+"""An argument of a kernel launch as JSON, see `upstream.codec.triton_jit.encode`."""
 Pair: TypeAlias = Mapping[str, Sequence[Any]]
-"""`{"t": [type, value]}`: what one parameter of a kernel is specialized to, encoded."""
+"""`{"t": [type, value]}`: the specialization of one kernel parameter, encoded."""
 Config: TypeAlias = Mapping[str, Encoded]
-"""What an autotuner's config passes to a launch."""
+"""The launch arguments that an autotuner's config sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +38,14 @@ class Unit:
     """One specialization of one kernel.
 
     Args:
-        kernel: `module:qualname`; where several kernels have that name, with what tells them apart (`key.variant`).
+        kernel: `module:qualname`; with `@` and the start of the source digest where several kernels share it (`key.variant`).
         source: digest of the kernel's source closure.
         specialization: Triton's (type, value) for each parameter, encoded.
         options: launch options in the order in which they were passed.
         overrides: backend options that are also kernel parameters.
         via: `[tuning, candidate]` pairs through which it is launched; `[-1, -1]` is a launch without a tuner.
         reached: the points that reach it.
-        ranks: of a job, those that launch it; empty: all of them do.
+        ranks: the ranks that launch it; empty if all do.
     """
 
     kernel: str
@@ -59,7 +59,7 @@ class Unit:
 
     @property
     def id(self) -> str:
-        """Short, stable name of what is compiled (source included, target not)."""
+        """Short, stable id of what is compiled: covers the source, not the target."""
         options = list(self.options.items())  # their order is part of Triton's key
         return _digest([function_of(self.kernel), self.source, self.specialization, options, self.overrides])[:16]
 
@@ -73,13 +73,13 @@ class Tuning:
 
     Args:
         kernel: `module:qualname` of the kernel.
-        tuner: which of the autotuners around it.
+        tuner: index of the autotuner among those around the kernel.
         key: the tuner's key, encoded.
         candidates: each config's launch arguments, after pruning, in order.
-        choice: the config that was measured best, or None: the first that fits is taken.
-        measured: on what, how, with what spread; empty without a measurement.
-        reached: the points that ask for it.
-        ranks: of a job, those that ask for it; empty: all of them do.
+        choice: the config that was measured fastest; None if unmeasured, then the first that fits is used.
+        measured: device, method and spread of the measurement; empty without one.
+        reached: the points that need it.
+        ranks: the ranks that need it; empty if all do.
     """
 
     kernel: str
@@ -98,7 +98,7 @@ class Tuning:
 
 @dataclass(frozen=True, kw_only=True)
 class CasePlan:
-    """What was enumerated of one case."""
+    """One case as it was enumerated."""
 
     name: str
     dims: Mapping[str, str]
@@ -108,15 +108,15 @@ class CasePlan:
     mode: str = "inference"
     autocast: str | None = None
     missed: Sequence[Point] = field(default_factory=list)
-    """Points that were visited beside those of `dims`, because a serving process had them."""
+    """Points outside `dims` that were visited because a serving process missed them."""
     doc: str = ""
-    """One line for people about the case."""
+    """The case's description, one line."""
     sets: Sequence[str] = field(default_factory=list)
-    """Settings of the process that it changes while it makes arguments: its calls are built so."""
+    """Process-wide settings that the case changes while it makes arguments; its calls are built under them."""
 
     @classmethod
     def of(cls, case: Case, points: Enumeration) -> CasePlan:
-        """What `points` enumerate of `case`."""
+        """The plan of `case`, of which `points` are enumerated."""
         return cls(
             name=case.name,
             dims={name: dim.text for name, dim in case.dims.items()},
@@ -132,13 +132,13 @@ class CasePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Something that is not in the bundle: a kernel's unit, calls of a compiled function, a C module, or a case.
+    """Something that the bundle lacks because its build failed: a kernel's unit, a compiled call, a C module, or a case.
 
     Args:
         kernel: its name; `case NAME` for a case.
-        unit: id of the unit or of the call; of a case the point.
-        error: why, for people.
-        reached: the points that lose it; None where that is not known.
+        unit: id of the unit or of the call; for a case, the point.
+        error: the reason, as text.
+        reached: the points that lack it; None if unknown.
     """
 
     kernel: str
@@ -147,20 +147,20 @@ class Failure:
     reached: Reached | None = None
 
     def text(self) -> dict[str, str]:
-        """What people and `--json` are told."""
+        """The fields that are printed, also by `--json`."""
         return {"kernel": self.kernel, "unit": self.unit, "error": self.error}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FailedCase:
-    """A case that could not be run: the others are built without it.
+    """A case that could not be run. The other cases are built without it.
 
     Args:
         case: its name.
-        point: the first at which it failed.
-        place: `file:line` in the code of whoever wrote it; empty where nobody knows.
-        why: what went wrong there.
-        rank: `, as rank 2` where the process was one of several ranks.
+        point: the first point at which it failed.
+        place: `file:line` in the recipe author's code; empty if unknown.
+        why: the error.
+        rank: `, as rank 2` if the process was one of several ranks.
     """
 
     case: str
@@ -171,12 +171,12 @@ class FailedCase:
 
     @property
     def name(self) -> str:
-        """What lists of failures call it, among kernels and functions."""
+        """Its name in lists of failures, which also hold kernels and functions."""
         return f"case {self.case}"
 
     @property
     def text(self) -> str:
-        """What happened, in one line, for people."""
+        """The failure in one line."""
         return f"at {self.where}{self.rank}: {self.why}" + (f" ({self.place})" if self.place else "")
 
     @property
@@ -184,27 +184,27 @@ class FailedCase:
         return point_text(self.point)
 
     def failure(self) -> Failure:
-        """The line of a bundle's list of what failed."""
+        """The entry for the bundle's list of failures."""
         return Failure(kernel=self.name, unit=self.where, error=self.text)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CallPlan:
-    """One kind of call of a compiled function, for which there is at least one graph.
+    """One call signature of a compiled function, for which there is at least one graph.
 
     Args:
         function: `module:qualname`.
-        line: where it stands in its file, for people.
-        id: digest of code, wrapping, the arguments' structure and sizes.
+        line: its line in the source file, for display.
+        id: digest of code, compile config, the arguments' structure and sizes.
         mode: grad mode and autocast.
-        wrapping: backend, options and dynamic of its `torch.compile`.
-        dynamic: expression of an argument → [dimension, low, high] of what changes with the points; dimension -1 is an
-            integer argument itself.
+        wrapping: the compile config: backend, options and dynamic of its `torch.compile`.
+        dynamic: expression of an argument → [dimension, low, high] for each size that changes with the points; dimension -1
+            is an integer argument itself.
         hint: case → the point at which it is traced first.
-        reached: the points at which it is made.
+        reached: the points at which it is called.
         structure: digest of everything about the call but its sizes (see `misses.call_signature.structure_of`).
-        follows: case → how all sizes that are not the model's follow from its dimensions (see `misses.size_relations`), one
-            for each place that makes such a call.
+        follows: case → how the sizes, parameters' excepted, follow from its dimensions (see `misses.size_relations`); one entry
+            for each call site with this signature.
     """
 
     function: str
@@ -235,16 +235,16 @@ class Plan:
     calls: Sequence[CallPlan] = field(default_factory=list)
     """Calls of compiled functions."""
     ranks: int = 1
-    """Of the job that it is for."""
+    """The world size that it is for."""
     failed: Sequence[FailedCase] = field(default_factory=list)
-    """Cases of which nothing is in it; they are among `cases`, because they are declared."""
+    """Cases that failed, so that the plan has nothing of them. They are in `cases`, too, because they are declared."""
 
     def to_json(self) -> dict[str, Any]:
         return {"aot-cache plan": SCHEMA, **asdict(self)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """Raises DeclarationError when `data` is no plan of this schema."""
+        """Raises DeclarationError if `data` is not a plan of this schema."""
         if data.get("aot-cache plan") != SCHEMA:
             raise DeclarationError(
                 f"a plan of schema {SCHEMA}",
@@ -271,7 +271,7 @@ class Plan:
             ) from error
 
     def write(self, path: Path) -> None:
-        """Write the plan, one unit a line, so that a diff of two plans reads well."""
+        """Write the plan with one unit per line, so that a diff of two plans is readable."""
         data = self.to_json()
         lines = ["{"]
         for name, value in data.items():
@@ -285,7 +285,7 @@ class Plan:
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """Raises DeclarationError when the file is no plan."""
+        """Raises DeclarationError if the file is not a plan."""
         try:
             data = json.loads(path.read_text())
         except OSError as error:
@@ -301,9 +301,9 @@ class Plan:
         return cls.from_json(data)
 
     def without(self, cases: Collection[str]) -> tuple[Plan, list[int]]:
-        """(the plan with nothing of what only these cases reach, the numbers of the units that stay).
+        """(the plan without what only these cases reach, the indices of the units that stay).
 
-        What no case reaches stays: it was missed somewhere, or recorded.
+        A unit that no case reaches stays: it comes from a miss or a recording.
         """
         tunings = [n for n, tuning in enumerate(self.tunings) if _stays(tuning.reached, cases)]
         renumber = {-1: -1, **{old: new for new, old in enumerate(tunings)}}
@@ -336,7 +336,7 @@ class Plan:
         return plan, units
 
     def with_sets(self, by_case: Mapping[str, Iterable[str]]) -> Plan:
-        """The plan with the settings of the process that each case changes while it makes arguments."""
+        """The plan, with the process-wide settings that each case changes while it makes arguments."""
         cases = [replace(case, sets=sorted({*case.sets, *by_case.get(case.name, ())})) for case in self.cases]
         return replace(self, cases=cases)
 
@@ -356,7 +356,7 @@ def _stays(reached: Reached, cases: Collection[str]) -> bool:
 
 @dataclass(frozen=True)
 class Difference:
-    """What one plan has and another lacks."""
+    """Units and tunings that only one of two plans has."""
 
     only_left: list[Unit]
     only_right: list[Unit]
@@ -369,7 +369,7 @@ class Difference:
 
 
 def diff(left: Plan, right: Plan) -> Difference:
-    """Compare what is launched, whatever points reach it."""
+    """Compare what two plans launch; the points that reach it are ignored."""
     units_left, units_right = {u.id: u for u in left.units}, {u.id: u for u in right.units}
     tunings_left = {tuning_identity(t, function_of(t.kernel)): t for t in left.tunings}
     tunings_right = {tuning_identity(t, function_of(t.kernel)): t for t in right.tunings}
@@ -382,10 +382,10 @@ def diff(left: Plan, right: Plan) -> Difference:
 
 
 def merge(plans: Iterable[Plan]) -> Plan:
-    """One plan of several recordings of one program (its processes), or of several ranks of one job.
+    """Merge plans recorded by the processes of one program, or traced as the ranks of one job.
 
     Raises:
-        DeclarationError: when there is none, or they are for different targets.
+        DeclarationError: there is no plan, or they are for different targets.
     """
     parts = list(plans)
     if not parts:
@@ -404,7 +404,7 @@ def merge(plans: Iterable[Plan]) -> Plan:
             known = tunings.setdefault(identity, tuning)
             tunings[identity] = replace(
                 known,
-                choice=known.choice or tuning.choice,  # not every process has tuned
+                choice=known.choice or tuning.choice,  # some processes may not have tuned
                 reached=together([known.reached, tuning.reached]),
             )
             renumber[number] = numbers.setdefault(identity, len(numbers))
@@ -432,7 +432,7 @@ def merge(plans: Iterable[Plan]) -> Plan:
 
 
 def named(plan: Plan) -> Plan:
-    """`plan` with kernels that are called by all that they are called as short as they can be told apart."""
+    """`plan` with the shortest kernel names that are still unique."""
     kernels = [unit.kernel for unit in plan.units] + [tuning.kernel for tuning in plan.tunings]
     return _renamed(plan, told_apart([*kernels, *plan.closures]))
 
@@ -447,7 +447,7 @@ def _renamed(plan: Plan, names: Mapping[str, str]) -> Plan:
 
 
 def each_once(failed: Iterable[FailedCase]) -> list[FailedCase]:
-    """One entry a case: the first that was found."""
+    """The first failure of each case."""
     found: dict[str, FailedCase] = {}
     for one in failed:
         found.setdefault(one.case, one)
@@ -455,7 +455,7 @@ def each_once(failed: Iterable[FailedCase]) -> list[FailedCase]:
 
 
 def extended(plan: Plan, parts: Iterable[Plan]) -> Plan:
-    """`plan` with the units and tunings of `parts` that it does not have, which are for the same target.
+    """`plan`, plus the units and tunings of `parts` that it lacks.
 
     Raises:
         DeclarationError: they are for different targets.
@@ -464,7 +464,7 @@ def extended(plan: Plan, parts: Iterable[Plan]) -> Plan:
 
 
 def tuning_identity(tuning: Tuning, kernel: str) -> str:
-    """What makes a tuning another one than those of the same kernel, which is called `kernel`."""
+    """Digest that identifies a tuning, of a kernel whose name is `kernel`."""
     return _digest([kernel, tuning.tuner, tuning.key, tuning.candidates])
 
 

@@ -1,6 +1,6 @@
-"""One plan of a job: what any of its ranks launches, and by which of them, where not all do. No torch.
+"""Merges the plans of a job's ranks into one, which says for each unit which ranks launch it if not all do. No torch.
 
-A bundle is for all ranks, and each of them was traced: a specialization that one rank launches is built for it, and said so.
+A bundle is for all ranks, and every rank was traced, so it also has the specializations that only one rank launches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from aot_cache.errors import DeclarationError
 
 
 def of_ranks(plans: Sequence[Plan]) -> Plan:
-    """One plan of the plans of all ranks, in their order.
+    """Merge the plans of all ranks, given in rank order.
 
     Raises:
         DeclarationError: the ranks do not declare the same cases.
@@ -40,12 +40,12 @@ def of_ranks(plans: Sequence[Plan]) -> Plan:
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """`rank 2`, `ranks 0, 1, 3`."""
+    """The ranks as text: `rank 2`, `ranks 0, 1, 3`."""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def apart(plan: Plan) -> dict[str, str]:
-    """Kernel of which not every rank launches every specialization → which ranks launch how many besides."""
+    """Kernel → text of how many specializations only some ranks launch, and which; kernels without any are left out."""
     counts: dict[str, dict[tuple[int, ...], int]] = {}
     for unit in plan.units:
         if unit.ranks:
@@ -60,20 +60,20 @@ def apart(plan: Plan) -> dict[str, str]:
 
 
 def ranks_of_kernel(plan: Plan, kernel: str) -> list[int]:
-    """The ranks that launch a kernel; empty: all of them do."""
+    """The ranks that launch a kernel; empty if all do."""
     found = [unit.ranks for unit in plan.units if unit.kernel == kernel]
     ranks = sorted({rank for one in found for rank in one})
     return [] if not all(found) or len(ranks) == plan.ranks else ranks
 
 
 def _having(one: str, ranks: Sequence[set[str]]) -> list[int]:
-    """The ranks that have `one`; none, where all have it."""
+    """The ranks that have `one`; empty if all do."""
     found = [rank for rank, known in enumerate(ranks) if one in known]
     return found if len(found) < len(ranks) else []
 
 
 def _identities(plan: Plan) -> Iterable[str]:
-    """What each tuning is, whatever its kernel is called in this plan."""
+    """The identity of each tuning, independent of the kernel names in this plan."""
     names = {unit.kernel: variant(function_of(unit.kernel), unit.source) for unit in plan.units}
     return [tuning_identity(tuning, names.get(tuning.kernel, tuning.kernel)) for tuning in plan.tunings]
 

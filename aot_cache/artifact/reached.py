@@ -1,4 +1,4 @@
-"""The points that reach something: of each case some, as boxes."""
+"""The points that reach a unit, tuning or graph: for each case, a set of points as boxes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Reached = dict[str, list[dict[str, str]]]
 
 
 def together(parts: Iterable[Reached]) -> Reached:
-    """The points that any of `parts` has, in as few boxes as one of them."""
+    """The union of `parts`. A case whose boxes are the same in all of them keeps them as they are."""
     boxes: dict[str, list[list[dict[str, str]]]] = {}
     for part in parts:
         for case, found in part.items():
@@ -22,7 +22,7 @@ def together(parts: Iterable[Reached]) -> Reached:
 
 
 def _union(several: Iterable[list[dict[str, str]]]) -> list[dict[str, str]]:
-    """Boxes that may overlap, as disjoint ones. Each is expanded alone: all at once may be more than `expand` takes."""
+    """Overlapping boxes as disjoint ones. Each is expanded alone, because all together may exceed the limit of `expand`."""
     boxes = {json.dumps(box): box for found in several for box in found}.values()
     points = {tuple(point.items()) for box in boxes for point in dimensions.expand([box])}
     return dimensions.describe(map(dict, points), next(iter(boxes)))

@@ -1,7 +1,7 @@
-"""What was rehearsed of a bundle, and where: a file beside it (`X.safetensors` → `X.rehearsed.json`).
+"""The record of a bundle's rehearsals, in a file beside it (`X.safetensors` → `X.rehearsed.json`).
 
-Beside and not inside, because servers pin the bundle's digest. Whoever can write the file can write anything into it: it says
-what somebody saw, and nothing is loaded or trusted because of it.
+It is not inside the bundle because servers pin the bundle's digest. The file is not authenticated: it is for information, and
+nothing is loaded or trusted because of it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class CaseRun:
     """How much of a case was run.
 
     Args:
-        name: of the case.
-        run: points that were run, all of which hit.
-        declared: points that it has.
-        distance: the worst distance from eager.
+        name: the case's name.
+        run: number of points that were run; all of them hit.
+        declared: number of points that the case has.
+        distance: the largest distance from eager.
     """
 
     name: str
@@ -37,14 +37,14 @@ class CaseRun:
 
 @dataclass(frozen=True)
 class Run:
-    """One rehearsal in which every point that was chosen hit, and was close to eager.
+    """One rehearsal in which every chosen point hit and was close to eager.
 
     Args:
-        digest: of the bundle.
+        digest: the bundle's digest.
         device: the GPU's name, or `cpu`.
-        date: when, in UTC.
+        date: in UTC.
         versions: of aot-cache, python, torch and triton.
-        cases: all of the bundle's, those that were left out with 0 points run.
+        cases: all cases of the bundle; one that was left out has 0 points run.
     """
 
     digest: str
@@ -77,22 +77,22 @@ class Run:
 
 @dataclass(frozen=True)
 class Stamp:
-    """What stands beside a bundle.
+    """The contents of the file beside a bundle.
 
     Args:
-        runs: of this very bundle, one a device.
-        ignored: why something there is not among them; empty where nothing is.
+        runs: rehearsals of exactly this bundle, one per device.
+        ignored: why the file, or a run in it, was ignored; empty if nothing was.
     """
 
     runs: tuple[Run, ...] = ()
     ignored: str = ""
 
     def of(self, device: str) -> Run | None:
-        """The run on a device."""
+        """The run on `device`, or None."""
         return next((run for run in self.runs if run.device == device), None)
 
     def facts(self) -> dict[str, Json]:
-        """As plain values, with the words for people."""
+        """The stamp as plain values, with display texts."""
         rows = [{**run.to_json(), "text": run.text(), "proved": run.proved} for run in self.runs]
         return {"rehearsed": rows, "stamp_ignored": self.ignored}
 
@@ -101,12 +101,12 @@ NO_STAMP = Stamp()
 
 
 def path_of(bundle: Path) -> Path:
-    """Where the file beside a bundle is."""
+    """Path of the file beside a bundle."""
     return bundle.with_suffix(".rehearsed.json")
 
 
 def read(bundle: Path, digest: str) -> Stamp:
-    """What was rehearsed of the bundle at this path that has this digest."""
+    """Read the runs of the bundle at this path with this digest. Never raises: a bad file is `Stamp.ignored`."""
     path = path_of(bundle)
     try:
         with path.open("rb") as file:
@@ -155,9 +155,9 @@ def _text(value: Json) -> str:
 
 
 def add(bundle: Path, run: Run) -> Stamp:
-    """Write a run beside its bundle, in place of an earlier one on the same device; returns what stands there now.
+    """Write a run beside its bundle, replacing an earlier run on the same device; returns the new contents.
 
-    An earlier one of the same versions that went over more points stays.
+    An earlier run with the same versions that covers at least the same points is kept, with the new date.
 
     Raises:
         StoreUnwritable: it cannot be written.
@@ -175,7 +175,7 @@ def _covers(old: Run, new: Run) -> bool:
 
 
 def remove(bundle: Path, digest: str, device: str) -> Stamp:
-    """Take away what is said of a device on which the bundle does not hit any more.
+    """Remove the run of a device on which the bundle no longer hits.
 
     Raises:
         StoreUnwritable: it cannot be written.

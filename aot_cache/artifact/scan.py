@@ -1,8 +1,7 @@
-"""What a bundle's graphs hold that only the process that built them had: types of its own, addresses, paths.
+"""Finds builder-only state in a bundle's graphs: the builder's types, addresses, paths.
 
-A guard on such a thing holds for no call of a server. The builder believes its own guards; this looks at what was written
-down, and shares no code with what wrote it: texts are matched, pickles are disassembled (`pickletools`), nothing is loaded.
-Imports neither torch nor Triton.
+A guard on such state fails for every call in a server. This check is independent of the code that writes graphs: it matches
+text and disassembles pickles (`pickletools`) in what was written, and loads nothing. Imports neither torch nor Triton.
 """
 
 from __future__ import annotations
@@ -21,18 +20,19 @@ _BUILDERS = re.compile(
     r"\b(torch\._subclasses\.fake_tensor\b|torch\._subclasses\.functional_tensor\b|aot_cache\.builder\b"
     r"|aot_cache\.upstream\.(virtual\b|codec\.dynamo_package\b))"
 )
-"""Modules whose types no tensor and no object of a server has."""
+"""Modules whose types never occur in a server."""
 _OURS = re.compile(r"\baot_cache\.(builder\.\w+|upstream\.(virtual\.\w+|codec\.dynamo_package))\b")
 _ADDRESS = re.compile(r"\b0x[0-9a-f]{8,16}\b|_\d{12,}_c\d+\b")
 _OF_TYPES = frozenset(
     {"TYPE_MATCH", "TENSOR_MATCH", "SEQUENCE_LENGTH", "DICT_KEYS_MATCH", "EQUALS_MATCH", "CONSTANT_MATCH"}
 )
-"""Guards whose text is about a value of the call. One by identity may well be on a class that is another module's global."""
+"""Guards whose text describes a value of the call. An identity guard is not among them: it may be on a class that is another
+module's global, which is fine."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that only the builder had.
+    """A reference to builder-only state.
 
     Args:
         graph: number in the manifest.
@@ -46,10 +46,10 @@ class Finding:
 
 
 def findings(graphs: Sequence[Graph], read: Callable[[str], bytes]) -> list[Finding]:
-    """Everything in `graphs` (of a manifest) that no server has.
+    """All builder-only state in `graphs` (of a manifest).
 
     Args:
-        read: the bytes of an object, by digest.
+        read: returns the bytes of an object by its digest.
     """
     out = []
     for number, graph in enumerate(graphs):
@@ -79,7 +79,7 @@ def _in_graph(graph: Graph, read: Callable[[str], bytes]) -> Iterator[str]:
 
 
 def _in_pickle(where: str, data: bytes) -> Iterator[str]:
-    """Types and texts in a pickle, read as instructions."""
+    """Check the types and strings in a pickle's opcodes."""
     strings: list[str] = []
     for code, argument, _ in pickletools.genops(data):
         if code.name == "GLOBAL":
@@ -97,7 +97,7 @@ def _type_of(where: str, name: str) -> Iterator[str]:
 
 
 def _in_code(where: str, data: bytes) -> Iterator[str]:
-    """Code depends on no folder and no address that it names (Triton notes where its libraries lay, for one)."""
+    """Check code for module names only. Paths and addresses in code are harmless (Triton records its libraries' paths)."""
     found = _OURS.search(data.decode("latin-1"))
     if found:
         yield f"{where} names {found[0]}"
@@ -114,7 +114,7 @@ def _of_the_process(where: str, text: str) -> Iterator[str]:
 
 
 def _places() -> list[str]:
-    """Folders that mean nothing elsewhere."""
+    """Folders that exist on this machine only."""
     paths = sysconfig.get_paths()
     folders = {os.getcwd(), os.path.join(tempfile.gettempdir(), "aot-cache-"), paths["purelib"], paths["platlib"]}
     return sorted(folder for folder in folders if folder.strip("/").count("/") >= 1 or "aot-cache-" in folder)

@@ -1,7 +1,7 @@
-"""Specializations in words: what one kernel binary was compiled for, on one line. Knows neither torch nor Triton.
+"""Specializations as text: what one kernel binary was compiled for, on one line. Imports neither torch nor Triton.
 
-Plans hold no parameter names, for Triton's key has none. They are read from the kernel's source file, where that is the
-source that the plan was made from; importing the module could take seconds and run anything.
+Plans hold no parameter names, because Triton's key has none. They are read from the kernel's source file, if it still has
+the source that the plan was made from. The module is not imported: that could take seconds and run arbitrary code.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ from aot_cache.artifact.key import function_of
 from aot_cache.artifact.plan import Pair, Unit
 
 Names = Callable[[str, Mapping[str, Any]], Sequence[str]]
-"""(kernel, its source closure) → its parameters' names, or none when they are not known here."""
+"""(kernel, its source closure) → its parameters' names; empty if unknown."""
 
 
 def no_names(kernel: str, closure: Mapping[str, Any]) -> Sequence[str]:
-    """Arguments are then called by their position."""
+    """A `Names` that knows none: arguments are then shown by position."""
     return ()
 
 
 def signature(unit: Unit, names: Sequence[str] = ()) -> str:
-    """`q:*bf16:16 T:i32 K=128 num_warps=1`: what one specialization was compiled for, on one line."""
+    """One specialization on one line, such as `q:*bf16:16 T:i32 K=128 num_warps=1`."""
     if len(names) != len(unit.specialization):
         names = [f"#{n}" for n in range(len(unit.specialization))]
     words = [_argument(name, pair) for name, pair in zip(names, unit.specialization)]
-    # Options that are off, or empty, say nothing.
+    # Options that are off or empty are left out.
     words += [f"{k}={value_text(v)}" for k, v in unit.options.items() if v not in (None, False, "") and k not in names]
     return " ".join(words)
 
 
 def _argument(name: str, pair: Pair) -> str:
     kind, value = pair["t"]
-    if isinstance(kind, dict):  # a tuple: each element has a type and a value of its own
+    if isinstance(kind, dict):  # a tuple: each element has its own type and value
         values = value["t"] if isinstance(value, dict) else [None] * len(kind["t"])
         return " ".join(_argument(f"{name}.{n}", {"t": [k, v]}) for n, (k, v) in enumerate(zip(kind["t"], values)))
     if kind == "constexpr":
         return f"{name}={value_text(value)}"
-    # Triton's letters: D is divisible by 16, S a pointer into less than 2 GiB (AMD's 32-bit offsets).
+    # Triton's attributes: D is divisible by 16, S points into less than 2 GiB (AMD's 32-bit offsets).
     marks = {"D": ":16", "S": ":32bit"}
     return f"{name}:{kind}" + "".join(marks.get(c, f":{c}") for c in (value if isinstance(value, str) else ""))
 
 
 def value_text(value: object) -> str:
-    """An encoded value (see `upstream.codec.triton_jit.encode`) as Python would write it."""
+    """An encoded value (see `upstream.codec.triton_jit.encode`) as Python text."""
     if not isinstance(value, dict):
         return repr(value)
     if "named" in value:
@@ -78,13 +78,13 @@ _WRITTEN: dict[str, Callable[[Any], str]] = {
 
 
 def closure_digest(closure: Mapping[str, Any]) -> str:
-    """The same as `upstream.codec.triton_jit.closure_digest`, which cannot be had without importing Triton."""
+    """Same as `upstream.codec.triton_jit.closure_digest`, which cannot be imported without Triton."""
     return hashlib.sha256(json.dumps(closure, sort_keys=True).encode()).hexdigest()
 
 
 @cache
 def _module_text(module: str) -> str:
-    """A module's source, found without importing it or the packages above it; empty when it is not here."""
+    """A module's source, found without importing it or its parent packages; empty if it is not installed."""
     path: list[str] | None = [os.getcwd(), *sys.path]  # the builder's worker looks in the working folder first, too
     name, origin = "", None
     for part in module.split("."):
@@ -94,7 +94,7 @@ def _module_text(module: str) -> str:
             return ""
         try:
             path = list(spec.submodule_search_locations or ())
-        except KeyError:  # a namespace package wants its parent imported to say where it is
+        except KeyError:  # the path of a namespace package is known only once its parent is imported
             return ""
         origin = spec.origin
     try:
@@ -104,7 +104,7 @@ def _module_text(module: str) -> str:
 
 
 def parameter_names(kernel: str, closure: Mapping[str, Any]) -> Sequence[str]:
-    """A kernel's parameters, from the source that is installed here; none unless it is the source it was built from."""
+    """A kernel's parameters, read from the installed source; empty if the kernel was built from another source."""
     function = function_of(kernel)
     module, _, qualname = function.partition(":")
     text = _module_text(module)
@@ -113,7 +113,7 @@ def parameter_names(kernel: str, closure: Mapping[str, Any]) -> Sequence[str]:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
         return ()
-    lines = [line + "\n" for line in text.split("\n")]  # as ast counts them; splitlines knows more line ends
+    lines = [line + "\n" for line in text.split("\n")]  # as ast counts them; splitlines splits at more characters
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef) or node.name != qualname.rpartition(".")[2]:
             continue

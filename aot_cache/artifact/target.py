@@ -1,7 +1,7 @@
-"""The table of targets: the GPU kinds that artifacts can be built for, by the numbers that their code depends on.
+"""The table of targets: the GPU models that artifacts can be built for, with the properties that compiled code depends on.
 
-A build has no GPU to ask, so the numbers come from this table and are what torch and triton report on the device: names
-letter for letter, bytes, kilohertz. `runtime.host_gpu` asks the device of this machine and says where the table is wrong.
+A build has no GPU to query, so the properties come from this table. They are exactly what torch and triton report on the
+device: names verbatim, sizes in bytes, clocks in kHz. `runtime.host_gpu` compares this machine's device with the table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from aot_cache.errors import UnknownName
 
 @dataclass(frozen=True)
 class Target:
-    """One kind of GPU, or the CPU, for which every number is 0: none of them applies.
+    """One GPU model, or the CPU, for which every number is 0 because none applies.
 
     Attributes:
         id: the name that users give, such as "h200".
@@ -27,19 +27,19 @@ class Target:
         name: the device's name as torch reports it.
         capability: (major, minor) as torch reports them.
         multiprocessors: SMs, CUs, or for RDNA work-group processors, which is what HIP counts there.
-        shared_memory_per_block: bytes that a block may use without asking.
-        shared_memory_per_block_optin: bytes that a block may use at all; the limit that triton compiles against.
+        shared_memory_per_block: bytes that a block may use without opting in.
+        shared_memory_per_block_optin: bytes that a block may opt in to; the limit that triton compiles against.
         shared_memory_per_multiprocessor: bytes.
         registers_per_multiprocessor: 32-bit registers.
         registers_per_block: 32-bit registers.
-        threads_per_multiprocessor: the most that are resident at once.
-        threads_per_block: the most in one block.
+        threads_per_multiprocessor: maximum of resident threads.
+        threads_per_block: maximum of threads in one block.
         l2_bytes: bytes of L2 as torch reports them.
         memory_bytes: bytes of device memory as torch reports them; varies by megabytes with driver and ECC.
         sm_clock_khz: the highest clock.
         memory_clock_khz: the memory's clock, half or less of its data rate.
         memory_bus_bits: width of the memory bus.
-        source: where the numbers come from, in one line; says what was not verified.
+        source: where the numbers come from and what was not verified, in one line.
         measured: whether the numbers were read from a device.
     """
 
@@ -66,22 +66,22 @@ class Target:
     measured: bool = False
 
     def properties(self) -> dict[str, Any]:
-        """Every field by its name, in values that JSON has."""
+        """All fields by name, as JSON values."""
         return {**asdict(self), "capability": list(self.capability)}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A field of which the table's value is not the device's."""
+    """A field whose value in the table differs from the device's."""
 
     field: str
     table: object
     device: object
 
 
-# Bytes of shared memory of an SM, bytes of it that one block may opt in to, threads of an SM: the CUDA programming
-# guide's "Technical Specifications per Compute Capability". Everything else in that table that we need is the same
-# for all of these: warps of 32, blocks of 1024, 64 Ki registers for an SM and for a block, 48 KiB without opting in.
+# (shared memory of an SM in bytes, bytes of it that one block may opt in to, threads of an SM), from the CUDA programming
+# guide's "Technical Specifications per Compute Capability". The other values that we need are the same for all of these:
+# warps of 32, blocks of 1024, 64 Ki registers for an SM and for a block, 48 KiB without opting in.
 _CAPABILITIES = {
     (8, 0): (164 * 1024, 163 * 1024, 2048),
     (8, 9): (100 * 1024, 99 * 1024, 1536),
@@ -298,11 +298,11 @@ def get(id: str) -> Target:
     """The target with this id.
 
     Raises:
-        UnknownName: there is none; the message names the closest one and lists all.
+        UnknownName: there is none; the message suggests the closest id and lists all.
     """
     if id in TARGETS:
         return TARGETS[id]
-    # People also try the device's name, or leave out the case.
+    # Users also try the device's name, or another letter case.
     names = {text.lower(): row.id for row in _ROWS for text in (row.name, row.id)}
     close = difflib.get_close_matches(id.lower(), names, n=1, cutoff=0.5)
     raise UnknownName(

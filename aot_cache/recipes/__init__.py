@@ -1,1 +1,1 @@
-"""What a recipe declares: callables, their arguments, ranges of sizes, options. Imports neither torch nor Triton."""
+"""Declarations: callables, their arguments, ranges of sizes, options. Imports neither torch nor Triton."""

@@ -1,7 +1,7 @@
 """Recipes: which callables of a model run, with what arguments, over which declared ranges.
 
-A recipe is written once and used three times: on the virtual device to enumerate what can be launched, on a GPU to tune
-and to check, and (its name) in the bundle, so that a reader knows what was declared.
+A recipe has three uses: on the virtual device it enumerates what can be launched, on a GPU it tunes and checks, and the
+bundle records its name, so that a reader knows what was declared.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _device = ["cuda"]
 
 
 def device() -> str:
-    """Where a recipe makes its tensors: `cuda`, or `cpu` while it is built for the target `cpu`."""
+    """The device on which a recipe makes its tensors: `cuda`, or `cpu` during a build for the target `cpu`."""
     return _device[0]
 
 
 def set_device(name: str) -> None:
-    """Say where recipes make their tensors; the builder does, before it runs one."""
+    """Set the device on which recipes make their tensors. The builder does so before it runs a recipe."""
     _device[0] = name
 
 
 class Call:
-    """A function and the arguments to call it with; what a declared case returns.
+    """A function and its arguments: what a declared case returns.
 
     >>> Call(torch.add, x, y, alpha=2)
     """
@@ -59,17 +59,17 @@ class Call:
 
 @dataclass(frozen=True)
 class Case:
-    """One callable of a recipe: makes the arguments of a point (on device `cuda`) and says what to call with them.
+    """One callable of a recipe, with the function that makes its arguments for a point (on device `cuda`).
 
     Args:
         name: unique within the recipe.
         make: takes the point's values by name, returns a `Call`.
         dims: the declared dimensions, in order.
-        mode: `inference`, `no_grad` or `grad`: what serving runs under.
-        autocast: a dtype name (`"bfloat16"`) when serving runs under `torch.autocast`, else None.
-        hint: the value of a dimension that compiled graphs are to be best at; default its largest.
-        missed: points that are visited beside the declared ones, because a serving process had them.
-        doc: one line for people: the first of the function's docstring.
+        mode: `inference`, `no_grad` or `grad`: the mode under which serving runs it.
+        autocast: a dtype name (`"bfloat16"`) if serving runs under `torch.autocast`, else None.
+        hint: dimension → the value that compiled graphs are optimized for; default its largest.
+        missed: undeclared points that are also visited, because a serving process missed them.
+        doc: the first line of the function's docstring.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Case:
     doc: str = ""
 
     def points(self) -> Enumeration:
-        """Every point that a build visits: what is declared, and at the end what was missed and is not among that."""
+        """Every point that a build visits: the declared ones, then the missed ones that are not among those."""
         found = enumerate_points(self.dims)
         known = {tuple(point.items()) for point in found.points}
         rows = sorted({tuple((name, point[name]) for name in self.dims) for point in self.missed} - known)
@@ -93,7 +93,7 @@ class Case:
         """The call at `point`.
 
         Raises:
-            DeclarationError: when the recipe's code raises or returns something else.
+            DeclarationError: the recipe's code does not return a `Call`.
         """
         made = self.make(**point)
         if not isinstance(made, Call):
@@ -104,12 +104,12 @@ class Case:
         return made
 
     def hint_of(self, dim: str) -> int:
-        """The value of a dimension that Inductor takes as the size to be good at: the declared one, else the largest."""
+        """The size of a dimension that Inductor optimizes for: the declared hint, else the largest value."""
         return self.hint.get(dim, max(self.dims[dim].values[0], self.dims[dim].values[-1]))
 
     @contextlib.contextmanager
     def modes(self, device: str = "cuda") -> Iterator[None]:
-        """The grad and autocast mode that the case declares, on `device`."""
+        """Enter the grad and autocast mode that the case declares, on `device`."""
         import torch
 
         grad: Any = {"inference": torch.inference_mode, "no_grad": torch.no_grad, "grad": torch.enable_grad}[self.mode]
@@ -136,7 +136,7 @@ def declare(
     ...     return Call(attention_step, q)
 
     Raises:
-        DeclarationError: for an unknown mode, something that is no dimension, or names that do not fit the function.
+        DeclarationError: the mode is unknown, a value is not a dimension, or the names differ from the function's parameters.
     """
 
     def decorate(make: Callable[..., Call]) -> Case:
@@ -178,12 +178,12 @@ class Recipe:
     """A model's cases under one name.
 
     Args:
-        name: what `aot-cache build --model` calls it.
+        name: its name for `aot-cache build --model`.
         cases: at least one; names are unique.
-        doc: one line for people.
-        spec: its name and options as text, which `load` sets.
-        settings: what its function made of the options, for the engine that serves with the same ones; None if it has none.
-        ranks: how many processes share what it runs, and so sum over each other; 1: each runs all of it, in a job of any size.
+        doc: one line of description.
+        spec: its name and options as text, set by `load`.
+        settings: what its function made of the options, so that the engine serves with the same ones; None if it has none.
+        ranks: world size over which the model is sharded and reduced; 1: each process runs all of it, in a job of any size.
     """
 
     name: str
@@ -204,10 +204,10 @@ class Recipe:
             raise DeclarationError(f"a world size of at least 1 for recipe {self.name!r}", str(self.ranks))
 
     def narrowed(self, ranges: Mapping[str, Dimension]) -> Recipe:
-        """The recipe with `ranges` in place of its own for these dimensions, in every case that has them.
+        """The recipe with the dimensions of `ranges` replaced in every case that has them.
 
         Raises:
-            UnknownName: for a dimension that no case has.
+            UnknownName: no case has such a dimension.
         """
         known = {dim for case in self.cases for dim in case.dims}
         for dim in ranges:
@@ -222,13 +222,13 @@ class Recipe:
         return _replace(self, cases=cases)
 
     def widened(self, points: Mapping[str, Iterable[Point]]) -> Recipe:
-        """The recipe with these points of its cases visited beside the declared ones.
+        """The recipe, with these points visited in addition to the declared ones.
 
         Args:
-            points: case → points, which need not lie within what is declared.
+            points: case → points, which may lie outside what is declared.
 
         Raises:
-            UnknownName: no case is called so.
+            UnknownName: there is no such case.
             DeclarationError: a point has other dimensions than its case, or a value that no dimension may have.
         """
         for name in points:
@@ -238,12 +238,12 @@ class Recipe:
         cases = []
         for case in self.cases:
             more = list(points.get(case.name, ()))
-            describe(more, case.dims)  # says which of them is no point of this case
+            describe(more, case.dims)  # raises if one of them is not a point of this case
             cases.append(_replace(case, missed=(*case.missed, *more)))
         return _replace(self, cases=cases)
 
     def without(self, points: Collection[tuple[str, Point]]) -> Recipe:
-        """The recipe with these (case, point) not visited, unless they are declared."""
+        """The recipe without these (case, point) pairs; declared points are visited all the same."""
         cases = [
             _replace(case, missed=[point for point in case.missed if (case.name, point) not in points])
             for case in self.cases
@@ -257,11 +257,11 @@ def names() -> dict[str, str]:
 
 
 def resolve(spec: str) -> str:
-    """The `module:object` of a recipe given by its name or as `module:object`, its options left off. Imports nothing.
+    """The `module:object` of a recipe given by its name or as `module:object`, without options. Imports nothing.
 
     Raises:
-        UnknownName: when there is no such recipe.
-        DeclarationError: when its options are no `?name=value&name=value`.
+        UnknownName: there is no such recipe.
+        DeclarationError: its options are not of the form `?name=value&name=value`.
     """
     name, _ = options.parse(spec)
     if ":" in name:
@@ -276,17 +276,17 @@ def resolve(spec: str) -> str:
 
 
 def load(spec: str) -> Recipe:
-    """Import the recipe called `spec`: a name or `module:object`, with options as in `qwen3.5?spec=mtp&max_batch=64`.
+    """Import the recipe `spec`: a name or `module:object`, with options as in `qwen3.5?spec=mtp&max_batch=64`.
 
-    What is named is a `Recipe`, a `Case`, or a function that makes one of its keyword options, whose annotations (str, int,
-    float, bool, `Literal`) say how their text is read; or a `functools.partial` of one, whose options are fixed.
+    The object is a `Recipe`, a `Case`, or a function that makes one from keyword options. The options' annotations (str, int,
+    float, bool, `Literal`) say how to parse them. A `functools.partial` of such a function fixes some of them.
 
     Returns:
-        The recipe. Its `spec` names the options that are not the function's defaults, sorted.
+        The recipe. Its `spec` names the options that differ from the function's defaults, sorted.
 
     Raises:
-        UnknownName: when the module, the object or an option is not there.
-        DeclarationError: when importing it raises, the object is no recipe, or an option's value is none.
+        UnknownName: the module, the object or an option does not exist, or the object is not a recipe.
+        DeclarationError: importing the module or making the recipe raises, or an option's value is invalid.
     """
     path = resolve(spec)
     name, given = options.parse(options.with_file(spec))
@@ -296,7 +296,7 @@ def load(spec: str) -> Recipe:
     except ModuleNotFoundError as error:
         if os.environ.get("AOT_CACHE_DEBUG") == "1":
             traceback.print_exception(first_cause(error))
-        own = error.name is None or f"{module_name}.".startswith(f"{error.name}.")  # else one that the recipe imports
+        own = error.name is None or f"{module_name}.".startswith(f"{error.name}.")  # else a module that the recipe imports
         near = did_you_mean(module_name, _modules_nearby() if own else (), "install it, or set PYTHONPATH")
         hint = shipped.to_do_in(module_name, near)
         missing = f"no module named {error.name!r}" if error.name else one_line(first_cause(error))
@@ -325,13 +325,13 @@ def load(spec: str) -> Recipe:
 
 
 def _modules_nearby() -> set[str]:
-    """Names of the modules that lie beside the caller's: what a misspelt one may be."""
+    """Names of modules in the working folder and PYTHONPATH, from which a misspelt name is corrected."""
     folders = [Path.cwd(), *map(Path, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))]
     return {path.stem for folder in folders if folder.is_dir() for path in folder.glob("*.py")}
 
 
 def _made(found: Any, name: str, given: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
-    """(the object, or what it makes of the options; the options that are not its defaults)."""
+    """(the object, or what it makes from the options; the options that differ from its defaults)."""
     if not options.makes_recipes(found):
         for option in given if isinstance(found, (Recipe, Case)) else ():
             raise options.unknown(option, name, {})

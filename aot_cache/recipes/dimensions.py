@@ -1,10 +1,10 @@
 """Dimensions, the points they span, and point sets as readable text.
 
-A dimension names the integers that one size of a model may take. `enumerate_points` turns declared dimensions into the
-points that a build visits; `describe` and `expand` write a set of points as text that people can read and diff, and back.
+A dimension is the set of integers that one size of a model may take. `enumerate_points` turns declared dimensions into the
+points that a build visits. `describe` writes a set of points as text that can be read and diffed, and `expand` parses it.
 
 The text of a set in one dimension is a comma-separated list of runs, `a`, `a..b` or `a..b/step` (ends included),
-optionally followed by ` except ` and the runs to take away: `1..8191 except 16..8176/16`.
+optionally followed by ` except ` and the runs to subtract: `1..8191 except 16..8176/16`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TypeGuard
 from aot_cache.errors import DeclarationError
 
 Point = dict[str, int]
-"""One choice for every dimension, in the order in which the dimensions were declared."""
+"""One value for every dimension, in the order in which the dimensions were declared."""
 
 LARGEST = 2**63 - 2
 """The largest value of a dimension: sizes are int64, and `len()` of a longer range overflows."""
@@ -28,10 +28,10 @@ LARGEST = 2**63 - 2
 
 @dataclass(frozen=True)
 class Range:
-    """The values `lo`, `lo + step`, … up to `hi`, which is included when the steps meet it.
+    """The values `lo`, `lo + step`, … up to and including `hi`, if a step lands on it.
 
     Raises:
-        DeclarationError: a bound is no int, is negative or too large, or the range is empty.
+        DeclarationError: a bound is not an int, is negative or too large, or the range is empty.
     """
 
     lo: int
@@ -48,7 +48,7 @@ class Range:
 
     @property
     def values(self) -> Sequence[int]:
-        """The values in rising order; costs nothing however long the range is."""
+        """The values in rising order, as a `range`: constant cost for any length."""
         return range(self.lo, self.hi + 1, self.step)
 
     @property
@@ -68,10 +68,10 @@ class Range:
 
 @dataclass(frozen=True, init=False)
 class Values:
-    """Exactly these values; kept in rising order and each once, so that equal sets make equal plans.
+    """Exactly these values, sorted and without duplicates, so that equal sets make equal plans.
 
     Raises:
-        DeclarationError: there is no value, or one is no int, is negative or too large.
+        DeclarationError: there is no value, or one is not an int, is negative or too large.
     """
 
     values: tuple[int, ...]
@@ -103,7 +103,7 @@ class Values:
 
 Dimension = Range | Values
 
-# Nineteen digits hold every int64; the bound also keeps int() from refusing a text of thousands of digits.
+# Nineteen digits hold every int64. Without the bound, int() would raise for a text of thousands of digits.
 _RUN = re.compile(r"([0-9]{1,19})(?:\.\.([0-9]{1,19})(?:/([0-9]{1,19}))?)?")
 
 
@@ -111,7 +111,7 @@ def parse_dimension(text: str) -> Dimension:
     """Read `1..512`, `1..512/16`, `16,32` or `8`.
 
     Raises:
-        DeclarationError: the text is none of these, or the dimension it names is empty.
+        DeclarationError: the text is none of these, or the dimension is empty.
     """
     parts = [_RUN.fullmatch(part.strip()) for part in text.split(",")]
     if len(parts) == 1 and parts[0] is not None and parts[0][2] is not None:
@@ -129,10 +129,10 @@ class Enumeration:
     """The points to visit.
 
     Attributes:
-        points: every point, the last dimension changing fastest.
-        total: how many points were declared; more than `len(points)` when something was sampled.
+        points: every point; the last dimension changes fastest.
+        total: number of points without sampling; more than `len(points)` if a dimension was sampled.
         sampled: the dimensions of which only some values are visited, in declared order.
-        added: how many of `points`, the last ones, are visited beside those.
+        added: number of missed points at the end of `points` (see `Case.missed`).
     """
 
     points: list[Point]
@@ -143,18 +143,18 @@ class Enumeration:
 
 _SPREAD = 64
 _ENDS, _KEYS, _POWERS, _OTHERS = range(4)
-# Where Triton's keys change: a size of 1 is a constant, a multiple of 16 an attribute, and 2**31 takes an i64.
+# Where Triton's specialization changes: a size of 1 is a constant, a multiple of 16 an attribute, and 2**31 takes an i64.
 _KEY_CHANGES = (1, 2, 15, 16, 17, 31, 32, 33, 2**31 - 1, 2**31)
 
 
 def enumerate_points(dims: Mapping[str, Dimension], limit: int = 16384) -> Enumeration:
     """List the points of `dims`, at most `limit` of them.
 
-    Above the limit the dimensions, the longest first, are cut down to the values around which kernels' keys change,
-    until the product fits; if it still does not, the least telling values go, but never a dimension's two ends.
+    Above the limit the dimensions are sampled, the longest first, until the product fits: the values around which kernels'
+    keys change are kept. If it still does not fit, the values of lowest rank are dropped, but never a dimension's two ends.
 
     Raises:
-        DeclarationError: `limit` is below 1, a dimension is none, or the ends alone are more than `limit` points.
+        DeclarationError: `limit` is below 1, a dimension is invalid, or the ends alone are more than `limit` points.
     """
     if not _is_int(limit) or limit < 1:
         raise DeclarationError("a limit of at least 1 point", repr(limit))
@@ -180,11 +180,11 @@ def enumerate_points(dims: Mapping[str, Dimension], limit: int = 16384) -> Enume
 
 
 def _sample(values: Sequence[int]) -> list[tuple[int, int]]:
-    """(value, rank) pairs out of rising `values`, the ones to keep longest first."""
+    """Choose (value, rank) pairs from rising `values`. The pairs to drop first are last."""
     ranks = {values[0]: _ENDS, values[-1]: _ENDS}
 
     def add(target: int, rank: int) -> None:
-        # A dimension with steps may jump over the target: then its neighbours on both sides stand for it.
+        # A dimension with steps may not have the target: then the nearest values on both sides are taken.
         after = bisect_left(values, target)
         for index in (bisect_right(values, target) - 1, after):
             if 0 <= index < len(values):
@@ -200,7 +200,7 @@ def _sample(values: Sequence[int]) -> list[tuple[int, int]]:
             ranks.setdefault(value, _POWERS)
     wanted = min(len(values), len(ranks) + _SPREAD)
     for number in itertools.count(1):
-        # Multiples of the golden ratio: even over the range whatever the count, and in step with no power of two.
+        # Multiples of the golden ratio: evenly spread for any count, and not aligned with any power of two.
         if len(ranks) >= wanted or number > 16 * _SPREAD:
             break
         fraction = number * 0x9E3779B97F4A7C15 % 2**64
@@ -209,9 +209,9 @@ def _sample(values: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _one_of_each(values: Sequence[int], power: int) -> Iterator[int]:
-    """A multiple of 16 and a non-multiple among the values in [power, 2 * power), from its middle on if possible."""
+    """A multiple of 16 and a non-multiple among the values in [power, 2 * power), from its upper half if possible."""
     start, middle, stop = (bisect_left(values, bound) for bound in (power, power + power // 2, 2 * power))
-    # Sixteen neighbours of an arithmetic sequence show every remainder that it has; a list has to be searched whole.
+    # Sixteen neighbours in an arithmetic sequence have all its remainders modulo 16; a list must be searched whole.
     reach = 16 if isinstance(values, range) else len(values)
     indices = [*range(middle, min(stop, middle + reach)), *range(start, min(middle, start + reach))]
     for multiple in (True, False):
@@ -222,7 +222,7 @@ def _one_of_each(values: Sequence[int], power: int) -> Iterator[int]:
 
 
 def _thin(ranked: dict[str, list[tuple[int, int]]], limit: int) -> None:
-    """Drop values from the tails of `ranked`, the least telling and of the longest first, until the product fits."""
+    """Drop values from the tails of `ranked` until the product fits: lowest rank first, then from the longest dimension."""
     while math.prod(map(len, ranked.values())) > limit:
         name = max(ranked, key=lambda name: (ranked[name][-1][1], len(ranked[name])))
         if ranked[name][-1][1] == _ENDS:
@@ -243,7 +243,7 @@ def describe(points: Iterable[Point], dims: Iterable[str]) -> list[dict[str, str
     """Write a set of points as boxes: dimension -> text of its values.
 
     The boxes are disjoint and their union is exactly the set; a full product is one box. `dims` gives the names in
-    their order; a mapping of dimensions does.
+    order; it may be a mapping of dimensions.
 
     Raises:
         DeclarationError: a point does not have exactly these dimensions, or a value is not an int of at least 0.
@@ -260,12 +260,12 @@ def describe(points: Iterable[Point], dims: Iterable[str]) -> list[dict[str, str
 
 
 def point_text(point: Mapping[str, int]) -> str:
-    """`batch=2, tokens=1`: a point for people."""
+    """A point for display: `batch=2, tokens=1`."""
     return ", ".join(f"{dim}={value}" for dim, value in point.items())
 
 
 def least(box: Mapping[str, str]) -> Point:
-    """The first point of a box that `describe` wrote; costs nothing however large the box is.
+    """The first point of a box that `describe` wrote; constant cost for any size.
 
     Raises:
         DeclarationError: a text is not in the grammar.
@@ -278,7 +278,7 @@ def least(box: Mapping[str, str]) -> Point:
 
 
 def holds(box: Mapping[str, str], point: Mapping[str, int]) -> bool:
-    """Whether a box that `describe` wrote has a point.
+    """Whether a box that `describe` wrote contains a point.
 
     Raises:
         DeclarationError: a text is not in the grammar.
@@ -291,7 +291,7 @@ def expand(boxes: Iterable[Mapping[str, str]], limit: int = 1 << 20) -> list[Poi
 
     Raises:
         DeclarationError: a text is not in the grammar, the boxes differ in their dimensions, or they hold more than
-            `limit` points (a typing error in a plan must not fill the memory).
+            `limit` points (a typo in a plan must not exhaust memory).
     """
     names: list[str] | None = None
     rows: set[_Row] = set()
@@ -311,15 +311,15 @@ def expand(boxes: Iterable[Mapping[str, str]], limit: int = 1 << 20) -> list[Poi
 
 
 def _boxes(rows: Sequence[_Row], width: int) -> Iterator[list[str]]:
-    """The texts of disjoint boxes that make up the rising `rows`."""
+    """The texts of disjoint boxes whose union is the rising `rows`."""
     if width == 0 or not rows:
         yield from ([] for _ in rows)
         return
     if width == 1:
         yield [_set_text([row[0] for row in rows])]
         return
-    # Values of the first dimension that go with the same rest share a box; different ones make different boxes, so
-    # that these are disjoint, and a product has one rest only.
+    # Values of the first dimension with the same rest (the rows without it) share boxes. Different rests make different
+    # boxes, so boxes are disjoint. A full product has one rest only.
     firsts: dict[tuple[_Row, ...], list[int]] = {}
     for first, group in itertools.groupby(rows, key=lambda row: row[0]):
         firsts.setdefault(tuple(row[1:] for row in group), []).append(first)
@@ -329,14 +329,14 @@ def _boxes(rows: Sequence[_Row], width: int) -> Iterator[list[str]]:
             yield [text, *texts]
 
 
-# Texts up to this many characters are short enough; the search for shorter ones is the slow part.
+# Longer texts, in characters, are worth the slow search for a shorter one.
 _SHORT = 64
-# At most so many values are taken away for each one kept: a set with wide gaps would otherwise cost its whole span.
+# At most so many values are subtracted for each one kept: without a limit, a set with wide gaps would cost its whole span.
 _TAKEN = 4
 
 
 def _set_text(values: Sequence[int]) -> str:
-    """The shortest text that we find for rising, distinct `values`, at least one."""
+    """The shortest text found for rising, distinct, non-empty `values`."""
     forms = [(values, "")]
     step = math.gcd(*(after - before for before, after in itertools.pairwise(values))) or 1
     whole = range(values[0], values[-1] + 1, step)
@@ -344,20 +344,20 @@ def _set_text(values: Sequence[int]) -> str:
         present = set(values)
         forms.append(([value for value in whole if value not in present], f"{_run_text(whole)} except "))
     shortest = min((prefix + _adjacent_runs(part) for part, prefix in forms), key=len)
-    if len(shortest) > _SHORT:  # runs that interleave, such as two remainders of one modulus, are worth a search
+    if len(shortest) > _SHORT:  # search for interleaved runs, such as two remainders of one modulus
         shortest = min(shortest, *(prefix + _interleaved_runs(part) for part, prefix in forms), key=len)
     return shortest
 
 
 def _run_text(run: range) -> str:
-    """The run as text: a list where that is shorter (`2,4,6`), else `a..b` or `a..b/step`."""
+    """The run as text: a list if that is shorter (`2,4,6`), else `a..b` or `a..b/step`."""
     step = f"/{run.step}" if run.step > 1 else ""
     short = f"{run[0]}..{run[-1]}{step}"
     return short if len(run) > 2 and len(short) < len(",".join(map(str, run[:8]))) else ",".join(map(str, run))
 
 
 def _adjacent_runs(values: Sequence[int]) -> str:
-    """Runs of neighbours, from the left, each as long as its first step holds."""
+    """Text of runs of neighbours, from the left. Each run ends where its step changes."""
     texts = []
     index = 0
     while index < len(values):
@@ -367,7 +367,7 @@ def _adjacent_runs(values: Sequence[int]) -> str:
             end += 1
         run = range(values[index], values[end] + 1, step)
         text = _run_text(run)
-        if ".." not in text:  # too short a run: its other values may begin a better one
+        if ".." not in text:  # the run is too short: take one value, the others may start a better run
             run, text = run[:1], str(values[index])
         texts.append(text)
         index += len(run)
@@ -375,7 +375,8 @@ def _adjacent_runs(values: Sequence[int]) -> str:
 
 
 def _interleaved_runs(values: Sequence[int]) -> str:
-    """Runs that may pass over each other: from the least value left, the longest one among the nearest steps."""
+    """Text of runs that may interleave. Each starts at the least value left, and has the step that makes it longest, out of
+    the steps to the next 32 values."""
     left = set(values)
     texts = []
     for index, first in enumerate(values):
@@ -397,7 +398,7 @@ def _interleaved_runs(values: Sequence[int]) -> str:
 
 
 def _parse_set(text: str, limit: int) -> set[int]:
-    """The values that `text` names, which are at most `limit` where `_set_text` wrote it."""
+    """The values that `text` names; `limit` is the largest number of values for which `_set_text` may have written it."""
     limit *= _TAKEN + 1
     plain, separator, taken = text.partition(" except ")
     found: list[set[int]] = []
@@ -416,7 +417,7 @@ def _parse_set(text: str, limit: int) -> set[int]:
 
 
 def _is_int(value: object) -> TypeGuard[int]:
-    # True == 1, but a flag where a size belongs is a mistake.
+    # True == 1, but a bool as a size is a mistake.
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -1,6 +1,6 @@
-"""From a transformers `config.json` to the recipe for it: by the file's `model_type`. Imports no recipe.
+"""Finds the recipe for a transformers `config.json` by its `model_type`. Imports no recipe.
 
-A package that ships recipes says which of them are for which models in the entry-point group `aot_cache.model_types`:
+A package that ships recipes maps model types to them in the entry-point group `aot_cache.model_types`:
 `qwen3_5 = package.module:function`. The function is called with the file's path as its option `config`.
 """
 
@@ -17,7 +17,7 @@ from aot_cache.recipes import options
 
 ENTRY_POINTS = "aot_cache.model_types"
 FILE = "config.json"
-"""How a model's folder calls it."""
+"""Name of the config file in a model's folder."""
 
 
 def names() -> dict[str, str]:
@@ -26,8 +26,8 @@ def names() -> dict[str, str]:
 
 
 def is_config(text: str) -> bool:
-    """Whether `text`, where a model is asked for, is a config file: by its ending, or as no recipe's name but that of a file,
-    or of a folder with one in it."""
+    """Whether `text`, given as a model, is a config file: it ends in `.json`, or it is not the name of a recipe but of a
+    file, or of a folder with a config file."""
     name, mark, _ = text.partition("?")
     if text.endswith(".json") and not mark:
         return True
@@ -37,22 +37,22 @@ def is_config(text: str) -> bool:
 
 
 def spec_of(model: str, given: Mapping[str, str]) -> str:
-    """The spec of what stands behind `--model`: a recipe, or a model by its config file or folder; with these options.
+    """The spec for the value of `--model` (a recipe, or a model's config file or folder) with the `given` options.
 
     Raises:
-        AotCacheError: as `spec_for` and `options.added` say.
+        AotCacheError: see `spec_for` and `options.added`.
     """
     return options.added(spec_for(model) if is_config(model) else model, given)
 
 
 def spec_for(path: str) -> str:
-    """The spec of the recipe for the config file at `path`: `qwen3.5?config=PATH`, or with `module:object` for a name.
+    """The spec of the recipe for the config file at `path`: `qwen3.5?config=PATH`; `module:object` if the recipe has no name.
 
     Args:
-        path: of the file, or of the folder where it is called `config.json`.
+        path: the file, or a folder in which it is called `config.json`.
 
     Raises:
-        DeclarationError: there is no such file, or it is no config of a model.
+        DeclarationError: there is no such file, or it is not a model's config.
         UnknownName: no installed recipe is for its `model_type`.
     """
     if Path(path).is_dir():

@@ -1,7 +1,7 @@
-"""A recipe's options, and the text that carries them: `qwen3.5?max_batch=64&spec=mtp`. Imports nothing but the errors.
+"""A recipe's options, and their text form, the spec: `qwen3.5?max_batch=64&spec=mtp`. Imports only the errors.
 
-What `module:object` names may be a function that makes a `Recipe` from keyword options. Everything that names a recipe (the
-command line, workers, stamps, bundles) does so with one such text, so that options reach all of them the same way.
+A `module:object` may be a function that makes a `Recipe` from keyword options. The command line, workers, stamps and bundles
+all name a recipe by its spec, so that options reach all of them in the same way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote_to_bytes
 from aot_cache.errors import DeclarationError, UnknownName, did_you_mean
 
 CONFIG = "config"
-"""The option of every recipe that has one which names a file: its content counts, and not where it lies."""
+"""The option that names a config file, in every recipe that has one. The file's content counts, not its path."""
 CONFIG_VARIABLE = "AOT_CACHE_CONFIG"
 _SHA256 = "sha256:"
 _SWITCH = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False, "on": True, "off": False}
@@ -33,7 +33,7 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
     """(name, options as text) of a spec.
 
     Raises:
-        DeclarationError: what stands after the `?` is no `name=value&name=value`, or names one twice.
+        DeclarationError: the text after `?` is not of the form `name=value&name=value`, or has an option twice.
     """
     name, mark, rest = spec.partition("?")
     options: dict[str, str] = {}
@@ -48,7 +48,7 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def text(name: str, options: Mapping[str, str]) -> str:
-    """The spec of a name and options: sorted by name, percent-escaped, so that equal ones have equal text."""
+    """The spec of a name and options: sorted by name and percent-escaped, so that equal options have equal text."""
     escaped = [f"{_escaped(option)}={_escaped(value)}" for option, value in sorted(options.items())]
     return f"{name}?{'&'.join(escaped)}" if escaped else name
 
@@ -57,7 +57,7 @@ def added(spec: str, more: Mapping[str, str]) -> str:
     """The spec with `more` options.
 
     Raises:
-        DeclarationError: one of them is in `spec` already, or `spec` is none.
+        DeclarationError: one of them is in `spec` already, or `spec` is not a spec.
     """
     name, options = parse(spec)
     for option in more:
@@ -68,7 +68,7 @@ def added(spec: str, more: Mapping[str, str]) -> str:
 
 
 def _escaped(value: str) -> str:
-    return quote(value, safe="/:,@", errors="surrogatepass")  # names of files may be no UTF-8
+    return quote(value, safe="/:,@", errors="surrogatepass")  # file names need not be UTF-8
 
 
 def _plain(value: str) -> str:
@@ -79,10 +79,10 @@ def _plain(value: str) -> str:
 
 
 def file_name(name: str, spec: str, more: Mapping[str, str] | None = None) -> str:
-    """A recipe's name and the options of its spec as part of a file's name: `qwen3.5-max_batch=64-spec=mtp`.
+    """A recipe's name and the options of its spec, for use in a file name: `qwen3.5-max_batch=64-spec=mtp`.
 
-    Two specs have two names, and so has one with `more` words, which stand behind its options: what would be too long, or has
-    characters that no file's name should, ends with a digest.
+    Different specs, or different `more` words (appended after the options), give different names: a name that would be too
+    long, or that has characters unfit for a file name, ends with a digest.
     """
     _, given = parse(spec)
     if CONFIG in given:
@@ -103,7 +103,7 @@ def _safe(value: str) -> str:
 
 
 def published(spec: str) -> str:
-    """The spec with the file that `config` names told by its sha256: what may stand in a stamp and in a bundle.
+    """The spec with the `config` path replaced by the file's sha256, for stamps and bundles.
 
     Raises:
         DeclarationError: there is no such file.
@@ -115,10 +115,10 @@ def published(spec: str) -> str:
 
 
 def with_file(spec: str) -> str:
-    """The spec with a path where `published` put a digest: that of the file which AOT_CACHE_CONFIG names.
+    """The inverse of `published`: the digest is replaced by the path in AOT_CACHE_CONFIG.
 
     Raises:
-        DeclarationError: the variable is not set, or its file is another one.
+        DeclarationError: the variable is not set, or its file has another digest.
     """
     name, options = parse(spec)
     wanted = options.get(CONFIG, "")
@@ -139,7 +139,7 @@ def with_file(spec: str) -> str:
 def _file_digest(path: str) -> str:
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+    except (OSError, ValueError) as error:  # ValueError: the path has a NUL
         why = getattr(error, "strerror", None) or str(error)
         raise DeclarationError(f"cannot read config file {path}: {why}", hint="correct the path") from error
 
@@ -148,16 +148,17 @@ def _file_digest(path: str) -> str:
 
 
 def makes_recipes(found: object) -> bool:
-    """Whether this is a function (or a `functools.partial` of one), which is asked for the recipe."""
+    """Whether `found` is a function (or a `functools.partial` of one), which makes the recipe."""
     return inspect.isfunction(_function(found))
 
 
 def make(found: Callable[..., object], name: str, given: Mapping[str, str]) -> tuple[object, dict[str, str]]:
-    """(what the function makes of the options, those of them that are not its defaults, as text).
+    """(what the function makes from the options, the options that differ from its defaults as text).
 
     Raises:
-        UnknownName: for an option that the function does not have.
-        DeclarationError: a value is none of its type, an option is fixed or missing, or the function is no such one.
+        UnknownName: the function does not have an option.
+        DeclarationError: a value does not have its option's type, an option is fixed or missing, or the function's parameters
+            cannot be options.
     """
     fixed = found.keywords if isinstance(found, functools.partial) else {}
     open_ones = {option: own for option, own in _parameters(found, name).items() if option not in fixed}
@@ -196,7 +197,7 @@ def _parameters(found: Callable[..., object], name: str) -> dict[str, inspect.Pa
 
 
 def _types(found: Callable[..., Any], name: str) -> dict[str, Any]:
-    """Option → its type: one of str, int, float, bool, or the tuple of a Literal's values."""
+    """Option → its type: str, int, float, bool, or the tuple of a Literal's values."""
     try:
         hints = typing.get_type_hints(_function(found))
     except Exception as error:
@@ -234,7 +235,7 @@ def _read(option: str, name: str, kind: Any, value: str) -> Any:
         read = kind(value)
     except ValueError:
         read = math.nan
-    if read != read or read in (math.inf, -math.inf):  # no isfinite: it cannot take every whole number
+    if read != read or read in (math.inf, -math.inf):  # not math.isfinite, which raises OverflowError for a large int
         words = "a whole number" if kind is int else "a number"
         raise DeclarationError(f"{words} as option {option!r} of {name!r}", repr(value))
     return read

@@ -1,4 +1,4 @@
-"""What to tell whoever meets an error inside a recipe: their own they can mend, a shipped one they cannot."""
+"""Hints for errors inside a recipe: users can fix their own recipes, but not the shipped ones."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ YOURS = "fix the recipe, or narrow its range"
 
 
 def is_shipped(module: str) -> bool:
-    """Whether a recipe in this module comes with aot-cache."""
+    """Whether the recipes in this module are shipped with aot-cache."""
     return module == _SHIPPED or module.startswith(f"{_SHIPPED}.")
 
 
 def what_to_do(make: Callable[..., object], yours: str = YOURS) -> str:
-    """The end of a message about an error in what the case function `make` runs."""
+    """The hint for an error in code that the case function `make` runs."""
     while isinstance(make, partial):
         make = make.func
     return to_do_in(str(getattr(make, "__module__", "")), yours)
 
 
 def to_do_in(module: str, yours: str = YOURS) -> str:
-    """The same for a recipe's module; `yours`: what is said where the recipe is the reader's own."""
+    """The hint for an error in a recipe's module; `yours` is the hint for a recipe of the user's own."""
     return known_to_work() if is_shipped(module) else yours
 
 
 def known_to_work() -> str:
-    """That a recipe is shipped, and the releases with which it works, beside those that are here."""
+    """Text: the recipe is shipped, the releases that it works with, and the installed ones."""
     table = tested.table()
     pairs = ", ".join(pair.text for pair in table.pairs if not (pair.broken or pair.failed))
     releases = table.transformers()

@@ -1,1 +1,1 @@
-"""The serving wing: verify, install, prime, seal, count. Never raises by default, never touches the hit path."""
+"""The serving half: verify, install, load, seal, count. By default nothing here raises, and nothing is on the hit path."""

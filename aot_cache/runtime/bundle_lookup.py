@@ -1,4 +1,4 @@
-"""The bundle for this host, at a path or in a folder, and what keeps a bundle from being loaded here."""
+"""Find the bundle for this host, at a path or in a folder, and check whether it may be loaded here."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from aot_cache.upstream.hooks import torch_capture
 
 
 def find(path: Path, digest: str | None) -> Bundle:
-    """A bundle by its path, or the one of a folder that is for this host.
+    """Read the bundle at `path`; of a folder, the one bundle that is for this host.
 
     Raises:
-        StoreError: it cannot be read, or none fits.
-        Incompatible: several of a folder fit, or one of them has another form.
+        StoreError: the bundle cannot be read, or none in the folder fits.
+        Incompatible: several in the folder fit, or one has an unknown form.
     """
     if not path.is_dir():
         return read_bundle(path, digest, prefetch=True)
@@ -27,7 +27,7 @@ def find(path: Path, digest: str | None) -> Bundle:
     for bundle in bundles:
         check_form(bundle)
     fitting = [b for b in bundles if not host_check.differing(host_check.parts(served(b), look_at_gpu=False))]
-    if torch_capture.cuda_is_up():  # one for the target cpu fits everywhere
+    if torch_capture.cuda_is_up():  # a bundle for the target cpu fits every host
         fitting = [b for b in fitting if not served(b).on_cpu] or fitting
     if not fitting:
         raise BundleMissing(
@@ -40,17 +40,17 @@ def find(path: Path, digest: str | None) -> Bundle:
 
 
 def agreed(path: Path, digest: str | None, group: object) -> str:
-    """The digest of the bundle that every rank of `group` has found and can use.
+    """The digest of the bundle that every rank of `group` found and can use.
 
     Raises:
-        RankDisagreement: on every rank, when one has another bundle, or none.
+        RankDisagreement: on every rank, if one rank found a different bundle, or none.
     """
     try:
         bundle = find(path, digest)
         check_form(bundle)
         check(bundle, look_at_gpu=False)
         mine = bundle.digest
-    except Exception as error:  # said to the others, who must not wait for this rank
+    except Exception as error:  # told to the other ranks, so that they do not wait for this one
         mine = f"none ({error})"
     rank_agreement.agree_same(mine, "bundle", group=group)
     if mine.startswith("none"):
@@ -59,7 +59,7 @@ def agreed(path: Path, digest: str | None, group: object) -> str:
 
 
 def check_form(bundle: Bundle) -> None:
-    """Raises Incompatible for a bundle of another kind, or of another version's form."""
+    """Raise Incompatible for a bundle of another kind, or with another version's form."""
     kind = bundle.manifest.get("kind")
     hint = "build it with this version of aot-cache"
     if kind != KIND:
@@ -70,7 +70,7 @@ def check_form(bundle: Bundle) -> None:
 
 
 def check(bundle: Bundle, look_at_gpu: bool) -> None:
-    """Raises Incompatible when a bundle's kernels are not for this host."""
+    """Raise Incompatible if a bundle's kernels are not for this host."""
     if served(bundle).units and installed("triton"):
         _check_releases(bundle, tested.KERNELS)
     differing = host_check.differing(host_check.parts(served(bundle), look_at_gpu=look_at_gpu))
@@ -82,7 +82,7 @@ def check(bundle: Bundle, look_at_gpu: bool) -> None:
 
 
 def check_gpu(bundle: Bundle) -> None:
-    """Raises Incompatible for a bundle that is for a GPU where there is none: nothing of it would be used."""
+    """Raise Incompatible if a bundle is for a GPU and this host has none: nothing of it would be used."""
     if not _on_cpu(bundle) and not torch_capture.cuda_is_up() and not host_gpu.gpu_here():
         name = served(bundle).target["name"]
         raise Incompatible(
@@ -92,7 +92,7 @@ def check_gpu(bundle: Bundle) -> None:
 
 
 def check_torch(bundle: Bundle) -> None:
-    """Raises Incompatible when a bundle's graphs are known not to work with what is installed."""
+    """Raise Incompatible if a bundle's graphs are known to fail with the installed releases."""
     _check_releases(bundle, tested.GRAPHS)
 
 
@@ -104,7 +104,7 @@ def _check_releases(bundle: Bundle, what: str) -> None:
 
 
 def doubt(bundle: Bundle) -> str:
-    """What speaks against trusting what is installed with this bundle, in one line; empty where it was tested."""
+    """One line that says why the installed releases are untested for this bundle; empty if they are tested."""
     said = tested.doubt_here(_on_cpu(bundle))
     return (
         f"{said}; the bundle may miss, or compile when it should not; set {UNTESTED}=1 to accept that" if said else ""

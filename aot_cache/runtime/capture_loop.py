@@ -1,8 +1,8 @@
-"""Capture the CUDA graphs of all shapes so that the ranks of a job never do different things.
+"""Capture CUDA graphs for all shapes, with every rank of a job doing the same.
 
-For each shape every rank says, before anything runs, whether it has a batch and whether all is installed; then all go, all
-skip, or, where they differ, all raise or all drop the shape. What was captured and missed on one rank is thrown away on all.
-Engines with a loop of their own call `before_capture` and `after_capture` in it; `capture` is that loop.
+Before a shape runs, each rank reports whether it has a batch and whether everything is installed. Then all ranks capture, all
+skip, or, if they differ, all raise or all drop the shape. If one rank missed during a capture, all discard that graph.
+`capture` is this loop. Engines with their own loop call `before_capture` and `after_capture`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ MIXED = ("error", "drop")
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks do with a shape.
+    """What all ranks do with a shape. True if they capture it.
 
     Args:
-        action: `capture`, `skip` (no rank has a batch), or `drop` (the ranks differ: it is served without a graph).
-        why: for `drop`, what each rank says.
+        action: `capture`, `skip` (no rank has a batch), or `drop` (some rank cannot capture it: it is served without a graph).
+        why: for `skip` and `drop`, the reason; for `drop`, that of each rank.
     """
 
     action: str
@@ -47,19 +47,20 @@ def before_capture(
     group: object = None,
     timeout: float = rank_agreement.TIMEOUT,
 ) -> Decision:
-    """Decide with all other ranks what is done with a shape, before its warm-up and its capture.
+    """Decide together with the other ranks what to do with a shape. Call it before the warm-up and the capture.
 
     Args:
-        key: what is captured; the same text on every rank, in the same order.
-        batch_ok: whether this rank has a batch for it.
-        hits: whether all units of it are installed here (`will_hit`).
-        why: said of this rank when one of the two is no.
-        mixed: what to do where ranks differ: `error` raises on all, `drop` drops the shape on all.
+        key: a name for the shape. All ranks use the same keys, in the same order.
+        batch_ok: whether this rank has a batch for the shape.
+        hits: whether everything the shape needs is installed on this rank (`will_hit`).
+        why: the reason shown for this rank if `batch_ok` or `hits` is false.
+        mixed: what to do if ranks differ: `error` raises on all ranks, `drop` drops the shape on all ranks.
         group: the process group whose ranks decide; None is the whole job.
+        timeout: seconds to wait for the other ranks.
 
     Raises:
-        RankDisagreement: the ranks differ and `mixed` is `error`; or one does not answer within `timeout` seconds.
-        DeclarationError: `mixed` is something else.
+        RankDisagreement: the ranks differ and `mixed` is `error`, or a rank does not answer within `timeout` seconds.
+        DeclarationError: `mixed` has another value.
     """
     if mixed not in MIXED:
         raise DeclarationError(f"mixed to be one of {', '.join(MIXED)}", repr(mixed))
@@ -80,14 +81,14 @@ def before_capture(
 
 
 def after_capture(key: str, *, group: object = None, timeout: float = rank_agreement.TIMEOUT) -> Decision:
-    """Decide with all other ranks whether what was just captured is kept; outside of the capture.
+    """Decide together with the other ranks whether to keep the graph just captured. Call it after the capture has ended.
 
     Returns:
-        `capture` when no rank missed while it captured, else `drop`: every rank throws its graph away.
+        `capture` if no rank missed during the capture, else `drop`: every rank must discard its graph.
 
     Raises:
         RankDisagreement: a rank does not answer within `timeout` seconds.
-        DeclarationError: there was no `before_capture` for this key.
+        DeclarationError: `before_capture` was not called for this key.
     """
     if key not in _before:
         raise DeclarationError(
@@ -107,7 +108,7 @@ def _remember(key: str) -> None:
 
 
 def _misses_since(key: str) -> list[str]:
-    """What missed inside captures since `before_capture` of the same key."""
+    """The misses inside captures since `before_capture` was called for this key."""
     new = loader.MISSES.count_in_capture() - _before.pop(key)
     found = [m for m in loader.MISSES.to_json() if m["in_capture"]][-new:] if new > 0 else []
     return [f"{miss['name']} ({miss['action']})" for miss in found] or ["misses"] * (new > 0)
@@ -126,10 +127,10 @@ class Captured:
     """What `capture` made.
 
     Args:
-        graphs: shape → its graph; on a machine without CUDA there is none, and the value is None.
-        outputs: shape → what `run` returned while it was captured: where replays write.
-        batches: shape → the batch, whose tensors replays read.
-        report: one entry for each shape: `shape`, `action` (captured, skipped, dropped) and `why`.
+        graphs: shape → its graph, or None on a machine without CUDA.
+        outputs: shape → what `run` returned during the capture. Replays write into it.
+        batches: shape → the batch. Replays read its tensors.
+        report: one entry for each shape: `shape`, `action` (captured, skipped or dropped) and `why`.
     """
 
     graphs: dict[Any, Any] = field(default_factory=dict)
@@ -155,24 +156,25 @@ def capture(
     timeout: float = rank_agreement.TIMEOUT,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Captured:
-    """Capture a graph for each shape, on all ranks or on none: first all are warmed up, then all are captured.
+    """Capture a CUDA graph for each shape, on all ranks or on none. All shapes are warmed up first, then captured.
 
     Args:
-        shapes: integers or tuples of them; the largest goes first, so that the others find its memory in the pool.
-        make_batch: a shape → what `run` is called with, or None where this rank has no room for it.
+        shapes: integers, or tuples of them. The largest is captured first, so that the others reuse its memory in the pool.
+        make_batch: takes a shape; returns the argument for `run`, or None if this rank has no room for that shape.
         run: the model's step.
-        group: the process group whose ranks go together; None is the whole job.
-        pool: as `torch.cuda.graph` takes it; by default one is made for all shapes.
-        stream: as `torch.cuda.graph` takes it; by default one is made for all shapes. Warm-ups run on it, too, so that what
-            libraries make for a stream is made before.
-        mixed: what to do where ranks differ, see `before_capture`.
-        covers: a shape → (case, point) that must be installed for it (`will_hit`).
+        group: the process group whose ranks capture together; None is the whole job.
+        pool: memory pool, as for `torch.cuda.graph`. By default all shapes share a new one.
+        stream: as for `torch.cuda.graph`. By default all shapes share a new one. Warm-ups run on it, too, so that libraries
+            create their per-stream state before the capture.
+        mixed: what to do if ranks differ, see `before_capture`.
+        covers: takes a shape; returns the (case, point) that must be installed for it (see `will_hit`).
         timeout: seconds that a rank waits for the others.
-        progress: called on the first rank with what is done, how many are, and of how many; by default a line on a terminal.
+        progress: called on the first rank with (what was done, how many are done, how many there are). By default it prints
+            a line if stderr is a terminal.
 
     Raises:
         RankDisagreement: see `before_capture`.
-        Exception: what `make_batch` or `run` raise; the other ranks are told, and raise, too.
+        Exception: whatever `make_batch` or `run` raises; the other ranks then raise, too.
     """
     members, found = rank_agreement.of(group), Captured()
     todo = sorted(shapes, key=lambda shape: shape if isinstance(shape, tuple) else (shape,), reverse=True)
@@ -215,7 +217,7 @@ def _silent(*_: object) -> None: ...
 
 
 class _Maker:
-    """Captures one graph after the other into one pool, on one stream; without CUDA it only runs."""
+    """Captures graphs into one pool, on one stream. Without CUDA it only runs the batches."""
 
     def __init__(self, pool: Any, stream: Any) -> None:
         self._pool, self._stream = pool, stream
@@ -239,7 +241,7 @@ class _Maker:
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def make(self, run: Callable[[object], object], batch: object) -> tuple[object, object]:
-        """(the graph, what `run` returned); no graph without CUDA."""
+        """Capture; returns (graph, what `run` returned). The graph is None without CUDA."""
         if self._stream is None:
             return None, run(batch)
         import torch

@@ -1,8 +1,8 @@
-"""Whether a declared point would hit in this process: every unit that it reaches is installed. Asked before a capture.
+"""Predict whether a declared point would hit in this process, which means that every unit it reaches is installed.
 
-From what the bundles say of themselves, the sources that are imported, and what has missed already; nothing is called, and
-nothing is looked at on the GPU. What only a call can tell (a guard on a value that changed since) is `aot_cache.explain`'s
-to say, until it has missed once.
+The answer comes from the manifests of the loaded bundles, the imported sources and earlier misses. Nothing is called, and the
+GPU is not used. A miss that only a call can show (a guard on a value that changed since) is not predicted until it has happened
+once; `aot_cache.explain` finds it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from aot_cache.upstream.codec import torch_ranks
 
 @dataclass(frozen=True)
 class Hit:
-    """An answer; true when everything is installed.
+    """The answer of `will_hit`. True if the point would hit.
 
     Args:
-        hit: whether the point would hit.
-        why: what is not there, one line each.
+        hit: whether everything the point reaches is installed.
+        why: if not, what is missing, one line each.
     """
 
     hit: bool
@@ -38,15 +38,15 @@ class Hit:
 
 
 def will_hit(what: object, point: Mapping[str, int]) -> Hit:
-    """Whether a point would hit.
+    """Tell whether a declared point would hit in this process, without calling anything.
 
     Args:
-        what: a case of the recipe by its name; or a compiled function or Triton kernel, itself or as `module:qualname`:
-            then of what the cases reach at `point`, only that.
+        what: the name of a case of the recipe; or a compiled function or Triton kernel, as an object or as `module:qualname`.
+            With a function or kernel, only its own graphs or specializations that `point` reaches are checked.
         point: dimension → value, for all dimensions of the case.
 
     Raises:
-        UnknownName: no bundle that is loaded knows `what`.
+        UnknownName: no loaded bundle has `what`.
     """
     name = what if isinstance(what, str) else _name_of(what)
     known, covered, why = False, False, []
@@ -77,7 +77,7 @@ def will_hit(what: object, point: Mapping[str, int]) -> Hit:
 
 @dataclass(frozen=True)
 class _Unit:
-    """A specialization, a choice or a graph; `missing` says why it is not installed, empty when it is."""
+    """A specialization, a choice or a graph. `missing` says why it is not installed; empty if it is."""
 
     name: str
     reached: Reached

@@ -1,4 +1,4 @@
-"""Pause Python's garbage collector where many objects are made at once."""
+"""Pause Python's garbage collector while many objects are created."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """No garbage collection inside.
+    """Disable garbage collection inside.
 
-    A server has imported torch by now: each full collection walks all of it and takes longer than loading a hundred
-    kernels (measured on an H200 host: 302 ms for 868 units with collections, 99 ms without).
+    After `import torch` a full collection traverses all of its objects and takes longer than loading a hundred kernels
+    (measured on an H200 host: 302 ms for 868 units with collections, 99 ms without).
     """
     was_on = gc.isenabled()
     gc.disable()

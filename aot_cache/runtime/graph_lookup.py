@@ -1,6 +1,6 @@
-"""Dynamo's misses, answered from all bundles of this process; and why there is no answer.
+"""Look up a graph in all bundles of this process when Dynamo has no code for a call, and explain a miss.
 
-Imported inside somebody's import of Dynamo, like `graphs`.
+Imported inside an import of Dynamo, like `graphs`.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _MOST_MISSED = 65536
 
 
 class Answers:
-    """What Dynamo is told where it has no code for a call.
+    """Answers Dynamo's misses from the loaded graphs.
 
     Args:
-        guard: decides what is done where there is no answer.
-        refuse: told when a bundle's graphs cannot be used, and are dropped; with whether it was loaded strictly.
+        guard: decides what to do if no graph fits.
+        refuse: called with (error, strict) when a bundle's graphs cannot be used and are dropped; `strict` is the bundle's own.
     """
 
     def __init__(self, guard: Guard, refuse: Callable[[Exception, bool], None]) -> None:
         self._guard, self._refuse = guard, refuse
         self.sets: list[GraphSet] = []
         self.missed: dict[tuple[object, ...], str] = {}
-        """Function, case and each dimension's (name, value) of calls that missed at points that they can be told to have."""
+        """(function, case, (dimension, value), …) → reason, for calls that missed and whose sizes tell their point."""
         self._declared: dict[str, tuple[Sequence[CallPlan], Sequence[CasePlan]]] = {}
 
     def hook(self) -> Iterator[Callable[[], None]]:
-        """Hook Dynamo's and Inductor's miss paths; yields what takes each hook out. The process has imported Dynamo."""
+        """Hook the miss paths of Dynamo, which must be imported, and of Inductor. Yields an undo function for each hook."""
         guard = self._guard
         yield dynamo_frames.count(guard.count)
         yield inductor_events.listen(guard.count)
@@ -49,21 +49,21 @@ class Answers:
         yield inductor_later.give_debug_back
         yield inductor_miss.around_loading(guard.loading)
         yield inductor_miss.intercept_tuning(guard.first_of_inductor, guard.later)
-        # Outside of what counts: a frame that is not traced is not counted as one.
+        # Outermost, around the counting hook: a frame that is not traced is not counted.
         yield dynamo_frames.intercept_compile(guard.frame)
         yield dynamo_frames.before_compiling(self.find, self.wanted)
 
     def wanted(self, code: Any) -> bool:
-        """Whether any graph may be for this code."""
+        """Whether any bundle has a graph for this code."""
         return any(graphs.wanted(code) for graphs in self.sets)
 
     def find(self, frame: Frame) -> Found | None:
-        """A graph for a call, out of the first bundle that has one."""
+        """The graph for a call, from the first bundle that has one."""
         for graphs in list(self.sets):
             try:
                 with self._guard.installing():
                     found = graphs.find(frame)
-            except Exception as error:  # the call goes on as it would without us
+            except Exception as error:  # the call continues as it would without aot-cache
                 self.sets.remove(graphs)
                 self._refuse(error, graphs.strict)
                 continue
@@ -72,7 +72,7 @@ class Answers:
         return None
 
     def reasons(self, frame: Frame) -> tuple[str, Callable[[], Mapping[str, Any]]]:
-        """(why no graph is for this call, what the next build needs to know of it)."""
+        """(why no graph fits this call, a function that returns the facts the next build needs)."""
         found = list(dict.fromkeys(why for graphs in self.sets for _, why in graphs.reasons(frame) if why))
         if frame.wrapping is None:
             why = "it is not compiled by Inductor"
@@ -84,8 +84,8 @@ class Answers:
         return why, lambda: self._facts(frame)
 
     def _remember(self, frame: Frame, why: str) -> None:
-        """What missed once is no hit to whoever asks (`will_hit`), even if Dynamo has compiled it since."""
-        with contextlib.suppress(Exception):  # the call goes on
+        """Remember the miss: `will_hit` then answers no at this point, even if Dynamo has compiled the call since."""
+        with contextlib.suppress(Exception):  # the call continues whatever fails here
             for case, point in self._facts(frame)["points"].items():
                 if len(self.missed) < _MOST_MISSED:
                     self.missed[(frame.function, case, *point.items())] = why
@@ -107,14 +107,14 @@ class Answers:
         }
 
     def _plan(self, bundle: Bundle) -> tuple[Sequence[CallPlan], Sequence[CasePlan]]:
-        """(the calls, the cases) that a bundle was built for."""
+        """The (call plans, case plans) that a bundle was built from."""
         if bundle.digest not in self._declared:
             found = manifest.whole(bundle)
             self._declared[bundle.digest] = found.calls, found.cases
         return self._declared[bundle.digest]
 
     def explain(self, call: Callable[[], Any]) -> list[dict[str, Any]]:
-        """Make a call without compiling anything, and say of each frame that misses why."""
+        """Make a call without compiling, and return the reason for each frame that misses."""
         out: list[dict[str, Any]] = []
 
         def look(frame: Frame, _go_on: object) -> Any:
@@ -134,6 +134,6 @@ class Answers:
 
 
 def _mode() -> str:
-    """Grad mode and autocast, as a plan has them."""
+    """Grad mode and autocast dtype, in the form that plans use."""
     casts = [str(torch.get_autocast_dtype(d)) for d in ("cuda", "cpu") if torch.is_autocast_enabled(d)]
     return " ".join([dynamo_globals.mode(), *(cast.removeprefix("torch.") for cast in casts[:1])])

@@ -1,11 +1,11 @@
-"""The graphs of one bundle in this process: found where Dynamo would have to trace, put into Dynamo's own cache.
+"""The graphs of one bundle in this process: looked up when Dynamo would have to trace, then put into Dynamo's own cache.
 
-Nothing is installed on code objects beforehand. A call that Dynamo has no code for is looked up here by what its function
-does (module and digest of its code); guards are built from that very call, so that inference mode, thread counts and
-functions that were replaced are seen as they are. What fits belongs, in Dynamo's cache, to the wrapping that asked.
+Nothing is installed on code objects in advance. When Dynamo has no code for a call, graphs are looked up by the module of
+the function and the digest of its code. Guards are built on that call, so that they see the inference mode, thread count and
+replaced functions of this process. Dynamo caches a graph for the compile config whose call asked for it.
 
-This module is imported inside somebody's import of Dynamo, which may be inside one of Inductor: rooms that need more of
-either are imported when they are used.
+This module is imported inside an import of Dynamo, which may itself be inside one of Inductor. So modules that need more of
+either are imported where they are used.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Loaded:
 
     Args:
         digest: of the bundle.
-        graphs: how many it has.
-        primed: compiled graphs that are loaded.
-        found: graph (see `manifest.graph_label`) → how often Dynamo had no code for a call and was given this graph. Later
-            calls hit in Dynamo's own cache, where nothing of ours is, and are not counted.
-        stale: graph → why its source here is not what was built.
+        graphs: number of graphs in the bundle.
+        primed: number of compiled graphs that are loaded.
+        found: graph (see `manifest.graph_label`) → how often Dynamo had no code for a call and got this graph. Later calls
+            hit in Dynamo's own cache, which has no hook of ours, and are not counted.
+        stale: function → how the source here differs from the one that was built.
     """
 
     digest: str
@@ -65,7 +65,7 @@ class GraphSet:
         self._choices = {name: found for graph in self._graphs for name, found in graph.choices.items()}
         self._functions: dict[str, Any] = {}
         self._users: dict[str, dict[int, dict[str, Any]]] = {}
-        """Compiled graph → the globals that name it, by their id."""
+        """Compiled graph → the globals dictionaries that hold it, by their id."""
         self._codes: dict[str, types.CodeType] = {}
         self._changed: dict[str, str] | None = None
         self._numbers = itertools.count(1)
@@ -77,9 +77,9 @@ class GraphSet:
         return self.loaded.primed < len(self._artifacts)
 
     def missing(self, name: str) -> str:
-        """Why a graph of the function `module:qualname` would not be found, as far as is known; empty when it would.
+        """Why no graph of the function `module:qualname` would be found, as far as known; empty if one would.
 
-        Sources are looked at the first time, and by `changed`: it takes a while, and many points are asked for.
+        Sources are compared only the first time, and in `changed`: it is slow, and callers ask for many points.
         """
         if self._changed is None:
             self.changed()
@@ -87,14 +87,14 @@ class GraphSet:
         return why or ("its graph is not loaded" if self.waiting() else "")
 
     def changed(self) -> dict[str, str]:
-        """Function → why its source, or that of what is inlined into it, is not what was built; of modules that are imported."""
+        """Function → how its source, or that of a function inlined into it, differs from the built one. Imported modules only."""
         digests: dict[str, dict[str, set[str]]] = {}
         found = [(graph.name, self._changed_source(graph, digests)) for graph in self._graphs]
         self._changed = {name: why for name, why in found if why}
         return self._changed
 
     def _changed_source(self, graph: ServedGraph, digests: dict[str, dict[str, set[str]]]) -> str:
-        # Of several functions of one name, as a loop makes them, the last one is found in its module.
+        # If several functions have one name, e.g. made in a loop, only the last one can be reached in the module.
         alike = {other.code for other in self._graphs if other.name == graph.name}
         inlined = [(module, qualname, {digest}) for module, qualname, digest in graph.inlined]
         for module, qualname, wanted in [(graph.module, graph.function, alike), *inlined]:
@@ -106,11 +106,11 @@ class GraphSet:
         return ""
 
     def wanted(self, code: types.CodeType) -> bool:
-        """Whether any graph may be for this code."""
+        """Whether the bundle has a graph for this code."""
         return python_code.digest(code) in self._by_code
 
     def find(self, frame: Frame) -> Found | None:
-        """Code and guards for a call, or None: a miss."""
+        """Code and guards for a call; None is a miss."""
         with self._lock:
             for number in self._by_code.get(python_code.digest(frame.code), ()):
                 manager, _ = self._check(number, frame)
@@ -123,7 +123,7 @@ class GraphSet:
         return None
 
     def reasons(self, frame: Frame) -> list[tuple[ServedGraph, str]]:
-        """For each graph of this code, why the call does not fit it; empty text where it does."""
+        """For each graph of this code, why the call does not fit; empty text if it does."""
         digest = python_code.digest(frame.code)
         if digest in self._by_code:
             return [(self._graphs[number], self._check(number, frame)[1]) for number in self._by_code[digest]]
@@ -132,10 +132,10 @@ class GraphSet:
         return [(graph, why) for graph in self._graphs if (graph.module, graph.function) == name]
 
     def prime(self) -> int:
-        """Load all compiled graphs, and their kernels onto the current device. Returns how many are new.
+        """Load all compiled graphs, and their kernels onto the current device. Returns how many graphs were loaded now.
 
         Raises:
-            Incompatible: the current GPU is not the first that the process sees.
+            Incompatible: the current GPU is not GPU 0 of the process.
         """
         with self._lock:
             self._check_device()
@@ -143,7 +143,7 @@ class GraphSet:
             return len(new)
 
     def _check_device(self) -> None:
-        """Dynamo's guards and Inductor's code hold the number of the GPU, which was 0 when they were built."""
+        """Require GPU 0: Dynamo's guards and Inductor's code contain the device index, which is 0 in a build."""
         if self.on_cpu or torch_capture.device_number() == 0:
             return
         expected = f"GPU 0 as the current GPU of the process, for the graphs of {self.bundle.path}"
@@ -151,7 +151,7 @@ class GraphSet:
         raise Incompatible(expected, f"GPU {torch_capture.device_number()}", hint)
 
     def _check(self, number: int, frame: Frame) -> tuple[object, str]:
-        """(guard manager, "") when the call may run this graph, else (None, why not)."""
+        """(guard manager, "") if the call may run this graph, else (None, why not)."""
         graph = self._graphs[number]
         why = self._differs(number, graph, frame)
         if why:
@@ -164,7 +164,7 @@ class GraphSet:
         return dynamo_guards.build(data, graph.identities, graph.values, frame.code, frame.f_globals, frame.f_locals)
 
     def _differs(self, number: int, graph: ServedGraph, frame: Frame) -> str:
-        """How the call differs from what was built, as far as it can be told without guards."""
+        """How the call differs from what was built, checked without guards; empty if it does not."""
         if frame.module != graph.module:
             return f"its function is of module {graph.module}, but this one is of {frame.module}"
         if frame.wrapping != graph.wrapping:
@@ -182,7 +182,7 @@ class GraphSet:
             return self._changed_settings(graph.settings, found)
         here = {module: python_code.digests(module) for module in {module for module, _, _ in graph.inlined}}
         for module, qualname, digest in graph.inlined:
-            if module not in sys.modules:  # the graph of another model that calls its forward in the same way
+            if module not in sys.modules:  # the graph of another model whose forward has the same code
                 return f"{module} is not imported"
             if digest not in here[module].get(qualname, ()):
                 why = f"the source of {module}:{qualname} differs"
@@ -196,7 +196,7 @@ class GraphSet:
         return "Inductor's settings differ: " + ", ".join(f"{n} was {was.get(n)} and is {now.get(n)}" for n in names)
 
     def _install(self, number: int, frame: Frame) -> types.CodeType:
-        """Put the functions that a graph's bytecode names where it looks for them; returns the bytecode."""
+        """Put the functions that a graph's bytecode calls into its globals; returns the bytecode."""
         graph = self._graphs[number]
         for name, digest in graph.graphs.items():
             frame.f_globals[name] = self._function(name, digest)
@@ -216,7 +216,7 @@ class GraphSet:
         return self._functions[name]
 
     def _load(self, name: str, digest: str, choices: Mapping[str, int] | None) -> list[Any]:
-        """Load a compiled graph; returns its kernels that have several configs."""
+        """Load a compiled graph. Returns those of its kernels that have several configs."""
         from aot_cache.upstream.hooks import inductor_artifact, inductor_cpp, inductor_tuning
 
         with inductor_cpp.serving(self._library), inductor_tuning.choosing(choices) as several:
@@ -228,7 +228,7 @@ class GraphSet:
         return several
 
     def load_again(self, name: str, choices: Mapping[str, int] | None) -> list[Any]:
-        """Load a compiled graph with the configs of these numbers; with all, to be measured at its next run, for None.
+        """Load a compiled graph with the chosen config numbers. If None, keep all configs: its next run measures them.
 
         Returns its `inductor_tuning.Kernel`s.
         """
@@ -241,5 +241,5 @@ class GraphSet:
 
 
 def short(graph: ServedGraph) -> str:
-    """What people are shown of a graph."""
+    """A graph's short name, for people."""
     return next(iter(graph.graphs), graph.bytecode[:24])

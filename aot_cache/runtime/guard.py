@@ -1,14 +1,14 @@
-"""What is done where a call misses: the contract that the whole package stands on.
+"""What happens when a call misses. The rest of the package relies on this contract:
 
 | state | action |
 |---|---|
 | miss, capture active | eager fallback: nothing is compiled, tuned or loaded; counted and explained |
 | miss, no capture | compile normally, or as the policy says |
-| hit | run it; nothing of this is on that path |
+| hit | run it; none of this code is on that path |
 
-Every method here is called by a hook on one of upstream's miss paths. A Triton kernel has no eager form of its own: it runs
-its twin if it has one (`policy.fallback`), else it compiles after all, in a way that does not break the capture, and is
-counted as unsafe. On ROCm, where that would be recorded wrongly without a sign, it raises.
+Every method here is called by a hook on one of upstream's miss paths. A Triton kernel has no eager form of its own. It runs
+its twin if it has one (`policy.fallback`); otherwise it is compiled, in a way that does not break the capture, and counted as
+unsafe. On ROCm it raises instead, because the capture would be silently wrong.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ _HINT = "declare it (aot-cache build --misses FILE), or set another policy"
 
 
 class Guard:
-    """Decides, counts and explains.
+    """Decides what to do with a miss, counts it and explains it.
 
     Args:
-        ledger, misses: where it is written down.
-        late: (kernel, its name, device) → install what still waits in a bundle for it; true when anything may have been.
-        reasons: why no graph of a bundle is for this frame, and what the next build needs to know of it.
-        warn: say something once.
+        ledger, misses: receive counts and misses.
+        late: called with (kernel, its name, device): installs what a bundle still has for it; true if it may have done so.
+        reasons: returns why no graph fits a frame, and a function that returns the facts the next build needs.
+        warn: shows one line to people.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class Guard:
         self._lock = threading.Lock()
 
     def count(self, kind: str, name: str) -> None:
-        """An event of upstream's: write down that it was, and whether inside a capture."""
+        """Count an event of torch or Triton, and whether it was inside a capture."""
         self._ledger.note(kind, name, torch_capture.capturing())
 
     # --- Dynamo -------------------------------------------------------------------------------------------------------
 
     def frame(self, frame: Frame, go_on: Compile) -> Any:
-        """Dynamo is about to trace a frame."""
+        """Called when Dynamo is about to trace a frame. Returns what Dynamo expects from its compile step."""
         from aot_cache.upstream.hooks import dynamo_frames
 
         in_capture, own = self._state(policy.span_of(frame.code))
@@ -97,7 +97,7 @@ class Guard:
     # --- Triton -------------------------------------------------------------------------------------------------------
 
     def launch(self, launch: Launch, go_on: GoOn) -> object:
-        """Triton is about to compile a kernel; returns the kernel to launch."""
+        """Called when Triton is about to compile a kernel. Returns the kernel to launch."""
         with self.installing():
             if self._late(launch.function, launch.name, launch.device):
                 kernel = launch.installed()
@@ -123,11 +123,11 @@ class Guard:
             return triton_miss.EagerLauncher(launch.function, twin)
         if action == "unsafe":
             return self._compile_unsafely(launch, go_on)
-        self._here.observed = action == "observed"  # its load, which comes next, is the same miss
+        self._here.observed = action == "observed"  # the load that follows belongs to the same miss
         return go_on()
 
     def _compile_unsafely(self, launch: Launch, go_on: GoOn) -> object:
-        """Compile and load inside a capture: refusing would stop servers that run today."""
+        """Compile and load inside a capture, because refusing would stop servers that work today."""
         from aot_cache.upstream.hooks import capture_mode, triton_miss
 
         self._warn_once(
@@ -141,7 +141,7 @@ class Guard:
         return kernel
 
     def tuning(self, tuning: Tuning) -> int | None:
-        """A Triton autotuner is about to measure; returns the number of the config to take, or None to let it."""
+        """Called when a Triton autotuner is about to measure. Returns the number of the config to use, or None to measure."""
         place = policy.span_of(tuning.tuner)
         in_capture, own = self._state(place)
         with self.installing():
@@ -154,7 +154,7 @@ class Guard:
         there: int | None = _or(None, tuning.first_installed) if in_capture else None
         action = self._action(own, in_capture, "first config")
         if action == "first config" and there is None and policy.eager_impl_of(place):
-            return 0  # its twin is about to run, and to be counted, whatever the config
+            return 0  # the twin runs next, and is counted then, whatever the config
         why = f"no config is chosen for {tuning.key}"
         self._note("tuning", tuning.name, in_capture, action, why, tuning.to_json)
         if action == "refused":
@@ -163,7 +163,7 @@ class Guard:
 
     @contextlib.contextmanager
     def loading(self, name: str) -> Iterator[None]:
-        """A kernel that is compiled already is about to be loaded onto the device."""
+        """Wraps the load of an already compiled kernel onto the device."""
         if getattr(self._here, "decided", False):
             yield
             return
@@ -187,7 +187,7 @@ class Guard:
     # --- Inductor -----------------------------------------------------------------------------------------------------
 
     def first_of_inductor(self, name: str) -> bool:
-        """Whether a kernel of Inductor's, which is about to measure its configs, must take the first one."""
+        """Whether an Inductor kernel that is about to measure its configs must use the first one."""
         in_capture, own = torch_capture.capturing(), policy.default()
         action = self._action(own, in_capture, "first config")
         if action == "compiled":
@@ -201,12 +201,12 @@ class Guard:
     # --- captures -----------------------------------------------------------------------------------------------------
 
     def later(self, forget: Callable[[], None]) -> None:
-        """What to undo when the capture is over."""
+        """Register a function to call when the capture is over."""
         with self._lock:
             self._later.append(forget)
 
     def capture_is_over(self) -> None:
-        """What was done for a capture only is forgotten: a call after it compiles and tunes as ever."""
+        """Undo what was done only for a capture. Later calls compile and tune as usual."""
         with self._lock:
             later, self._later = self._later, []
         for forget in later:
@@ -214,7 +214,7 @@ class Guard:
 
     @contextlib.contextmanager
     def installing(self) -> Iterator[None]:
-        """What a bundle has is loaded inside: no miss, and in a capture it does not break it."""
+        """Let loads of a bundle's contents happen inside: they are no misses, and do not break an active capture."""
         from aot_cache.upstream.hooks import capture_mode
 
         with self._decided(), capture_mode.relaxed() if torch_capture.capturing() else contextlib.nullcontext():
@@ -222,7 +222,7 @@ class Guard:
 
     @contextlib.contextmanager
     def _decided(self) -> Iterator[None]:
-        """Loads inside are part of what was already decided."""
+        """Treat loads inside as part of a decision that was already made."""
         before = getattr(self._here, "decided", False)
         self._here.decided = True
         try:
@@ -231,7 +231,7 @@ class Guard:
             self._here.decided = before
 
     def forget_warnings(self) -> None:
-        """Say everything once more (tests)."""
+        """Allow every warning and log line again (tests)."""
         self._warned.clear()
         self._logged.clear()
 
@@ -241,7 +241,7 @@ class Guard:
         return torch_capture.capturing(), policy.of(place)
 
     def _action(self, own: str, in_capture: bool, fallback: str) -> str:
-        """What to do, where `fallback` is what the default policy has for a capture."""
+        """What to do with a miss. `fallback` is the action of the default policy inside a capture."""
         if own == "error" and (in_capture or self._ledger.sealed):
             return "refused"
         if not in_capture:
@@ -270,7 +270,7 @@ def _when(in_capture: bool) -> str:
 
 
 def _or(otherwise: T, found_out: Callable[[], T]) -> T:
-    """What was found out, or something else: a call goes on, whatever keeps us from explaining it."""
+    """The result of `found_out`, or `otherwise` if it raises: a miss that cannot be explained must not stop the call."""
     try:
         return found_out()
     except Exception:

@@ -1,4 +1,4 @@
-"""What is hooked into torch and Triton, part by part, once; and taken out again, all of it."""
+"""Hook torch and Triton, one part at a time and each part once, and take out all hooks together."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ Undo = Callable[[], None]
 
 
 class Hooks:
-    """Parts that are hooked in. Thread-safe."""
+    """The parts that are hooked. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._undo: dict[str, list[Undo]] = {}
 
     def once(self, part: str, hook: Callable[[], Iterable[Undo]]) -> None:
-        """Hook a part in unless it is already; `hook` yields what takes each of its hooks out.
+        """Hook a part, unless it is hooked already. `hook` yields an undo function for each of its hooks.
 
         Raises:
-            Exception: whatever `hook` raises; what it had hooked in by then is taken out again.
+            Exception: whatever `hook` raises; the hooks it had made before are taken out again.
         """
         with self._lock:
             if part in self._undo:
                 return
             mine = self._undo[part] = []
-        try:  # not under the lock: hooking imports, and another thread's import may be waiting for us
+        try:  # without the lock: hooking imports modules, and another thread that imports may be waiting for this lock
             for undo in hook():
-                mine.append(undo)  # noqa: PERF402  # each as it comes: the next one may raise
+                mine.append(undo)  # noqa: PERF402  # append one by one: the next hook may raise
         except BaseException:
             with self._lock:
                 self._undo.pop(part, None)
@@ -35,7 +35,7 @@ class Hooks:
             raise
 
     def take_out(self) -> None:
-        """Take everything out, last first: hooks stand around each other."""
+        """Take all hooks out, last first, because later hooks wrap earlier ones."""
         with self._lock:
             parts = list(self._undo.values())
             self._undo.clear()

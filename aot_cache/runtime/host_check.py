@@ -1,4 +1,4 @@
-"""Whether a bundle is for this host, part by part. Initialises no GPU unless the process has."""
+"""Compare a bundle's key with this host, part by part. Initialises no GPU, except `parts` with `look_at_gpu`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ NO_GPU = "no GPU looked at"
 
 
 def parts(manifest: Served, look_at_gpu: bool = True) -> list[Part]:
-    """The named parts of the bundle's key beside this host's: of what its kernels are bound to (graphs: `graph_parts`).
+    """The parts of the key that kernels are bound to, each with the bundle's value and this host's (graphs: `graph_parts`).
 
     Args:
-        manifest: what a bundle's header says.
-        look_at_gpu: read device 0 when there is one; otherwise only when the process has CUDA up already.
+        manifest: the bundle's manifest.
+        look_at_gpu: if the process has no CUDA up yet, read device 0; if false, compare no GPU in that case.
     """
     wanted = manifest.target
     if wanted["backend"] == "cpu":
@@ -42,9 +42,9 @@ def parts(manifest: Served, look_at_gpu: bool = True) -> list[Part]:
 
 
 def graph_parts(manifest: Served) -> list[Part]:
-    """The parts of what a bundle's graphs are bound to (see `key.graph_parts`); none where it has no graph.
+    """The parts of the key that graphs are bound to (see `key.graph_parts`); empty if the bundle has no graph.
 
-    Works without torch. What the kernels are bound to, too (the GPU), is among `parts`.
+    Works without torch. The GPU, to which kernels are bound as well, is in `parts`.
     """
     if not manifest.graphs:
         return []
@@ -69,7 +69,7 @@ def differing(found: list[Part]) -> list[Part]:
 
 
 def say(found: list[Part]) -> str:
-    """`triton: bundle 3.6.0, here 3.7.1; arch: …` for the parts given."""
+    """`triton: bundle 3.6.0, here 3.7.1; arch: …` for the given parts."""
     return "; ".join(f"{p.name}: bundle {p.wanted}, here {p.found}" for p in found)
 
 

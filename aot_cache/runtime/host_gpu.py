@@ -1,4 +1,4 @@
-"""The GPU of this machine as a target: the device's own numbers, and where the table differs from them."""
+"""The GPU of this machine as a target with the device's own numbers, and how the table of targets differs from them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from aot_cache.errors import TargetError
 
 
 def gpu_here(devices: Path = Path("/dev"), environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether a GPU may be here: from the devices alone, because asking torch takes seconds where there is none."""
+    """Whether this host may have a GPU. Only looks for device files: on a host without a GPU, asking torch takes seconds."""
 
     def hidden(*names: str) -> bool:
         return any(environment.get(name, "0").strip() in ("", "-1") for name in names)
 
-    if any(devices.glob("nvidia[0-9]*")) or (devices / "dxg").exists():  # the latter is Windows' own, under WSL
+    if any(devices.glob("nvidia[0-9]*")) or (devices / "dxg").exists():  # dxg: the device of WSL under Windows
         return not hidden("CUDA_VISIBLE_DEVICES")
     return (devices / "kfd").exists() and not hidden(
         "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"
@@ -27,13 +27,13 @@ def gpu_here(devices: Path = Path("/dev"), environment: Mapping[str, str] = os.e
 
 
 def native() -> tuple[Target, list[Difference]]:
-    """The target that device 0 of this machine is, with the device's own numbers, and where the table differs.
+    """Device 0 of this machine as a target with its own numbers, and the facts in which the table differs.
 
-    The target has the id of the table's row with the same name, else of the likest row with the same arch, else an id
-    made from the device's name, and then there is nothing to differ from. This initialises the GPU in this process.
+    The id is that of the table's row with the same name, else that of the closest row with the same arch. Without such a row
+    the id is made from the device's name, and there are no differences. This initialises the GPU in this process.
 
     Raises:
-        TargetError: there is no GPU, or torch or triton is missing or cannot use it.
+        TargetError: there is no GPU, torch or triton is missing, or they cannot use the GPU.
     """
     device = _device()
     row = _row_for(device)
@@ -43,10 +43,10 @@ def native() -> tuple[Target, list[Difference]]:
 
 
 def _device() -> Target:
-    """Device 0 as torch and triton see it, under an id made from its name."""
+    """Device 0 as torch and triton see it, with an id made from its name."""
     hint = "name a target of the table, or run this where torch and triton can use a GPU"
     try:
-        # Here and not above: importing this module must not cost two seconds, nor touch the GPU.
+        # Imported here: importing this module must neither take two seconds nor touch the GPU.
         import torch
         import triton
 
@@ -79,13 +79,13 @@ def _from_device(properties: Any, limits: Mapping[str, Any], backend: str, sourc
         capability=(major, minor),
         multiprocessors=int(properties.multi_processor_count),
         shared_memory_per_block=int(properties.shared_memory_per_block),
-        # torch has this one for CUDA only; triton's is the limit in force on both.
+        # torch has this number for CUDA only; triton's is the limit in force on CUDA and ROCm.
         shared_memory_per_block_optin=int(limits["max_shared_mem"]),
         shared_memory_per_multiprocessor=int(properties.shared_memory_per_multiprocessor),
         registers_per_multiprocessor=int(properties.regs_per_multiprocessor),
         registers_per_block=int(limits["max_num_regs"]),
         threads_per_multiprocessor=int(properties.max_threads_per_multi_processor),
-        # Older torch does not say; Inductor takes 1024 then, so do we.
+        # Older torch does not have it; Inductor then assumes 1024, too.
         threads_per_block=int(getattr(properties, "max_threads_per_block", 1024)),
         l2_bytes=int(properties.L2_cache_size),
         memory_bytes=int(properties.total_memory),
@@ -98,7 +98,7 @@ def _from_device(properties: Any, limits: Mapping[str, Any], backend: str, sourc
 
 
 def _row_for(device: Target) -> Target | None:
-    """The table's row with the device's name, else the likest one with its arch."""
+    """The table's row with the device's name, else the closest one with its arch (multiprocessors, then memory)."""
 
     def distance(row: Target) -> tuple[bool, int, int]:
         cores, memory = row.multiprocessors - device.multiprocessors, row.memory_bytes - device.memory_bytes
@@ -109,7 +109,7 @@ def _row_for(device: Target) -> Target | None:
 
 
 def _differences(row: Target, device: Target) -> list[Difference]:
-    """The facts in which `row` and `device` differ, in the order of the fields."""
+    """The facts in which `row` and `device` differ, in field order."""
     facts = (field.name for field in fields(Target) if field.name not in ("id", "source", "measured"))
     pairs = ((fact, getattr(row, fact), getattr(device, fact)) for fact in facts)
     return [Difference(fact, table, found) for fact, table, found in pairs if table != found]

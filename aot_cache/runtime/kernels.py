@@ -24,17 +24,21 @@ AnyTuning = ServedTuning | TuningChoice
 
 @dataclass(kw_only=True)
 class Report:
-    """What `load`, `prime` and `ready` did so far. Counts are of kernel units of this bundle.
+    """What `load`, `prime` and `ready` have done so far with one bundle. Counts are kernel units (specializations).
 
     Args:
-        installed: units in Triton's caches, on the devices primed so far.
-        primed: of these, units that are loaded onto the device.
-        modules: modules loaded for them; units whose binaries are the same share one.
+        path: the bundle's file.
+        digest: the bundle's digest.
+        units: units in the bundle.
+        installed: units in Triton's caches, on the devices used so far.
+        primed: units of these that are loaded onto a device.
+        modules: GPU modules loaded for them; units with equal binaries share one.
         pending: kernels whose module the process has not imported yet.
-        not_imported: of their modules, those that `ready` tried to import, with what they raised.
-        stale: kernel → why its source here is not what was built.
-        unchosen: autotuner choices that could not be taken, with the reason.
-        other_kind: set when choices were measured on another kind of GPU, and were therefore not used.
+        not_imported: module → error, for modules of pending kernels that `ready` tried to import.
+        stale: kernel → how its source here differs from the one that was built.
+        unchosen: kernel and autotuner key → why the chosen config could not be used.
+        other_kind: says that choices were not used because another kind of GPU measured them; else empty.
+        devices: indices of the devices on which units are installed.
     """
 
     path: str
@@ -56,7 +60,7 @@ class Report:
 
 
 def of_this_rank(ranks: Sequence[int]) -> bool:
-    """Whether something of `ranks` only (empty: of all) is of this process's."""
+    """Whether something that belongs to `ranks` (empty: to all ranks) belongs to this process's rank."""
     return not ranks or torch_ranks.own_or_first() in ranks
 
 
@@ -74,7 +78,7 @@ class KernelSet:
     """The kernel units of one bundle in this process.
 
     Args:
-        strict: whether it was loaded so: what goes wrong with it raises, now and later.
+        strict: whether it was loaded with `strict`: its errors raise, now and later.
     """
 
     def __init__(self, bundle: Bundle, ledger: Ledger, strict: bool = False) -> None:
@@ -92,7 +96,7 @@ class KernelSet:
         self._devices: dict[int, _OnDevice] = {}
         self._done: set[tuple[int, int, int]] = set()  # (pid, device, kernel number)
         self._made: dict[str, list[int]] = {}
-        """Names under which no module has the function that was built → the kernels of that name: a factory makes several."""
+        """Function name → numbers of its kernels, for functions that no module attribute holds: a factory may make several."""
         for number, name in enumerate(self._names):
             if "<locals>" in name or name != function_of(name):
                 self._made.setdefault(function_of(name), []).append(number)
@@ -101,15 +105,15 @@ class KernelSet:
         self._lock = threading.RLock()
 
     def name_of(self, tuning: AnyTuning) -> str:
-        """The kernel that a tuning of this bundle is of."""
+        """The name of a tuning's kernel."""
         return self._names[tuning.kernel]
 
     def is_chosen(self, tuning: AnyTuning) -> bool:
-        """Whether a measured choice of this bundle is in force here."""
+        """Whether a tuning's measured choice is in use here."""
         return tuning.choice is not None and not self.report.other_kind
 
     def choose_now(self, tuning: AnyTuning, config: Config) -> None:
-        """Put a choice that was just measured in place of the default."""
+        """Replace the default config by one that was just measured."""
         from aot_cache.upstream.codec import triton_kernel
         from aot_cache.upstream.hooks import triton_launches
 
@@ -118,7 +122,7 @@ class KernelSet:
             triton_kernel.choose(tuners, tuning.key, config, replace=True)
 
     def functions_of(self, tuning: AnyTuning) -> list[object]:
-        """The functions in this process that a tuning of this bundle is of: a factory makes several."""
+        """The functions in this process that a tuning belongs to; several if a factory makes them."""
         number = tuning.kernel
         found = self._functions([number]).get(number, ())
         return [function for function in found if not self._differs(function, number)]
@@ -129,10 +133,10 @@ class KernelSet:
         return any((pid, device, n) not in self._done for n in range(len(self._names)))
 
     def install(self, device: int) -> int:
-        """Install every kernel whose module the process has imported; returns how many units are new.
+        """Install every kernel whose module the process has imported. Returns how many units are new.
 
         Raises:
-            BundleCorrupt: when an object's hash is wrong.
+            BundleCorrupt: an object's hash is wrong.
         """
         from aot_cache.upstream.codec import triton_kernel  # imports Triton, which the process has by now
 
@@ -145,7 +149,7 @@ class KernelSet:
                 self._devices[device] = _OnDevice(triton_kernel.Installer(current, device, self.bundle))
                 self.report.devices.append(device)
             found = self._functions(missing)
-            self.bundle.require_sound()  # all of it, or nothing is installed
+            self.bundle.require_sound()  # check the whole bundle first: all units are installed, or none
             before = self.report.installed
             for number, functions in found.items():
                 self._install_fitting(functions, number, device)
@@ -157,10 +161,10 @@ class KernelSet:
             return new
 
     def import_pending(self) -> bool:
-        """Import the modules of pending kernels whose package the process has imported; true when any of them came.
+        """Import the modules of pending kernels whose package is already imported. Returns whether any was imported.
 
-        Libraries import their kernels where they first launch them, which may be inside a capture. What a module raises is
-        left to the library: its kernels stay pending.
+        Some libraries import a kernel's module at its first launch, which may be inside a capture. If a module raises, its
+        kernels stay pending, and the library will meet the error itself.
         """
         came = False
         for name in sorted({name.partition(":")[0] for name in self.report.pending}):
@@ -174,14 +178,14 @@ class KernelSet:
         return came
 
     def adopt(self, function: object, name: str, device: int) -> bool:
-        """Install the units of a kernel that is made anew inside a function, for this one; True when there are any."""
+        """Install units for a kernel object that a factory has just made. Returns whether there were any."""
         if name not in self._made or device not in self._devices:
             return False
         with self._lock:
             return sum(self._install_fitting([function], number, device) for number in self._made[name]) > 0
 
     def prime(self, device: int) -> int:
-        """Load what is installed onto the current device, which must be `device`; returns how many modules."""
+        """Load the installed units onto the current device, which must be `device`. Returns how many modules were loaded."""
         from aot_cache.upstream.codec import triton_kernel
 
         with self._lock:
@@ -192,7 +196,7 @@ class KernelSet:
             if modules:
                 self._ledger.note("primed", "", torch_capture.capturing(), modules)
             self.report.primed = 0
-            for one in self._devices.values():  # a factory's kernel may be there more than once
+            for one in self._devices.values():  # a unit of a factory's kernel may be installed more than once
                 loaded = {id(unit) for unit, kernel in zip(one.units, one.kernels) if triton_kernel.is_loaded(kernel)}
                 self.report.primed += len(loaded)
             self.report.modules += modules
@@ -202,7 +206,7 @@ class KernelSet:
         return self._names[number] in self.report.stale or any(n == number for _, _, n in self._done)
 
     def _mine(self, number: int) -> bool:
-        """Whether this process's rank launches a kernel: what only another one makes is not missing here."""
+        """Whether this process's rank launches the kernel; one that only other ranks launch is not missing here."""
         return of_this_rank(self.manifest.kernels[number].ranks)
 
     def _functions(self, numbers: list[int]) -> dict[int, list[object]]:
@@ -223,18 +227,18 @@ class KernelSet:
         return out
 
     def _differs(self, function: object, number: int) -> str:
-        """How a function is not the one that a kernel of the bundle was built from; empty when it is."""
+        """How a function differs from the one that a kernel was built from; empty if it does not."""
         from aot_cache.upstream.codec import triton_jit
 
         return triton_jit.closure_differs(function, self.manifest.kernels[number].closure)
 
     def _install_fitting(self, functions: list[object], number: int, device: int) -> int:
-        """Install a kernel's units for those of `functions`, which all have its name, that it was built from."""
+        """Install a kernel's units for those of `functions` (all have its name) whose source it was built from."""
         name = self._names[number]
         differs = {id(function): self._differs(function, number) for function in functions}
         fitting = [function for function in functions if not differs[id(function)]]
         if not fitting and function_of(name) not in self._made:
-            # Its module's function is another one. What is launched may be made from that, under its name (xformers).
+            # The module holds another function of this name. The launched one may be derived from it (xformers).
             self._made[name] = [number]
             return self._install_fitting(self._functions([number]).get(number, functions), number, device)
         others = [n for n in self._made.get(function_of(name), ()) if n != number]
@@ -250,7 +254,7 @@ class KernelSet:
         return sum(self._install_kernel(function, number, device) for function in fitting)
 
     def _unclear(self, functions: list[object], number: int) -> str:
-        """Why it cannot be said which of these is the one that was built; empty when all that they are is in words."""
+        """Why these functions cannot be told apart, although only one was built; empty if that is no problem."""
         from aot_cache.upstream.codec import triton_names
 
         found = {triton_names.hidden(function) for function in functions}
@@ -278,7 +282,7 @@ class KernelSet:
         return len(units)
 
     def _late_key(self, unit_number: int) -> str | None:
-        """The key of a unit that is given another jit function; None when that one is not what it was."""
+        """The in-memory key of a unit that takes another jit function as argument; None if that function has changed."""
         from aot_cache.errors import TraceError
         from aot_cache.upstream.codec import triton_jit
 
@@ -292,11 +296,11 @@ class KernelSet:
         return triton_jit.memory_key(specialization, options)
 
     def _choose(self, function: object, number: int) -> None:
-        """Fill the autotuners: the recorded choice where it was measured on this kind of GPU, else the first that fits."""
+        """Give autotuners their configs: the measured choice if it comes from this kind of GPU, else the first config that fits."""
         from aot_cache.upstream.codec import triton_kernel
         from aot_cache.upstream.hooks import triton_launches
 
-        # Those of other ranks may have the same key here, and other candidates.
+        # Tunings of other ranks may have the same key, with other candidates.
         tunings = [tuning for tuning in self._tunings.get(number, []) if of_this_rank(tuning.ranks)]
         tuners = {n: triton_launches.tuners_of(function, n) for n in {tuning.tuner for tuning in tunings}}
         same_kind = torch_capture.device_name() == self.manifest.target["name"]

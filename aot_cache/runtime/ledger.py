@@ -1,4 +1,4 @@
-"""The counters: every event that a warm process must not have, each with "was a capture active"."""
+"""Counters for the events that a warm process must not have, each also counted inside captures and after the seal."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ KINDS = (
     "refused",
     "rejected_bundle",
 )
-"""What is counted. The first eight are what a capture must never meet: Triton's compiles, disk reads, tunings and what
-they measure, module loads, C compilers, frames that Dynamo traced, graphs that a backend compiled. The others are what
-aot-cache did: `graph` is a first call that found its graph in a bundle, `fallback` a call inside a capture that was run
-without compiling or tuning, `unsafe` one that compiled or loaded there after all, `refused` one that raised instead."""
+"""What is counted. The first eight must never happen inside a capture: Triton's compiles, disk cache reads, tunings and their
+benchmarks, module loads, C compiler runs, frames traced by Dynamo, graphs compiled by a backend. The others are done by
+aot-cache: `graph` is a first call that found its graph in a bundle, `fallback` a call inside a capture that ran without
+compiling or tuning, `unsafe` one that compiled or loaded inside it, `refused` one that raised instead."""
 
 HARMFUL = ("compile", "disk_hit", "tuning", "benchmark", "module_load", "gcc", "frame", "graph_compile")
 _KEPT = 256
@@ -48,7 +48,7 @@ class Event:
 
 
 class Ledger:
-    """Thread-safe counts of events, and the last few by name."""
+    """Thread-safe counts of events, and the last few harmful events with their names."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -59,7 +59,7 @@ class Ledger:
         self._sealed = False
 
     def note(self, kind: str, name: str, in_capture: bool, count: int = 1) -> None:
-        """Count an event, or several of one kind."""
+        """Count an event, or `count` events of one kind."""
         with self._lock:
             self._totals[kind] += count
             if in_capture:
@@ -71,16 +71,16 @@ class Ledger:
 
     @property
     def sealed(self) -> bool:
-        """Whether start-up is over."""
+        """Whether start-up is over (`seal` was called)."""
         return self._sealed
 
     def seal(self) -> None:
-        """From here on every harmful event is a miss."""
+        """Declare start-up over: from now on every harmful event is a miss."""
         with self._lock:
             self._sealed = True
 
     def to_json(self) -> dict[str, Any]:
-        """Totals, in-capture counts and counts after the seal, for every kind; and the recent harmful events."""
+        """For every kind: totals, counts inside captures and counts after the seal; and the recent harmful events."""
         with self._lock:
             return {
                 "sealed": self._sealed,
@@ -91,7 +91,7 @@ class Ledger:
             }
 
     def reset(self) -> None:
-        """Start again from zero (tests, and a process after a fork)."""
+        """Set all counters to zero (tests, and a process after a fork)."""
         with self._lock:
             self._totals.clear()
             self._in_capture.clear()

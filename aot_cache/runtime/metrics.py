@@ -16,7 +16,11 @@ _COUNTERS = (
 
 
 def prometheus(stats: Mapping[str, Any] | None = None) -> str:
-    """`stats()`, or what is given of it, in the text format that Prometheus reads."""
+    """The counters of `stats()` in Prometheus text format.
+
+    Args:
+        stats: a result of `aot_cache.stats()`; None calls it.
+    """
     found = loader.stats() if stats is None else stats
     lines = []
     for name, metric, text in _COUNTERS:

@@ -1,8 +1,8 @@
-"""What missed: the last few for `stats()`, and all of them as JSON lines in the file that AOT_CACHE_MISSES names.
+"""The misses of this process: the last few for `stats()`, and all as JSON lines in the file that AOT_CACHE_MISSES names.
 
-Several processes append to one file, each line with one write under a lock. A miss that happens again and again is written
-the first, second, fourth, eighth … time, with how often this process has had it. `aot-cache inspect --misses` shows the
-file, `aot-cache build --misses` builds what is in it.
+Several processes may append to one file; each line is one write under a lock. A repeated miss is written the first, second,
+fourth, eighth … time, with its count in this process. `aot-cache inspect --misses` shows the file, and
+`aot-cache build --misses` builds what it lists.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Miss:
     Args:
         kind: `graph`, `kernel`, `tuning` or `load`.
         name: `module:qualname` of the function or kernel.
-        in_capture, sealed: when it was.
+        in_capture, sealed: whether a capture was active, and whether the process was sealed.
         action: what was done: `eager`, `twin`, `first config`, `unsafe`, `refused`, `compiled` or `observed`.
-        why: what differs from what is there.
+        why: how the call differs from what is installed.
     """
 
     kind: str
@@ -60,7 +60,7 @@ class Misses:
         self._cannot_write = False
 
     def note(self, miss: Miss, facts: Callable[[], Mapping[str, Json] | None]) -> None:
-        """Keep a miss; `facts` are what the next build needs of it, made only where a file asks for them; None: not known."""
+        """Keep a miss. `facts` returns what the next build needs, or None if unknown; it is called only if there is a file."""
         path = os.environ.get(VARIABLE)
         with self._lock:
             self._recent.append(miss)
@@ -70,12 +70,12 @@ class Misses:
                 found = facts()
                 if found is not None:
                     self._write(path, miss, found)
-            except Exception as error:  # the call goes on, whatever becomes of its record
+            except Exception as error:  # the call continues even if its miss cannot be written
                 self._cannot_write = isinstance(error, OSError)
                 self._warn(f"aot-cache cannot write the miss of {miss.name} to {path}: {error}")
 
     def count_in_capture(self) -> int:
-        """How many there were inside captures."""
+        """How many misses happened inside captures."""
         return self._in_capture
 
     def to_json(self) -> list[dict[str, Json]]:
@@ -103,17 +103,17 @@ class Misses:
 
 
 def append(path: str, line: str) -> None:
-    """Append a line to a file that other processes append to as well: one write, under a lock.
+    """Append a line with one write under a lock: other processes append to the same file.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         data = (line + "\n").encode()
         written = os.write(handle, data)
-        if written != len(data):  # a full disk: a reader skips the half line
+        if written != len(data):  # the disk is full; readers skip the incomplete line
             raise OSError(28, "no space left on device")
     finally:
         os.close(handle)

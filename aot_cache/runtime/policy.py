@@ -1,6 +1,6 @@
-"""What is done where a call misses: for the process, and for single functions; and the eager twins of kernels.
+"""What to do when a call misses, for the process and for single functions; and the eager twins of kernels.
 
-fallback  inside a capture: run without compiling, tuning or loading, count it, explain it (the default)
+fallback  inside a capture: run without compiling, tuning or loading; count and explain the miss (the default)
 error     inside a capture, and anywhere after `seal()`: raise `CacheMiss` before anything is recorded (CI, canaries)
 observe   change nothing, only count
 """
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class SourceSpan(NamedTuple):
-    """Where a function stands: its file, and its first and last line."""
+    """Where a function is defined: its file, and its first and last line."""
 
     file: str
     first: int
@@ -32,11 +32,11 @@ class SourceSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class EagerImpl:
-    """What runs in place of a kernel that is missing inside a capture.
+    """What runs in place of a kernel that misses inside a capture.
 
     Args:
-        function: computes with torch what the kernel does, into the same tensors.
-        names: the arguments that it takes, of the kernel's and `grid`.
+        function: computes with torch what the kernel computes, into the same tensors.
+        names: which of the kernel's arguments, and `grid`, the function takes.
     """
 
     function: Callable[..., object]
@@ -53,7 +53,7 @@ _twins: dict[SourceSpan, EagerImpl] = {}
 
 
 def set_default(name: str | None) -> None:
-    """The process's policy; None leaves it as it is.
+    """Set the process's policy; None leaves it unchanged.
 
     Raises:
         DeclarationError: there is no such policy.
@@ -74,14 +74,14 @@ def from_environment() -> str | None:
 
 
 def default() -> str:
-    """The process's policy: what was set, else AOT_CACHE_POLICY, else `fallback`."""
+    """The process's policy: the one that was set, else AOT_CACHE_POLICY, else `fallback`."""
     return _default or from_environment() or "fallback"
 
 
 def of(place: SourceSpan) -> str:
-    """The policy for the function at `place`: its own, or that of the function in which it stands, or the process's.
+    """The policy for the function at `place`: its own, else that of the enclosing function, else the process's.
 
-    What Dynamo makes of the rest of a function, after a graph break, stands in that function.
+    A resume function, which Dynamo makes after a graph break, lies within the lines of its original function.
     """
     around = [own for own in _own if own.file == place.file and own.first <= place.first <= own.last]
     return _own[max(around, key=lambda own: own.first)] if around else default()
@@ -93,12 +93,15 @@ def eager_impl_of(place: SourceSpan) -> EagerImpl | None:
 
 
 def policy(name: str) -> Callable[[T], T]:
-    """Decorator: another policy for one function, compiled function, module, Triton kernel or autotuner.
+    """Decorator: set a policy for one function, compiled function, module, Triton kernel or autotuner.
 
-    Returns it unchanged: nothing is put between a call and what it calls.
+    Args:
+        name: `fallback`, `error` or `observe`.
+
+    The decorated object is returned unchanged, so calls have no extra cost.
 
     Raises:
-        DeclarationError: there is no such policy, or what is decorated is no function.
+        DeclarationError: there is no such policy, or the decorated object is none of these.
     """
     _known(name, "policy")
 
@@ -110,14 +113,14 @@ def policy(name: str) -> Callable[[T], T]:
 
 
 def fallback(kernel: object) -> Callable[[T], T]:
-    """Decorator: an eager twin for a Triton kernel (or autotuner), for launches that miss inside a capture.
+    """Decorator: declare an eager twin of a Triton kernel (or autotuner). It runs when a launch misses inside a capture.
 
-    The twin is called with the kernel's arguments by name, as far as it takes them, constexprs as plain values, and
-    with `grid` (three integers) if it takes that; it writes its results into the tensors that it is given, and must not
-    read their values on the host. Its operators are what the capture records.
+    The twin is called with those of the kernel's arguments that it names, constexprs as plain values, and with `grid` (three
+    integers) if it names that. It writes its results into the given tensors, and must not read tensor values on the host.
+    The capture records the twin's operators.
 
     Raises:
-        DeclarationError: `kernel` is no kernel, or the twin takes what the kernel has not.
+        DeclarationError: `kernel` is no kernel, or the twin requires a parameter that the kernel does not have.
     """
     place = span_of(kernel)
     names = set(getattr(kernel, "arg_names", ()))
@@ -127,7 +130,7 @@ def fallback(kernel: object) -> Callable[[T], T]:
         )
 
     def decorate(twin: T) -> T:
-        parameters = inspect.signature(twin).parameters  # type: ignore[arg-type]  # it is called below
+        parameters = inspect.signature(twin).parameters  # type: ignore[arg-type]  # a function: it is called below
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         taken = {n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         unknown = sorted(
@@ -147,10 +150,10 @@ def fallback(kernel: object) -> Callable[[T], T]:
 
 
 def span_of(what: object) -> SourceSpan:
-    """Where the Python function under `what` stands; `what` may also be its code.
+    """Where the Python function under `what` is defined; `what` may also be a code object.
 
     Raises:
-        DeclarationError: there is none.
+        DeclarationError: there is no function under `what`.
     """
     code = what if isinstance(what, types.CodeType) else unwrapping.code_of(what)
     if code is None:

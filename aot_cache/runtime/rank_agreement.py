@@ -1,8 +1,8 @@
-"""Agreement between the ranks of a job, on the CPU, before anything that all of them must do or none.
+"""Let the ranks of a job agree, on the CPU, before a step that all of them must do or none.
 
-Every rank puts its value on a board (the store in which the ranks found each other) and reads those of all others. So it
-needs no communicator, which would itself have to be made by all ranks together, and it names the ranks that do not answer.
-Never inside a capture, never through the GPU. One rank, or no job: nothing is asked and nothing is paid.
+Every rank writes its value into the store of the job (the rendezvous store) and reads the values of all others. So no
+communicator is needed, which all ranks would have to create together, and ranks that do not answer can be named. It is never
+called inside a capture, and never uses the GPU. With one rank, or without a job, it does nothing and costs nothing.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from aot_cache.store import Json
 from aot_cache.upstream.codec import torch_ranks
 
 TIMEOUT = 60.0
-"""Seconds that a rank waits for the others unless told otherwise."""
+"""Default seconds that a rank waits for the others."""
 _SHORTEST, _LONGEST = 5e-5, 0.02
-"""Seconds between two looks: short while the others are about to come, and not a burden on the store later."""
+"""Seconds between two polls: short at first, when the others are about to answer; longer later, to spare the store."""
 _SWEPT = 64
-"""Texts that a rank leaves on the board before it takes them away: each time it asks the store."""
+"""Texts that a rank leaves on the board before it removes them together: each removal is a request to the store."""
 _lock = threading.Lock()
 _known: dict[tuple[int, ...], Ranks] = {}
 
 
 def of(group: object = None) -> Ranks:
-    """The ranks of a process group, or of the whole job for None; outside of a job, this process alone."""
+    """The ranks of a process group; None is the whole job. Outside of a job: this process alone."""
     members = torch_ranks.ranks_of(group) if torch_ranks.up() else (0,)
     with _lock:
         found = _known.get(members)
@@ -38,16 +38,17 @@ def of(group: object = None) -> Ranks:
 
 
 def agree_all(ok: bool, what: str, *, why: str = "", group: object = None, timeout: float = TIMEOUT) -> None:
-    """Go on when every rank says yes.
+    """Return if every rank answers yes, else raise on all ranks.
 
     Args:
         ok: this rank's answer.
-        what: what is agreed on; the same text on every rank.
-        why: said of this rank when its answer is no.
+        what: the subject; the same text on every rank.
+        why: this rank's reason if its answer is no.
+        group: the process group whose ranks agree; None is the whole job.
         timeout: seconds to wait for the others.
 
     Raises:
-        RankDisagreement: on every rank, when one says no; and on those that wait, when one does not answer in time.
+        RankDisagreement: a rank answers no (raised on every rank), or does not answer in time (raised on those that wait).
     """
     said = of(group).gather({"ok": bool(ok), "why": why}, what, timeout)
     no = {rank: one["why"] or "no" for rank, one in said.items() if not one["ok"]}
@@ -56,10 +57,10 @@ def agree_all(ok: bool, what: str, *, why: str = "", group: object = None, timeo
 
 
 def agree_same(value: str, what: str, *, group: object = None, timeout: float = TIMEOUT) -> None:
-    """Go on when every rank has the same value (a digest, a version).
+    """Return if every rank has the same value (a digest, a version), else raise on all ranks.
 
     Raises:
-        RankDisagreement: on every rank, when two differ; and on those that wait, when one does not answer in time.
+        RankDisagreement: two ranks differ (raised on every rank), or one does not answer in time (raised on those that wait).
     """
     said = of(group).gather(value, what, timeout)
     if len(set(said.values())) > 1:
@@ -67,10 +68,10 @@ def agree_same(value: str, what: str, *, group: object = None, timeout: float = 
 
 
 class Ranks:
-    """Some ranks of a job, of which this process is one.
+    """A set of ranks of a job that includes this process.
 
     Args:
-        members: their numbers in the job.
+        members: their rank numbers in the job.
     """
 
     def __init__(self, members: tuple[int, ...]) -> None:
@@ -83,18 +84,18 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether this rank is the one that talks to people."""
+        """Whether this rank is the first one, which prints progress."""
         return self.own == self.members[0]
 
     def lives(self) -> bool:
-        """Whether this is of the job that the process belongs to now."""
+        """Whether this object belongs to the process's current job."""
         return self._board is None or self._board.of is torch_ranks.store()
 
     def gather(self, value: Json, what: str, timeout: float = TIMEOUT) -> dict[int, Json]:
-        """Every rank's value, by rank. All of them call it, in the same order, outside of captures.
+        """Rank → value, for every rank. All ranks call it, in the same order, outside of captures.
 
         Raises:
-            RankDisagreement: a rank did not answer in time, gave up, or is at another place of the program.
+            RankDisagreement: a rank did not answer in time, gave up, or called with another `what`.
         """
         if self._board is None:
             return {self.own: value}
@@ -103,7 +104,7 @@ class Ranks:
             try:
                 self._board.put(self._key(number, self.own), json.dumps({"what": what, "value": value}))
                 said = self._read(self._board, number, what, timeout)
-                if number % _SWEPT == 0:  # whoever has spoken now has read all of what was said before
+                if number % _SWEPT == 0:  # a rank that has answered now has read all earlier texts
                     for old in range(max(0, number - _SWEPT), number):
                         self._board.remove(self._key(old, self.own))
             except RuntimeError as error:
@@ -119,7 +120,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Where this rank raises inside, the others raise as soon as they wait for it, and not after their timeout."""
+        """If this rank raises inside, the others raise as soon as they wait for it, instead of after their timeout."""
         try:
             yield
         except BaseException as error:
@@ -131,7 +132,7 @@ class Ranks:
         try:
             board.put(self._gone(self.own), why)
         except RuntimeError:
-            return  # nobody can be told
+            return  # without the store the other ranks cannot be told
 
     def _read(self, board: torch_ranks.Board, number: int, what: str, timeout: float) -> dict[int, Mapping[str, Json]]:
         keys = [self._key(number, rank) for rank in self.members]

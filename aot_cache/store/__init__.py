@@ -1,7 +1,7 @@
-"""Bytes on disk: content-addressed objects, records, and bundles. Knows neither torch nor Triton.
+"""Bytes on disk: content-addressed objects, records, and bundles. Imports neither torch nor Triton.
 
-Writers take a lock and replace files whole; readers take no lock, write nothing and trust no byte that they did not
-hash. Nothing here is ever unpickled or executed.
+Writers replace files whole, and take a lock for work that must not be done twice. Readers take no lock, write nothing and
+trust no byte that they did not hash. Nothing here is ever unpickled or executed.
 """
 
 from __future__ import annotations

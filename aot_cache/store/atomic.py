@@ -1,8 +1,8 @@
-"""Whole files in, whole files out.
+"""Atomic writes and safe reads of whole files.
 
-A file is written under another name, flushed to the disk and then renamed, so that a reader sees the old bytes or the
-new bytes and never a part of them, also when the writer is killed. What a killed writer leaves behind is a file named
-`.<32 hex digits>.tmp`, which no reader looks at.
+A file is written under a temporary name, flushed to disk and then renamed, so that a reader sees the old or the new bytes
+and never a part of them, even if the writer is killed. A killed writer leaves a file named `.<32 hex digits>.tmp`, which no
+reader looks at.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from aot_cache.errors import BundleCorrupt, BundleMissing, StoreError, StoreUnwr
 
 PROBE_BYTES = 4096
 
-# errno -> (what was found, what to do about it)
+# errno -> (reason, hint)
 _REASONS = {
     errno.ENOSPC: ("no space is left on that file system", "free some space or choose another folder"),
     errno.EDQUOT: ("the disk quota is used up", "free some space or choose another folder"),
@@ -34,15 +34,14 @@ _REASONS = {
     errno.ELOOP: ("the path is a circle of symbolic links", "remove the links or choose another folder"),
 }
 
-# Some network and FUSE file systems cannot flush a folder; the rename is done all the same.
+# Some network and FUSE file systems cannot flush a folder; the rename still works there.
 _NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS})
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path`: after a crash at any moment the file has its old bytes or all of the new ones.
+    """Write `data` to `path`. After a crash at any moment the file has its old bytes or all of the new ones.
 
-    Missing folders are made. The permissions are 0644 less the umask. A symbolic link at `path` is replaced, never
-    followed.
+    Missing folders are made. Permissions are 0644 minus the umask. A symbolic link at `path` is replaced, not followed.
 
     Raises:
         StoreUnwritable: no space, no permission, a read-only file system, a file where a folder is needed, ...
@@ -65,10 +64,10 @@ def write_atomic(path: Path, data: bytes) -> None:
 def probe_writable(folder: Path) -> None:
     """Write and remove a small file in `folder`, which is made if it is missing.
 
-    Asking for permission bits would not do: root passes them, and a full or read-only file system has them too.
+    Checking permission bits is not enough: root ignores them, and they do not show a full or read-only file system.
 
     Raises:
-        StoreUnwritable: as `write_atomic`.
+        StoreUnwritable: like `write_atomic`.
     """
     temporary = _temporary_name(folder)
     try:
@@ -83,7 +82,7 @@ def probe_writable(folder: Path) -> None:
 
 
 def unwritable(path: Path, error: OSError) -> StoreUnwritable:
-    """The error to raise when the system's `error` kept something from being written at `path`."""
+    """The error to raise when a write at `path` failed with `error`."""
     default = (error.strerror or str(error), "choose another folder")
     why, hint = _REASONS.get(error.errno or 0, default)
     return StoreUnwritable(f"cannot write {path}: {why}", hint=hint)
@@ -91,17 +90,17 @@ def unwritable(path: Path, error: OSError) -> StoreUnwritable:
 
 @contextmanager
 def open_regular(path: Path, what: str = "bundle") -> Iterator[tuple[io.FileIO, int]]:
-    """Open an ordinary file for reading; yields the unbuffered file and its size in bytes.
+    """Open a regular file for reading; yields the unbuffered file and its size in bytes.
 
-    A folder, pipe or device is refused without waiting on it. Symbolic links are followed: what is read is judged by
-    its hash, not by its name.
+    A folder, pipe or device is refused without blocking. Symbolic links are followed, because the content is checked by its
+    hash, not by its name.
 
     Raises:
-        BundleMissing: nothing is there.
-        BundleCorrupt: something is there that is no ordinary file.
-        StoreError: it cannot be read, for example for want of permission.
+        BundleMissing: there is no file.
+        BundleCorrupt: it is not a regular file.
+        StoreError: it cannot be read, for example because of its permissions.
     """
-    # O_NONBLOCK: opening a named pipe that nobody writes would otherwise wait for ever.
+    # O_NONBLOCK: without it, opening a named pipe that has no writer would block forever.
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
     try:
         descriptor = os.open(path, flags)
@@ -123,19 +122,19 @@ def open_regular(path: Path, what: str = "bundle") -> Iterator[tuple[io.FileIO, 
 
 
 def _temporary_name(folder: Path) -> Path:
-    # Imported here because a process that only reads need not pay for it (it pulls in platform and re).
+    # Imported here so that a process that only reads does not pay for it (it imports platform and re).
     from uuid import uuid4
 
-    # Unique by chance, not by process id: containers and hosts that share a folder have the same ids.
+    # Random, not the process id: containers and hosts that share a folder can have the same ids.
     return folder / f".{uuid4().hex}.tmp"
 
 
 def _write_new(path: Path, data: bytes) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags, 0o644)  # the kernel takes the umask off
+    descriptor = os.open(path, flags, 0o644)  # the kernel applies the umask
     try:
         rest = memoryview(data)
-        while rest:  # one call writes 2 GiB at most, and less on a disk that is nearly full
+        while rest:  # one call writes at most 2 GiB, and less on a disk that is nearly full
             rest = rest[os.write(descriptor, rest) :]
         os.fsync(descriptor)
     finally:
@@ -150,18 +149,18 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir()
     except FileExistsError:
-        if not folder.is_dir():  # else another writer was faster
+        if not folder.is_dir():  # if it is one, another writer made it first
             raise
     _sync_folder(folder.parent)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the names in `folder` last: without it a rename can be lost with the power, though the bytes are there."""
+    """Flush the names in `folder` to disk: otherwise a power loss can undo a rename, although the bytes are on disk."""
     if os.name == "nt":  # folders cannot be opened there
         return
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # one may write into a folder and not list it
+    except PermissionError:  # a folder may be writable and not readable
         return
     try:
         os.fsync(descriptor)

@@ -2,19 +2,20 @@
 
     8 bytes    length of the header, little endian
     header     JSON, padded with spaces to 8 bytes:
-               {"__metadata__": {"format": "aot-cache", "manifest": <JSON>, "manifest_sha256": .., "schema": "1"},
+               {"__metadata__": {"format": "aot-cache", "manifest": <JSON>, "manifest_sha256": .., "objects_sha256": ..,
+                                 "schema": "1"},
                 <sha256>: {"dtype": "U8", "shape": [size], "data_offsets": [begin, end]}, ...}
     objects    in the order of their digests, without gaps
 
 The same manifest and objects give the same bytes, and a header is accepted only if it is, byte for byte, the one that
-`write_bundle` writes for its manifest. So there is one way to say a thing, and no second reading of it to attack.
+`write_bundle` writes for its manifest. So the encoding is unique, and an attacker cannot use a second reading of it.
 
 A bundle's *digest* is the sha256 of its first two parts. It covers the objects too, because the manifest lists their
-hashes: whoever pins it has pinned every byte. Without a pin, a damaged header is still found (the layout is fixed and
+hashes: pinning it pins every byte. Without a pin, a damaged header is still detected (the layout is fixed and
 `manifest_sha256` covers the rest), but a forged one is not.
 
-The file is written here and not by `safetensors.serialize`, which orders the metadata by chance (0.8.0), so that the
-same input would have many digests; safetensors reads it like any other.
+The file is not written by `safetensors.serialize`, because that orders the metadata randomly (0.8.0), and the same input
+would have many digests. safetensors can read the file.
 """
 
 from __future__ import annotations
@@ -39,28 +40,28 @@ from aot_cache.store.atomic import open_regular, write_atomic
 
 FORMAT = "aot-cache"
 SCHEMA = "1"
-MAX_HEADER = 100_000_000  # bytes; safetensors refuses more
+MAX_HEADER = 100_000_000  # bytes; the limit of safetensors
 
 _PREFIX = 8  # bytes of the header's length
-_MAX_OBJECT = 2**63  # no file is larger, and a longer number may not even be printable
+_MAX_OBJECT = 2**63  # bytes; no file is larger, and Python may refuse to print a longer number
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 PART = 2 << 20
-"""Bytes of objects that are read and hashed in one go when a bundle is read for loading."""
+"""Bytes of objects that are read and hashed at once when a bundle is read for loading."""
 
 _READERS = 8
-_MOST_PREFETCHED = 1 << 30  # bytes; a header may lie about more, and is checked first
+_MOST_PREFETCHED = 1 << 30  # bytes; of a larger file the header, which may be forged, is checked before anything is read
 _REPR = reprlib.Repr()
 _REPR.maxstring = 80
 
 
 class _Body:
-    """All objects of a bundle, read and hashed in parts by threads of their own while somebody else does something else.
+    """All objects of a bundle, read and hashed in parts of `PART` bytes by background threads.
 
-    Large reads and large hashes release the interpreter's lock; one of each for every object would fight for it.
+    Large reads and hashes release the GIL; a read and a hash for every object would contend for it.
     """
 
     def __init__(self, file: int, begin: int, size: int) -> None:
-        # Private: what a forked process reads again must not reach what was hashed here. Not yet touched: threads do that.
+        # Private, so that what a forked child reads again cannot change what was hashed here. The threads touch the pages.
         self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._file = file
         self._begin = begin
@@ -75,21 +76,21 @@ class _Body:
             Thread(target=self._work, args=(threads - 1,), name="aot-cache", daemon=True).start()
 
     def _work(self, more: int) -> None:
-        # Each starts the next: starting one waits for it, which would hold up who asked for them all.
-        with contextlib.suppress(RuntimeError):  # no more threads to be had: those that are there do it
+        # Each thread starts the next. `Thread.start` waits for the new thread, so starting all of them would delay the caller.
+        with contextlib.suppress(RuntimeError):  # no more threads can be started: the running ones do the work
             self._start(more)
         for number in self._next:
             try:
                 self._digests[number] = self._read(number)
                 self._parts[number].set_result(self._digests[number])
-            except BaseException as error:  # somebody waits for it
+            except BaseException as error:  # a caller waits for this part
                 self._parts[number].set_exception(error)
 
     def digest(self, number: int, path: Path) -> str:
-        """The sha256 of a part, which is then in `memory`. Waits for it."""
+        """Wait for a part and return its sha256. The part is then in `memory`."""
         try:
             if number not in self._digests and os.getpid() != self._process:
-                # Forked meanwhile: the threads, and perhaps a lock that they held, stayed in the parent.
+                # In a forked child: the threads, and the release of any lock that they held, are in the parent.
                 self._digests[number] = self._read(number)
             found = self._digests.get(number)
             return found if found is not None else self._parts[number].result()
@@ -99,25 +100,25 @@ class _Body:
             ) from error
 
     def wait(self) -> None:
-        """Until the threads no longer use the file."""
+        """Wait until the threads no longer use the file."""
         futures.wait(self._parts)
 
     def _read(self, number: int) -> str:
         view = memoryview(self.memory)[number * PART : (number + 1) * PART]
-        os.preadv(self._file, [view], self._begin + number * PART)  # a shortened file leaves zeros: another digest
+        os.preadv(self._file, [view], self._begin + number * PART)  # a shortened file leaves zeros, so the digest differs
         return hashlib.sha256(view).hexdigest()
 
 
 class Bundle:
-    """A bundle whose header and layout were found sound. Made by `read_bundle`.
+    """A bundle whose header and layout were checked. Made by `read_bundle`.
 
-    May be used from many threads at the same time; reading and hashing release the interpreter's lock. The file stays
-    open, so that it may be replaced or deleted meanwhile: a bundle is replaced whole, and this is the one that it was.
+    May be used from many threads at the same time; reading and hashing release the GIL. The file stays open, so its path may
+    be replaced or deleted meanwhile, and this object still reads the old bundle.
 
     Attributes:
         path: the file it was read from.
-        manifest: what `write_bundle` was given, and "objects": {sha256: bytes}.
-        digest: 64 hex digits that stand for the whole bundle.
+        manifest: what `write_bundle` was given, and "objects": {sha256: size in bytes}.
+        digest: 64 hex digits that identify the whole bundle.
         size: the file's size in bytes.
     """
 
@@ -147,16 +148,16 @@ class Bundle:
         self.size = begin
 
     def object(self, digest: str) -> bytes:
-        """The bytes that hash to `digest`; what is returned was hashed.
+        """The bytes of an object, checked against their hash.
 
-        Of a bundle that was read with `prefetch` it is a new copy each time: all objects are in memory already, and the
-        pages for copies that are kept would be a tenth of the time of loading.
+        A bundle that was read with `prefetch` returns a new copy each time: all objects are in memory already, and allocating
+        pages for cached copies would take a tenth of the loading time.
 
         Raises:
             BundleCorrupt: they hash to something else, or the bundle has no such object.
             StoreError: they cannot be read.
         """
-        # Two threads may both read an object that is new to them: they agree, and it costs less than a lock.
+        # Two threads may both read an object that is not cached yet: the results are equal, and it is cheaper than a lock.
         data = self._checked.get(digest)
         if data is not None:
             return data
@@ -174,7 +175,7 @@ class Bundle:
         return data
 
     def require_sound(self) -> None:
-        """Hash all objects that were not hashed yet.
+        """Check all objects that were not hashed yet.
 
         Raises:
             BundleCorrupt: some hash to something else.
@@ -193,13 +194,13 @@ class Bundle:
                 _refuse(self.path, f"its objects do not hash to what the header says; objects that are wrong: {bad}")
 
     def check_all(self) -> list[str]:
-        """Read and hash every object, also those that were hashed before; returns the digests of the bad ones, sorted."""
+        """Read and hash every object, even if it was hashed before; returns the digests of the bad ones, sorted."""
         return [name for name, span in self._spans.items() if hashlib.sha256(self._read(*span)).hexdigest() != name]
 
     def _read(self, begin: int, size: int) -> bytes:
         try:
             data = os.pread(self._file, size, begin)
-            while 0 < len(data) < size:  # Linux reads at most 2 GiB at once
+            while 0 < len(data) < size:  # Linux reads at most 2 GiB per call
                 more = os.pread(self._file, size - len(data), begin + len(data))
                 if not more:
                     break
@@ -208,15 +209,15 @@ class Bundle:
             raise StoreError(
                 f"cannot read {self.path}: {error.strerror or error}", hint="copy it to a local disk"
             ) from error
-        return data  # a file that was shortened gives fewer bytes, which do not hash to the name
+        return data  # fewer bytes if the file was shortened, and they do not hash to the name
 
 
 def write_bundle(path: str | os.PathLike[str], manifest: Mapping[str, Any], objects: Mapping[str, bytes]) -> str:
-    """Write a bundle in one step and return its digest.
+    """Write a bundle atomically and return its digest.
 
     Args:
-        path: the file; one that is there is replaced whole, and missing folders are made.
-        manifest: plain JSON (its keys strings, its numbers finite). Its "objects" is set here, the rest stays.
+        path: the file; an existing one is replaced whole, and missing folders are made.
+        manifest: plain JSON (string keys, finite numbers). Its "objects" is set here, the rest is kept.
         objects: bytes by their sha256 (64 lower-case hex digits).
 
     Raises:
@@ -231,7 +232,7 @@ def write_bundle(path: str | os.PathLike[str], manifest: Mapping[str, Any], obje
             raise BundleCorrupt(f"cannot write {path}: the bytes of object {name!r} do not hash to its name")
     sizes = {name: len(data) for name, data in objects.items()}
     text = _canonical({**manifest, "objects": sizes})
-    if _canonical(_parse(text)) != text:  # keys that are numbers become strings, and may then sort or meet otherwise
+    if _canonical(_parse(text)) != text:  # number keys become strings, which may sort differently or collide
         raise ValueError("the manifest is not plain JSON: what is read back would not be what was written")
     ordered = [objects[name] for name in sorted(objects)]
     header = _header(text, sizes, _part_digests(b"".join(ordered)))
@@ -243,20 +244,20 @@ def write_bundle(path: str | os.PathLike[str], manifest: Mapping[str, Any], obje
 
 
 def read_bundle(path: str | os.PathLike[str], digest: str | None = None, *, prefetch: bool = False) -> Bundle:
-    """Read a bundle's header and check it and the layout; the objects are read and hashed when they are asked for.
+    """Read a bundle's header, and check it and the layout. Objects are read and hashed on access.
 
-    Writes nothing and takes no lock. Bytes are copied into memory rather than mapped: a mapped file that somebody
-    shortens kills its readers, and one that changes after it was hashed was hashed for nothing.
+    Writes nothing and takes no lock. Bytes are copied into memory, not mapped: truncating a mapped file kills its readers
+    (SIGBUS), and a mapped file could change after it was hashed.
 
     Args:
         path: the file.
         digest: the digest that the bundle must have, or None for any.
-        prefetch: read and hash all objects too, on threads, beginning before the header is parsed. For loading.
+        prefetch: also read and hash all objects, on threads that start before the header is parsed. For loading.
 
     Raises:
         BundleMissing: there is no file.
-        BundleCorrupt: it is damaged, or no bundle; the message says what is wrong.
-        DigestMismatch: a sound bundle, but not the one that was asked for.
+        BundleCorrupt: it is damaged, or not a bundle; the message says what is wrong.
+        DigestMismatch: it is a sound bundle with another digest.
         StoreError: the file cannot be read.
     """
     path = Path(path)
@@ -270,7 +271,7 @@ def read_bundle(path: str | os.PathLike[str], digest: str | None = None, *, pref
         descriptor, body = os.dup(file.fileno()), None
         try:
             begin = _PREFIX + length
-            header += file.read(length)  # before the threads start, which it would wait for
+            header += file.read(length)  # before the threads start, because it would wait behind their reads
             if prefetch and 0 < size - begin <= _MOST_PREFETCHED:
                 body = _Body(descriptor, begin, size - begin)
             manifest, part_digests, actual = _read_header(path, header, size, digest)
@@ -283,7 +284,7 @@ def read_bundle(path: str | os.PathLike[str], digest: str | None = None, *, pref
 
 
 def _read_header(path: Path, header: bytes, size: int, digest: str | None) -> tuple[dict[str, Any], list[str], str]:
-    """(manifest, digests of the parts, digest of the bundle); `header` begins with its length."""
+    """(manifest, digests of the parts, digest of the bundle). `header` starts with its length."""
     manifest, part_digests = _check_header(path, header)
     wanted = sum(manifest["objects"].values())
     if size - len(header) != wanted:
@@ -303,7 +304,7 @@ def _canonical(value: Any) -> str:
 
 
 def _parse(text: str) -> Any:
-    """Parse JSON; ValueError or RecursionError for anything that has more than one meaning or none."""
+    """Parse JSON strictly. Raises ValueError or RecursionError for anything ambiguous (a repeated key) or invalid."""
     return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
@@ -319,7 +320,7 @@ def _no_constant(text: str) -> NoReturn:
 
 
 def _part_digests(body: bytes) -> str:
-    """The sha256 of each `PART` bytes of all objects, in order, with commas between."""
+    """The sha256 of each `PART` bytes of the concatenated objects, in order, separated by commas."""
     return ",".join(hashlib.sha256(body[begin : begin + PART]).hexdigest() for begin in range(0, len(body), PART))
 
 
@@ -334,22 +335,22 @@ def _metadata(text: str, part_digests: str) -> dict[str, str]:
 
 
 def _header(text: str, sizes: Mapping[str, int], part_digests: str) -> bytes:
-    """The one header, with its length before it, for the manifest `text` and objects of these sizes (bytes)."""
+    """The canonical header, preceded by its length, for the manifest `text` and objects of these sizes (bytes)."""
     parts = [f'"__metadata__":{_canonical(_metadata(text, part_digests))}']
     begin = 0
-    for name in sorted(sizes):  # by hand, for digests and numbers need no escapes: this is on the way of every load
+    for name in sorted(sizes):  # without json, because digests and numbers need no escapes and every load runs this
         end = begin + sizes[name]
         parts.append(f'"{name}":{{"dtype":"U8","shape":[{sizes[name]}],"data_offsets":[{begin},{end}]}}')
         begin = end
     header = f"{{{','.join(parts)}}}".encode("ascii")
-    header += b" " * (-len(header) % 8)  # objects then begin on a multiple of 8, as safetensors has it
+    header += b" " * (-len(header) % 8)  # objects then start at a multiple of 8, as in safetensors
     return len(header).to_bytes(_PREFIX, "little") + header
 
 
 def _check_header(path: Path, header: bytes) -> tuple[dict[str, Any], list[str]]:
-    """The manifest in `header`, and the digests of the parts of all objects.
+    """(manifest in `header`, digests of the parts of all objects).
 
-    `header` begins with its length, and must be the one that `write_bundle` writes for those.
+    `header` starts with its length, and must be the one that `write_bundle` writes for these two.
     """
     try:
         metadata = _first_metadata(header)
@@ -368,7 +369,7 @@ def _check_header(path: Path, header: bytes) -> tuple[dict[str, Any], list[str]]
         _refuse(path, f"its objects_sha256 is {_short(joined)}, which is no list of sha256")
     manifest = _check_manifest(path, text)
     wanted = _header(text, manifest["objects"], joined)
-    if header != wanted:  # this accepts or refuses; what follows only looks for the words
+    if header != wanted:  # this is the check; `_difference` only words the error
         _refuse(path, _difference(header, wanted))
     if len(parts) != -(-sum(manifest["objects"].values()) // PART):
         _refuse(path, f"it has digests of {len(parts)} parts of its objects, which is not their number")
@@ -379,7 +380,7 @@ _METADATA = '{"__metadata__":'
 
 
 def _first_metadata(header: bytes) -> Any:
-    """The metadata in `header`: of one that `write_bundle` wrote it is parsed alone, for what follows is known from it."""
+    """The metadata in `header`. Of a header by `write_bundle` only the metadata is parsed, because it determines the rest."""
     text = header[_PREFIX:].decode("utf-8")
     if text.startswith(_METADATA):
         with contextlib.suppress(ValueError):
@@ -405,7 +406,7 @@ def _check_manifest(path: Path, text: str) -> dict[str, Any]:
 
 
 def _difference(header: bytes, wanted: bytes) -> str:
-    """Say, for a person, how a header differs from `wanted`, the one that its manifest asks for."""
+    """Describe how a header differs from `wanted`, the canonical header for its manifest."""
     try:
         json.loads(header[_PREFIX:].decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -429,6 +430,6 @@ def _difference(header: bytes, wanted: bytes) -> str:
 
 
 def _short(value: object) -> str:
-    """`value` in one short line: it may be hostile, that is long, deep or full of control characters."""
+    """`value` as one short line. It may be hostile: long, deeply nested or full of control characters."""
     text = str(value) if isinstance(value, Exception) else _REPR.repr(value)
     return "".join(character if character.isprintable() else "?" for character in text[:200])

@@ -1,4 +1,4 @@
-"""Types for JSON: values that are kept and passed on, and raw JSON at the edges."""
+"""Types for JSON: values that are passed on unread, and raw JSON at the boundaries."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from typing import Any, TypeAlias
 
 JsonValue: TypeAlias = bool | int | float | str | Sequence["JsonValue"] | Mapping[str, "JsonValue"] | None
 JsonObject: TypeAlias = Mapping[str, JsonValue]
-"""What JSON can say, for values that are not looked into."""
+"""A JSON object that is passed on unread."""
 Json: TypeAlias = Any
-"""Raw JSON: read from a file of which only the reader knows the form, or shown to people."""
+"""Raw JSON: read from a file whose form only the reader knows, or meant for display."""

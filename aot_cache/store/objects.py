@@ -1,10 +1,10 @@
 """The store: a folder of objects named by their hash, and of small records named by their key.
 
-    <root>/.lock                        taken by writers that must not meet
+    <root>/.lock                        held by a writer that excludes others
     <root>/v1/objects/<aa>/<digest>     bytes; the name is their sha256
     <root>/v1/records/<kind>/<key>.json facts about them
 
-A change of this layout is a new `v<n>` beside the old one, so that two releases can share a root.
+A changed layout gets a new `v<n>` beside the old one, so that two releases can share a root.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from aot_cache.store.atomic import open_regular, probe_writable, unwritable, wri
 LAYOUT = "v1"
 
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
-# Kinds and keys become file names: nothing that could lead out of the folder or hide in it.
+# Kinds and keys become file names: they must not lead out of the folder or be hidden files.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", re.ASCII)
 
 
 class Store:
     """A folder of content-addressed objects and of records.
 
-    Making a `Store` touches no disk, reading never writes and never waits for a lock, and the first write makes the
-    folders. One `Store` may be used from many threads, and one root from many processes at the same time.
+    The constructor does not touch the disk. Reading never writes or waits for a lock; the first write makes the folders.
+    One `Store` may be used from many threads, and one root from many processes, at the same time.
 
     Args:
         root: the folder.
@@ -44,7 +44,7 @@ class Store:
         self._home = self.root / LAYOUT
 
     def put(self, data: bytes) -> str:
-        """Keep `data`; returns its sha256 as 64 hex digits. Bytes that are there already are not written again.
+        """Store `data` and return its sha256 as 64 hex digits. Bytes that are stored already are not written again.
 
         Raises:
             StoreUnwritable: no space, no permission, ...
@@ -56,7 +56,7 @@ class Store:
         return digest
 
     def get(self, digest: str) -> bytes:
-        """The bytes that hash to `digest`; they are hashed on every call.
+        """The bytes that hash to `digest`. They are hashed on every call.
 
         Raises:
             BundleMissing: no such object.
@@ -81,7 +81,7 @@ class Store:
         return bool(_DIGEST.fullmatch(digest)) and self._object(digest).is_file()
 
     def put_record(self, kind: str, key: str, value: dict[str, Any]) -> None:
-        """Keep `value`, which must be plain JSON, under `kind` and `key`; an older record is replaced.
+        """Store `value`, which must be plain JSON, under `kind` and `key`. An older record is replaced.
 
         Raises:
             StoreUnwritable: no space, no permission, ...
@@ -110,13 +110,13 @@ class Store:
 
     @contextmanager
     def writer(self, timeout: float = -1) -> Iterator[None]:
-        """Hold the store against other writers (other threads and processes); readers do not notice.
+        """Lock the store against other writers (threads and processes). Readers are not affected.
 
-        `put` and `put_record` are safe without it: it is for work that must not be done twice, or for removing.
-        May be entered again by the thread that holds it. The system frees it when the holder dies.
+        `put` and `put_record` are safe without it: it is for work that must not be done twice, and for removing files.
+        The thread that holds it may enter again. The system frees it when the holder dies.
 
         Args:
-            timeout: seconds to wait for the writer before; negative waits for ever.
+            timeout: seconds to wait for the current holder; negative waits forever.
 
         Raises:
             StoreUnwritable: the lock cannot be made, or is still held after `timeout`.
@@ -127,8 +127,8 @@ class Store:
         path = self.root / ".lock"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            # One instance per path and process lets a thread that holds the lock enter again instead of waiting
-            # for itself; a file lock knows only descriptors.
+            # One instance per path and process, so that a thread that holds the lock can enter again instead of waiting
+            # for itself: a file lock is bound to a descriptor, not to a thread.
             lock = FileLock(path, is_singleton=True)
             lock.acquire(timeout=timeout)
         except Timeout as error:
@@ -142,7 +142,7 @@ class Store:
             lock.release()
 
     def check_writable(self) -> None:
-        """Find out whether this process can write here, before the work whose result would be lost.
+        """Check that this process can write here, before the work whose result would be lost.
 
         Raises:
             StoreUnwritable: no space, no permission, a read-only file system, ...
@@ -162,9 +162,9 @@ class Store:
 
 
 def _has_size(path: Path, size: int) -> bool:
-    """Whether an ordinary file of `size` bytes is there; a link does not count, and is replaced by `put`."""
+    """Whether `path` is a regular file of `size` bytes. A link does not count, and `put` replaces it."""
     try:
         status = path.lstat()
-    except OSError:  # writing will say what is wrong, if anything is
+    except OSError:  # if something is wrong, the write will report it
         return False
     return stat.S_ISREG(status.st_mode) and status.st_size == size

@@ -6,7 +6,7 @@ import os
 import sys
 
 _here = os.path.dirname(os.path.abspath(__file__))
-# The environment's own sitecustomize, if there is one, still runs.
+# Run the environment's own sitecustomize, if there is one.
 _rest = [p for p in sys.path if os.path.abspath(p or ".") != _here]
 _spec = importlib.machinery.PathFinder.find_spec("sitecustomize", _rest)
 if _spec is not None and _spec.loader is not None:
