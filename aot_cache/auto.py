@@ -1,6 +1,6 @@
 """`import aot_cache.auto` in a serving process: load what the environment names.
 
-AOT_CACHE         a bundle, or a folder with one bundle per kind of GPU; unset: no bundle is loaded
+AOT_CACHE         a bundle, or a folder with one bundle per GPU model; unset: no bundle is loaded
 AOT_CACHE_DIGEST  the bundle's digest; any other bundle is refused
 AOT_CACHE_STRICT  1: raise instead of serving without the bundle
 AOT_CACHE_POLICY  fallback, error or observe: what happens where a call misses; without AOT_CACHE, only the guard is armed

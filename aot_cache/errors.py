@@ -2,7 +2,7 @@
 
     AotCacheError
     ├── DeclarationError        a recipe, range or dimension is wrong, or a recipe's own code raised
-    ├── UnknownName             a model, target or dimension that nobody declared
+    ├── UnknownName             there is no such model, target or dimension
     ├── TargetError             a target cannot be used here (or differs from the device)
     ├── TraceError              host code could not be run on the virtual device
     │   └── DataDependent       host code read values of a tensor that has none
@@ -16,11 +16,11 @@
     ├── NotReady                something declared is not installed, or a sealed process missed
     ├── CacheMiss               policy `error`: a call would compile, tune or load inside a capture or after `seal()`
     ├── RankDisagreement        the ranks of a job would not do the same thing, or one of them does not answer
-    ├── RehearsalFailed         a bundle does not hit, or is not near eager, at a point at which it was rehearsed
+    ├── RehearsalFailed         a bundle does not hit, or is not close to eager, at a rehearsed point
     └── TuneError               tuning could not run
 
-A message is `expected X, found Y`, or one sentence where that reads better ("no bundle at P"); the hint says what to do.
-The command line prints `error: …` and `hint: …` and exits with `exit_code`; it shows no traceback for anything in this tree.
+A message is `expected X, found Y`, or one sentence where that is clearer ("no bundle at P"); the hint says what to do.
+The command line prints `error: …` and `hint: …` and exits with `exit_code`. It shows no traceback for these errors.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class AotCacheError(Exception):
     """Base of every error that aot-cache raises on purpose.
 
     Args:
-        expected: what was expected, where `found` says what was there; else the whole message, one sentence.
-        found: what was there instead.
-        hint: what the reader can do about it.
+        expected: what was expected; without `found`, the whole message as one sentence.
+        found: what was found instead.
+        hint: what the user can do about it.
 
     Attributes:
-        expected, found: both empty where the message is a sentence.
-        message: what is wrong, without the hint.
+        expected, found: both empty if the message is one sentence.
+        message: the message without the hint.
     """
 
     exit_code = 3
@@ -50,19 +50,19 @@ class AotCacheError(Exception):
         super().__init__(f"{self.message}; hint: {hint}" if hint else self.message)
 
     def __reduce__(self) -> tuple[type[AotCacheError], tuple[str, ...]]:
-        # Errors cross process boundaries (the builder's workers); the default would lose `found` and `hint`.
+        # Errors are pickled across processes (the builder's workers), and the default would lose `found` and `hint`.
         return (type(self), tuple(self.parts().values()))
 
     def parts(self) -> dict[str, str]:
-        """What it was made of, by the names of the constructor's arguments: to send it to another process."""
+        """The constructor's arguments by name, to send the error to another process."""
         return {"expected": self.expected or self.message, "found": self.found, "hint": self.hint}
 
     def within(self, where: str) -> AotCacheError:
-        """The same error with the place at which it was met, such as a case and a point, in front of its message."""
+        """The same error, with where it occurred (such as a case and a point) in front of its message."""
         return type(self)(f"{where}: {self.message}", hint=self.hint)
 
     def to_json(self) -> dict[str, str | int]:
-        """Its parts, for `--json`."""
+        """The error as JSON, for `--json`."""
         parts = {"message": self.message, "expected": self.expected, "found": self.found, "hint": self.hint}
         return {"type": type(self).__name__, **parts, "exit_code": self.exit_code}
 
@@ -72,7 +72,7 @@ class DeclarationError(AotCacheError):
 
 
 class UnknownName(AotCacheError):
-    """Raised for a model, target or dimension that nobody declared."""
+    """Raised for a model, target or dimension that does not exist."""
 
 
 class TargetError(AotCacheError):
@@ -84,7 +84,7 @@ class TraceError(AotCacheError):
 
 
 class DataDependent(TraceError):
-    """Raised when host code reads the values of a virtual tensor that carries none."""
+    """Raised when host code reads the values of a virtual tensor that has none."""
 
 
 class CompileFailed(AotCacheError):
@@ -94,7 +94,7 @@ class CompileFailed(AotCacheError):
 
 
 class RehearsalFailed(AotCacheError):
-    """Raised after a rehearsal in which not all chosen points hit and were near eager, or whose process died."""
+    """Raised after a rehearsal in which some chosen point missed or was not close to eager, or whose process died."""
 
     exit_code = 5
 
@@ -114,7 +114,7 @@ class BundleCorrupt(StoreError):
 
 
 class BundleMissing(StoreError):
-    """Raised when there is no bundle where one was named."""
+    """Raised when there is no bundle at the given path."""
 
 
 class DigestMismatch(StoreError):
@@ -124,19 +124,19 @@ class DigestMismatch(StoreError):
 
 
 class Incompatible(AotCacheError):
-    """Raised when a bundle is sound but not for this host; names the parts of the key that differ."""
+    """Raised when a bundle is sound but not for this host; the message names the parts of the key that differ."""
 
     exit_code = 16
 
 
 class NotReady(AotCacheError):
-    """Raised by `ready(strict=True)` when what is declared is not installed."""
+    """Raised by `ready(strict=True)` when something declared is not installed."""
 
     exit_code = 32
 
 
 class CacheMiss(AotCacheError):
-    """Raised in place of compiling, tuning or loading inside a capture, or after `seal()`, where the policy is `error`.
+    """Raised under policy `error` instead of compiling, tuning or loading inside a capture or after `seal()`.
 
     Also raised on ROCm for a Triton kernel that would compile inside a capture and has no eager fallback: the capture would be
     silently wrong.
@@ -146,33 +146,33 @@ class CacheMiss(AotCacheError):
 
 
 class RankDisagreement(AotCacheError):
-    """Raised on every rank that can still raise, where the ranks of a job would not do the same thing."""
+    """Raised on every rank that can still raise, when the ranks of a job would not do the same thing."""
 
 
 class TuneError(AotCacheError):
     """Raised when a bundle cannot be tuned here."""
 
 
-_ADVICE = "Set TORCH"  # how torch ends many messages: which variables would say more
+_ADVICE = "Set TORCH"  # many torch messages end with such advice: variables for more output
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """A hint for a word that is none of `known`: the closest of them, if one is close."""
+    """A hint that names the word of `known` closest to `word`; `otherwise` if none is close."""
     near = get_close_matches(word, list(known), n=1)
     return f"did you mean {near[0]!r}?" if near else otherwise
 
 
 def first_cause(error: BaseException) -> BaseException:
-    """What an error was raised from, first of all: lazy modules say only that one of their own could not be imported."""
+    """The root of an error's causes: the error of a lazy module itself says only that one of its modules failed to import."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def one_line(error: BaseException) -> str:
-    """An error of somebody else's as one line of at most 600 characters: its type, and its message's first and last line.
+    """Any error as one line of at most 600 characters: its type, and the first and last line of its message.
 
-    Messages of compilers begin with where, or with what is wrong (ptxas), and end with what is wrong (Triton) or where.
+    Compiler messages have the reason in the first line (ptxas) or the last (Triton), and the location in the other.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(_ADVICE)] or lines

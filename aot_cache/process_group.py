@@ -1,7 +1,7 @@
-"""A process with all that it starts, in a group of its own: nothing of it outlives the process that began it.
+"""A child process in a process group of its own, which does not outlive its parent.
 
-However that one ends, also by SIGKILL: a shell waits at the other end of a pipe, which the system closes then, and kills the
-group. A compiler that a forked child has started would go on for half a minute, and write into a folder that is gone.
+This holds however the parent ends, even by SIGKILL: a shell reads from a pipe of the parent, which the system then closes, and
+kills the group. Otherwise a compiler that a forked child started could run on for half a minute and write into a deleted folder.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ class ProcessGroup:
     """A process, and the group that it leads.
 
     Args:
-        command: what it runs.
-        environment: its variables.
+        command: the command line.
+        environment: its environment variables.
 
     Attributes:
-        process: with pipes for stdin, stdout and stderr, as text.
+        process: the leader, with text pipes for stdin, stdout and stderr.
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
-        # A session of its own: Ctrl-C reaches this process alone, which ends the others.
+        # A new session, so that Ctrl-C reaches only this (the parent) process, which then ends the group.
         self.process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=pipe, env=dict(environment), text=True, start_new_session=True
         )
@@ -37,13 +37,13 @@ class ProcessGroup:
         )
 
     def kill(self) -> None:
-        """Kill what is left of the group; safe at any time, and twice."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses where only the dead are left
+        """Kill what is left of the group. Safe at any time, and more than once."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses if only zombies are left
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def end(self) -> None:
         """Kill what is left of the group, and wait for its leader."""
-        self._guard.kill()  # first: it would kill a group of that number later
+        self._guard.kill()  # first, because it could otherwise kill a later group with the same id
         self._guard.wait()
         if self._guard.stdin is not None:
             self._guard.stdin.close()
@@ -52,15 +52,15 @@ class ProcessGroup:
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end, by Ctrl-C or a signal to the same purpose: what it has begun is cleaned up."""
+    """The process was asked to end by Ctrl-C, SIGTERM or SIGHUP. It is an exception so that cleanup runs."""
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Inside, SIGINT, SIGTERM and SIGHUP are raised as `Terminated`; the list then has the signal's number.
+    """Raise SIGINT, SIGTERM and SIGHUP as `Terminated` inside the block. The yielded list then has the signal's number.
 
-    In the main thread only, and where nobody else answers them. Libraries that parse command lines may catch what is raised,
-    and return as if nothing had been.
+    This works in the main thread only, and for signals without another handler. The list is needed because libraries that parse
+    command lines may catch the exception and return normally.
     """
     came: list[int] = []
     before = {}

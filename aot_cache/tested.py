@@ -1,8 +1,8 @@
-"""With which torch, Triton and transformers this version was tested, and what follows for others.
+"""The releases of torch, Triton and transformers that this version was tested with, and what to do with others.
 
-The table (`tested.json`) is written by `tools/check_torch`, from its record: which releases it ran under together, and for
-each module of `upstream/` what that relies on and the releases where the tests of that passed. What was never tested may
-work, so that it is said and not refused; what is older than all, or is known not to hold, is refused.
+The table (`tested.json`) is written by `tools/check_torch` from its record: which releases were tested together, and for each
+module of `upstream/` what it relies on and the releases where its tests passed. Untested releases may work, so they give a
+warning. Releases older than all tested ones, and releases where a needed contract is broken, are refused.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from pathlib import Path
 TABLE = Path(__file__).with_name("tested.json")
 GRAPHS, KERNELS = "graphs", "kernels"
 NOT_RUN = "(not run)"
-"""What the name of a part of the tests ends with where nobody ran it."""
+"""Suffix of the name of a test part that was not run."""
 UNTESTED = "AOT_CACHE_UNTESTED"
-"""Set to 1 to use releases that were not tested, without a warning."""
+"""Variable: 1 allows untested releases without a warning."""
 _NOT_FOR = {GRAPHS: ("triton_",), KERNELS: ("dynamo_", "inductor_")}
-"""What a bundle holds → beginnings of the modules of `upstream/` that serving it does without."""
+"""Content of a bundle → name prefixes of the `upstream/` modules that serving it does not need."""
 
 
 @dataclass(frozen=True)
 class Module:
-    """A module of `upstream/`: upstream's files and names in words, whether serving needs it, and where its tests passed."""
+    """A module of `upstream/`: the upstream files and names that it uses (text), whether serving needs it, and the releases
+    where its tests passed."""
 
     relies_on: str
     serves: bool
@@ -41,9 +42,9 @@ class Pair:
     """Two minor releases that were tested together.
 
     Args:
-        transformers: releases with which the shipped recipes' tests passed there.
+        transformers: releases with which the tests of the shipped recipes passed.
         broken: modules of `upstream/` whose contract does not hold.
-        failed: other parts of the tests that failed, such as `graph hits`, or that nobody ran: `graph hits (not run)`.
+        failed: other test parts that failed, such as `graph hits`, or were not run: `graph hits (not run)`.
     """
 
     torch: str
@@ -59,16 +60,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Table:
-    """Everything that was tested; pairs by torch's release, the oldest first."""
+    """Everything that was tested; pairs are sorted by torch's release, oldest first."""
 
     modules: Mapping[str, Module]
     pairs: tuple[Pair, ...]
 
     def refused(self, what: str, torch: str, triton: str) -> str:
-        """Why `what` (GRAPHS or KERNELS) must not be served under these releases; empty when it may be tried.
+        """Why `what` (GRAPHS or KERNELS) must not be served with these releases; empty if it may be.
 
         Args:
-            triton: empty where Triton has no part in it.
+            triton: empty if Triton is not used.
         """
         for name, here, known in (
             ("torch", torch, [p.torch for p in self.pairs]),
@@ -85,10 +86,10 @@ class Table:
         return ""
 
     def doubt(self, torch: str, triton: str, transformers: str = "") -> str:
-        """What speaks against trusting these releases together: nobody tested them, or tests did not pass; else empty.
+        """Why these releases together are doubtful: untested, or with failed tests; empty if they are fine.
 
         Args:
-            triton, transformers: empty where they have no part in it.
+            triton, transformers: empty if not used.
         """
         found = self._of(torch, triton)
         if not found:
@@ -108,7 +109,7 @@ class Table:
         return ""
 
     def transformers(self) -> list[str]:
-        """All releases of transformers with which the shipped recipes' tests passed, somewhere."""
+        """All releases of transformers with which the tests of the shipped recipes passed in any pair."""
         return sorted({release for pair in self.pairs for release in pair.transformers}, key=_number)
 
     def _of(self, torch: str, triton: str) -> list[Pair]:
@@ -125,7 +126,7 @@ def table() -> Table:
 
 
 def read(text: str) -> Table:
-    """The table in JSON."""
+    """Parse the table from JSON."""
     found = json.loads(text)
     modules = {
         name: Module(row["relies_on"], row["serves"], tuple(row["torch"]), tuple(row["triton"]))
@@ -139,12 +140,12 @@ def read(text: str) -> Table:
 
 
 def refused_here(what: str, on_cpu: bool) -> str:
-    """`Table.refused` of what is installed; Triton is nothing to what runs on the CPU."""
+    """`Table.refused` for the installed releases. Triton is ignored on the CPU."""
     return "" if os.environ.get(UNTESTED) == "1" else table().refused(what, *_installed(on_cpu))
 
 
 def doubt_here(on_cpu: bool, transformers: bool = False) -> str:
-    """`Table.doubt` of what is installed, of transformers where it has a part in it."""
+    """`Table.doubt` for the installed releases; `transformers`: whether it is used."""
     if os.environ.get(UNTESTED) == "1":
         return ""
     return table().doubt(*_installed(on_cpu), installed("transformers") if transformers else "")
@@ -155,7 +156,7 @@ def _installed(on_cpu: bool) -> tuple[str, str]:
 
 
 def here(packages: Iterable[str] = ("torch", "triton", "transformers")) -> str:
-    """`torch 2.13.0, triton 3.7.1`: those of `packages` that are installed."""
+    """The installed ones of `packages` as text: `torch 2.13.0, triton 3.7.1`."""
     return ", ".join(f"{name} {installed(name)}" for name in packages if installed(name))
 
 
@@ -165,10 +166,10 @@ def minor(version: str) -> str:
 
 
 def installed(package: str) -> str:
-    """The version of `package`: what is imported, else what is installed; empty when it is neither."""
+    """The version of `package`, imported or installed; empty if it is neither."""
     version = getattr(sys.modules.get(package), "__version__", None)
     if version is not None:
-        return str(version)  # and reading a package's record waits for the disk
+        return str(version)  # saves reading the package's metadata from disk
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -180,7 +181,7 @@ def _number(version: str) -> tuple[int, ...]:
 
 
 def _leading(part: str) -> str:
-    """The digits that `part` begins with: a nightly's last number is `0a0`, `0.dev20261101` or `0rc1`."""
+    """The leading digits of `part`: a nightly's last number is `0a0`, `0.dev20261101` or `0rc1`."""
     return part[: len(part) - len(part.lstrip("0123456789"))]
 
 

@@ -35,6 +35,7 @@ LAYERS = (
     ("cli.render",),
     ("cli",),
     ("", "__main__", "auto", "models"),  # "" is aot_cache/__init__.py
+    ("engines",),
 )
 
 # What imports no torch and no Triton: finding that there is nothing to do takes milliseconds, not seconds.

@@ -1,1 +1,1 @@
-"""The offline wing: trace on a virtual device, compile for a target, store."""
+"""The offline part: trace on a virtual device, compile for a target, store."""

@@ -1,4 +1,4 @@
-"""Put what workers have compiled together into a bundle's manifest and objects."""
+"""Assembles what workers compiled into a bundle's manifest and objects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def assemble(target: Target, spec: str, result: BuildResult, store: Store) -> tuple[Manifest, dict[str, bytes]]:
-    """(manifest, objects) of the bundle with all that `result` has for `target`.
+    """(manifest, objects by digest) of the bundle with everything in `result`, for `target`.
 
     Args:
         spec: text that loads the recipe.
@@ -36,9 +36,9 @@ def assemble(target: Target, spec: str, result: BuildResult, store: Store) -> tu
     for unit, unit_key, memory_key in zip(plan.units, result.keys, result.memory_keys, strict=True):
         record = store.get_record(UNITS, unit_key)
         if record is None or unit.id in listed:
-            continue  # it failed, and is listed so
+            continue  # it failed, and is in `failed`
         why = record.get("pruned") or misfit(record["metadata"], target)
-        if why and unit.launched_without_tuner():  # no tuner will pass it over: its launch fails
+        if why and unit.launched_without_tuner():  # no tuner can skip it, so its launch would fail
             failed.append(Failure(kernel=unit.kernel, unit=unit.id, error=why))
             continue
         if why:
@@ -92,7 +92,7 @@ def assemble(target: Target, spec: str, result: BuildResult, store: Store) -> tu
 
 
 def _for_servers(graphs: Sequence[Graph], store: Store, failed: list[Failure]) -> list[Graph]:
-    """Graphs without those that hold something which no server has (`scan`): they are added to what failed."""
+    """The graphs, without those that have builder-only state (see `scan`), which are added to `failed`."""
     wrong: dict[int, list[str]] = {}
     for finding in scan.findings(graphs, store.get):
         wrong.setdefault(finding.graph, []).append(finding.what)
@@ -103,15 +103,15 @@ def _for_servers(graphs: Sequence[Graph], store: Store, failed: list[Failure]) -
 
 
 def covered(plan: Plan, failed: Iterable[Failure]) -> int:
-    """How many of the visited points reach nothing that failed; 0 where a failure belongs to no point that is known.
+    """Number of visited points that reach nothing that failed; 0 if the points of a failure are not known.
 
-    Of a case that could not be run none is covered.
+    No point of a case that could not be run is covered.
     """
     reached = {unit.id: unit.reached for unit in plan.units} | {call.id: call.reached for call in plan.calls}
     gone = {one.case for one in plan.failed}
     lost: set[tuple[str, str]] = set()
     for failure in failed:
-        if failure.kernel.startswith("case "):  # a point of it, which is all that such a failure names
+        if failure.kernel.startswith("case "):  # such a failure names one point only
             lost.add((failure.kernel.removeprefix("case "), failure.unit))
         elif failure.unit not in reached and failure.reached is None:
             return 0
@@ -125,7 +125,7 @@ def covered(plan: Plan, failed: Iterable[Failure]) -> int:
 def _tuning(
     number: int, tuning: Tuning, kernels: Mapping[str, int], units: Sequence[KernelUnit], pruned: Sequence[Pruned]
 ) -> TuningChoice:
-    """A tuning of the plan; without a measurement the first candidate is taken whose every unit is in the bundle."""
+    """A tuning of the plan. Its default is the first candidate with units in the bundle and none that was pruned."""
     here = {c for unit in units for t, c in unit.via if t == number}
     lacking = {c for unit in pruned for t, c in unit.via if t == number}
     return TuningChoice(
@@ -142,7 +142,7 @@ def _tuning(
 
 
 def misfit(metadata: Mapping[str, Any], target: Target) -> str:
-    """Why a compiled kernel cannot be loaded on `target`; empty when it can. Triton finds out at the first launch."""
+    """Why a compiled kernel cannot be loaded on `target`; empty if it can. Triton would find out at the first launch."""
     if metadata.get("shared", 0) > target.shared_memory_per_block_optin:
         return (
             f"needs {metadata['shared']} bytes of shared memory, {target.id} has {target.shared_memory_per_block_optin}"
@@ -151,7 +151,7 @@ def misfit(metadata: Mapping[str, Any], target: Target) -> str:
 
 
 def _factor(units: Sequence[KernelUnit]) -> tuple[dict[str, Any], list[KernelUnit]]:
-    """(what all units' metadata have in common, the units without it): it is most of it, and load parses it once."""
+    """(the common part of all units' metadata, the units without it). It is most of the metadata, and is parsed only once."""
     if not units:
         return {}, []
     common = dict(units[0].metadata)

@@ -1,7 +1,7 @@
-"""The driver's library, by which extensions in C++ are linked: without one, libraries cannot even be imported.
+"""A stand-in for the driver's library, against which C++ extensions are linked: without it, they cannot be imported.
 
-An empty library of that name is enough to load them: functions are looked up when they are first called, and nothing
-calls one of the driver's here. A toolkit's `stubs` folder has one, too, but images to serve from have no toolkit.
+An empty library with that name is enough: functions are resolved when they are first called, and nothing calls the driver here.
+A toolkit's `stubs` folder has one, too, but images for serving have no toolkit.
 
 Source: the dynamic loader, which takes a library that is loaded under a name for that name; `ctypes`.
 """
@@ -19,7 +19,7 @@ NAME = "libcuda.so.1"
 
 
 def ensure() -> bool:
-    """Give this process a library of the driver's name if there is none; whether there is one now."""
+    """Load an empty library with the driver's name if there is no driver. Returns whether the name can be resolved now."""
     try:
         ctypes.CDLL(NAME)
         return True
@@ -41,6 +41,6 @@ def ensure() -> bool:
             subprocess.run(command, capture_output=True, check=True)
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         except (OSError, subprocess.CalledProcessError):
-            return False  # without a compiler an import that needs it says so itself
-    sys.setdlopenflags(os.RTLD_LAZY)  # Python's own default looks up all functions at once
+            return False  # without a compiler, an import that needs the library will report it
+    sys.setdlopenflags(os.RTLD_LAZY)  # Python's default resolves all functions at once
     return True

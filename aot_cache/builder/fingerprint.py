@@ -1,7 +1,7 @@
-"""What a build read, so that the next one can tell that there is nothing to do without importing any of it.
+"""Records what a build imported, so that the next build can tell without importing it (or torch) whether anything changed.
 
-Packages that an installer recorded are told by their RECORD file; everything else (the recipe, editable installs) by
-the content of each file that was imported. Built for `build` with nothing changed: no torch is imported to say so.
+Installed packages are identified by their RECORD file; everything else (the recipe, editable installs) by the content of each
+imported file.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-# Variables that say where and for whom a shell runs. Any other may steer host code, and is part of the stamp.
+# Variables that describe a shell session. Any other variable may change what host code does, and is part of the stamp.
 _SHELL = frozenset(
     "PWD OLDPWD SHLVL _ TERM COLUMNS LINES LS_COLORS USER LOGNAME HOSTNAME PS1 LESSOPEN LESSCLOSE MAIL DISPLAY "
     "PYTEST_CURRENT_TEST GITHUB_RUN_ID TMPDIR".split()
-    # Every worker of a build has new folders for these: with them in it, nothing in the store would be found again.
+    # Every worker has new folders for these: with them, no stored result would be found again.
     + "TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR".split()
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What processes of a build imported.
+    """What the processes of a build imported.
 
     Args:
-        python: its version; empty where nothing was imported yet.
+        python: Python's version; empty in `NO_INPUTS`.
         packages: name → version and digest of its RECORD.
         files: path → sha256.
     """
@@ -44,7 +44,7 @@ NO_INPUTS = Inputs()
 
 
 def inputs(also: Mapping[str, str] | None = None) -> Inputs:
-    """What this process imported; `also` names modules and files that its children imported."""
+    """What this process imported. `also`: module → file of what its children imported."""
     roots = tuple({sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]})
     standard = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["platstdlib"])
     tops: set[str] = set()
@@ -64,7 +64,7 @@ def inputs(also: Mapping[str, str] | None = None) -> Inputs:
 
 
 def _on_disk(path: object) -> str | None:
-    """The file that a module's `__file__` is in: itself, or the archive that it was imported out of; None: there is none."""
+    """The file of a module's `__file__`: the path itself, or the archive that has it, or None."""
     while isinstance(path, str) and path not in ("", os.path.dirname(path)):
         if os.path.isfile(path):
             return path
@@ -75,13 +75,13 @@ def _on_disk(path: object) -> str | None:
 
 
 def imported_since(before: Collection[str]) -> dict[str, str]:
-    """Module → file of what this process has imported besides the modules named `before`."""
+    """Module → file of what this process has imported, without the modules in `before`."""
     new = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items()) if name not in before}
     return {name: path for name, path in new.items() if isinstance(path, str)}
 
 
 def together(parts: Iterable[Inputs]) -> Inputs:
-    """What several processes of one build imported."""
+    """Merge what several processes of one build imported."""
     out = NO_INPUTS
     for part in parts:
         out = Inputs(
@@ -99,7 +99,7 @@ def environment() -> str:
 
 
 def changed(before: Inputs) -> str:
-    """What differs from `before` now; empty when nothing does."""
+    """What has changed since `before`, as text; empty if nothing has."""
     if before.python != platform.python_version():
         return "Python's version"
     for name, digest in before.packages.items():
@@ -115,7 +115,7 @@ def changed(before: Inputs) -> str:
 
 
 def package_digest(name: str) -> str:
-    """Version and RECORD of an installed package."""
+    """Version and digest of the RECORD of an installed package."""
     try:
         distribution: metadata.Distribution = metadata.distribution(name)
     except metadata.PackageNotFoundError:

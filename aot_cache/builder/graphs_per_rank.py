@@ -1,9 +1,9 @@
-"""Graphs of a job's ranks side by side: what holds a rank's number is built for each rank, everything else once.
+"""Compares the graphs of a job's ranks: graphs that depend on the rank are kept for each rank, all others once.
 
-A bundle is for all ranks. But a number that a compiled function asks for while it is traced (`dist.get_rank()`) becomes part
-of its graph, without a guard: served to another rank it would be wrong. So the recipe is traced as every rank, and where
-they differ the graphs are marked with their rank. That two are the same says nothing of a third: it may be the last stage of a
-pipeline, or the first of a second host.
+A bundle is for all ranks. But the rank that a compiled function reads while it is traced (`dist.get_rank()`) becomes part of its
+graph, without a guard, and the graph would be wrong on another rank. So the recipe is traced as every rank, and graphs that
+differ are marked with their rank. Two equal ranks are not enough: a third may be the last stage of a pipeline, or the first rank
+of a second host.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NOT_CODE = ("reached", "points", "asks_rank", "kernels")
 
 
 def differing(ranks: Sequence[Sequence[TracedGraph]]) -> dict[str, str]:
-    """Each function, as `module:qualname`, whose graphs are not the same on all ranks → where the number comes from."""
+    """Function (`module:qualname`) whose graphs are not the same on all ranks → why they differ."""
     found = [_by_function(graphs) for graphs in ranks]
     out: dict[str, str] = {}
     for name in sorted({name for graphs in found for name in graphs}):
@@ -31,7 +31,7 @@ def differing(ranks: Sequence[Sequence[TracedGraph]]) -> dict[str, str]:
 
 
 def combined(ranks: Sequence[Sequence[TracedGraph]], why: Mapping[str, str]) -> list[Graph]:
-    """The graphs of all ranks: those of functions in `why` marked with their rank, the others of the first rank."""
+    """The graphs of all ranks: of functions in `why` those of each rank, marked with it; of all others the first rank's."""
     out = []
     for rank, graphs in enumerate(ranks):
         for graph in graphs:
@@ -50,7 +50,7 @@ def _by_function(graphs: Sequence[TracedGraph]) -> dict[str, list[TracedGraph]]:
 
 
 def _graph(found: TracedGraph, rank: int | None, why: str) -> Graph:
-    """A traced graph as a bundle has it."""
+    """A traced graph as a manifest's graph."""
     parts = {part.name: getattr(found, part.name) for part in fields(Graph)}
     return Graph(**{**parts, "rank": rank, "per_rank": why})
 
@@ -60,11 +60,11 @@ def _contents(graphs: Sequence[TracedGraph]) -> list[str]:
 
 
 def _why(ranks: Sequence[Sequence[TracedGraph]], other: int) -> str:
-    """Where a rank's number comes from, as far as it can be told.
+    """Why the graphs of one function differ, as far as it is known.
 
     Args:
-        ranks: the graphs of one function.
-        other: the first rank whose are not the first one's.
+        ranks: its graphs on each rank.
+        other: the first rank whose graphs differ from rank 0's.
     """
     asking = sorted({place for graphs in ranks for graph in graphs for place in graph.asks_rank})
     if asking:

@@ -1,4 +1,4 @@
-"""Compile a plan's units for the target, in forked children, into the store."""
+"""Compiles a plan's units for the target, in forked children, into the store."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class Outcome:
-    """What became of a plan's units: `keys[i]` is the store key of `plan.units[i]`."""
+    """The result of compiling a plan: `keys[i]` is the store key of `plan.units[i]`."""
 
     keys: list[str]
     memory_keys: list[str | None]
@@ -38,7 +38,7 @@ class Outcome:
 
 
 def toolchain(target: Target, line_info: bool) -> dict[str, JsonValue]:
-    """The key's parts that all kernels of this build share."""
+    """The parts of the key that all kernels of this build share."""
     import triton
 
     return key.toolchain_parts(
@@ -62,7 +62,7 @@ def compile_plan(
     workers: int | None = None,
     unclear: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """Compile what the store lacks. A unit that fails is listed in `failed`; the rest goes on.
+    """Compile the units that the store lacks. A unit that fails is listed in `failed`, and the others are still compiled.
 
     Args:
         unclear: kernel → why it is not compiled (see `kernels_trace.Trace`).
@@ -79,11 +79,11 @@ def compile_plan(
     first: dict[str, int] = {}
     for number, unit_key in enumerate(keys):
         first.setdefault(unit_key, number)
-    # A plan that was handed over may be of other source than is here: nobody could load that, so it fails, kept or not.
-    # This also imports its kernels in this process, and not in a child only, so that their source is part of the stamp.
+    # A plan file may be of another source than the installed one. Its units could not be loaded, so they fail even if stored.
+    # This also imports the kernels in this process, and not only in a child, so that their source is part of the stamp.
     stale = set() if recipe is not None else {name for name in plan.closures if _differs(name, plan)}
-    # In the order of their hashes: units that turn out to be equal are neighbours in the plan, and two children that
-    # compile them at the same time would both do all of it.
+    # In the order of their hashes: units that turn out to have equal IR are neighbours in the plan, and two children that
+    # compile them at the same time would both do the full work.
     missing = [
         number
         for unit_key, number in sorted(first.items())
@@ -113,13 +113,13 @@ def compile_plan(
 
 
 def _differs(name: str, plan: Plan) -> str:
-    """How a kernel that is here differs from the plan's; empty when it does not, or is not here at all."""
+    """How an installed kernel differs from the plan's; empty if it does not, or is not installed."""
     function = triton_jit.unwrap(triton_jit.find(key.function_of(name)))
     return triton_jit.closure_differs(function, plan.closures[name]) if function is not None else ""
 
 
 def _memory_key(unit: Unit) -> str | None:
-    """Triton's in-memory key of a unit; None where only the serving process can compute it."""
+    """Triton's in-memory key of a unit; None if only the serving process can compute it."""
     if triton_jit.names_a_function(unit.specialization):
         return None
     options = {name: triton_jit.decode(value) for name, value in unit.options.items()}
@@ -134,7 +134,7 @@ class _Result:
     pruned: str = ""
     ir: str = ""
     same: dict[str, Any] | None = None
-    """The record of a unit of equal IR."""
+    """The record of another unit with equal IR."""
 
 
 def _ir_key(unit: Unit, ir: str, shared: dict[str, Any]) -> str:
@@ -170,7 +170,7 @@ def _compile(
 
 
 def made_by_host_code(unit: Unit, plan: Plan) -> bool:
-    """Whether no module has the unit's kernel by its name: only host code that is run makes it."""
+    """Whether no module has the unit's kernel under its name, so that only running host code makes it."""
     function = _by_name(unit)
     return function is None or bool(triton_jit.closure_differs(function, plan.closures[unit.kernel]))
 
@@ -185,7 +185,7 @@ def _function(unit: Unit, plan: Plan, recipe: Recipe | None) -> object:
     name, function = key.function_of(unit.kernel), _by_name(unit)
     if recipe is None or not made_by_host_code(unit, plan):
         return function
-    # Made inside a function: run the host code that makes it. No declared point may reach a unit that was missed.
+    # Made inside a function: run the host code that makes it. A missed unit may have no point, so another unit's point is used.
     others = (other.reached for other in plan.units if other.kernel == unit.kernel and other.reached)
     for case_name, boxes in (unit.reached or next(others, {})).items():
         case = next(c for c in recipe.cases if c.name == case_name)

@@ -1,4 +1,4 @@
-"""Run a recipe's host code at every declared point on the virtual device and write down what it launches."""
+"""Runs a recipe's host code at every declared point on the virtual device, and records what it launches."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from aot_cache.upstream.codec import triton_jit
 from aot_cache.upstream.hooks.triton_launches import LaunchLog, intercept_launch
 
 BLOCK = 64
-"""Points that a child runs before it reports."""
+"""Number of points that a child runs before it reports."""
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass
 class _Block:
-    """What a child saw over some points of one case."""
+    """What a child recorded at some points of one case."""
 
     case: int
     units: list[dict[str, Json]] = field(default_factory=list)
@@ -52,15 +52,13 @@ class _Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """What was enumerated.
+    """The result of a trace.
 
     Args:
         plan: the units.
-        calls: case → the calls of compiled functions at each of its points.
-        refused: the missed points that the recipe's code cannot run at.
-        unclear: kernel → why it may be any of several: none of those is built.
-
-    Of the cases that failed (`plan.failed`) nothing is in `calls`.
+        calls: case → the calls of compiled functions at each of its points; cases that failed (`plan.failed`) are left out.
+        refused: the missed points at which the recipe's code cannot run.
+        unclear: kernel → why its name is ambiguous; such kernels are not built.
     """
 
     plan: Plan
@@ -70,18 +68,18 @@ class Trace:
 
     @property
     def compiled(self) -> list[str]:
-        """The cases that call compiled functions: those are not traced here, but run as plain Python."""
+        """The cases that call compiled functions, which are not traced here but run as plain Python."""
         return sorted(case for case, points in self.calls.items() if any(points))
 
 
 def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None = None) -> Trace:
     """Enumerate what `recipe` launches. The process must have become `target` (see `virtual_gpu.become`).
 
-    A case that cannot be run at every declared point is left out, and named in the plan.
+    A case that fails at any declared point is left out, and is listed in the plan.
 
     Raises:
-        DeclarationError: when the recipe's own code raises at a point of each case.
-        TraceError: when host code of each case cannot run without a GPU.
+        DeclarationError: all cases failed, the first because the recipe's own code raised.
+        TraceError: all cases failed, the first because its host code cannot run without a GPU.
     """
     enumerations = [case.points() for case in recipe.cases]
     jobs = [(number, *block) for number, points in enumerate(enumerations) for block in _blocks(points)]
@@ -93,7 +91,7 @@ def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None =
     }
     refused: list[Refused] = []
     failed: dict[int, dict[int, Broken]] = {}
-    at = RawArray("q", len(jobs))  # the point at which each job is: it may end its process there
+    at = RawArray("q", len(jobs))  # each job's current point, which is reported if its process dies
 
     def run(index: int) -> _Block:
         number, start, stop = jobs[index]
@@ -142,12 +140,12 @@ def trace(recipe: Recipe, target: str, progress: Progress, workers: int | None =
 
 
 def _first(failed: Mapping[int, Mapping[int, Broken]]) -> list[Broken]:
-    """What failed first of each case, in the recipe's order, whichever child was the first to say so."""
+    """The failure of each case at its first failing block, in the recipe's order, independent of the order of reports."""
     return [blocks[min(blocks)] for _, blocks in sorted(failed.items())]
 
 
 def _blocks(points: Enumeration) -> Iterator[tuple[int, int]]:
-    """(start, stop) of what a child runs at once. Missed points run alone: one at which the recipe raises is left out."""
+    """(start, stop) of each block. Missed points have blocks of their own, so that only those that raise are left out."""
     declared = len(points.points) - points.added
     yield from ((start, min(start + BLOCK, declared)) for start in range(0, declared, BLOCK))
     yield from ((at, at + 1) for at in range(declared, len(points.points)))
@@ -155,25 +153,25 @@ def _blocks(points: Enumeration) -> Iterator[tuple[int, int]]:
 
 _before: set[str] = set()
 late_modules: dict[str, str] = {}
-"""Module → file of what host code imported while it ran, in children whose imports are theirs: a build depends on it."""
+"""Module → file of what host code imported while it ran in children. The stamp needs it, and the parent does not see it."""
 
 
 def _run_block(
     case: Case, number: int, every: Sequence[Point], mine: range, index: int, at: MutableSequence[int]
 ) -> _Block:
-    """Run the points of a block; `at[index]` says where it is. Runs in a child, and must not raise."""
+    """Run the points of a block; `at[index]` is always the current point. Runs in a child, and never raises."""
     block = _Block(number)
     at[index] = mine.start
     try:
         _fill(block, case, every, mine, index, at)
-    except Exception as error:  # of what it launches: the source of a kernel that cannot be read, for one
+    except Exception as error:  # while recording launches: a kernel's source cannot be read, for one
         block.broken = one_point.broken(case, every[at[index]], error)
     block.modules, block.sets = fingerprint.imported_since(_before), one_point.sets.pop(case.name, set())
     return block
 
 
 def _fill(block: _Block, case: Case, every: Sequence[Point], mine: range, index: int, at: MutableSequence[int]) -> None:
-    torch.set_num_threads(1)  # small tensors of known values, in as many children as there are cores
+    torch.set_num_threads(1)  # tensors with values are small, and there is a child per core
     log = LaunchLog()
     virtual_gpu.compiled_calls.clear()
     with intercept_launch(log), virtual_gpu.tensors(), case.modes():
@@ -191,7 +189,7 @@ def _fill(block: _Block, case: Case, every: Sequence[Point], mine: range, index:
 
 
 def functions_at(case: Case, point: Point) -> dict[str, Any]:
-    """The kernels that `case` launches at `point`, by identity: the way to kernels that are made inside functions."""
+    """The kernels that `case` launches at `point`, by identity. Finds kernels that are made inside functions."""
     log = LaunchLog()
     with intercept_launch(log), virtual_gpu.tensors(), case.modes():
         broken = one_point.run(case, point)
@@ -201,7 +199,7 @@ def functions_at(case: Case, point: Point) -> dict[str, Any]:
 
 
 class _Merged:
-    """Blocks of all children, put together into a plan."""
+    """Merges the blocks of all children into a plan."""
 
     def __init__(self, recipe: Recipe, target: str, enumerations: list[Enumeration]) -> None:
         self._recipe, self._target, self._enumerations = recipe, target, enumerations
@@ -228,7 +226,7 @@ class _Merged:
             self._hidden.setdefault(kernel, set()).update(hidden)
 
     def unclear(self) -> dict[str, str]:
-        """Kernels of one name that differ in what has no written form: one may not stand for the other."""
+        """Kernels with one name and source that differ in values that cannot be encoded, so that they cannot be told apart."""
         called, out = told_apart(self._closures), {}
         for kernel, found in self._hidden.items():
             if len(found) > 1:
@@ -240,7 +238,7 @@ class _Merged:
         called = told_apart(self._closures)
 
         def told(known: dict[str, dict[str, Json]]) -> dict[str, dict[str, Json]]:
-            """In order, by the names that people read."""
+            """Renamed to the names in the plan, and sorted by content."""
             renamed = {name: {**one, "kernel": called[one["kernel"]]} for name, one in known.items()}
             return dict(sorted(renamed.items(), key=lambda item: json.dumps(item[1])))
 

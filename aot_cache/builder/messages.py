@@ -1,6 +1,6 @@
-"""What a build and its worker processes say to each other: one JSON object a line, each with a type here.
+"""The messages between a build and its worker processes: one JSON object per line, each with a type here.
 
-A job goes to a worker's stdin; what it answers comes from its stdout. This module alone knows how either is written.
+A job is written to a worker's stdin, and its events are read from its stdout. Only this module knows their JSON form.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Stage = Literal["kernels", "graphs"]
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """A missed point that the recipe's code cannot run at: a declared one has to run, this one need not."""
+    """A missed point at which the recipe's code cannot run. Unlike a declared point, it may fail without failing the case."""
 
     case: str
     point: Point
@@ -32,26 +32,26 @@ class Refused:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What one worker process does.
+    """The job of one worker process.
 
     Args:
         stage: trace and compile Triton kernels, or the graphs of compiled functions.
-        target: the GPU kind that the process becomes.
-        recipe: name or `module:object` with options; None where `plan` is given.
+        target: the target that the process becomes.
+        recipe: name or `module:object` with options; None if `plan` is given.
         plan: path of a plan file to build instead.
-        plan_out: where the plan is written; a later worker of the same rank reads it there.
+        plan_out: path to which the plan is written; a later worker of the same rank reads it.
         calls: file with the calls of compiled functions at every point, for the worker that traces them.
-        ranges: dimension → text, in place of the declared one.
+        ranges: dimension → text, which replaces the declared range.
         store: the store's folder.
         line_info, pythons, workers: see `pipeline.Request`.
         show_plan: trace, and compile nothing.
         misses: what serving processes missed.
-        refused: missed points to be left out.
+        refused: missed points to leave out.
         failed_cases: cases that another worker could not run.
-        ranks: how many the job has, and whether the user said so.
-        rank: which of them this process is.
-        also: plans of other ranks, to be compiled with this one's.
-        cases: those that call compiled functions; None: nobody has looked yet.
+        ranks: the world size; `ranks_given`: whether the user gave it.
+        rank: this process's rank.
+        also: paths of plans of other ranks, to be compiled with this one's.
+        cases: the cases that call compiled functions; None if not known yet.
     """
 
     stage: Stage
@@ -93,7 +93,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Progressed:
-    """How far the worker is: `done` of `total`."""
+    """Progress of a stage: `done` of `total`."""
 
     stage: str
     done: int
@@ -102,14 +102,14 @@ class Progressed:
 
 @dataclass(frozen=True, kw_only=True)
 class NeedsRanks:
-    """The recipe is for a job of so many ranks, and the worker was started in another: nothing is done yet."""
+    """The recipe is for world size `ranks`, and the worker was started with another one. Nothing has been done yet."""
 
     ranks: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Raised:
-    """The worker gives up: an error of `aot_cache.errors`, by the name of its class and its texts."""
+    """The worker failed with an error of `aot_cache.errors`, given by its class name and its texts."""
 
     type: str
     expected: str
@@ -123,10 +123,10 @@ class Traced:
 
     Args:
         spec: text that loads the recipe; empty for a plan file.
-        units: how many there are to compile.
+        units: number of units in the plan.
         calling: cases that call compiled functions.
         refused: missed points that could not be run.
-        inputs: what the process has read.
+        inputs: the packages and files that the process has imported.
     """
 
     spec: str
@@ -138,11 +138,11 @@ class Traced:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """Kernels are compiled: `keys` and `memory_keys` go with the plan's units, in their order.
+    """Kernels are compiled. `keys` and `memory_keys` are in the order of the plan's units.
 
     Args:
-        missed_kernels: number of each miss that asks for kernels → why it will miss again; empty when it will not.
-        compiled: how many units were compiled now, and not found in the store.
+        missed_kernels: number of each miss that asks for kernels → why it will miss again; empty if it will not.
+        compiled: number of units that were compiled now, not found in the store.
         toolchain: what the bytes of all kernels depend on (`key.toolchain_parts`).
     """
 
@@ -158,7 +158,7 @@ class Compiled:
 
 @dataclass(frozen=True, kw_only=True)
 class Surveyed:
-    """It is known which graphs the recipe needs, and the plan is written."""
+    """Call signatures are surveyed, and the plan is written."""
 
     spec: str
     inputs: Inputs
@@ -167,11 +167,11 @@ class Surveyed:
 
 @dataclass(frozen=True, kw_only=True)
 class TracedGraph(Graph):
-    """A graph as the child that compiled it knows it.
+    """A graph with what only the child that compiled it knows.
 
     Args:
-        points: case's number → the points that call it, by their numbers; `reached` says the same in a plan's words.
-        asks_rank: places in code that ask which rank this is.
+        points: case number → numbers of the points that call it; `reached` has the same points as boxes.
+        asks_rank: places in code that ask for the rank.
     """
 
     points: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -183,9 +183,9 @@ class GraphsMade:
     """Graphs are compiled.
 
     Args:
-        compiled: how many kinds of calls were compiled now, and not found in the store.
-        key: what all graphs are bound to (`key.graph_parts`).
-        missed_calls: number of each miss of a graph → why it will miss again; empty when it will not.
+        compiled: number of call signatures that were compiled now, not found in the store.
+        key: what all graphs depend on (`key.graph_parts`).
+        missed_calls: number of each miss of a graph → why it will miss again; empty if it will not.
     """
 
     graphs: Sequence[TracedGraph]
@@ -206,7 +206,7 @@ _EVENTS: Mapping[str, type[Event]] = {
 
 
 def last_of(job: Job) -> type[Answer]:
-    """The answer after which a worker has nothing more to say."""
+    """The type of the last answer of a worker."""
     if job.stage == "kernels":
         return Traced if job.show_plan else Compiled
     return Surveyed if job.show_plan else GraphsMade
@@ -227,7 +227,7 @@ def read(line: str) -> Event:
 
 
 def answer_of(kind: type[T], answers: Iterable[object]) -> T | None:
-    """The answer of a type; None: there is none."""
+    """The first answer of type `kind`, or None."""
     return next((one for one in answers if isinstance(one, kind)), None)
 
 

@@ -1,6 +1,6 @@
-"""Kernels that missed: their specializations and choices are added to a plan, if they are of the source that is here.
+"""Adds missed specializations and tunings of kernels to a plan, if their source is the installed one.
 
-A miss that is not covered fails nothing, because nobody declared it. Reasons go by the miss's number in the file.
+A miss that cannot be covered does not fail the build, because it was not declared. Its reason is kept by the miss's number.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from aot_cache.upstream.codec import triton_jit
 
 
 class MissedKernels:
-    """The misses of one build that ask for kernels.
+    """The misses of kernels in one build.
 
     Args:
-        misses: all misses; those of compiled functions are passed over.
+        misses: all misses; those of compiled functions are ignored.
         plan: what the recipe launches.
     """
 
     def __init__(self, misses: Sequence[Miss], plan: Plan) -> None:
         self.uncovered: dict[int, str] = {}
-        """Number of each miss → why it will miss again; empty when it will not."""
+        """Number of each miss → why it will miss again; empty if it will not."""
         self._traced = {unit.id for unit in plan.units}
         self._wanted: dict[int, list[str]] = {}
         parts = []
@@ -45,17 +45,17 @@ class MissedKernels:
                 continue
             try:
                 closures = {unit.kernel: _closure(unit, plan.closures) for unit in units}
-            except Exception as error:  # what is named is imported, and what is decoded is whatever the file says
+            except Exception as error:  # it imports modules, and decodes values, that the file names
                 self.uncovered[number] = str(error) if isinstance(error, TraceError) else one_line(error)
                 continue
             self._wanted[number] = [unit.id for unit in units]
             tunings = [] if tuning is None else [tuning]
             parts.append(Plan(recipe=plan.recipe, target=plan.target, units=units, tunings=tunings, closures=closures))
         self.plan = extended(plan, parts) if parts else plan
-        """The plan with everything that was missed and can be built here."""
+        """The plan, with every missed unit and tuning that can be built here."""
 
     def settle(self, outcome: Outcome, store: Store, target: Target) -> None:
-        """Take out of the plan, and out of what became of it, the missed specializations that are of no use."""
+        """Remove missed specializations that failed or do not fit from the plan and from `outcome`, and set `uncovered`."""
         failed = {failure.unit: failure.error for failure in outcome.failed}
         unfit = {
             unit.id: failed.get(unit.id) or _unfit(key, store, target)
@@ -63,7 +63,7 @@ class MissedKernels:
         }
         for number, units in self._wanted.items():
             reasons = [unfit[unit] for unit in units]
-            # Of an autotuner's configs some may not compile, as everywhere.
+            # Some of an autotuner's configs may fail to compile, as always: one usable unit is enough.
             self.uncovered[number] = "" if not all(reasons) else next(iter(reasons), "no config of it is known")
         stay = [
             number
@@ -78,11 +78,11 @@ class MissedKernels:
 
 
 def _closure(unit: Unit, closures: Mapping[str, JsonObject]) -> JsonObject:
-    """The source closure of a missed unit's kernel as it is here.
+    """The source closure of a missed unit's kernel, as installed.
 
     Raises:
-        TraceError: it is not here, is of other source, or a value in the unit is none that we write.
-        Exception: importing what is named, or decoding what is written, raises.
+        TraceError: the kernel is not installed or has another source, or a value in the unit is invalid.
+        Exception: an import of a named module, or the decoding of a value, raises.
     """
     here = [closure for kernel, closure in closures.items() if function_of(kernel) == unit.kernel]
     found = next((one for one in here if triton_jit.closure_digest(one) == unit.source), next(iter(here), None))
@@ -102,6 +102,6 @@ def _closure(unit: Unit, closures: Mapping[str, JsonObject]) -> JsonObject:
 
 
 def _unfit(unit_key: str, store: Store, target: Target) -> str:
-    """Why a compiled unit cannot be launched; empty when it can."""
+    """Why a compiled unit cannot be launched; empty if it can."""
     record = store.get_record(UNITS, unit_key)
     return "it was not compiled" if record is None else record.get("pruned") or misfit(record["metadata"], target)

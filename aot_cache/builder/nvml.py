@@ -1,7 +1,7 @@
-"""NVIDIA's management library of a device that is not there: engines ask it which platform they are on.
+"""A virtual NVML, NVIDIA's management library: engines query it to detect their platform.
 
-They load it by name, through `pynvml` or a copy of their own, often before torch, so that no context is made. A
-function that is not answered here is missing, which those bindings report as an error of the library's.
+They load it by name, through `pynvml` or a copy of it, often before torch, to avoid creating a CUDA context. A function that is
+not implemented here is missing, which those bindings report as an NVML error.
 
 Source: `ctypes` (`CDLL`, whose subclass stands in), NVML's functions as `pynvml` calls them.
 """
@@ -22,7 +22,7 @@ _ERRORS = {_SUCCESS: b"Success"}
 
 
 class Library:
-    """Stands for the loaded library: its functions write their answers through the pointers that they are given."""
+    """Stands in for the loaded library. Its functions write their results through the given pointers."""
 
     def __init__(self, target: Target) -> None:
         total = target.memory_bytes
@@ -40,7 +40,7 @@ class Library:
             "nvmlDeviceGetUUID": UUID,
             "nvmlSystemGetDriverVersion": ASSUMED_DRIVER,
         }
-        self._fields = {"nvmlDeviceGetMemoryInfo": (total, total, 0)}  # in all, free, used
+        self._fields = {"nvmlDeviceGetMemoryInfo": (total, total, 0)}  # total, free, used
         self._nothing = ("nvmlInit_v2", "nvmlInitWithFlags", "nvmlShutdown")
 
     def __getattr__(self, name: str) -> object:
@@ -60,26 +60,26 @@ class Library:
 
 
 def _write(args: tuple[Any, ...], numbers: tuple[int, ...]) -> int:
-    """Into the last arguments, which point to integers; a handle is wider, and was zero."""
+    """Write to the last arguments, which point to integers. A handle is wider, but was initialised to zero."""
     for where, number in zip(args[-len(numbers) :], numbers):
         ctypes.cast(where, ctypes.POINTER(ctypes.c_int)).contents.value = number
     return _SUCCESS
 
 
 def _write_text(args: tuple[Any, ...], text: str) -> int:
-    """Into a buffer, the last but one argument: the last is its length."""
+    """Write to a buffer, the last argument but one; the last is its length."""
     args[-2].value = text.encode()
     return _SUCCESS
 
 
 def _fill(where: Any, fields: tuple[int, ...]) -> int:
-    """Into a structure of long integers."""
+    """Write to a structure of unsigned 64-bit integers."""
     ctypes.cast(where, ctypes.POINTER(ctypes.c_ulonglong * len(fields))).contents[:] = list(fields)
     return _SUCCESS
 
 
 def pretend(target: Target) -> None:
-    """Answer for `target` in this process, for good. Another maker's library is not there, as on its machines."""
+    """Report `target` in this process, permanently. For a GPU that is not NVIDIA's nothing is done: it has no NVML."""
     if target.backend != "cuda":
         return
     library, plain = Library(target), ctypes.CDLL

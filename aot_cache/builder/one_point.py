@@ -1,7 +1,7 @@
-"""One point of a case is run, and what goes wrong there is told as `FailedCase`: with the place in the user's own code.
+"""Runs one point of a case, and turns an error into a `FailedCase` with the location in the user's own code.
 
-Nothing that a recipe's code raises ends a build: the case is left out, and named. Only what it cannot be told apart from a
-wrong declaration (no cases, unknown dimensions, a module that does not import) comes before any point is run.
+Nothing that a recipe's code raises at a point ends a build: the case is left out, and listed. Errors of the declaration itself
+(no cases, unknown dimensions, a module that cannot be imported) are raised before any point is run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from aot_cache.upstream.codec import torch_ranks, triton_sources
 from aot_cache.upstream.virtual import process_settings
 
 sets: dict[str, set[str]] = {}
-"""Case → what it has set for this process while it made arguments: a server that does not do so misses."""
+"""Case → process-wide settings that it changed while it made arguments. A server that does not set them misses."""
 
 Within = Callable[[], contextlib.AbstractContextManager[object]]
 
@@ -36,8 +36,8 @@ class Broken:
     """A case that cannot be run.
 
     Args:
-        failed: what a plan and a bundle say of it.
-        error: what the build raises where there is no other case.
+        failed: its entry in a plan and a bundle.
+        error: what the build raises if no case can be run.
     """
 
     failed: FailedCase
@@ -50,26 +50,26 @@ def run(
     within: Within = contextlib.nullcontext,
     needs_values: tuple[type[Exception], ...] = (),
 ) -> Broken | None:
-    """Run a point; what it sets in this process is put back after it.
+    """Run a point, then restore the process-wide settings that it changed. Returns the failure, or None.
 
     Args:
         within: the modes in which it is run.
-        needs_values: what is raised where host code reads values of a tensor that has none.
+        needs_values: exceptions that mean that host code reads values of a tensor that has none.
     """
     try:
         with within(), process_settings.kept() as settings:
             call = case.call(point)
             sets.setdefault(case.name, set()).update(settings.changed().names)
             call()
-    except (Exception, SystemExit) as error:  # `sys.exit()` in a model is no reason to end the build
+    except (Exception, SystemExit) as error:  # `sys.exit()` in a model must not end the build
         return broken(case, point, error, needs_values)
     return None
 
 
 def broken(case: Case, point: Point, error: BaseException, needs_values: tuple[type[Exception], ...] = ()) -> Broken:
-    """What is said of a case that raised `error` at `point`."""
+    """The failure of a case that raised `error` at `point`."""
     where, (file, line) = f"{point_text(point)}{_as_rank()}", place_of(error) or _place_of_code(case)
-    place = f"{file}:{line}"  # whole, for who reads the error here; a bundle says the same wherever it was built
+    place = f"{file}:{line}"  # the full path, for the error; a bundle has a path that is independent of the machine
     at = f"case {case.name!r} at {where}"
     error = triton_sources.unreadable(error) or error
     told: AotCacheError
@@ -95,22 +95,22 @@ def broken(case: Case, point: Point, error: BaseException, needs_values: tuple[t
 
 
 def died(case: str, point: Point, why: str) -> Broken:
-    """What is said of a case that ended the process in which it ran."""
+    """The failure of a case that ended its process."""
     return known(FailedCase(case=case, point=point, place="", why=why, rank=_as_rank()))
 
 
 def known(failed: FailedCase) -> Broken:
-    """What is said of a case of which no more is known than this."""
+    """The failure of a case of which only `failed` is known."""
     return Broken(failed, TraceError(f"case {failed.case!r} cannot run at {failed.where}{failed.rank}: {failed.why}"))
 
 
 def _as_rank() -> str:
-    """Which rank of a job this process is, where it is one of several: others may run what it cannot."""
+    """`, as rank N` if this process is one of several ranks, because other ranks may be able to run the case; else empty."""
     return f", as rank {torch_ranks.own_rank()}" if torch_ranks.up() else ""
 
 
 def all_of(broken: Iterable[Broken]) -> AotCacheError:
-    """The error of a recipe of which no case can be run: the first case's, which names the others, too."""
+    """The error of a recipe whose cases all failed: the first case's, with the others listed in its message."""
     first, *others = broken
     if not others:
         return first.error
@@ -122,14 +122,14 @@ def all_of(broken: Iterable[Broken]) -> AotCacheError:
 
 
 def place_of(error: BaseException) -> tuple[str, int] | None:
-    """(file, line) of the last frame that is the user's own; None where there is none."""
+    """(file, line) of the last frame in the user's own code, or None."""
     frames = [(f.filename, f.lineno or 0) for f in traceback.extract_tb(error.__traceback__)]
     frames += [(f.filename, f.lineno or 0) for f in getattr(error, "real_stack", None) or ()]  # where Dynamo was
     return next((frame for frame in reversed(frames) if _is_of_user(frame[0])), None)
 
 
 def _place_of_code(case: Case) -> tuple[str, int]:
-    """Where the case is declared."""
+    """(file, line) of the case's declaration."""
     code = getattr(inspect.unwrap(case.make), "__code__", None)
     return ("", 0) if code is None else (code.co_filename, code.co_firstlineno)
 
@@ -150,20 +150,20 @@ def _folders(*names: str) -> tuple[str, ...]:
 
 @cache
 def _machinery() -> tuple[str, ...]:
-    """Folders whose code nobody takes for the recipe's: torch's, Triton's, NumPy's, and ours but for the models."""
+    """Folders whose code is never the user's: those of torch, Triton and NumPy, and ours except for the models and engines."""
     package = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
     ours = [os.path.join(package, entry) for entry in os.listdir(package) if entry not in ("models", "engines")]
     return (*ours, *filter(None, map(_folder, ("torch", "triton", "numpy"))))
 
 
 def _folder(package: str) -> str:
-    """Where a package is, without importing it; empty where it is not installed."""
+    """A package's folder, found without importing it; empty if it is not installed."""
     spec = util.find_spec(package)
     return os.path.dirname(os.path.realpath(spec.origin)) + os.sep if spec is not None and spec.origin else ""
 
 
 def short(file: str) -> str:
-    """A path without the folder that Python found it in: a bundle says the same wherever it was built."""
+    """A path relative to its entry in `sys.path`, so that a bundle does not depend on the machine that built it."""
     folders = sorted({os.path.realpath(path) for path in sys.path}, key=len, reverse=True)
     real = os.path.realpath(file)
     return next((os.path.relpath(real, at) for at in folders if real.startswith(at.rstrip(os.sep) + os.sep)), file)

@@ -1,4 +1,4 @@
-"""`build` from end to end: recipe or plan → worker (trace, compile) → bundle. Imports neither torch nor Triton."""
+"""`build` from end to end: recipe or plan → workers (trace, compile) → bundle. Imports neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -35,18 +35,17 @@ class Request:
     """What to build.
 
     Args:
-        model: a recipe's name or `module:object`, with its options (see `recipe.load`); None when `plan` is given.
+        model: a recipe's name or `module:object`, with its options (see `declare.load`); None if `plan` is given.
         plan: a plan file (recorded, or edited) to build instead.
-        target: the GPU kind.
+        target: the target.
         store: the store's folder.
-        ranges: dimension → text, in place of the declared one.
+        ranges: dimension → text, which replaces the declared range.
         out: the bundle's path; default `STORE/bundles/MODEL-OPTIONS-TARGET.safetensors` (see `options.file_name`).
         line_info: keep line numbers for profilers (binaries then hold paths).
         pythons: further interpreters to build C modules for.
-        workers: processes; default all cores.
-        misses: files of what serving processes missed; it is built with the model.
-        ranks: how many the job has: graphs that hold a rank's number are built for each (see `graphs_per_rank`); None: as the
-            recipe says.
+        workers: number of processes; default: one per core.
+        misses: misses files of serving processes; what they list is built, too.
+        ranks: the world size; graphs that depend on the rank are built for each rank (see `graphs_per_rank`). None: the recipe's.
     """
 
     target: Target
@@ -64,11 +63,11 @@ class Request:
 
 @dataclass(kw_only=True)
 class Built:
-    """What a build did and where its bundle is; `misses` says what became of those that were given.
+    """What a build did, and where its bundle is. `misses` says what became of the given misses.
 
-    `digest` is empty where all that was to be built failed: no bundle was written, and one that was there is as it was.
-    Of `declared` points `points` were run on the virtual device, and at `covered` of these all that is reached was built.
-    It is for a job of `ranks`.
+    `digest` is empty if everything failed: then no bundle was written, and an existing one was not changed.
+    Of `declared` points, `points` were run on the virtual device; for `covered` of these everything that they reach was built.
+    The bundle is for world size `ranks`.
     """
 
     target: str
@@ -88,14 +87,14 @@ class Built:
     per_rank: dict[str, str] = field(default_factory=dict)
     """Function whose graphs are built for each rank → why."""
     apart: dict[str, str] = field(default_factory=dict)
-    """Kernel of which not every rank launches every specialization → which ranks launch what."""
+    """Kernel with specializations that only some ranks launch → how many, and which ranks."""
     sets: dict[str, list[str]] = field(default_factory=dict)
-    """Case → settings of the process that it changes while it makes arguments."""
+    """Case → process-wide settings that it changes while it makes arguments."""
     declared: int = 0
     covered: int = 0
     ranks: int = 1
     untested: str = ""
-    """What speaks against trusting the releases of torch, Triton and transformers that built it."""
+    """Why the releases of torch, Triton and transformers that built it are doubtful; empty if they are fine."""
 
     def to_json(self) -> dict[str, Any]:
         return {**self.__dict__, "path": str(self.path)}
@@ -105,9 +104,8 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
     """Build one bundle.
 
     Raises:
-        UnknownName, DeclarationError, TraceError: what was asked for is wrong, or nothing can be built of it; nothing was
-            written.
-        StoreUnwritable: the store cannot take it; it is as it was.
+        UnknownName, DeclarationError, TraceError: the request is wrong, or nothing can be built from it. No bundle was written.
+        StoreUnwritable: the store cannot be written, and is unchanged.
     """
     began = time.perf_counter()
     store = Store(request.store)
@@ -134,16 +132,16 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
 
 
 def plan_only(request: Request, progress: Progress = lambda *_: None) -> Plan:
-    """Trace without compiling: what `build` would compile."""
+    """Trace without compiling: the plan that `build` would compile."""
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
         return workers.run(request, Path(scratch), miss_file.read(request.misses), progress, show_plan=True).plan
 
 
 def bundle_path(request: Request, name: str, spec: str = "", misses: Misses | None = None) -> Path:
-    """Where the bundle of the recipe called `name` goes.
+    """Path of the bundle of the recipe called `name`.
 
-    The options in `spec` are part of the file's name. So is what makes a bundle narrower or wider than the recipe's own, which it
-    must not replace. A bundle of a plan is called as the plan's file.
+    The options in `spec` are part of the file's name. So are ranges, ranks and misses of the request, because such a bundle must
+    not replace the recipe's own. A bundle from a plan file is named after that file.
     """
     if request.out is not None:
         return request.out
@@ -160,7 +158,7 @@ def bundle_path(request: Request, name: str, spec: str = "", misses: Misses | No
 
 
 def _question(request: Request, misses: Misses) -> str:
-    """The stamp's key: everything about the request, and the environment."""
+    """The stamp's key: a digest of the request and the environment."""
     plan = key.digest(request.plan.read_text()) if request.plan is not None and request.plan.is_file() else ""
     return key.digest(
         {
@@ -213,7 +211,7 @@ def _became(misses: Misses, why: Mapping[int, str], target: Target) -> dict[str,
 
 
 def _finish(request: Request, store: Store, result: BuildResult, misses: Misses) -> Built:
-    plan, spec = result.plan, options.published(result.spec)  # without the options that are the recipe's defaults
+    plan, spec = result.plan, options.published(result.spec)  # without options that have their default values
     manifest, objects = assemble(request.target, spec, result, store)
     path = bundle_path(request, plan.recipe, spec, misses)
     header, details = split(manifest)
@@ -258,6 +256,6 @@ def _nothing(plan: Plan, target: Target) -> TraceError:
 
 
 def _imported(package: str, inputs: Inputs) -> bool:
-    """Whether a build imported a package: one that an installer recorded, or any other."""
+    """Whether a build imported a package, installed or not."""
     files = (Path(path) for path in inputs.files)
     return package in inputs.packages or any(f.parts[-2:] == (package, "__init__.py") for f in files)

@@ -1,7 +1,7 @@
-"""A process that believes it has a GPU.
+"""Makes a process behave as if it had a GPU.
 
-Everything here is process-wide and for good, so it runs only in the builder's worker processes, before any library that
-decides at import is imported. Checked on an H200: 38 points of fla's gated delta rule, 1303 (kernel, key) pairs, the same
+Everything here is process-wide and cannot be undone, so it runs only in the builder's worker processes, before any library that
+checks for a GPU at import. Verified against an H200 with 38 points of fla's gated delta rule: 1303 (kernel, key) pairs, the same
 set at every point on the device and here, and the same `IS_*` flags of fla (artifacts/measurements).
 """
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 compiled_calls: list[Any] = []
-"""Each call of a `torch.compile`d function (`recorded_calls.call_of`): it ran as plain Python, and `builder.graphs` traces it."""
+"""Calls of `torch.compile`d functions (`recorded_calls.call_of`). They ran as plain Python; `builder.graphs` traces them."""
 
 
 def become(target: Target) -> None:
     """Turn this process into one with `target` as its only GPU.
 
     Raises:
-        TargetError: for the `cpu` target: Triton has no backend for it.
+        TargetError: the target is `cpu`, for which Triton has no backend.
     """
     if target.backend == "cpu":
         raise TargetError("a GPU target for Triton kernels", "cpu", "name a GPU target (see `aot-cache targets`)")
@@ -46,7 +46,7 @@ def become(target: Target) -> None:
 
     libraries(target)
     dynamo_off.run_as_python(note)
-    with contextlib.suppress(TargetError):  # without a compiler what needs a guard (`~x`) fails by name, all else runs
+    with contextlib.suppress(TargetError):  # without a compiler, only ops that need a guard (`~x`) fail
         torch_guard.ensure()
     torch_shortcuts.install()
     torch_cuda.pretend(target)
@@ -55,18 +55,18 @@ def become(target: Target) -> None:
 
 
 def libraries(target: Target) -> None:
-    """Answer what is asked beside torch and Triton: engines ask NVML, and extensions need a library of the driver's name."""
+    """Virtualise libraries other than torch and Triton: engines query NVML, and extensions need the driver's library."""
     import torch
 
     built: Any = torch.backends.cuda.is_built
     nvml.pretend(target)
-    if target.backend == "cuda" and built():  # extensions for CUDA need a torch for CUDA, too
+    if target.backend == "cuda" and built():  # CUDA extensions need a CUDA build of torch
         cuda_driver.ensure()
 
 
 @contextlib.contextmanager
 def tensors() -> Iterator[None]:
-    """Tensors made on `cuda` inside are virtual."""
+    """Make all tensors on `cuda` virtual inside the block."""
     from aot_cache.upstream.virtual.torch_tensor import VirtualMode
 
     mode: Any = VirtualMode  # torch's base class is untyped

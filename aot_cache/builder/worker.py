@@ -1,7 +1,7 @@
-"""The process that becomes one target: `python -m aot_cache.builder.worker`, started by `pipeline`.
+"""The process that becomes one target: `python -m aot_cache.builder.worker`, started by `worker_pool`.
 
-Takes a job as JSON on stdin and answers with events, one JSON object a line, on a copy of stdout; whatever libraries
-print goes to stderr. One process a target, because libraries decide at import what they will launch.
+Reads a job as JSON from stdin and writes events, one JSON object per line, to a copy of stdout. What libraries print goes to
+stderr. Each target needs its own process, because libraries decide at import what they will launch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class _OtherRanks(Exception):
-    """The recipe is for a job of another size than this process was started in; nothing is done yet."""
+    """The recipe is for another world size than this process was started with. Nothing has been done yet."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
@@ -73,7 +73,7 @@ def main() -> int:
 
 
 def _recipe(job: Job) -> tuple[Recipe, dict[int, str]]:
-    """(the recipe with what was missed, why some of the misses have no point in it)."""
+    """(the recipe with the missed points, the reasons why some misses have no point in it)."""
     from aot_cache.builder import missed_calls
     from aot_cache.recipes import declare as recipes
     from aot_cache.recipes import dimensions
@@ -86,7 +86,7 @@ def _recipe(job: Job) -> tuple[Recipe, dict[int, str]]:
     except AotCacheError as error:
         source = triton_sources.unreadable(error.__cause__)
         error = error if source is None else source
-        if job.rank:  # the first rank's own is said without it: all have it, as far as anybody knows
+        if job.rank:  # an error of the first rank is assumed to occur on all ranks, and does not name one
             error = error.within(f"as rank {job.rank}")
         raise error from None
     _check_ranks(job, loaded)
@@ -95,7 +95,7 @@ def _recipe(job: Job) -> tuple[Recipe, dict[int, str]]:
 
 
 def _check_ranks(job: Job, recipe: Recipe) -> None:
-    """That the process is in a job of as many ranks as the recipe says: host code may have looked already."""
+    """Check that the process was started with the recipe's world size: host code may have read it during import."""
     from aot_cache.errors import DeclarationError
 
     if recipe.ranks in (1, job.ranks):
@@ -107,7 +107,7 @@ def _check_ranks(job: Job, recipe: Recipe) -> None:
 
 
 def _join(job: Job) -> None:
-    """Be one rank of several, where they are told apart."""
+    """Join the fake process group if the job has several ranks."""
     if job.ranks > 1:
         from aot_cache.upstream.virtual import torch_fake_group
 
@@ -115,7 +115,7 @@ def _join(job: Job) -> None:
 
 
 def _kernels(job: Job, send: Send, progress: Progress) -> None:
-    """Trace and compile Triton kernels: torch and Triton answer for the target, compiled functions run as Python."""
+    """Trace and compile Triton kernels. torch and Triton report the target as their device; compiled functions run as Python."""
     from aot_cache.builder import virtual_gpu
 
     virtual_gpu.become(job.target)
@@ -131,11 +131,11 @@ def _kernels(job: Job, send: Send, progress: Progress) -> None:
 
     recipe, traced = None, None
     if job.recipe is not None:
-        with virtual_gpu.tensors():  # models make some when they are imported
+        with virtual_gpu.tensors():  # models may make tensors when they are imported
             recipe, _ = _recipe(job)
         traced = kernels_trace.trace(recipe, job.target.id, progress, job.workers)
         plan = traced.plan
-        if not traced.refused:  # else the points are numbered otherwise
+        if not traced.refused:  # if some are refused, the graph worker numbers the points differently
             Path(job.calls).write_text(written(traced.calls))
     else:
         plan = Plan.read(Path(job.plan or ""))
@@ -155,12 +155,12 @@ def _kernels(job: Job, send: Send, progress: Progress) -> None:
     )
     if job.show_plan:
         return
-    if job.rank:  # the first rank compiles for all, but for what only this one's host code makes
+    if job.rank:  # the first rank compiles for all, except kernels that only this rank's host code makes
         plan = replace(plan, units=[unit for unit in plan.units if kernels_compile.made_by_host_code(unit, plan)])
     pythons = [triton_launcher.this_python(), *map(triton_launcher.other_python, job.pythons)]
     pythons = list({p.suffix: p for p in pythons}.values())
     store = Store(job.store)
-    with virtual_gpu.tensors():  # a plan's kernels are imported by their names only now
+    with virtual_gpu.tensors():  # the kernels of a plan file are imported here
         outcome = kernels_compile.compile_plan(
             plan,
             recipe,
@@ -190,7 +190,7 @@ def _kernels(job: Job, send: Send, progress: Progress) -> None:
 
 
 def _graphs(job: Job, send: Send, progress: Progress) -> None:
-    """Trace and compile the graphs of compiled functions: Inductor compiles for the target."""
+    """Trace and compile the graphs of compiled functions. Inductor compiles for the target."""
     from aot_cache.builder import virtual_gpu
     from aot_cache.upstream.virtual import inductor_target
 
@@ -248,10 +248,10 @@ def _graphs(job: Job, send: Send, progress: Progress) -> None:
 
 
 def _failed_cases(runs: GraphBuilder, names: Sequence[str], before: Sequence[FailedCase]) -> list[FailedCase]:
-    """The cases that cannot be run, with those that were known `before`.
+    """The cases that cannot be run, including those from `before`.
 
     Raises:
-        AotCacheError: there is no other case.
+        AotCacheError: no case is left.
     """
     from aot_cache.artifact.plan import each_once
     from aot_cache.builder import one_point

@@ -1,4 +1,4 @@
-"""The processes of one build: started, listened to, and none of them outlives it."""
+"""The worker processes of one build: starts them, reads their events, and kills those that still run at its end."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from aot_cache.process_group import ProcessGroup
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 _MOST_AT_ONCE = 64
-"""Threads that listen to a worker each; how many workers run at once is for the caller to say."""
+"""Maximum of threads, each of which reads one worker; the caller limits how many workers run at once."""
 
 
 class OtherRanks(Exception):
-    """A worker has read the recipe, and it is for a job of so many ranks."""
+    """A worker has read the recipe, which is for world size `ranks`."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
 
 
 class WorkerPool:
-    """Worker processes; those that run when the block ends are killed.
+    """A pool of worker processes. Those that still run when the block ends are killed.
 
     Args:
-        progress: called by one of them at a time.
+        progress: callback; never called concurrently.
     """
 
     def __init__(self, progress: Progress) -> None:
@@ -57,21 +57,21 @@ class WorkerPool:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def submit(self, function: Callable[[], T]) -> Future[T]:
-        """Call a function in a thread; it ends when its workers do."""
+        """Call a function in a thread. When the pool is closed, its workers are killed, so it ends, too."""
         return self._threads.submit(function)
 
     def run(
         self, job: Job, environment: Mapping[str, str], then: Callable[[Answer], None] | None = None
     ) -> list[Answer]:
-        """Run one worker until it is done; returns what it answered, in order.
+        """Run one worker until it is done; returns its answers in order.
 
         Args:
-            then: called with each answer as soon as it has come.
+            then: called with each answer as soon as it arrives.
 
         Raises:
-            AotCacheError: what the worker raised.
-            OtherRanks: it should have been started in another job.
-            TargetError: it died.
+            AotCacheError: the worker raised it.
+            OtherRanks: the worker needs another world size.
+            TargetError: the worker died.
         """
         answers: list[Answer] = []
         for event in self._talk(job, environment):
@@ -89,7 +89,7 @@ class WorkerPool:
         return answers
 
     def _talk(self, job: Job, environment: Mapping[str, str]) -> Iterator[Event]:
-        """Start a worker, hand it the job, yield what it says."""
+        """Start a worker, send it the job, and yield its events."""
         group = self._start(environment)
         worker = group.process
         assert worker.stdin is not None and worker.stdout is not None and worker.stderr is not None
@@ -106,8 +106,8 @@ class WorkerPool:
                 yield event
         finally:
             if finished:
-                worker.wait()  # it has nothing more to say, and has yet to write what it knows
-            group.end()  # the reader gave up (Ctrl-C, an error), or it died: nobody waits for what children would write
+                worker.wait()  # it has sent its last event, but may still be writing
+            group.end()  # also if the reader gave up (Ctrl-C, an error) or the worker died: children are not waited for
             with self._lock:
                 self._running.discard(group)
             listener.join()

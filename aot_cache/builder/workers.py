@@ -1,4 +1,4 @@
-"""The worker processes of one build, and what all of them together have made."""
+"""Runs the worker processes of one build, and merges their results."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ _MOST_AT_ONCE, _CORES_OF_A_WORKER = 4, 4
 
 @dataclass(frozen=True, kw_only=True)
 class BuildResult:
-    """What the workers of a build have made; bytes are in the store.
+    """The merged results of a build's workers. Compiled bytes are in the store.
 
     Args:
-        plan: what was to be built, without what only cases reach that could not be run.
+        plan: the plan, without what only failed cases reach.
         spec: text that loads the recipe; empty for a plan file.
-        inputs: what the workers have read.
-        keys, memory_keys: of the plan's units, in their order; empty where nothing compiles kernels.
+        inputs: the packages and files that the workers have imported.
+        keys, memory_keys: of the plan's units, in their order; empty if no kernels were compiled.
         failed: what could not be compiled.
-        toolchain: see `messages.Compiled`; empty where there are no kernels.
-        graph_key: see `messages.GraphsMade`; empty where there are no graphs.
-        compiled: how many units and kinds of calls were compiled now.
+        toolchain: see `messages.Compiled`; empty if there are no kernels.
+        graph_key: see `messages.GraphsMade`; empty if there are no graphs.
+        compiled: number of units and call signatures that were compiled now.
         per_rank: function whose graphs are built for each rank → why.
-        missed: number of each miss that something was done about → why it will miss again; empty when it will not.
+        missed: number of each miss that was handled → why it will miss again; empty if it will not.
     """
 
     plan: Plan
@@ -74,7 +74,7 @@ class BuildResult:
 
 @dataclass(frozen=True, kw_only=True)
 class _Kernels:
-    """What one worker for kernels answered; `compiled` is None where only the plan was asked for."""
+    """The answers of one kernel worker; `compiled` is None if only the plan was requested."""
 
     traced: Traced
     compiled: Compiled | None
@@ -87,7 +87,7 @@ class _Kernels:
 
 @dataclass(frozen=True, kw_only=True)
 class _Graphs:
-    """What the workers for graphs answered, of all ranks together."""
+    """The merged answers of the graph workers of all ranks."""
 
     surveyed: Surveyed
     inputs: Inputs
@@ -103,11 +103,11 @@ class _Graphs:
 def run(request: Request, scratch: Path, misses: Misses, progress: Progress, show_plan: bool = False) -> BuildResult:
     """Trace and compile: kernels in one process, compiled graphs, if there are any, in another.
 
-    Libraries decide at import what they are in, and so may a recipe: where it is for several ranks, which only a worker can
-    read, the workers are started anew as ranks of such a job.
+    Libraries and recipes may read the world size at import, but only a worker can read the recipe's own. If that is another one,
+    the workers are started again as ranks of such a job.
 
     Raises:
-        AotCacheError: what a worker raised.
+        AotCacheError: a worker raised it.
         TargetError: a worker died.
     """
     try:
@@ -120,7 +120,7 @@ def run(request: Request, scratch: Path, misses: Misses, progress: Progress, sho
 
 
 class _Build:
-    """`run` in a job of the request's ranks."""
+    """`run` for the request's world size."""
 
     def __init__(self, request: Request, scratch: Path, misses: Misses, pool: WorkerPool, show_plan: bool) -> None:
         if request.plan is not None:
@@ -144,27 +144,27 @@ class _Build:
             ranks=request.ranks or 1,
             ranks_given=request.ranks is not None,
         )
-        # The ranks that a recipe is traced as are all: what two of them do alike says nothing of a third.
+        # A recipe is traced as every rank: a third rank may differ even if two do the same.
         self._ranks = [0] if request.plan is not None else list(range(self._job.ranks))
 
     def run(self) -> BuildResult:
         kernels: dict[int, _Kernels] = {}
         if self._request.target.backend == "cpu":
-            graphs: _Graphs | None = self._graphs(None, {})  # nobody has looked yet
+            graphs: _Graphs | None = self._graphs(None, {})  # without a kernel trace, which cases call is not known
         else:
             kernels = self._other_ranks()
             graphs = self._first_rank(kernels)
         plan = Plan.read(Path(self._job.plan_out))
-        if self._request.plan is None:  # a plan that was given says so itself
+        if self._request.plan is None:  # a plan file has its own world size
             plan = replace(plan, ranks=self._job.ranks)
         return _without_failed(_result(plan, kernels, graphs), graphs.failed_cases if graphs is not None else ())
 
     # --- kernels ------------------------------------------------------------------------------------------------------
 
     def _other_ranks(self) -> dict[int, _Kernels]:
-        """Trace kernels as each rank but the first, and compile what only its own host code makes.
+        """Trace kernels as each rank but the first, and compile kernels that only its own host code makes.
 
-        All of them are run: nothing that one rank does says what another will do.
+        All ranks are run, because one rank's launches do not tell what another one launches.
         """
 
         def run(rank: int) -> _Kernels:
@@ -176,8 +176,8 @@ class _Build:
         return dict(zip(others, self._some_at_once(run, others)))
 
     def _first_rank(self, kernels: dict[int, _Kernels]) -> _Graphs | None:
-        """Trace and compile kernels as the first rank, with what the others launch; graphs as soon as it is known of which
-        cases. Adds the first rank's answer to `kernels`."""
+        """Trace and compile kernels as the first rank, including those that other ranks launch. Start graphs as soon as the cases
+        that need them are known. Adds the first rank's answers to `kernels`."""
         job = replace(self._job, also=[one.plan for one in kernels.values()])
         calling = {case for one in kernels.values() for case in one.traced.calling}
         refused = {rank: one.traced.refused for rank, one in kernels.items()}
@@ -187,7 +187,7 @@ class _Build:
             if isinstance(answer, Traced):
                 calling.update(answer.calling)
                 refused[0] = answer.refused
-                # Graphs need what is traced, not what is compiled of it; only misses are settled in the plan afterwards.
+                # Graphs need only the trace, not the compiled kernels; but with misses, the plan is changed after compiling.
                 if calling and not job.show_plan and not job.misses:
                     early.append(self._pool.submit(lambda: self._graphs(sorted(calling), refused)))
 
@@ -199,17 +199,17 @@ class _Build:
     # --- graphs -------------------------------------------------------------------------------------------------------
 
     def _graphs(self, calling: Sequence[str] | None, refused: Mapping[int, Sequence[Refused]]) -> _Graphs:
-        """Trace and compile graphs as all ranks; of a plan that is only shown, those of the first.
+        """Trace and compile graphs as all ranks; if the plan is only shown, as the first rank.
 
         Args:
-            calling: cases that call compiled functions; None: not known.
-            refused: rank → the missed points that its host code could not run at.
+            calling: cases that call compiled functions; None if not known.
+            refused: rank → the missed points at which its host code could not run.
         """
         job = replace(self._job, stage="graphs", cases=calling)
 
         def run(rank: int, broken: Sequence[FailedCase]) -> list[Answer]:
             own = replace(self._of_rank(job, rank), failed_cases=broken, refused=refused.get(rank, ()))
-            # Folders of its own: what another rank has left in them would be taken, and is not the same.
+            # Cache folders of its own: upstream would use what another rank left there, which may differ.
             with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
                 return self._pool.run(own, self._as_rank(rank, folder if rank else None))
 
@@ -221,14 +221,13 @@ class _Build:
     # --- ranks --------------------------------------------------------------------------------------------------------
 
     def _of_rank(self, job: Job, rank: int) -> Job:
-        """The job as one rank has it, with files of its own."""
+        """The job for one rank, with output files of its own."""
         if rank == 0:
             return job
         return replace(job, rank=rank, plan_out=f"{job.plan_out}.{rank}", calls=f"{job.calls}.{rank}")
 
     def _as_rank(self, rank: int, folder: str | None = None) -> dict[str, str]:
-        """The worker's environment, with the variables that a launcher gives to each rank; upstream keeps what it compiles in
-        `folder`."""
+        """The worker's environment, with the variables that a launcher sets for each rank, and upstream's caches in `folder`."""
         own = {**self._environment, **(_folders(Path(folder)) if folder is not None else {})}
         size = self._job.ranks
         if size == 1:
@@ -237,7 +236,7 @@ class _Build:
         return {**own, **{name: str(value) for name, value in names.items()}}
 
     def _some_at_once(self, run: Callable[[int], T], ranks: Sequence[int]) -> list[T]:
-        """What `run` returns for each rank; as many run beside each other as there are cores for."""
+        """The result of `run` for each rank. At most `_MOST_AT_ONCE` run at a time, fewer on few cores."""
         gate = BoundedSemaphore(max(1, min(_MOST_AT_ONCE, (os.cpu_count() or 1) // _CORES_OF_A_WORKER)))
 
         def one(rank: int) -> T:
@@ -247,7 +246,7 @@ class _Build:
         return [made.result() for made in [self._pool.submit(partial(one, rank)) for rank in ranks]]
 
 
-# --- put together -----------------------------------------------------------------------------------------------------
+# --- merging ----------------------------------------------------------------------------------------------------------
 
 
 def _kernels(answers: Sequence[Answer], job: Job) -> _Kernels:
@@ -257,13 +256,13 @@ def _kernels(answers: Sequence[Answer], job: Job) -> _Kernels:
 
 
 def _failed_cases(ranks: Sequence[Sequence[Answer]]) -> list[FailedCase]:
-    """Those that some rank could not run; what is compiled comes after what is surveyed, and knows of more."""
+    """The cases that some rank could not run. `GraphsMade` comes after `Surveyed` and may list more of them."""
     last = [answer_of(GraphsMade, answers) or answer_of(Surveyed, answers) for answers in ranks]
     return each_once(failed for answer in last if answer is not None for failed in answer.failed_cases)
 
 
 def _of_all_ranks(ranks: Sequence[Sequence[Answer]]) -> _Graphs:
-    """What the workers of all ranks answered, the first rank's first."""
+    """Merge the answers of the workers of all ranks, in rank order."""
     surveyed = [one for answers in ranks for one in [answer_of(Surveyed, answers)] if one is not None]
     made = [one for answers in ranks for one in [answer_of(GraphsMade, answers)] if one is not None]
     broken = _failed_cases(ranks)
@@ -286,7 +285,7 @@ def _of_all_ranks(ranks: Sequence[Sequence[Answer]]) -> _Graphs:
 
 
 def _of_others(graphs: Sequence[TracedGraph], failed: Sequence[FailedCase]) -> list[TracedGraph]:
-    """Graphs that other cases than these reach, too."""
+    """The graphs without the failed cases; a graph that only those reach is left out."""
     gone = {one.case for one in failed}
     kept = [replace(g, reached={case: at for case, at in g.reached.items() if case not in gone}) for g in graphs]
     return [after for before, after in zip(graphs, kept) if after.reached or not before.reached]
@@ -325,7 +324,7 @@ def _result(plan: Plan, kernels: Mapping[int, _Kernels], graphs: _Graphs | None)
 
 
 def _failed_units(ranks: Mapping[int, Compiled]) -> list[Failure]:
-    """The units that could not be compiled; the rank that makes a kernel knows better why than one that does not."""
+    """The units that could not be compiled. The error of the rank that makes a kernel is preferred to the first rank's."""
     failed = {failure.unit: failure for failure in ranks[0].failed}
     for rank, compiled in ranks.items():
         if rank:
@@ -335,10 +334,10 @@ def _failed_units(ranks: Mapping[int, Compiled]) -> list[Failure]:
 
 
 def _without_failed(result: BuildResult, failed_cases: Sequence[FailedCase]) -> BuildResult:
-    """The result without what only cases reach that some worker could not run.
+    """The result without what only failed cases reach.
 
     Raises:
-        DeclarationError: there is no other case.
+        DeclarationError: all cases failed.
     """
     plan = result.plan
     order = [case.name for case in plan.cases]
@@ -363,10 +362,10 @@ def _ids(plan: Plan) -> set[str]:
 
 
 def _kernels_only(path: Path, target: Target) -> None:
-    """A plan file says which kernels to compile; graphs are traced from the recipe's own code.
+    """Check that a plan file can be built: it may have kernels only, because graphs are traced from the recipe's own code.
 
     Raises:
-        DeclarationError: the plan cannot be all that is built.
+        DeclarationError: the plan has calls of compiled functions, or the target is the CPU.
     """
     plan = Plan.read(path)
     if plan.calls:
@@ -380,7 +379,7 @@ def _kernels_only(path: Path, target: Target) -> None:
 
 
 def _environment(request: Request, scratch: Path) -> dict[str, str]:
-    """The worker's environment: nothing of this machine or of this moment may reach the bytes."""
+    """The worker's environment. Nothing that depends on this machine or on the time may change the compiled bytes."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRITON_ALWAYS_COMPILE")}
     environment.update(
         CUDA_VISIBLE_DEVICES="",
@@ -396,5 +395,5 @@ def _environment(request: Request, scratch: Path) -> dict[str, str]:
 
 
 def _folders(scratch: Path) -> dict[str, str]:
-    """Where upstream keeps what it compiles."""
+    """Variables for the folders of upstream's caches."""
     return {"TRITON_CACHE_DIR": str(scratch / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}

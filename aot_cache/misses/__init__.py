@@ -1,1 +1,1 @@
-"""What a serving process missed: the file of it, and which declaration would have covered it."""
+"""What a serving process missed: the misses file, and which declaration would have covered a miss."""

@@ -1,6 +1,6 @@
-"""What a call of a compiled function is given: its tensors and integers, and a digest of everything about it but sizes.
+"""The arguments of a call of a compiled function: its tensors and integers, and a digest of everything but their sizes.
 
-The builder tells kinds of calls by it, and the serving process says by it which kind a call would have been.
+The builder tells call signatures apart by it, and the serving process finds the signature that a missed call would have had.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DEEP = 8
 
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor or integer that a call is given, by the expression that leads to it."""
+    """One tensor or integer argument of a call; `path` is the expression that leads to it."""
 
     path: str
     value: Any
@@ -36,7 +36,7 @@ class Leaf:
 
 
 def leaves(frame: Frame) -> tuple[list[Leaf], str]:
-    """(the tensors and integers that a call is given, the structure around them as text)."""
+    """(the tensors and integers of a call, the structure around them as text)."""
     found: list[Leaf] = []
     text: list[str] = []
     seen: set[int] = set()
@@ -52,14 +52,14 @@ def _walk(
     name = f"{kind.__module__}.{kind.__qualname__}"
     if isinstance(value, torch.Tensor):
         parameter = is_parameter(value)
-        shape = tuple(value.shape) if fixed or parameter else value.dim()  # another model is another structure
+        shape = tuple(value.shape) if fixed or parameter else value.dim()  # models of other sizes differ in structure
         text.append(f"{path} {value.dtype} {value.device.type} {shape} {value.requires_grad} {parameter}")
         found.append(Leaf(path, value, fixed or parameter))
     elif value is None or kind in (bool, int, float, str, bytes):
         if kind is int and not fixed:
             found.append(Leaf(path, value, False))
-        # What a module has as plain values often differs from layer to layer and is seldom asked: Dynamo guards on it
-        # where it is, and the graph is traced again there.
+        # Plain attributes of a module often differ between layers and are seldom read: where they are, Dynamo guards on
+        # them, and the graph is traced again there.
         text.append(f"{path} {name}" if fixed or kind is int else f"{path} {value!r}")
     else:
         text.append(f"{path} {name}")
@@ -77,7 +77,7 @@ def _inside(value: object) -> Iterator[tuple[str, object, bool]]:
         yield from ((f"[{key!r}]", item, False) for key, item in value.items() if _is_literal(key))
     elif isinstance(value, torch.nn.Module):
         for group in ("_parameters", "_buffers", "_modules"):
-            owned = group != "_modules"  # a part's weights are, what it keeps from call to call is not
+            owned = group != "_modules"  # a submodule's weights belong to the model, its state between calls does not
             yield from ((f".{group}[{name!r}]", item, owned) for name, item in getattr(value, group).items())
         yield from ((f".{name}", item, False) for name, item in vars(value).items() if isinstance(item, torch.Tensor))
     elif type(value).__module__ not in ("builtins", "functools", "torch") and not isinstance(value, type):
@@ -85,7 +85,7 @@ def _inside(value: object) -> Iterator[tuple[str, object, bool]]:
 
 
 def _is_literal(key: object) -> bool:
-    """Whether `repr(key)` is read back as `key`: paths are evaluated."""
+    """Whether `repr(key)` evaluates to `key`: paths are evaluated."""
     if type(key) is tuple:
         return all(map(_is_literal, key))
     return key is None or type(key) in (bool, int, str, bytes)

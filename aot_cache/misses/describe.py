@@ -1,4 +1,4 @@
-"""A miss in words, on one line."""
+"""Describes a miss on one line."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from aot_cache.misses.size_relations import readable
 
 
 def asked(miss: Miss) -> str:
-    """What was asked for and not there, on one line."""
+    """What was missed, on one line."""
     try:
         return _asked(miss)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        return f"a value that no launch has ({type(error).__name__})"  # only a build decodes it, and says so
+        return f"a value that no launch has ({type(error).__name__})"  # a build, which decodes it, reports the error
 
 
 def _asked(miss: Miss) -> str:

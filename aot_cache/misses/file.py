@@ -1,8 +1,8 @@
-"""The misses file: one JSON line for each thing that a serving process missed, of all its processes; read and counted.
+"""The misses file: one JSON line per miss, written by all processes of a server; here it is read and counted.
 
-A process writes a miss again when it has had it 1, 2, 4, 8 … times, as `seen`. The file is input like a plan file, and is
-trusted no more and no less: whoever builds from it runs code that it names, because the values in a kernel's unit are
-decoded by importing what they name. Here nothing is imported; every line's shape is checked, and a wrong one is an error.
+A process writes a miss again when its count, `seen`, reaches 1, 2, 4, 8 … The file is trusted like a plan file: a build from
+it runs code that it names, because the values in a kernel's unit are decoded by importing what they name. This module imports
+nothing; it checks the shape of every line, and a wrong line is an error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCHEMA = 1
 MARK = "aot-cache miss"
 GRAPH, KERNEL, TUNING, LOAD = KINDS = ("graph", "kernel", "tuning", "load")
 _BEGINNING = b'{"' + MARK.encode() + b'":'
-"""Of every line that a process writes, also of one that it did not finish."""
+"""How every line starts, even one that its process did not finish."""
 
 _COMMON = {
     "kind": str,
@@ -54,16 +54,16 @@ _IDENTITY = {GRAPH: ("wrapping", "mode", "structure", "sizes"), KERNEL: ("unit",
 
 @dataclass
 class Miss:
-    """One thing that was missed, by all processes together.
+    """One distinct miss, counted over all processes.
 
     Args:
         kind: `graph`, `kernel`, `tuning` or `load`.
         name: `module:qualname` of the function or kernel.
         count: how often it was missed.
-        in_capture, sealed: whether any of these was inside a capture, or after the seal.
-        actions: what was done instead, each once.
-        why: each reason once.
-        facts: what the kind says of itself beside these, as it was written last.
+        in_capture, sealed: whether it was ever missed inside a capture, or after the seal.
+        actions: the distinct actions that were taken instead.
+        why: the distinct reasons.
+        facts: the fields that belong to the kind, from the last line.
     """
 
     kind: str
@@ -76,36 +76,36 @@ class Miss:
     facts: dict[str, Json] = field(default_factory=dict)
 
     def units(self) -> list[Unit]:
-        """The specializations that were missing; `via` counts from this miss's own tuning, which is number 0."""
+        """The missing specializations. Their `via` refers to this miss's own tuning as number 0."""
         return [_unit(data) for data in ([self.facts["unit"]] if self.kind == KERNEL else self.facts.get("units", []))]
 
     def tuning(self) -> Tuning | None:
-        """The choice that a Triton autotuner had to make; those of Inductor's own kernels belong to their graph."""
+        """The choice that a Triton autotuner had to make, or None; choices of Inductor's kernels belong to their graph."""
         return Tuning(**{name: self.facts["tuning"][name] for name in _TUNING}) if "tuning" in self.facts else None
 
 
 @dataclass(frozen=True)
 class Misses:
-    """What is in misses files: each miss once, in an order that depends on nothing else, and the lines cut off."""
+    """Contents of misses files: each distinct miss, in a deterministic order, and the number of cut-off lines."""
 
     found: list[Miss]
     cut_off: int
 
 
 def identity(line: Mapping[str, Json]) -> str:
-    """What makes two lines the same miss: what was asked for, and not who asked, when, how often or what was done."""
+    """Key of a miss: covers what was asked for, but not who asked, when, how often, or what was done."""
     own = {name: line[name] for name in _IDENTITY[line["kind"]] if name in line}
     # The order of options is part of Triton's key, so nothing is sorted here.
     return json.dumps([line["kind"], line["name"], list(own.items())])
 
 
 def read(paths: Sequence[Path]) -> Misses:
-    """The misses in one file or several.
+    """Read the misses in one or more files.
 
-    A line that its process did not finish, because it was killed, is counted and left out.
+    A line that its process did not finish, because it was killed, is left out and counted in `cut_off`.
 
     Raises:
-        DeclarationError: a file cannot be read, or a line in it is none that a process of ours writes.
+        DeclarationError: a file cannot be read, or a line in it is not a miss.
     """
     found: dict[str, Miss] = {}
     seen: dict[tuple[Path, str], int] = {}
@@ -117,8 +117,8 @@ def read(paths: Sequence[Path]) -> Misses:
                 continue
             same = identity(line)
             miss = found.setdefault(same, Miss(line["kind"], line["name"]))
-            # A process counts apart what it answered otherwise. And ids of processes come again, in containers mostly:
-            # one that counts anew is another process.
+            # A process has a counter of its own for each different action. Process ids repeat, mostly in containers: a count
+            # that starts again is another process.
             counter = json.dumps({name: value for name, value in line.items() if name not in ("seen", "why")})
             before = seen.get((path, counter), 0)
             miss.count += line["seen"] - (before if line["seen"] > before else 0)
@@ -154,7 +154,7 @@ def _line(text: bytes, where: str) -> dict[str, Json] | None:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         whole = text.strip()
-        if _BEGINNING in whole or _BEGINNING.startswith(whole):  # the next process may have gone on in the same line
+        if _BEGINNING in whole or _BEGINNING.startswith(whole):  # another process may have continued in the same line
             return None
         raise _wrong(where, "it is not JSON") from error
     if not isinstance(data, dict) or MARK not in data:
@@ -171,7 +171,7 @@ def _line(text: bytes, where: str) -> dict[str, Json] | None:
 
 
 def _of_inductor(data: Mapping[str, Json]) -> bool:
-    """Whether it is a choice between the configs of a kernel of Inductor's, of which nothing more is known."""
+    """Whether a line is a choice between the configs of an Inductor kernel; it has no further fields."""
     return data["kind"] == TUNING and "tuning" not in data and "units" not in data
 
 
@@ -180,7 +180,7 @@ def _wrong(where: str, found: str) -> DeclarationError:
 
 
 def shape(data: Json, wanted: Mapping[str, type]) -> str:
-    """What of `wanted` is missing or of another type; empty when nothing is."""
+    """What in `data` is missing or of another type than in `wanted`, as text; empty if nothing is."""
     if not isinstance(data, dict):
         return f"{type(data).__name__} where {', '.join(wanted)} belong"
     for name, kind in wanted.items():
@@ -192,7 +192,7 @@ def shape(data: Json, wanted: Mapping[str, type]) -> str:
 
 
 def _inside(data: Mapping[str, Json]) -> str:
-    """What is wrong below the first level; empty when nothing is."""
+    """What is wrong below the first level, as text; empty if nothing is."""
     if not 0 < data["seen"] <= LARGEST:
         return f"seen is {data['seen']}"
     if data["kind"] == GRAPH:

@@ -1,7 +1,7 @@
-"""How the sizes of a call follow from a case's dimensions: fitted where calls were looked at, solved for one that missed.
+"""How the sizes of a call follow from a case's dimensions: `fit` from traced calls, `solve` for a call that missed.
 
 A relation is `[16]` for a size that is always 16, `[plus, times, dimension, ...]` for plus + times · the product of these
-dimensions (one or two), and None where neither holds at all points. Whole numbers only: what fits, fits exactly.
+dimensions (one or two), and None if neither holds at all points. All numbers are integers, and every fit is exact.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from aot_cache.recipes.dimensions import LARGEST, Point
 
 AffineSize = list[object] | None
 Relations = Mapping[str, Sequence[AffineSize]]
-"""Path of a tensor or integer → the relation of each of its sizes; an integer has one."""
+"""Path of a tensor or integer → the relation of each of its sizes. An integer has one size, its value."""
 
 
 def fit(sizes: Sequence[int], points: Sequence[Point]) -> AffineSize:
-    """The relation that gives each of `sizes` at its point, of which there is at least one."""
+    """The relation that gives `sizes[n]` at `points[n]`, or None; `points` is not empty."""
     if len(set(sizes)) == 1:
         return [sizes[0]]
     dims = [name for name in points[0] if len({point[name] for point in points}) > 1]
@@ -31,7 +31,7 @@ def fit(sizes: Sequence[int], points: Sequence[Point]) -> AffineSize:
 
 
 def _line(sizes: Sequence[int], values: Sequence[int], names: Sequence[str]) -> AffineSize:
-    """The line through (value, size) of all points."""
+    """The line through (value, size) of all points, or None."""
     other = next((n for n, value in enumerate(values) if value != values[0]), None)
     if other is None:
         return None
@@ -48,10 +48,10 @@ def solve(
     """The point at which a call has these sizes, or one line that says why there is none.
 
     Args:
-        relations: of the kind of call.
-        sizes: what the call has, by the same paths.
-        seen: a point at which such a call was seen: what no size tells stays as it is there.
-        changing: the dimensions that such calls were seen at several values of.
+        relations: of the call signature.
+        sizes: sizes of the call, by the same paths.
+        seen: a point at which such a call was seen. A dimension that no size determines keeps its value there.
+        changing: the dimensions that had several values where such calls were seen.
     """
     if {path: len(found) for path, found in sizes.items()} != {path: len(found) for path, found in relations.items()}:
         return "it is called with other tensors or integers"
@@ -63,7 +63,7 @@ def solve(
                 unknown.append(_name(path, d, sizes))
             else:
                 equations.setdefault((tuple(relation), size), _name(path, d, sizes))
-    # What tells one dimension comes first, so that products find most of theirs known.
+    # Equations with fewer dimensions first, so that most dimensions of a product are known already.
     point = _search({}, sorted(equations.items(), key=lambda equation: len(equation[0][0])), seen)
     if isinstance(point, str):
         return point
@@ -77,7 +77,7 @@ _Equation = tuple[tuple[tuple[object, ...], int], str]
 
 
 def _search(point: Point, equations: Sequence[_Equation], seen: Point) -> Point | str:
-    """The point with which all equations hold, or why there is none. Few are different, however many tensors there are."""
+    """The point that solves all equations, or why there is none. Equations are distinct, so there are few of them."""
     if not equations:
         return point
     ((relation, size), name), *others = equations
@@ -91,13 +91,13 @@ def _search(point: Point, equations: Sequence[_Equation], seen: Point) -> Point 
 
 
 def _options(point: Point, relation: Sequence[Any], size: int, seen: Point) -> Iterator[Point]:
-    """The points with which one size is so, as far as they are open."""
+    """The extensions of `point` that give one size."""
     plus, times, names = relation[0], relation[1] if len(relation) > 1 else 0, relation[2:]
     left = [name for name in names if name not in point]
     if not left and size == plus + times * math.prod(point[name] for name in names):
         yield point
     for free in left:
-        # Where several are open one is solved for, and the others stay where they were seen.
+        # If several dimensions are free, one is solved for and the others keep their values from `seen`.
         held = {name: point.get(name, seen[name]) for name in names if name != free}
         factor = times * math.prod(held.values())
         value, rest = divmod(size - plus, factor) if factor else (0, 1)
@@ -106,7 +106,7 @@ def _options(point: Point, relation: Sequence[Any], size: int, seen: Point) -> I
 
 
 def _never(point: Point, relation: Sequence[Any]) -> str:
-    """Why no option is left for a size."""
+    """Why no point gives a size."""
     plus, names = relation[0], relation[2:]
     if not names:
         return f"and always {plus} in what was declared"
@@ -116,10 +116,10 @@ def _never(point: Point, relation: Sequence[Any]) -> str:
 
 
 def _name(path: str, d: int, sizes: Mapping[str, Sequence[int]]) -> str:
-    """`size 0 of x`, as people read it; the path is one of Dynamo's expressions."""
+    """A size for display: `size 0 of x`. The path is one of Dynamo's expressions."""
     return f"size {d} of {readable(path)}" if len(sizes[path]) > 1 else readable(path)
 
 
 def readable(path: str) -> str:
-    """`L['x'].weight` → `x.weight`."""
+    """A path for display: `L['x'].weight` → `x.weight`."""
     return path.removeprefix("L['").replace("']", "", 1)

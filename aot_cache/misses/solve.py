@@ -1,4 +1,4 @@
-"""Which declaration would have covered a call of a compiled function that missed. Torch-free: asked while serving."""
+"""Finds the declaration that would have covered a missed call of a compiled function. No torch; used while serving."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from aot_cache.recipes.dimensions import Dimension, Point, Range, Values
 
 
 class Solved(NamedTuple):
-    """Which point of which case makes a missed call.
+    """The case and point that make a missed call.
 
     Args:
-        points: case → the point; empty when there is none.
-        declare: the declaration that would have covered it; empty when none would, or what is declared does already.
-        why: what keeps it from being covered; empty when `declare` would.
+        points: case → the point; empty if there is none.
+        declare: the declaration that would have covered it; empty if none would, or if it is declared already.
+        why: why no declaration helps; empty if `declare` is given.
     """
 
     points: dict[str, Point]
@@ -30,13 +30,13 @@ class Solved(NamedTuple):
 def points_for(
     calls: Sequence[CallPlan], cases: Sequence[CasePlan], name: str, structure: str, sizes: Mapping[str, Sequence[int]]
 ) -> Solved:
-    """Solve for the point that makes a missed call; of several cases, the one whose declaration is the nearest.
+    """Solve for the point that makes a missed call. If several cases do, the one whose declaration is nearest is chosen.
 
     Args:
-        calls, cases: of the plan that was served.
+        calls, cases: of the plan that is served.
         name: `module:qualname` of the function.
         structure: of the call, see `misses.call_signature.structure_of`.
-        sizes: of each tensor and integer that is given and is not the model's own.
+        sizes: sizes of each tensor and integer argument that is not a parameter or buffer.
     """
     mine = [call for call in calls if call.function == name]
     alike = [call for call in mine if call.structure == structure]
@@ -59,7 +59,7 @@ def points_for(
 
 
 def _places(case: CasePlan, calls: Sequence[CallPlan]) -> Iterator[tuple[Relations, Point, set[str]]]:
-    """For each way in which the sizes of such calls follow from a case's dimensions: it, its first point, what changes."""
+    """For each distinct set of relations of such calls: the relations, their first point, the dimensions that change."""
     told: list[Relations] = []
     boxes: list[list[Mapping[str, str]]] = []
     for call in calls:
@@ -76,7 +76,7 @@ def _places(case: CasePlan, calls: Sequence[CallPlan]) -> Iterator[tuple[Relatio
 
 
 def _first(box: Mapping[str, str]) -> Point:
-    """The first point of a box as `dimensions.describe` writes it; costs nothing however large the box is."""
+    """The first point of a box that `dimensions.describe` wrote; constant cost for any size."""
     return {dim: int(text.partition("..")[0].partition(",")[0]) for dim, text in box.items()}
 
 
@@ -85,7 +85,7 @@ def _dims(case: CasePlan) -> dict[str, Dimension]:
 
 
 def _distance(case: CasePlan, point: Point) -> int:
-    """How far a point is from what was declared."""
+    """Distance of a point from the declared dimensions: the sum over them, at least 1 for each that lacks the value."""
     apart = 0
     for name, dim in _dims(case).items():
         value = point[name]
@@ -95,7 +95,7 @@ def _distance(case: CasePlan, point: Point) -> int:
 
 
 def _declaration(case: CasePlan, point: Point) -> tuple[str, str]:
-    """(the declaration that covers `point`, as people write it; why there is none)."""
+    """(the declaration that covers `point`, as source text; why there is none)."""
     wider = [
         f"{name}={_written(_with(dim, point[name]))}" for name, dim in _dims(case).items() if point[name] not in dim
     ]
@@ -108,7 +108,7 @@ def _declaration(case: CasePlan, point: Point) -> tuple[str, str]:
 
 
 def _with(dim: Dimension, value: int) -> Dimension:
-    """The dimension with one more value; a range stays one, by steps that meet it."""
+    """The dimension with one more value. A range stays a range, with a step that includes the value."""
     if isinstance(dim, Values):
         return Values(*dim, value)
     return Range(min(dim.lo, value), max(dim.values[-1], value), math.gcd(dim.step, value - dim.lo))

@@ -1,7 +1,7 @@
-"""The gated delta rule of Qwen3.5 as fla-core has it: decode, verification and prefill, at every size's geometry.
+"""The gated delta rule of Qwen3.5 by fla-core: decode, verification and prefill, for the geometry of every model size.
 
-Heads and dimensions: Qwen3.5 has 16 key heads and 16 (0.8B), 32 (4B, 9B, 35B-A3B), 48 (27B) or 64 (122B, 397B) value
-heads of dimension 128, and a causal convolution over 4 steps. Needs the extra `fla`.
+Qwen3.5 has 16 key heads and 16 (0.8B), 32 (4B, 9B, 35B-A3B), 48 (27B) or 64 (122B, 397B) value heads of dimension 128, and a
+causal convolution over 4 steps. Needs the extra `fla`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def decode(batch: int, tokens: int, value_heads: int) -> Call:
 
 
 def _prefill(value_heads: int) -> Case:
-    # A case for each geometry: 8192 lengths of each are enumerated, where all in one would only be sampled.
+    # One case per geometry, so that all 8192 lengths of each are enumerated. One case for all would only be sampled.
     @declare(name=f"prefill-{value_heads}", tokens=Range(1, MAX_TOKENS))
     def prefill(tokens: int) -> Call:
         q, k, v, g, beta = _projections(1, tokens, value_heads)

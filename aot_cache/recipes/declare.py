@@ -183,7 +183,7 @@ class Recipe:
         doc: one line of description.
         spec: its name and options as text, set by `load`.
         settings: what its function made of the options, so that the engine serves with the same ones; None if it has none.
-        ranks: world size over which the model is sharded and reduced; 1: each process runs all of it, in a job of any size.
+        ranks: how many processes share its work and reduce over each other; 1: each runs all of it, in a job of any size.
     """
 
     name: str
@@ -296,7 +296,7 @@ def load(spec: str) -> Recipe:
     except ModuleNotFoundError as error:
         if os.environ.get("AOT_CACHE_DEBUG") == "1":
             traceback.print_exception(first_cause(error))
-        own = error.name is None or f"{module_name}.".startswith(f"{error.name}.")  # else a module that the recipe imports
+        own = error.name is None or f"{module_name}.".startswith(f"{error.name}.")  # else the recipe imports it
         near = did_you_mean(module_name, _modules_nearby() if own else (), "install it, or set PYTHONPATH")
         hint = shipped.to_do_in(module_name, near)
         missing = f"no module named {error.name!r}" if error.name else one_line(first_cause(error))

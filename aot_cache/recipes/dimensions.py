@@ -398,7 +398,7 @@ def _interleaved_runs(values: Sequence[int]) -> str:
 
 
 def _parse_set(text: str, limit: int) -> set[int]:
-    """The values that `text` names; `limit` is the largest number of values for which `_set_text` may have written it."""
+    """The values that `text` names. Raises DeclarationError for more than `_set_text` writes for a set of `limit` values."""
     limit *= _TAKEN + 1
     plain, separator, taken = text.partition(" except ")
     found: list[set[int]] = []

@@ -1,7 +1,7 @@
-"""Ask a fresh process that has only a bundle whether it hits: `aot-cache rehearse`. Stands above both wings.
+"""Check in a fresh process that has only a bundle whether it hits: `aot-cache rehearse`.
 
-It shares nothing with the builder: real tensors, the recipe's own code, the loader as a server uses it, and a count of events
-beside the ledger's.
+It shares nothing with the builder: real tensors, the recipe's own code, the loader as a server uses it, and a second count of
+events, independent of the ledger.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["CaseResult", "Missed", "PointResult", "Rehearsal", "rehearse", "vers
 
 Progress = Callable[[str, int, int], None]
 POINTS = 64
-"""Of each case, unless somebody says otherwise."""
+"""Default number of points of each case."""
 
 
 def rehearse(
@@ -49,23 +49,23 @@ def rehearse(
 
     Args:
         path: the bundle.
-        digest: the one that it must have.
-        points: of each case at most so many, a spread of them; None for all that are declared.
-        cases: names of those that are run; none for all.
-        tolerance: how far results may be from eager's; None: by dtype (see `compare`).
-        timeout: seconds that a point may take; None: any time.
-        compiler: leave a C compiler in reach, which the recipe's own code needs.
-        config: the config file that the recipe is of; None: what AOT_CACHE_CONFIG names.
+        digest: the digest that it must have; None for any.
+        points: maximum of points per case, spread over them; None for all declared points.
+        cases: names of the cases to run; empty for all.
+        tolerance: maximal distance of results from eager; None: by dtype (see `compare`).
+        timeout: seconds that a point may take; None: no limit.
+        compiler: leave a C compiler available, because the recipe's own code needs one.
+        config: the recipe's config file; None: the one in AOT_CACHE_CONFIG.
 
     Returns:
-        What was found; `passed` says whether all of it is good.
+        The results; `passed` says whether all are good.
 
     Raises:
         StoreError: there is no such bundle, or it is not sound.
-        DeclarationError, UnknownName: the bundle has no recipe, or it is not here, or not as it was built.
-        TargetError: it is for a GPU, and none is here.
-        Incompatible: it is not for this host.
-        RehearsalFailed: the process died before it came to the first point.
+        DeclarationError, UnknownName: the bundle has no recipe, or the recipe is not installed or has changed.
+        TargetError: the bundle is for a GPU, and there is none.
+        Incompatible: the bundle is not for this host.
+        RehearsalFailed: the process died before its first point.
     """
     began = time.perf_counter()
     bundle = read_bundle(path, digest)
@@ -89,18 +89,18 @@ def rehearse(
 
 
 def versions() -> dict[str, str]:
-    """What a rehearsal's result depends on beside the bundle and the device."""
+    """The versions that a rehearsal's result depends on."""
     packages = {name: installed(name) for name in ("torch", "triton")}
     return {"aot-cache": installed("aot_cache"), "python": platform.python_version(), **packages}
 
 
 def _check(bundle: Bundle, whole: Manifest, cases: Sequence[str]) -> None:
-    """What is wrong before anything starts.
+    """Check what can be checked before a process starts.
 
     Raises:
-        DeclarationError: no recipe says what is to be called, or nothing was built of it.
+        DeclarationError: the bundle is not from a recipe, or is empty.
         UnknownName: it has no such case.
-        TargetError: the GPU is not here.
+        TargetError: it needs a GPU, and there is none.
     """
     if not whole.spec or whole.origin != "traced":
         hint = "build it with --model: a recorded plan says which kernels ran, not how to call them"
@@ -121,13 +121,13 @@ def _check(bundle: Bundle, whole: Manifest, cases: Sequence[str]) -> None:
 
 
 def _ranks(whole: Manifest) -> list[int]:
-    """The first rank stands for all, unless one of them has graphs or kernels of its own."""
+    """The ranks to rehearse: only the first, unless some graphs or kernels belong to certain ranks."""
     own = any(graph.rank is not None for graph in whole.graphs) or any(unit.ranks for unit in whole.units)
     return list(range(whole.ranks)) if own else [0]
 
 
 class _Listener:
-    """Puts together what the process says."""
+    """Collects the events of the rehearsal's processes."""
 
     def __init__(self, bundle: Bundle, progress: Progress) -> None:
         self._bundle, self._progress = bundle, progress
@@ -137,10 +137,10 @@ class _Listener:
         self._died = ""
 
     def listen(self, job: Mapping[str, Any], timeout: float | None) -> None:
-        """Run one process; one that died before is the last.
+        """Run one process. Does nothing if an earlier one died.
 
         Raises:
-            AotCacheError: what it raised before it came to the first point.
+            AotCacheError: what it raised before its first point.
         """
         if self._died:
             return
@@ -164,7 +164,7 @@ class _Listener:
         known = self._cases.get(event["name"])
         if known is None:
             self._cases[event["name"]] = CaseResult(event["name"], event["declared"], event["chosen"], ())
-        else:  # another rank runs the same
+        else:  # another rank runs the same case
             self._cases[event["name"]] = replace(known, chosen=known.chosen + event["chosen"])
 
     def _on_at(self, event: Mapping[str, Any]) -> None:
@@ -183,7 +183,7 @@ class _Listener:
         self._at = "after its last point"
 
     def rehearsal(self) -> Rehearsal:
-        """What was found."""
+        """The results."""
         assert self._ready is not None
         return Rehearsal(
             path=self._bundle.path,

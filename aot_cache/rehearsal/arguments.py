@@ -1,4 +1,4 @@
-"""The arguments of one point, made twice and equal: once for the bundle, once for eager; and the memory that both share."""
+"""Makes the arguments of one point twice, equal, for the bundle and for eager; and keeps the memory that both share."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _TRIES = 3
 
 @dataclass(frozen=True)
 class Pair:
-    """Two calls of equal arguments.
+    """Two calls with equal arguments.
 
     Args:
         bundle, eager: the calls.
-        different: an argument that is not equal in the two, however often they are made; empty where all are.
+        different: path of a tensor that differs between them each time they are made; empty if all are equal.
     """
 
     bundle: Call
@@ -29,7 +29,7 @@ class Pair:
 
 
 def make(case: Case, point: Point, device: str) -> Call:
-    """The call at a point, under a fixed seed, with nothing in its tensors that happened to be in memory."""
+    """The call at a point, with a fixed seed and with uninitialised tensors filled."""
     import torch
 
     torch.manual_seed(SEED)
@@ -38,7 +38,8 @@ def make(case: Case, point: Point, device: str) -> Call:
 
 
 def pair(case: Case, point: Point, device: str) -> Pair:
-    """Two calls at a point. What a recipe makes once and keeps draws its numbers the first time only: made again, they agree."""
+    """Two calls at a point. They may differ the first time, when a recipe makes what it then keeps: that draws random numbers,
+    too. Made again, they are equal."""
     one = make(case, point, device)
     different = ""
     for _ in range(_TRIES):
@@ -58,7 +59,7 @@ def _first_difference(one: Call, other: Call) -> str:
 
 
 def tensors_of(call: Call) -> list[tuple[str, Any]]:
-    """(name, tensor) of all arguments, and of what the function holds: a module's, or a closure's."""
+    """(path, tensor) of all arguments, and of what the function holds, as a module or in its closure."""
     return [*tensors(call.args, "args"), *tensors(call.kwargs, "kwargs"), *tensors(call.fn, "function")]
 
 
@@ -71,7 +72,7 @@ def _equal(one: Any, other: Any) -> bool:
         return False
     if one.device.type == "meta":
         return True
-    if one.dtype.itemsize == 1:  # several of 8 bits know no comparison
+    if one.dtype.itemsize == 1:  # several 8-bit dtypes have no comparison
         one, other = one.view(torch.uint8), other.view(torch.uint8)
     same = one == other
     return bool((same | ((one != one) & (other != other))).all())
@@ -79,16 +80,16 @@ def _equal(one: Any, other: Any) -> bool:
 
 @dataclass
 class Shared:
-    """Memory that both calls of a pair use, such as the caches of a model that the recipe keeps; parameters are not.
+    """Memory that both calls of a pair use, such as the caches of a model that the recipe keeps. Parameters are excluded.
 
-    The first call must not change what the second one sees.
+    It is saved, so that the second call does not see what the first one wrote.
     """
 
     _pieces: list[tuple[Any, Any]] = field(default_factory=list)
 
     @classmethod
     def of(cls, made: Pair) -> Shared:
-        """Keep what is in it now."""
+        """Save its present contents."""
         mine, theirs = _storages(made.bundle), _storages(made.eager)
         return cls([(storage, storage.clone()) for key, storage in mine.items() if key in theirs])
 
@@ -96,7 +97,7 @@ class Shared:
         return bool(self._pieces)
 
     def put_back(self) -> None:
-        """Put into it what was there at first."""
+        """Restore the saved contents."""
         for storage, kept in self._pieces:
             storage.copy_(kept)
 

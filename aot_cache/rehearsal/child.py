@@ -1,7 +1,7 @@
 """The process that has only the bundle: `python -m aot_cache.rehearsal.child`, started by `process`.
 
-Takes a job as JSON on stdin and answers with events, one JSON object a line, on a copy of stdout; whatever libraries print
-goes to stderr. It does what a server does, in that order: load the bundle, make the model, `ready`, `seal`, call.
+Reads a job as JSON from stdin and writes events, one JSON object per line, to a copy of stdout. What libraries print goes to
+stderr. It does what a server does, in the same order: load the bundle, make the model, `ready`, `seal`, call.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _path(job: Mapping[str, Any]) -> Any:
 
 
 def _join(job: Mapping[str, Any]) -> None:
-    """Be one rank of a job, in which all others do what this one does."""
+    """Join the job's fake process group, if it has several ranks; the other ranks are assumed to do the same as this one."""
     if job["ranks"] > 1:
         from aot_cache.upstream.virtual import torch_fake_group
 
@@ -83,7 +83,7 @@ def _join(job: Mapping[str, Any]) -> None:
 
 
 def _start(device: str, kernels: bool) -> object:
-    """Bring up the device, and count beside the ledger from here on."""
+    """Initialise the device, and start the second count of events, which is independent of the ledger."""
     import torch
 
     from aot_cache.upstream.hooks.second_count import SecondCount
@@ -98,7 +98,7 @@ def _stage(device: str, second: object, tolerance: float | None) -> Any:
 
 
 def _make_model(chosen: Any, device: str) -> None:
-    """A server has its model before it is ready: here, what a recipe makes once and keeps. What cannot be made is named later."""
+    """Make what the recipe makes once and keeps, because a server has its model before `ready`. Errors are reported later."""
     import contextlib
 
     from aot_cache.rehearsal import arguments
@@ -109,7 +109,7 @@ def _make_model(chosen: Any, device: str) -> None:
 
 
 def _ready() -> str:
-    """Install and load everything; returns what speaks against it."""
+    """Install and load everything, and seal; returns the error of `ready(strict=True)`, or an empty text."""
     from aot_cache.errors import NotReady
     from aot_cache.runtime import loader
 

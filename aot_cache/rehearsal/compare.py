@@ -1,4 +1,4 @@
-"""How far two results are from each other, and how far they may be."""
+"""The distance between two results, and the tolerance for it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from aot_cache.rehearsal.leaves import Leaf
 TOLERANCES = {"float64": 1e-9, "complex128": 1e-9, "float32": 1e-5, "complex64": 1e-5}
 HALF, EIGHT_BITS = 2e-2, 1e-1
 NOISE = 1e-7
-"""Values below this, on average, are taken for what rounding leaves of zero."""
+"""A root mean square below this counts as zero with rounding errors."""
 _PART = 1 << 24
 
 
 @dataclass(frozen=True)
 class Distance:
-    """The worst of several distances.
+    """The largest of several distances.
 
     Args:
-        value: relative norm of a difference, for integers and flags the share that differs; infinite where the two are not
-            even alike.
-        where: what is that far away.
-        close: whether nothing is farther away than it may be.
+        value: relative norm of the difference; for integers and bools, the share of elements that differ; infinite if shape,
+            dtype, device or type differ.
+        where: path of the leaf with this distance.
+        close: whether all distances are within tolerance.
     """
 
     value: float = 0.0
@@ -33,7 +33,7 @@ class Distance:
 
 
 def tolerance_of(dtypes: Iterable[str]) -> float:
-    """How far floats may be, where the least precise dtype that was computed with is among these."""
+    """The tolerance for floats that were computed with these dtypes: that of the least precise one."""
     return max(map(_tolerance, dtypes), default=TOLERANCES["float32"])
 
 
@@ -44,16 +44,16 @@ def _tolerance(dtype: str) -> float:
 
 
 def dtypes_of(found: Iterable[Any]) -> set[str]:
-    """The names of the floating-point dtypes among tensors."""
+    """Names of the floating-point and complex dtypes among tensors."""
     return {str(t.dtype).removeprefix("torch.") for t in found if t.is_floating_point() or t.is_complex()}
 
 
 def compare(found: Sequence[Leaf], wanted: Sequence[Leaf], tolerance: float, given: bool) -> Distance:
-    """The worst distance between two sets of leaves that ought to be alike.
+    """The largest distance between two lists of leaves, which should have the same paths.
 
     Args:
         tolerance: for floats.
-        given: somebody named the tolerance: then it is the share of integers that may differ, too; else none may.
+        given: the user set the tolerance, so it also is the share of integers that may differ; else none may.
     """
     if [leaf.path for leaf in found] != [leaf.path for leaf in wanted]:
         names = {leaf.path for leaf in found} ^ {leaf.path for leaf in wanted}
@@ -68,7 +68,7 @@ def compare(found: Sequence[Leaf], wanted: Sequence[Leaf], tolerance: float, giv
 
 
 def distance(found: object, wanted: object) -> tuple[float, bool]:
-    """(distance, whether none is allowed by itself)."""
+    """(distance, whether the values must be equal unless the user sets a tolerance)."""
     import torch
 
     if not isinstance(wanted, torch.Tensor) or not isinstance(found, torch.Tensor):
@@ -89,7 +89,7 @@ def _same_value(found: Any, wanted: Any) -> bool:
 
 
 def _relative(found: Any, wanted: Any) -> float:
-    """Norm of the difference over the norm of what is wanted; NaNs and infinities have to be in the same places."""
+    """Norm of the difference over the norm of `wanted`; infinite if NaNs and infinities are not in the same places."""
     import torch
 
     apart, size = 0.0, 0.0

@@ -1,4 +1,4 @@
-"""Every tensor and plain value in an object, under a name that people can read: arguments, results, a model's state."""
+"""Finds every tensor and plain value in an object (arguments, results, a model's state), each with a readable path."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MODULE_DICTS = ("_parameters", "_buffers", "_modules")
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor or a plain value; of anything else only its type's name.
+    """A tensor or a plain value; for any other object, the name of its type.
 
     Args:
         path: such as `args[0].caches[1]`.
@@ -27,12 +27,12 @@ class Leaf:
 
 
 def leaves(value: object, path: str) -> Iterator[Leaf]:
-    """What is in `value`: an object's attributes once, what stands in several containers in each of them."""
+    """The leaves in `value`. An object's attributes are listed once; a leaf in several containers is listed in each."""
     yield from _walk(value, path, set(), ())
 
 
 def tensors(value: object, path: str) -> Iterator[tuple[str, object]]:
-    """(path, tensor) of what is in `value`."""
+    """(path, tensor) of all tensors in `value`."""
     import torch
 
     for leaf in leaves(value, path):

@@ -1,4 +1,4 @@
-"""Where in the user's own code an error was raised."""
+"""Finds where in the user's own code an error was raised."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OTHERS = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib", "st
 
 
 def told(error: BaseException) -> str:
-    """The error in one line, with file and line: the last of the user's code, else the last of all."""
+    """The error in one line, with file and line of the last frame in the user's code, else of the last frame."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith((_OURS, *_OTHERS))]
     frame = (own or frames)[-1:]

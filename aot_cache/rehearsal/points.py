@@ -1,4 +1,4 @@
-"""Which cases and points of a bundle are rehearsed: those that it was built for, all of them or a spread."""
+"""Chooses the cases and points of a bundle to rehearse: all points that it was built for, or a spread of them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from aot_cache.recipes.declare import Case, Recipe
 from aot_cache.recipes.dimensions import Point
 
 MOST = 1_000_000
-"""Points of a case that can be asked for with `--all`."""
+"""Maximum of points of a case with `--all`."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A case with the points at which it is to be run, of so many that are declared."""
+    """A case, the points at which to run it, and the number of declared points."""
 
     case: Case
     points: Sequence[Point]
@@ -25,17 +25,17 @@ class Chosen:
 
 
 def choose(recipe: Recipe, built: Sequence[CasePlan], only: Sequence[str], most: int | None) -> list[Chosen]:
-    """What is to be run, in the bundle's order; of a case that is left out no point.
+    """The cases and points to run, in the bundle's order. A case that is left out has no points.
 
     Args:
-        recipe: as its code is now.
-        built: the bundle's cases: ranges may have been narrowed, and missed points added, when it was built.
-        only: names of cases; none for all.
-        most: points a case; None for all that are declared.
+        recipe: the recipe as it is installed.
+        built: the bundle's cases; the build may have narrowed ranges and added missed points.
+        only: names of cases; empty for all.
+        most: maximum of points per case; None for all declared points.
 
     Raises:
-        UnknownName: the recipe has no such case.
-        DeclarationError: the case has other dimensions now, or too many points for all of them.
+        UnknownName: the recipe no longer has a case.
+        DeclarationError: a case has other dimensions now, or all its points are more than `MOST`.
     """
     return [_chosen(_as_built(recipe, case), most, not only or case.name in only) for case in built]
 
@@ -72,9 +72,9 @@ def _chosen(case: Case, most: int | None, wanted: bool) -> Chosen:
 
 
 def _spread(dims: Mapping[str, dimensions.Dimension], most: int) -> list[Point]:
-    """At most so many points: ends, ones and where keys change first; else, of the corners alone, evenly many."""
+    """At most `most` points: ends, ones, and where keys change first. If the ends alone are too many, evenly spaced corners."""
     try:
         return dimensions.enumerate_points(dims, most).points
-    except DeclarationError:  # the ends of many dimensions are more points than that
+    except DeclarationError:  # many dimensions: the ends alone are more points than that
         corners = dimensions.enumerate_points(dims, 2 ** len(dims)).points
         return [corners[round(n * (len(corners) - 1) / max(1, most - 1))] for n in range(most)]

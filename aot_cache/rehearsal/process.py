@@ -1,4 +1,4 @@
-"""Start the process that has only the bundle, and listen to it: what it says, how it ends, and where it was then."""
+"""Starts the process that has only the bundle, and reads its events and how it ends."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _KEPT = (CONFIG_VARIABLE, "AOT_CACHE_DEBUG", "AOT_CACHE_MISSES", "AOT_CACHE_UNTE
 
 
 class Died(Exception):
-    """The process ended before it was done; the message says how: with which signal or code, and its last words."""
+    """The process ended early; the message has its signal or exit code, and its last line of stderr."""
 
 
 def events(job: Mapping[str, Json], timeout: float | None) -> Generator[Mapping[str, Json], None, None]:
     """Run the process in the current folder and yield its events.
 
     Args:
-        timeout: seconds after which it is killed while it is at one point; None: never.
+        timeout: seconds that it may take for one point before it is killed; None: no limit.
 
     Raises:
         Died: it ended before it was done, or was killed.
@@ -57,7 +57,7 @@ def _how(code: int) -> str:
 
 
 class _Child:
-    """The process and what it says."""
+    """The process and its output."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group, self.process = group, group.process
@@ -72,10 +72,10 @@ class _Child:
             reader.start()
 
     def line(self, timeout: float | None) -> str | None:
-        """What it says next; None when it is silent for good.
+        """The next line of its output; None at the end.
 
         Raises:
-            Died: it said nothing for so long.
+            Died: there was no line within `timeout` seconds.
         """
         try:
             return self._said.get(timeout=timeout)
@@ -83,14 +83,14 @@ class _Child:
             raise Died(f"it was killed after {timeout:g} s without an answer") from None
 
     def last(self) -> str:
-        """How it ended, and its last words."""
+        """How it ended, and its last line of stderr."""
         code = self.process.wait()
         self._readers[1].join()
         words = [word.strip() for word in self._last_words if word.strip()]
         return f"{_how(code)}: {words[-1] if words else 'no word'}"
 
     def end(self) -> None:
-        """It does not outlive this."""
+        """Kill the process and everything that it started, and close its pipes."""
         self._group.end()
         for reader in self._readers:
             reader.join()
@@ -105,7 +105,7 @@ def _started(job: Mapping[str, Json], scratch: Path) -> Iterator[_Child]:
     child, process = _Child(group), group.process
     try:
         assert process.stdin is not None
-        with suppress(BrokenPipeError):  # it is dead already, which its silence says
+        with suppress(BrokenPipeError):  # it is dead already; `line` then reports that
             process.stdin.write(json.dumps(job) + "\n")
             process.stdin.close()
         yield child
@@ -114,9 +114,9 @@ def _started(job: Mapping[str, Json], scratch: Path) -> Iterator[_Child]:
 
 
 def environment(scratch: Path, job: Mapping[str, Json]) -> dict[str, str]:
-    """Where nothing is but what a server has: no cache that anybody filled, no setting of ours, no C compiler.
+    """The environment of a server: empty caches, no AOT_CACHE variables except `_KEPT`, no C compiler.
 
-    With `compiler` one is left in reach, for the recipe's own sake.
+    With `compiler` in the job, a C compiler is left available, because the recipe's own code needs one.
     """
     kept = {name: value for name, value in os.environ.items() if name in _KEPT or not name.startswith("AOT_CACHE")}
     for name in ("TRITON_INTERPRET", "TRITON_ALWAYS_COMPILE"):

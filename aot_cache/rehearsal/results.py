@@ -1,4 +1,4 @@
-"""What a rehearsal found, point by point and case by case."""
+"""Results of a rehearsal, by point and by case."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from aot_cache.recipes.dimensions import Point, point_text
 from aot_cache.store import Json
 
 HIT, MISS, DIFFERS, FAILED, CANNOT, CONTRADICTS = "hit", "miss", "differs", "failed", "cannot run", "contradicts"
-"""How a point went: it hit and is close · something was not there · it hit and is not close · it raised, and eager does not ·
-it raises in eager, too · the two counts of events contradict each other."""
+"""Status of a point, in order: it hit and is close to eager · something missed · it hit and is not close · it raised, and eager
+did not · it cannot be run or compared (eager raises, too, for one) · the two counts of events contradict each other."""
 
 
 @dataclass(frozen=True)
 class Missed:
-    """Something that was not there.
+    """One miss.
 
     Args:
         name: `module:qualname` of the function or kernel.
-        why: what differs from what is there.
+        why: how the call differs from what the bundle has.
     """
 
     name: str
@@ -32,19 +32,19 @@ class Missed:
 
 @dataclass(frozen=True)
 class PointResult:
-    """One point.
+    """The result of one point.
 
     Args:
-        case, point: which.
         status: one of the words above.
-        misses: what was not there.
-        events: the ledger's events that no hit has, by kind; and `late_install`, which one may have (see `runtime.ledger`).
-        second: the second count's, by family.
-        distance: the worst distance from eager, None where there is nothing to compare.
-        where: what is that far away, such as `result[0]`.
-        why: what went wrong, with file and line where there is one; empty for a hit.
+        misses: what missed.
+        events: count of the ledger's events that a hit must not cause, by kind; and of `late_install`, which a hit may cause (see
+            `runtime.ledger`).
+        second: the second count of events, by family.
+        distance: the largest distance from eager; None if there was nothing to compare.
+        where: path of the value with this distance, such as `result[0]`.
+        why: the error, with file and line if known; empty for a hit.
         captured: whether it was run inside a CUDA graph capture.
-        seconds: it took, eager's run included.
+        seconds: duration, including the eager run.
     """
 
     case: str
@@ -67,7 +67,7 @@ class PointResult:
         return asdict(self)
 
     def reasons(self) -> list[tuple[str, str]]:
-        """(what it is about, what is wrong) for each function that missed; none for a hit."""
+        """(function or case, reason) for each function that missed, or for the failure; empty for a hit."""
         if self.status == MISS:
             return [(missed.name, missed.why) for missed in self.misses]
         return [] if self.status == HIT else [(f"{self.case}: {self.status}", self.why)]
@@ -75,12 +75,12 @@ class PointResult:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One case.
+    """The results of one case.
 
     Args:
-        declared: points that it has.
-        chosen: points that were to be run; 0 where the case was left out.
-        not_captured: why it is called outside of captures on a GPU; empty where it is not, or no capture was tried.
+        declared: number of points that it has.
+        chosen: number of points to run; 0 if the case is left out.
+        not_captured: why it is called outside of captures on a GPU; empty if it is captured, or no capture was tried.
     """
 
     name: str
@@ -90,7 +90,7 @@ class CaseResult:
     not_captured: str = ""
 
     def count(self, status: str) -> int:
-        """How many points went so."""
+        """Number of points with this status."""
         return sum(point.status == status for point in self.points)
 
     @property
@@ -100,7 +100,7 @@ class CaseResult:
 
     @property
     def different(self) -> set[str]:
-        """The points that were run, each once, whatever the number of ranks."""
+        """The distinct points that were run, on any rank."""
         return {point_text(result.point) for result in self.points}
 
     @property
@@ -109,7 +109,7 @@ class CaseResult:
 
     @property
     def events(self) -> dict[str, int]:
-        """The ledger's events that no hit has, of all points together."""
+        """The counts in `PointResult.events`, summed over all points."""
         total: Counter[str] = Counter()
         for point in self.points:
             total.update(point.events or {})
@@ -117,7 +117,7 @@ class CaseResult:
 
     @property
     def worst(self) -> PointResult | None:
-        """The point that is farthest from eager."""
+        """The point with the largest distance from eager."""
         compared = [point for point in self.points if point.distance is not None]
         return max(compared, key=lambda point: point.distance or 0.0, default=None)
 
@@ -141,17 +141,17 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a fresh process with nothing but a bundle did at the chosen points.
+    """What a fresh process with only a bundle did at the chosen points.
 
     Args:
         path, digest: of the bundle.
         device: the GPU's name, or `cpu`.
         versions: of aot-cache, python, torch and triton.
-        date: when, in UTC.
-        cases: all of the bundle's.
-        not_ready: what `ready(strict=True)` said against serving; empty where it said nothing.
-        died: how the process ended before it was done, and at which point; empty where it was done.
-        seconds: all of it.
+        date: in UTC.
+        cases: all cases of the bundle.
+        not_ready: the error of `ready(strict=True)`; empty if there was none.
+        died: how the process ended early, and at which point; empty if it finished.
+        seconds: total duration.
     """
 
     path: Path
@@ -166,7 +166,7 @@ class Rehearsal:
 
     @property
     def passed(self) -> bool:
-        """Whether every chosen point hit and was close to eager, and any was chosen."""
+        """Whether at least one point was chosen, and all of them hit and were close to eager."""
         return not self.died and all(case.passed for case in self.cases) and any(case.chosen for case in self.cases)
 
     @property
@@ -178,7 +178,7 @@ class Rehearsal:
         return sum(case.chosen for case in self.cases)
 
     def reasons(self) -> list[str]:
-        """What went wrong, one line for each function or case: at how many points, and the first of them."""
+        """The failures, one line for each function or case, with the number of points and the first of them."""
         found: dict[str, list[tuple[str, PointResult]]] = {}
         for point in (point for case in self.cases for point in case.points):
             for about, why in point.reasons():
@@ -186,7 +186,7 @@ class Rehearsal:
         return [*(_line(about, mine) for about, mine in found.items()), *filter(None, [self.died])]
 
     def run(self) -> Run:
-        """What is written beside the bundle of a rehearsal that passed."""
+        """The record of a passed rehearsal, which is written beside the bundle."""
         cases = [CaseRun(c.name, len(c.different), c.declared, _distance(c)) for c in self.cases]
         return Run(self.digest, self.device, self.date, self.versions, tuple(cases))
 
@@ -209,12 +209,12 @@ class Rehearsal:
 
 
 def _finite(value: float | None) -> float | str | None:
-    """JSON has no infinity."""
+    """The distance as a JSON value: JSON has no infinity."""
     return value if value is None or math.isfinite(value) else "infinite"
 
 
 def _line(about: str, found: Sequence[tuple[str, PointResult]]) -> str:
-    """All that is wrong with one function, or case: the first reason, and how many more there are."""
+    """The failures of one function or case in one line: the first reason, and how many more there are."""
     why, point = found[0]
     others = len({text for text, point in found if point.status == MISS}) - 1
     more = [f"{len(found) - 1} more"] * (len(found) > 1) + [f"for {others} other reasons, too"] * (others > 0)

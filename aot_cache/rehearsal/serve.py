@@ -1,4 +1,4 @@
-"""Run a call as a server does: through the bundle, on a GPU inside a CUDA graph capture; and count what a hit must not cause."""
+"""Runs a call as a server does (through the bundle; on a GPU in a CUDA graph capture) and counts events that no hit causes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from aot_cache.upstream.hooks import torch_capture
 from aot_cache.upstream.hooks.second_count import SecondCount, contradictions
 
 _LATE = "late_install"
-"""A kernel was found in the bundle, and no sooner than at its launch: it is said, and no miss."""
+"""A kernel was found in the bundle only at its launch: that is reported, but is not a miss."""
 _COUNTED = (*ledger.HARMFUL, "fallback", "unsafe", "refused", "rejected_bundle", _LATE)
 
 
 @dataclass
 class _Outcome:
-    """What one call through the bundle did."""
+    """The outcome of one call through the bundle."""
 
     result: object = None
     error: BaseException | None = None
@@ -35,21 +35,21 @@ class _Outcome:
 
 
 class Stage:
-    """Where points are run.
+    """Runs points.
 
     Args:
         device: `cpu` or `cuda`.
-        second: counts beside the ledger.
-        tolerance: how far floats, and then integers, may be from eager's; None: by dtype.
+        second: the count of events that is independent of the ledger.
+        tolerance: maximal distance from eager, for integers, too; None: by dtype, and integers must be equal.
     """
 
     def __init__(self, device: str, second: SecondCount, tolerance: float | None) -> None:
         self._device, self._second, self._tolerance = device, second, tolerance
         self.not_captured: dict[str, str] = {}
-        """Case → why its calls are made outside of captures."""
+        """Case → why its calls are not captured."""
 
     def run(self, case: Case, point: Point) -> PointResult:
-        """Run a point through the bundle and in eager."""
+        """Run a point through the bundle and in eager mode."""
         began = time.perf_counter()
         found = self._run(case, point)
         return PointResult(case.name, dict(point), seconds=round(time.perf_counter() - began, 4), **found)
@@ -76,7 +76,7 @@ class Stage:
     # --- through the bundle -------------------------------------------------------------------------------------------
 
     def _serve(self, case: Case, made: Pair) -> _Outcome:
-        """The call through the bundle; what misses raises `CacheMiss`, as in a canary."""
+        """Call through the bundle under the policy `error`: a miss raises `CacheMiss`, as in a canary."""
         outcome = _Outcome(captured=self._device == "cuda" and case.name not in self.not_captured)
         loader.MISSES.reset()
         before, second = _ledger(), self._second.total()
@@ -94,23 +94,23 @@ class Stage:
         outcome.second = {name: now[name] - second[name] for name in now if now[name] > second[name]}
         outcome.misses = tuple(Missed(miss["name"], miss["why"]) for miss in loader.MISSES.to_json())
         harm = [kind for kind in outcome.events if kind != _LATE]
-        if harm and not outcome.misses:  # nobody decided on it, and still it was done
+        if harm and not outcome.misses:  # it happened without a decision of the guard
             names = ", ".join(harm)
             outcome.misses = (Missed(case.name, f"the ledger has events that no hit causes: {names}"),)
         return outcome
 
     def _outside(self, case: Case, point: Point, error: BaseException) -> tuple[Pair, Shared, _Outcome]:
-        """Without a capture, where the call cannot be captured: a server calls such a case plainly."""
+        """Call without a capture, because the call cannot be captured: a server does not capture such a case, either."""
         self.not_captured[case.name] = place.told(error)
         made = arguments.pair(case, point, self._device)
         shared = Shared.of(made)
         outcome = self._serve(case, made)
-        if outcome.error is not None:  # it has nothing to do with captures
+        if outcome.error is not None:  # the error is not caused by the capture
             del self.not_captured[case.name]
         return made, shared, outcome
 
     def _missed(self, case: Case, made: Pair, outcome: _Outcome) -> dict[str, Any]:
-        """All that this call misses, and not only what it stumbled over first."""
+        """All misses of this call, not only the first, which raised."""
         found = dict.fromkeys(outcome.misses)
         try:
             with case.modes(self._device):
@@ -118,18 +118,18 @@ class Stage:
                     why = "; ".join(dict.fromkeys(graph["why"] for graph in row["graphs"] if graph["why"]))
                     if not any(miss.name == row["function"] for miss in found):
                         found[Missed(row["function"], why or "there is no graph of this function")] = None
-        except Exception:  # what it stumbled over is known
+        except Exception:  # the first miss is known
             pass
         return {"status": results.MISS, "misses": tuple(found), "why": "; ".join(miss.why for miss in found)}
 
-    # --- beside eager -------------------------------------------------------------------------------------------------
+    # --- against eager ------------------------------------------------------------------------------------------------
 
     def _against_eager(self, case: Case, point: Point, made: Pair, shared: Shared, outcome: _Outcome) -> dict[str, Any]:
         import torch
 
         mine = _kept(outcome.result, made.bundle, bool(shared))
         shared.put_back()
-        # Made again: what a recipe sets back with its arguments may be no tensor (how full a static cache is).
+        # Made again: a recipe may reset state other than tensors (how full a static cache is) when it makes arguments.
         made = replace(made, eager=arguments.make(case, point, self._device))
         try:
             with case.modes(self._device), torch.compiler.set_stance("force_eager"):
@@ -168,7 +168,7 @@ def _plainly(call: Call) -> object:
 
 
 def _in_capture(call: Call) -> object:
-    """The call's first run is recorded, the second one is the graph's."""
+    """Capture the call, and replay the graph."""
     import torch
 
     graph = torch.cuda.CUDAGraph()
@@ -184,14 +184,14 @@ def _in_capture(call: Call) -> object:
 
 @dataclass
 class _Recorded:
-    """A result that lives in its graph's memory."""
+    """A result in the memory of its graph, which is kept alive with it."""
 
     graph: object
     result: object
 
 
 def _kept(result: object, call: Call, copy: bool) -> list[Leaf]:
-    """What a call returned and left in its arguments; copies, where the next call writes to the same memory."""
+    """What a call returned and left in its arguments; copied if the next call writes to the same memory."""
     found = result.result if isinstance(result, _Recorded) else result
     state = [Leaf(path, tensor) for path, tensor in arguments.tensors_of(call) if not _is_parameter(tensor)]
     kept = [*leaves(found, "result"), *state]

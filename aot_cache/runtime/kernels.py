@@ -296,7 +296,7 @@ class KernelSet:
         return triton_jit.memory_key(specialization, options)
 
     def _choose(self, function: object, number: int) -> None:
-        """Give autotuners their configs: the measured choice if it comes from this kind of GPU, else the first config that fits."""
+        """Give autotuners their configs: the measured choice if this kind of GPU measured it, else the first config that fits."""
         from aot_cache.upstream.codec import triton_kernel
         from aot_cache.upstream.hooks import triton_launches
 

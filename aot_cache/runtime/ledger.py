@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,8 @@ class Ledger:
     """Thread-safe counts of events, and the last few harmful events with their names."""
 
     def __init__(self) -> None:
+        self.changed: Callable[[], None] = lambda: None
+        """Called after each event that is counted after the seal, without a lock of this ledger."""
         self._lock = threading.Lock()
         self._totals: Counter[str] = Counter()
         self._in_capture: Counter[str] = Counter()
@@ -68,6 +71,9 @@ class Ledger:
                 self._after_seal[kind] += count
             if kind in HARMFUL:
                 self._recent = [*self._recent[-_KEPT + 1 :], Event(kind, name, in_capture, self._sealed)]
+            sealed = self._sealed
+        if sealed:
+            self.changed()
 
     @property
     def sealed(self) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aot_cache.errors import DeclarationError
-from aot_cache.runtime import gc_pause
+from aot_cache.runtime import gc_pause, stats_files
 from aot_cache.runtime import policy as policies
 from aot_cache.runtime.kernels import KernelSet, Report
 from aot_cache.runtime.session import Session
@@ -84,12 +85,16 @@ def ready(*, strict: bool = False) -> list[Report]:
     Raises:
         NotReady: with `strict`, when a declared kernel is not installed: not imported, of other source, or no bundle.
     """
-    return SESSION.ready(strict)
+    try:
+        return SESSION.ready(strict)
+    finally:
+        _publish()
 
 
 def seal() -> None:
     """Start-up is over: from here on each compile, tuning, module load or C compiler run counts as a miss."""
     LEDGER.seal()
+    _publish()
 
 
 def stats() -> dict[str, Any]:
@@ -147,6 +152,15 @@ def arm(policy: str | None = None) -> None:
 def disarm() -> None:
     """Take every hook out of torch and Triton. What is installed in their caches stays there."""
     SESSION.disarm()
+
+
+def _publish() -> None:
+    """Write `stats()` where the process that answers `/metrics` reads it, if the environment names such a folder."""
+    if os.environ.get(stats_files.VARIABLE):
+        stats_files.write(SESSION.stats())
+
+
+LEDGER.changed = _publish
 
 
 def _set_policy(name: str | None, strict: bool) -> None:

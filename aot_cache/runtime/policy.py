@@ -95,10 +95,10 @@ def eager_impl_of(place: SourceSpan) -> EagerImpl | None:
 def policy(name: str) -> Callable[[T], T]:
     """Decorator: set a policy for one function, compiled function, module, Triton kernel or autotuner.
 
+    The decorated object is returned unchanged, so calls have no extra cost.
+
     Args:
         name: `fallback`, `error` or `observe`.
-
-    The decorated object is returned unchanged, so calls have no extra cost.
 
     Raises:
         DeclarationError: there is no such policy, or the decorated object is none of these.

@@ -49,7 +49,7 @@ PART = 2 << 20
 """Bytes of objects that are read and hashed at once when a bundle is read for loading."""
 
 _READERS = 8
-_MOST_PREFETCHED = 1 << 30  # bytes; of a larger file the header, which may be forged, is checked before anything is read
+_MOST_PREFETCHED = 1 << 30  # bytes; a larger size may be forged, so the header is checked first
 _REPR = reprlib.Repr()
 _REPR.maxstring = 80
 
@@ -105,7 +105,7 @@ class _Body:
 
     def _read(self, number: int) -> str:
         view = memoryview(self.memory)[number * PART : (number + 1) * PART]
-        os.preadv(self._file, [view], self._begin + number * PART)  # a shortened file leaves zeros, so the digest differs
+        os.preadv(self._file, [view], self._begin + number * PART)  # a shortened file leaves zeros: another digest
         return hashlib.sha256(view).hexdigest()
 
 

@@ -1,1 +1,1 @@
-"""Choose between candidates that are compiled already, on the GPU that will serve. Stands above both wings."""
+"""Choose between compiled candidates on the GPU that will serve."""

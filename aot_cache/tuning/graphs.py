@@ -1,6 +1,6 @@
-"""Choose between the configs of Inductor's kernels, on the GPU that will serve. The part of `tune` that is about graphs.
+"""The graph part of `tune`: choose between the configs of Inductor's kernels, on the GPU that will serve.
 
-Upstream measures, at a graph's first run; here it gets all configs to measure, and inputs from the recipe.
+Inductor measures at a graph's first run. This gives it all configs to measure, and inputs from the recipe.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 Choices = dict[str, dict[str, int]]
-"""Compiled graph → kernel → number of its config."""
+"""Compiled graph → kernel → index of its config."""
 
 
 def measure(graphs: GraphSet, manifest: Manifest, progress: Progress, *, again: bool) -> Choices:
-    """Load graphs of which kernels have several configs with all of them, run the largest point that reaches each, and say
-    what was fastest. Afterwards this process runs what was fastest.
+    """Load each graph whose kernels have several configs, with all configs; run its largest point; return the fastest configs.
+    This process then runs those.
 
     Args:
-        again: also where a choice was made before.
+        again: also measure graphs for which a choice was made before.
 
     Raises:
         TuneError: the bundle's recipe has changed.
@@ -63,7 +63,7 @@ def measure(graphs: GraphSet, manifest: Manifest, progress: Progress, *, again: 
             numbers = {kernel.key: kernel.measured() for kernel in several}
             chosen[compiled] = {key: number for key, number in numbers.items() if number is not None}
             if len(chosen[compiled]) < len(numbers):
-                graphs.load_again(compiled, chosen[compiled])  # what did not run must not measure inside a capture
+                graphs.load_again(compiled, chosen[compiled])  # a kernel that did not run must not measure in a capture
     progress("tune graphs", len(plan), len(plan))
     return chosen
 
@@ -78,7 +78,7 @@ def case_of(recipe: Recipe, name: str) -> Case:
     """The case of that name.
 
     Raises:
-        TuneError: it is not there any more.
+        TuneError: the recipe no longer has it.
     """
     for case in recipe.cases:
         if case.name == name:

@@ -1,7 +1,7 @@
-"""Choose between candidates that are already compiled, on the GPU that will serve. Stands above both wings.
+"""Choose between compiled candidates on the GPU that will serve.
 
-`aot-cache tune BUNDLE` writes the choices into a new bundle; `ready(tune=True)` does the same at start-up, for what is
-untuned, before any capture. Nothing is compiled: a candidate that is not in the bundle is not considered.
+`aot-cache tune BUNDLE` writes the choices into a new bundle. `ready(tune=True)` does the same at start-up, before any capture,
+for choices that are still open. Nothing is compiled: a candidate that is not in the bundle is not considered.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Times:
     times: dict[int, list[tuple[float, float, float]]] = field(default_factory=dict)
 
     def best(self) -> int | None:
-        """The candidate with the least mean slowdown over the points; None when nothing was measured."""
+        """The candidate with the least mean slowdown over the points, out of those measured at all of them; None if none was."""
         full = {c: t for c, t in self.times.items() if len(t) == len(self.points) and self.points}
         if not full:
             return None
@@ -55,16 +55,16 @@ class _Times:
 
 
 def ready(*, strict: bool = False, tune: bool = False) -> list[Report]:
-    """Call after the model is made and before the first capture: install and load what is still waiting.
+    """Install and load what is still pending. Call it after the model is made and before the first capture.
 
     Args:
-        strict: raise when anything declared is not installed.
-        tune: also benchmark the choices that the bundles leave open, at points of their declared ranges, on the
-            candidates that are compiled. Needs the bundles' recipes to be importable.
+        strict: raise if anything declared is not installed.
+        tune: also make the choices that the bundles leave open: benchmark the compiled candidates at points of the declared
+            ranges. The bundles' recipes must be importable.
 
     Raises:
-        NotReady: with `strict`, when a declared kernel is not installed.
-        TuneError: with `tune`, when there is no GPU up or a capture is active.
+        NotReady: with `strict`, if a declared kernel is not installed.
+        TuneError: with `tune`, if CUDA is not initialised or a capture is active.
     """
     reports = loader.ready(strict=strict)
     if tune:
@@ -78,7 +78,7 @@ def ready(*, strict: bool = False, tune: bool = False) -> list[Report]:
             open_ones = [n for n, t in enumerate(manifest.tunings) if not kernels.is_chosen(t)]
             for number, result in _measure(kernels, manifest, open_ones, 1, lambda *_: None).items():
                 tuning, best = manifest.tunings[number], result.best()
-                # What no point launched here, because a graph holds it, say, must not be measured in a capture.
+                # A tuning that no point reached here (a graph may contain it) gets its default, or it would measure in a capture.
                 chosen = tuning.default if best is None else best
                 if chosen is not None:
                     kernels.choose_now(tuning, tuning.candidates[chosen])
@@ -91,28 +91,28 @@ def tune(bundle_path: Path, out: Path, *, prune: bool, points: int, progress: Pr
     """Benchmark every choice in a bundle on this GPU and write a bundle with the choices.
 
     Args:
-        points: points of the declared ranges at which each choice is measured.
-        prune: leave out the binaries that lost.
+        points: number of points of the declared ranges at which each choice is measured.
+        prune: leave out the binaries of losing candidates.
 
     Returns:
         What was chosen and measured, and the new bundle's digest and size.
 
     Raises:
-        TuneError: when this is not the kind of GPU that the bundle is for, or its recipe is not here.
-        AotCacheError: when the bundle cannot be loaded.
+        TuneError: there is no GPU, it is not the model that the bundle is for, or the recipe lacks a case.
+        AotCacheError: the bundle or its recipe cannot be loaded.
     """
     import torch
 
     bundle = read_bundle(bundle_path)
     if not torch.cuda.is_available():
         raise TuneError("no GPU to tune on", hint="run this on the kind of GPU that serves")
-    torch.zeros(1, device="cuda")  # brings CUDA up
+    torch.zeros(1, device="cuda")  # initialises CUDA
     name = torch_capture.device_name()
     manifest = whole(bundle)
     if name != manifest.target["name"]:
         raise TuneError(f"a {manifest.target['name']}", f"a {name}", "run this on the kind of GPU that serves")
     before = _clocks()
-    recipes.load(manifest.spec)  # its modules are imported, so that every kernel is installed
+    recipes.load(manifest.spec)  # imports its modules, so that every kernel can be installed
     report = loader.load(bundle_path, strict=True)
     loader.ready()
     kernels = next(k for k in loader.loaded() if k.report is report)
@@ -151,7 +151,7 @@ def tune(bundle_path: Path, out: Path, *, prune: bool, points: int, progress: Pr
 def _measure(
     kernels: KernelSet, manifest: Manifest, numbers: Iterable[int], points: int, progress: Progress
 ) -> dict[int, _Times]:
-    """Run the recipe at points that ask for each tuning and benchmark its candidates."""
+    """Run the recipe at points that reach each tuning, and benchmark the candidates."""
     import torch
 
     from aot_cache.upstream.hooks import triton_tuning
@@ -198,7 +198,7 @@ def _measure(
 
 
 def _make_pending(kernels: KernelSet, manifest: Manifest) -> None:
-    """Call what launches the kernels that no module has yet: a library may make them inside a function, at its first call."""
+    """Run cases that launch kernels which no module has yet: a library may create kernels in a function, at its first call."""
     recipe = recipes.load(manifest.spec)
     one_unit = {manifest.kernels[unit.kernel].name: unit for unit in manifest.units}
     plan = {tuning_graphs.a_point(one_unit[name].reached) for name in kernels.report.pending if name in one_unit}
@@ -209,7 +209,7 @@ def _make_pending(kernels: KernelSet, manifest: Manifest) -> None:
 
 
 def _points_for(manifest: Manifest, results: Mapping[int, _Times], count: int) -> dict[tuple[str, str], list[int]]:
-    """(case, point) → the tunings to measure there: the largest point of each, one an eighth as large, and so on."""
+    """(case, point) → the tunings to measure there: for each tuning its last point, the one at an eighth of the list, etc."""
     out: dict[tuple[str, str], list[int]] = {}
     for number in results:
         for case, boxes in list(manifest.tunings[number].reached.items())[:1]:
@@ -221,7 +221,7 @@ def _points_for(manifest: Manifest, results: Mapping[int, _Times], count: int) -
 
 
 def _fitting(manifest: Manifest, number: int) -> set[int]:
-    """The candidates of a tuning of which nothing is missing from the bundle."""
+    """The candidates of a tuning that have units in the bundle, and none that was left out as unfit."""
     here = {c for unit in manifest.units for t, c in unit.via if t == number}
     return here - {c for unit in manifest.pruned for t, c in unit.via if t == number}
 
@@ -231,7 +231,7 @@ def _candidate(tuning: TuningChoice, config: Config) -> int:
 
 
 def _with_choices(manifest: Manifest, results: Mapping[int, _Times], device: Mapping[str, str]) -> tuple[Manifest, int]:
-    """(the manifest with what was measured best, how many choices that are)."""
+    """(the manifest with the fastest candidates chosen, how many were)."""
     tunings, chosen = list(manifest.tunings), 0
     for number, result in results.items():
         best = result.best()
@@ -258,7 +258,7 @@ def _needed(manifest: Manifest) -> set[str]:
 
 
 def _clocks() -> str:
-    """SM and memory clock now, as nvidia-smi says; empty where it is not installed."""
+    """Current SM and memory clock from nvidia-smi; empty if it is not installed or fails."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ""

@@ -1,5 +1,5 @@
-"""The only rooms that touch private names of torch and triton, one module a subject.
+"""The only modules that use private names of torch and Triton, one module for each subject.
 
-Each says under "Upstream" what it relies on. Tests with the mark `contract` hold that, and fail loudly when upstream moves;
-`tools/check_torch` runs them under other releases, and writes into `tested.json` where they passed.
+Each lists under "Upstream" what it relies on. Tests with the mark `contract` check that, and fail loudly when upstream changes.
+`tools/check_torch` runs them under other releases, and writes to `tested.json` where they passed.
 """

@@ -1,6 +1,6 @@
-"""Run something when a module has been imported, without importing it.
+"""Call a function once a module has been imported, without importing it.
 
-Upstream: CPython's import system (`sys.meta_path`, `importlib.abc.Loader`); that a module of torch or Triton is whole when
+Upstream: CPython's import system (`sys.meta_path`, `importlib.abc.Loader`); that a module of torch or Triton is complete when
 its import has ended.
 """
 
@@ -15,12 +15,12 @@ from types import ModuleType
 
 
 def after_import(name: str, action: Callable[[], None]) -> Callable[[], None]:
-    """Call `action()` once `name` is imported: now if it is, else right after its import, whoever does it.
+    """Call `action()` once `name` is imported: now if it already is, else right after its import, whoever does that.
 
     Returns a function that stops the waiting.
 
-    A module that is only half imported (somebody above us on the stack imports it) counts as imported when its import
-    is over, which nobody tells: then `action` is not called, and whoever needs it calls it later.
+    If `name` is being imported at this moment (by a caller further up the stack), `action` is never called, because there is
+    no event for the end of that import. Whoever needs `action` must call it later.
     """
     waiter = _Waiter(name, action)
     module = sys.modules.get(name)
@@ -37,7 +37,7 @@ def after_import(name: str, action: Callable[[], None]) -> Callable[[], None]:
 
 
 def hook_after_import(name: str, hook: Callable[[], Callable[[], None]]) -> Callable[[], None]:
-    """Call `hook()` once `name` is imported. Returns a function that calls what it returned, or stops the waiting."""
+    """Call `hook()` once `name` is imported. Returns a function that calls the result of `hook()`, or stops the waiting."""
     undo: list[Callable[[], None]] = []
     cancel = after_import(name, lambda: undo.append(hook()))
 
@@ -50,22 +50,22 @@ def hook_after_import(name: str, hook: Callable[[], Callable[[], None]]) -> Call
 
 
 def when_torch_comes(action: Callable[[], None]) -> Callable[[], None]:
-    """Call `action()` once torch is imported, wholly."""
+    """Call `action()` once torch is completely imported."""
     return after_import("torch", action)
 
 
 def when_triton_comes(action: Callable[[], None]) -> Callable[[], None]:
-    """Call `action()` once Triton is imported, wholly: its rooms import each other in circles."""
+    """Call `action()` once Triton is completely imported: its modules import each other in cycles."""
     return after_import("triton", action)
 
 
 def when_dynamo_comes(action: Callable[[], None]) -> Callable[[], None]:
-    """Call `action()` once Dynamo is imported, which may be inside somebody's import of Inductor."""
+    """Call `action()` once Dynamo is imported. That may be inside an import of Inductor."""
     return after_import("torch._dynamo", action)
 
 
 class _Waiter(importlib.abc.MetaPathFinder):
-    """Stands first among the finders until the module is imported. Looking for it (`find_spec`) does not count."""
+    """The first finder until the module is imported. A mere search (`find_spec`) does not count as an import."""
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
         self.name = name
@@ -77,7 +77,7 @@ class _Waiter(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != self.name or self._asking:
             return None
-        self._asking = True  # the other finders answer; this one only listens
+        self._asking = True  # let the other finders answer; this one only wraps their result
         try:
             spec = importlib.util.find_spec(fullname)
         finally:

@@ -1,11 +1,11 @@
-"""Functions of other people's libraries, replaced by ours and given back: the one way in which this package does it.
+"""Replace functions of other libraries and restore them. This package does it in no other way.
 
-Others do the same to the same functions, before and after us (vLLM's JIT monitor, profilers). So a patch that is taken out
-puts the original back only where ours is what stands there. Where somebody has wrapped ours since, it stays in the chain and
-passes calls on as if it were not there: putting the original back would take out their hook, too.
+Other libraries patch the same functions, before and after us (vLLM's JIT monitor, profilers). So taking a patch out restores
+the original only if our function is still installed. If somebody has wrapped it since, it stays in their chain and only passes
+calls on, because restoring the original would remove their hook as well.
 
-Upstream: that all we replace are functions of classes and modules, which are asked for by name at each call.
-Only what is called when something misses may be patched: a patch costs one more Python call.
+Upstream: that all we replace are functions of classes and modules, which callers look up by name at each call.
+Only functions that are called on a miss may be patched: a patch costs one more Python call.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any
 
 Undo = Callable[[], None]
 Answer = Callable[..., Any]
-"""Called with the original, and with what that is called with."""
+"""Called with the original function, followed by the arguments of the call."""
 _OURS = "_aot_cache_patch"
 _lock = threading.RLock()
 _patches: list[_Patch] = []
 _passed_by: weakref.WeakSet[_Patch] = weakref.WeakSet()
-"""Taken out, and in somebody's chain as long as that is: who leaves may drop them without a word."""
+"""Patches that are taken out, but still in somebody's chain. Weak references: that chain may disappear without notice."""
 
 
 class _Patch:
-    """One function of somebody else's that is replaced."""
+    """One replaced function."""
 
     def __init__(self, owner: Any, name: str, by: Answer) -> None:
         self.owner, self.name, self.module = owner, name, by.__module__.rpartition(".")[2]
@@ -42,17 +42,17 @@ class _Patch:
         def entry(*args: Any, **kwargs: Any) -> Any:
             return by(original, *args, **kwargs) if self.active else original(*args, **kwargs)
 
-        entry.__module__ = by.__module__  # whoever looks at it sees whose it is
+        entry.__module__ = by.__module__  # so that inspecting it shows whose it is
         setattr(entry, _OURS, self)
         self._stands = entry if kind is None else kind(entry)
         setattr(owner, name, self._stands)
 
     def is_entry(self, function: Any) -> bool:
-        """Whether this is our own function, and not one that somebody made look like it (`functools.wraps`)."""
+        """Whether this is our own function, and not a wrapper that copied its attributes (`functools.wraps`)."""
         return function is self._stands
 
     def take_out(self) -> None:
-        """Put the original back, and with it what it replaced that was passed by."""
+        """Restore what was there before, and drop patches below it that were only passing calls on."""
         self.active = False
         if self in _patches:
             _patches.remove(self)
@@ -67,20 +67,20 @@ class _Patch:
 
 
 def _drop_passed_by(owner: Any, name: str) -> None:
-    """Take out what had been wrapped by somebody who is gone now."""
+    """Take out an inactive patch that is at the top again, because the hook that wrapped it is gone."""
     patch = _of(vars(owner).get(name))
     if patch is not None and not patch.active:
         patch.take_out()
 
 
 def replace(owner: Any, name: str, by: Answer) -> Undo:
-    """Let `by(original, *args, **kwargs)` answer in place of the function `name` of a class or module.
+    """Replace the function `name` of a class or module by `by(original, *args, **kwargs)`.
 
-    The original of a method, a `classmethod` or `staticmethod` is the plain function under it: its first argument is the
-    object or class. Returns a function that takes the patch out.
+    For a method, `classmethod` or `staticmethod`, `original` is the plain function under it, which takes the object or class
+    (if any) as its first argument. Returns a function that takes the patch out.
 
     Raises:
-        AttributeError: there is no such function in this release.
+        AttributeError: this release has no such function.
     """
     with _lock:
         _drop_passed_by(owner, name)
@@ -105,7 +105,7 @@ def replace_all(owner: Any, answers: Mapping[str, Answer]) -> Undo:
 
 @contextlib.contextmanager
 def inside(owner: Any, name: str, by: Answer) -> Iterator[None]:
-    """`replace`, for all threads, until the block ends: for a builder's own process. A server takes `OnThisThread`."""
+    """`replace`, for all threads, until the block ends. Only for a builder's own process; in a server use `OnThisThread`."""
     undo = replace(owner, name, by)
     try:
         yield
@@ -114,11 +114,11 @@ def inside(owner: Any, name: str, by: Answer) -> Iterator[None]:
 
 
 class OnThisThread:
-    """A function that is replaced for a while, and only for the thread that asks: others go on as if it were not.
+    """Replaces a function for a while, only on the thread that asks for it. Other threads call the original.
 
     Args:
-        owner: a class or module.
-        name: of the function.
+        owner: the class or module that has the function.
+        name: the function's name.
     """
 
     def __init__(self, owner: Any, name: str) -> None:
@@ -129,7 +129,7 @@ class OnThisThread:
 
     @contextlib.contextmanager
     def replaced(self, by: Answer) -> Iterator[None]:
-        """Inside, `by(original, *args, **kwargs)` answers on this thread."""
+        """Inside, calls on this thread go to `by(original, *args, **kwargs)`."""
         with _lock:
             if not self._users:
                 self._undo = replace(self._owner, self._name, self._answer)
@@ -151,8 +151,8 @@ class OnThisThread:
 
 
 def installed() -> list[dict[str, str]]:
-    """What is replaced now: `owner`, `name`, `by` (the module of `aot_cache.upstream`), and `state`: `in`, `wrapped` by
-    somebody since, or `passed by`, which is taken out and still in somebody's chain."""
+    """The functions replaced now: `owner`, `name`, `by` (the module of `aot_cache.upstream`), and `state`: `in`, `wrapped`
+    (somebody has wrapped it since), or `passed by` (taken out, but still in somebody's chain)."""
     with _lock:
         return [
             {"owner": _name(patch.owner), "name": patch.name, "by": patch.module, "state": _state(patch)}
@@ -164,7 +164,7 @@ def _state(patch: _Patch) -> str:
     if not patch.active:
         return "passed by"
     found = _of(vars(patch.owner).get(patch.name))
-    while found is not None and found is not patch:  # ours stand on ours
+    while found is not None and found is not patch:  # our patches may be stacked
         found = _of(found.stood)
     return "in" if found is patch else "wrapped"
 

@@ -1,4 +1,4 @@
-"""The JSON of `POST /v1/completions`: what is asked, checked field by field, and what is answered, in OpenAI's form."""
+"""The JSON of `POST /v1/completions`: requests, checked field by field, and answers, in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Json = Any
 
 
 class ApiError(Exception):
-    """An answer other than 200."""
+    """An answer with a status other than 200."""
 
     def __init__(
         self, status: int, message: str, param: str | None = None, kind: str = "invalid_request_error"
@@ -26,15 +26,15 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What the engine behind the server can do."""
+    """The limits of the engine behind the server."""
 
     model: str
     vocab: int
     max_model_len: int
     encode: Callable[[str], list[int]] | None
-    """Text to tokens; None: there is no tokenizer."""
+    """Converts text to tokens; None without a tokenizer."""
     stop_token_ids: frozenset[int] = frozenset()
-    """Where a request names none: the model's end of text."""
+    """Used if a request names none: the model's end-of-text tokens."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Completion:
     """A checked request. Defaults are OpenAI's."""
 
     prompt: list[list[int]]
-    """Each is one choice of the answer."""
+    """Token ids. Each prompt becomes one choice of the answer."""
     stop_token_ids: frozenset[int]
     max_tokens: int = 16
     temperature: float = 1.0
@@ -51,9 +51,10 @@ class Completion:
 
 
 def parse(body: bytes, limits: Limits) -> Completion:
-    """
+    """Parse and check the body of a request.
+
     Raises:
-        ApiError: 400 with the field that is wrong or unknown; 404 for another model.
+        ApiError: 400 for a field that is wrong or unknown; 404 for another model.
     """
     try:
         asked = json.loads(body)
@@ -65,7 +66,7 @@ def parse(body: bytes, limits: Limits) -> Completion:
     for name, value in asked.items():
         if name not in FIELDS:
             raise ApiError(400, f"{_short(name)} is not supported; there are {', '.join(FIELDS)}", name)
-        if value is not None:  # as OpenAI has it, null is the default
+        if value is not None:  # as in OpenAI's API, null means the default
             fields[name] = FIELDS[name](name, value, limits)
     if "prompt" not in fields:
         raise ApiError(400, "prompt is missing", "prompt")
@@ -73,7 +74,7 @@ def parse(body: bytes, limits: Limits) -> Completion:
 
 
 def _integer(name: str, value: Json, least: int, most: int) -> int:
-    # bool is an int to Python, and 3.0 is no token
+    # In Python bool is an int; and 3.0 is not accepted as a token.
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise ApiError(400, f"{name} must be an integer from {least} to {most}, not {_short(value)}", name)
     return value
@@ -102,7 +103,7 @@ def _prompt(name: str, value: Json, limits: Limits) -> list[list[int]]:
 
 
 def _max_tokens(name: str, value: Json, limits: Limits) -> int:
-    return _integer(name, value, 1, 2**31 - 1)  # beyond max_model_len the answer ends there
+    return _integer(name, value, 1, 2**31 - 1)  # above max_model_len, the answer ends at max_model_len
 
 
 def _temperature(name: str, value: Json, limits: Limits) -> float:
@@ -161,19 +162,19 @@ FIELDS: dict[str, Callable[[str, Json, Limits], Any]] = {
 
 @dataclass
 class Choice:
-    """The answer to one prompt; of a stream: a part of it."""
+    """The answer to one prompt, or in a stream a part of it."""
 
     index: int
     text: str = ""
-    """Empty where the server has no tokenizer. Stop tokens have no text."""
+    """Empty if the server has no tokenizer. Stop tokens have no text."""
     token_ids: list[int] = field(default_factory=list)
-    """All tokens, with the one that stopped it."""
+    """All tokens, including the stop token."""
     finish_reason: str | None = None
 
 
 @dataclass(frozen=True)
 class Head:
-    """What all parts of one answer share."""
+    """The fields that all parts of one answer share."""
 
     model: str
     id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")

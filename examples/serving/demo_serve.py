@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Start serve.py with a bundle, send it requests, stop it; exit code 1 where anything was traced or compiled in it.
+"""Start serve.py with a bundle, send it requests, and stop it. Exit code 1 if it traced or compiled anything.
 
-python examples/serving/demo_serve.py BUNDLE --model qwen3.5-tiny --device cpu …     # what follows the bundle goes to serve.py
+python examples/serving/demo_serve.py BUNDLE --model qwen3.5-tiny --device cpu …     # options after the bundle go to serve.py
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Json = Any
 SERVE = Path(__file__).with_name("serve.py")
 WHOLE = {"prompt": [1, 2, 3], "max_tokens": 8, "temperature": 0}
 STREAM = {"prompt": list(range(100, 117)), "max_tokens": 6, "temperature": 1, "seed": 7, "stream": True}
-"""Longer than a chunk of 8: taken in by parts of 8, 8 and 1."""
+"""A prompt longer than a chunk of 8 tokens: prefilled in parts of 8, 8 and 1."""
 
 
 def start(bundle: str, options: list[str]) -> tuple[subprocess.Popen[str], str]:
-    """The server and its address; it is still starting."""
+    """Start the server. Returns it and its address; it may not be ready yet."""
     environment = {**os.environ, "AOT_CACHE": bundle, "AOT_CACHE_STRICT": "1"}
-    # fla-core says so of every machine without a GPU.
+    # fla-core warns on every machine without a GPU.
     environment.setdefault("PYTHONWARNINGS", "ignore::UserWarning:fla.utils.hardware")
     command = [sys.executable, str(SERVE), *options, "--port", "0"]
     print(f"$ AOT_CACHE={bundle} examples/serving/serve.py {' '.join(options)}", flush=True)
@@ -39,15 +39,15 @@ def start(bundle: str, options: list[str]) -> tuple[subprocess.Popen[str], str]:
 
 
 def wait(server: subprocess.Popen[str], address: str) -> None:
-    """Until it takes requests.
+    """Wait until the server takes requests.
 
     Raises:
-        SystemExit: it ended instead.
+        SystemExit: the server ended.
     """
     while server.poll() is None:
         try:
             urllib.request.urlopen(f"{address}/health").close()
-        except urllib.error.URLError:  # 503: it is starting
+        except urllib.error.URLError:  # 503 while it is starting
             time.sleep(0.1)
         else:
             return
@@ -55,7 +55,7 @@ def wait(server: subprocess.Popen[str], address: str) -> None:
 
 
 def said(server: subprocess.Popen[str]) -> None:
-    """Print the table of the start, which ends with the line of the misses."""
+    """Print the server's table about its start, up to the line with the misses."""
     assert server.stdout is not None
     for line in server.stdout:
         print(line, end="")
@@ -64,7 +64,7 @@ def said(server: subprocess.Popen[str]) -> None:
 
 
 def ask(address: str, body: Json) -> None:
-    """Send a request and print the answer as it comes."""
+    """Send a request, and print the answer as it arrives."""
     text = json.dumps(body)
     print(f"\n$ curl {address}/v1/completions -d '{text}'", flush=True)
     with urllib.request.urlopen(f"{address}/v1/completions", data=text.encode()) as answer:
@@ -74,7 +74,7 @@ def ask(address: str, body: Json) -> None:
 
 
 def harm(address: str) -> list[str]:
-    """What the server should not have done since it began; empty when a bundle answered every first call."""
+    """What the server did although a bundle should prevent it; empty if every first call got its graph from the bundle."""
     print(f"\n$ curl {address}/aot", flush=True)
     with urllib.request.urlopen(f"{address}/aot") as answer:
         stats = json.load(answer)
@@ -83,7 +83,7 @@ def harm(address: str) -> list[str]:
     for kind in HARMFUL:
         print(f"{kind:28}{total[kind]:>4}  since the process began, {stats['after_seal'][kind]} of them after ready")
     print(f"{'misses':28}{len(stats['misses']):>4}", flush=True)
-    # On a GPU the loader itself loads modules, which is its work; none may be loaded later.
+    # On a GPU, ready() itself loads modules; after it none may be loaded.
     harmful = {kind: (stats["after_seal"] if kind == "module_load" else total)[kind] for kind in HARMFUL}
     found = [kind for kind, count in harmful.items() if count] + ["a miss"] * bool(stats["misses"])
     return found if total["graph"] else [*found, "nothing came from the bundle"]

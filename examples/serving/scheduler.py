@@ -1,7 +1,7 @@
-"""Continuous batching: one thread owns the engine, and requests come and go between its steps.
+"""Continuous batching: one thread owns the engine, and requests start and end between its steps.
 
-The thread makes the engine, too: torch keeps the current device, the grad mode and (since 2.13) the configuration of Dynamo and
-Inductor for each thread, so an engine that is made in one thread and stepped in another runs with other settings.
+The same thread creates the engine: the current device, the grad mode and (since torch 2.13) the configuration of Dynamo and
+Inductor are per thread, so an engine created in one thread and stepped in another would run with other settings.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ LOG = logging.getLogger("serve")
 
 
 ENDS = ("stop", "length", "error", "cancelled", "refused")
-"""How requests end; the last were never taken."""
+"""How requests end. `refused` ones were never accepted."""
 
 
 class Engine(Protocol):
-    """A model on a device. Every call blocks, and all of them come from one thread."""
+    """A model on a device. Every call blocks, and all calls come from one thread."""
 
     max_batch: int
-    """Slots."""
+    """Number of slots: requests that can run at once."""
     max_model_len: int
-    """Prompt and output tokens of a request, together."""
+    """Maximum number of prompt and output tokens of a request together."""
     speculative: int
-    """Drafts a step; 0: none."""
+    """Draft tokens for each step; 0 without speculation."""
     vocab: int
 
     def start(self, slot: int, prompt: Sequence[int], temperature: float = 0.0, seed: int = 0) -> int:
-        """Prefill; the first token."""
+        """Prefill a prompt; returns the first token."""
         ...
 
     def step(self, slots: Sequence[int]) -> list[list[int]]:
-        """One decode, or one verification of drafts: 1 to 1 + speculative new tokens for each of the slots."""
+        """Run one decode, or one verification of drafts. Returns 1 to 1 + `speculative` new tokens for each slot."""
         ...
 
     def stop(self, slot: int) -> None:
-        """The slot is free again."""
+        """Free the slot."""
         ...
 
 
 class Refused(Exception):
-    """A request that was not taken, or not finished; says why."""
+    """A request was not accepted, with the reason."""
 
 
 class TooMany(Refused):
-    """The queue is full: try again later."""
+    """The queue is full; try again later."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class Output:
 
     tokens: list[int]
     finish: str | None = None
-    """`stop` (the last token is one of the request's stop tokens), `length` or `error`; None: more will come."""
+    """`stop` (the last token is one of the request's stop tokens), `length` or `error`; None if more tokens follow."""
     error: str = ""
 
 
 @dataclass(eq=False)
 class Request:
-    """What a client wants. `deliver` is called from the engine's thread and must not block."""
+    """A request of a client. `deliver` is called from the engine's thread, and must not block."""
 
     prompt: Sequence[int]
     deliver: Callable[[Output], None]
@@ -80,12 +80,12 @@ class Request:
 
 @dataclass
 class Counts:
-    """What happened since the start. The engine's thread writes all but `finished`, which has the scheduler's lock."""
+    """Counts since the start. Only the engine's thread writes them, except `finished`, which the scheduler's lock protects."""
 
     finished: Counter[str] = field(default_factory=Counter)
     """Requests by how they ended, one of `ENDS`."""
     accepted: Counter[int] = field(default_factory=Counter)
-    """Steps of a request by the number of drafts that were accepted in them."""
+    """Number of accepted drafts → number of steps of requests."""
     prompt_tokens: int = 0
     tokens: int = 0
     drafts: int = 0
@@ -93,25 +93,25 @@ class Counts:
 
 
 class Scheduler:
-    """Runs requests in the order in which they came, at most `engine.max_batch` at once.
+    """Runs requests in the order of arrival, at most `engine.max_batch` at once.
 
-    An exception of the engine ends the service: what runs and what waits fails, and nothing new is taken. A batch is one
-    computation over the caches of all its slots, so none of them can be trusted afterwards, and most CUDA errors stay until
-    the process ends. Whoever watches `/health` starts a new one, which a bundle makes cheap.
+    An exception in the engine ends the service: running and waiting requests fail, and no new ones are accepted. A batch is one
+    computation over the caches of all its slots, so none can be trusted afterwards, and most CUDA errors persist until the
+    process ends. A supervisor that watches `/health` should start a new process, which is quick with a bundle.
     """
 
     def __init__(self, make_engine: Callable[[], Engine], max_waiting: int = 256) -> None:
         self.counts = Counts()
         self.engine: Engine | None = None
         self.error = ""
-        """Why the engine is gone; empty: it is not."""
+        """Why the engine failed; empty if it has not."""
         self.max_waiting = max_waiting
         self._make_engine = make_engine
         self._waiting: deque[Request] = deque()
         self._running: dict[int, Request] = {}
         self._changed = threading.Condition()  # guards _waiting, _deadline and counts.finished
         self._deadline: float | None = None
-        # A daemon: an engine that hangs must not keep the process from ending.
+        # A daemon thread, so that an engine that hangs does not keep the process alive.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # --- from any thread --------------------------------------------------------------------------------------------
@@ -134,11 +134,11 @@ class Scheduler:
         return len(self._waiting)
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Take all of these requests, or none.
+        """Accept all of these requests, or none.
 
         Raises:
-            TooMany: more would wait than may.
-            Refused: the service is starting, stopping or gone.
+            TooMany: the queue would exceed `max_waiting`.
+            Refused: the service is starting, stopping or failed.
         """
         with self._changed:
             state = self.state()
@@ -152,7 +152,7 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, request: Request) -> None:
-        """Nobody wants the rest: the slot is free before the next step. Harmless when the request has ended."""
+        """Cancel a request: its slot is freed before the next step. Harmless if the request has ended."""
         with self._changed:
             request.cancelled = True
             if request in self._waiting:
@@ -160,13 +160,13 @@ class Scheduler:
                 self.counts.finished["cancelled"] += 1
 
     def drain(self, seconds: float) -> None:
-        """Take nothing new; finish what runs and waits, and fail what has not finished after so many seconds."""
+        """Accept no new requests, finish the running and waiting ones, and fail those that are not finished after `seconds`."""
         with self._changed:
             self._deadline = time.monotonic() + seconds
             self._changed.notify()
 
     def join(self, seconds: float) -> bool:
-        """Wait, after `drain`; whether the engine's thread has ended."""
+        """Wait after `drain`. Returns whether the engine's thread has ended."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
@@ -186,7 +186,7 @@ class Scheduler:
             self._fail_all(f"the engine failed: {self.error}")
 
     def _work_is_there(self) -> bool:
-        """Sleep until there is something to do; False when it is time to end."""
+        """Sleep until there is something to do; False if it is time to end."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._running or self._deadline is not None)
             if self._deadline is None:
@@ -194,9 +194,9 @@ class Scheduler:
             return bool(self._waiting or self._running) and time.monotonic() < self._deadline
 
     def _admit(self, engine: Engine) -> None:
-        """Prefill before decoding: steps of a full batch are the cheapest for each token.
+        """Prefill waiting requests before decoding, because steps of a full batch cost least for each token.
 
-        At most a batch of them, so that requests that end with their first token do not keep the others from being stepped.
+        At most `max_batch` prefills, so that requests that end with their first token do not starve the running ones.
         """
         for _ in range(engine.max_batch):
             slot = self._lowest_free_slot(engine)
@@ -208,7 +208,7 @@ class Scheduler:
             self._give(engine, slot, [engine.start(slot, request.prompt, request.temperature, request.seed)])
 
     def _lowest_free_slot(self, engine: Engine) -> int | None:
-        """The engine computes all slots up to the highest that is taken."""
+        """The lowest free slot, because the engine computes all slots up to the highest one in use."""
         return next((slot for slot in range(engine.max_batch) if slot not in self._running), None)
 
     def _step(self, engine: Engine) -> None:
@@ -223,7 +223,7 @@ class Scheduler:
             self._give(engine, slot, tokens)
 
     def _give(self, engine: Engine, slot: int, tokens: list[int]) -> None:
-        """Hand out what is within the request's limits; a step with drafts may go beyond its end."""
+        """Deliver the tokens within the request's limits; a step with drafts may return tokens beyond its end."""
         request = self._running[slot]
         room = min(request.max_tokens, engine.max_model_len - len(request.prompt)) - request.given
         kept, finish = tokens[:room], "length" if len(tokens) >= room else None

@@ -39,7 +39,7 @@ from aot_cache.recipes import declare as declaring
 from aot_cache.recipes import from_config
 
 GRACE = 5.0
-"""Seconds, after those that --drain gives, for the last answers to be sent."""
+"""Seconds after --drain in which the last answers are sent."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -67,14 +67,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 RECIPE = ("spec", "num_speculative_tokens", "max_batch", "max_model_len", "prefill_chunk", "dtype")
-"""Options that are the recipe's, which has the defaults."""
+"""Options of the recipe, which also has their defaults."""
 
 
 def spec_of(options: argparse.Namespace) -> str:
-    """The model and what was given of the recipe's options, in the words of `aot-cache build`.
+    """The model with the given options of the recipe, in the form of `aot-cache build --model`.
 
     Raises:
-        AotCacheError: there is no such model.
+        AotCacheError: the model is unknown.
     """
     given = {name: str(getattr(options, name)) for name in RECIPE if getattr(options, name) is not None}
     spec = from_config.spec_of(options.model, given)
@@ -92,15 +92,15 @@ def start_engine(options: argparse.Namespace, clock: start_report.Clock) -> Engi
     folder, speculate = str(options.weights or ""), not options.no_speculation
     engine = make_engine(settings, options.device, folder, options.layers, speculate=speculate)
     clock.mark("weights")
-    aot_cache.ready()  # everything of the bundle is installed and on the device
+    aot_cache.ready()  # install the whole bundle and load it onto the device
     fits.check(spec, strict=os.environ.get("AOT_CACHE_STRICT") == "1")
     clock.mark("bundle")
     for part, sizes in engine.capture().items():
         for one in sizes:
-            if one["action"] != "captured":  # such steps run without a graph
+            if one["action"] != "captured":  # steps of this size run without a graph
                 print(f"{part}, batch {one['shape']}: {one['action']}, {one['why']}", file=sys.stderr, flush=True)
     clock.mark("captured")
-    aot_cache.seal()  # from here on everything that compiles, tunes or loads is a miss
+    aot_cache.seal()  # from now on each compile, tuning or load counts as a miss
     clock.mark("ready")
     return engine
 
@@ -113,7 +113,7 @@ def report(options: argparse.Namespace, clock: start_report.Clock, earlier: Any)
 
 
 def end_of_text(*folders: Path | None) -> frozenset[int]:
-    """The tokens that end an answer, from the first of a model's usual files that names them."""
+    """The tokens that end an answer, from the first of a model's usual config files that has them."""
     for path in (folder / name for folder in folders if folder for name in ("generation_config.json", "config.json")):
         found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
         if found is not None:
@@ -122,7 +122,7 @@ def end_of_text(*folders: Path | None) -> frozenset[int]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn stops taking connections at SIGTERM and waits for the answers; this tells the scheduler to end them."""
+    """At SIGTERM uvicorn stops accepting connections and waits for running answers; this tells the scheduler to finish them."""
 
     def __init__(self, config: uvicorn.Config, scheduler: Scheduler, drain: float) -> None:
         super().__init__(config)
@@ -141,7 +141,7 @@ def main() -> int:
     try:
         earlier = start_report.read(options.compare) if options.compare else None
         stop = end_of_text(options.weights, options.tokenizer)
-        spec_of(options)  # a model that there is not is found before the seconds that the imports take
+        spec_of(options)  # report an unknown model before the imports, which take seconds
     except (OSError, ValueError, AotCacheError) as error:
         parser.error(str(error))
     tokenizer = None
@@ -152,12 +152,12 @@ def main() -> int:
     clock = start_report.Clock()
 
     def make_engine() -> Engine:
-        """In the scheduler's thread, while `/health` already answers: 503, starting."""
+        """Runs in the scheduler's thread. Meanwhile `/health` answers 503, starting."""
         try:
             engine = start_engine(options, clock)
             report(options, clock, earlier)
         except BaseException:
-            server.should_exit = True  # there is nothing to stay for
+            server.should_exit = True  # without an engine the server must end
             raise
         return engine
 
@@ -169,7 +169,7 @@ def main() -> int:
     with socket.create_server((options.host, options.port)) as listening:
         print(f"http://{options.host}:{listening.getsockname()[1]}", flush=True)
         scheduler.start()
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again when all is cleared up
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after its shutdown
             server.run(sockets=[listening])
     return 1 if scheduler.error else 0
 

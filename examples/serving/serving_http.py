@@ -1,4 +1,4 @@
-"""The HTTP side of the serving example: OpenAI's completions, health, metrics, and what aot-cache did."""
+"""The HTTP side of the serving example: OpenAI's completions, health, metrics and the statistics of aot-cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MAX_BODY = 8 << 20
-"""Bytes: a prompt of 262144 token ids has 2 MB."""
+"""Bytes. A prompt of 262144 token ids has 2 MB."""
 
 
 def make_app(
@@ -33,12 +33,14 @@ def make_app(
     stop_token_ids: frozenset[int] = frozenset(),
     max_body: int = MAX_BODY,
 ) -> Starlette:
-    """
+    """The server's application.
+
     Args:
-        scheduler: started by the caller; until it is ready, completions are answered with 503.
-        model: the name that `/v1/models` gives, and the only one that a request may give.
-        stop_token_ids: where a request ends that says nothing else.
-        max_body: bytes of a request's body.
+        scheduler: started by the caller. Until it is ready, completions are answered with 503.
+        model: the name in `/v1/models`, and the only one that a request may name.
+        tokenizer: None if prompts are token ids.
+        stop_token_ids: used for requests that name none.
+        max_body: maximum bytes of a request's body.
     """
     ends = Endpoints(scheduler, model, tokenizer, stop_token_ids, max_body)
     routes = [
@@ -53,7 +55,7 @@ def make_app(
 
 async def _answer_error(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    # json.dumps, not JSONResponse: the name of an unknown field may be text that UTF-8 does not have.
+    # json.dumps, not JSONResponse: the name of an unknown field may be text that UTF-8 cannot encode.
     return Response(json.dumps(error.body), error.status, media_type="application/json")
 
 
@@ -63,7 +65,7 @@ async def _answer_nobody(request: HttpRequest, error: Exception) -> Response:
 
 
 class Endpoints:
-    """The endpoints."""
+    """The handlers of the HTTP endpoints."""
 
     def __init__(
         self,
@@ -96,7 +98,7 @@ class Endpoints:
         return JSONResponse({"object": "list", "data": [entry]})
 
     async def health(self, request: HttpRequest) -> Response:
-        """200 only while requests are taken. What failed stays failed: see `Scheduler`."""
+        """200 only while requests are accepted. A failed engine stays failed, see `Scheduler`."""
         state = self.scheduler.state()
         return JSONResponse({"state": state, "error": self.scheduler.error}, 200 if state == "ready" else 503)
 
@@ -140,7 +142,7 @@ class Endpoints:
             async for index, output in answer.outputs():
                 text = texts[index](_spoken(output.tokens, output.finish))
                 yield _event(head.to_json([Choice(index, text, output.tokens, output.finish)]))
-        except ApiError as error:  # the status line is gone already
+        except ApiError as error:  # the status line is already sent
             yield _event(error.body)
         yield "data: [DONE]\n\n"
 
@@ -159,7 +161,7 @@ class Endpoints:
         return str(self.tokenizer.decode(_spoken(choice.token_ids, choice.finish_reason)))
 
     def _text_stream(self) -> Any:
-        """Tokens to the text that they complete: a character's bytes may come in several tokens."""
+        """A function from new tokens to the text that they complete; a character's bytes may be spread over several tokens."""
         if self.tokenizer is None:
             return lambda tokens: ""
         from tokenizers.decoders import DecodeStream
@@ -177,12 +179,13 @@ def _event(data: Any) -> str:
 
 
 class Answer:
-    """The running requests of one call, one a prompt."""
+    """The running requests of one HTTP call, one for each prompt."""
 
     def __init__(self, scheduler: Scheduler, asked: Completion) -> None:
-        """
+        """Submit the requests.
+
         Raises:
-            ApiError: 429 when too many wait, 503 when the engine takes nothing.
+            ApiError: 429 if too many requests wait, 503 if the engine accepts none.
         """
         self.asked = asked
         self._scheduler = scheduler
@@ -207,14 +210,14 @@ class Answer:
             raise ApiError(503, str(error), kind="server_error") from error
 
     def _deliver(self, index: int, output: Output) -> None:
-        """In the engine's thread."""
+        """Called in the engine's thread."""
         self._loop.call_soon_threadsafe(self._outputs.put_nowait, (index, output))
 
     async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
-        """(prompt's index, tokens) as they come, until all prompts are done.
+        """Yield (prompt's index, output) as they arrive, until all prompts are done.
 
         Raises:
-            ApiError: 500, the engine failed.
+            ApiError: 500 if the engine failed.
         """
         left = len(self.requests)
         while left:
@@ -225,19 +228,19 @@ class Answer:
             yield index, output
 
     def cancel(self) -> None:
-        """Nobody listens any more. Harmless when all is done."""
+        """Cancel all requests. Harmless if they have ended."""
         for request in self.requests:
             self._scheduler.cancel(request)
 
     async def end_when_gone(self, request: HttpRequest) -> None:
-        """End `outputs` when the client has gone. Starlette does so for streams only."""
+        """End `outputs` when the client disconnects. Starlette does this only for streams."""
         while (await request.receive())["type"] != "http.disconnect":
             pass
         self._outputs.put_nowait((0, Output([], "error", "the client has gone")))
 
 
 class Events(StreamingResponse):
-    """Server-sent events. However the response ends, its requests do: Starlette stops it when the client has gone."""
+    """Server-sent events. Cancels its requests when the response ends; Starlette ends it when the client disconnects."""
 
     def __init__(self, answer: Answer, chunks: AsyncIterator[str]) -> None:
         super().__init__(chunks, media_type="text/event-stream")
@@ -251,7 +254,7 @@ class Events(StreamingResponse):
 
 
 def prometheus(scheduler: Scheduler) -> str:
-    """The scheduler's counts, in the text format that Prometheus reads."""
+    """The scheduler's counts in Prometheus text format."""
     counts, engine = scheduler.counts, scheduler.engine
     lines = []
 

@@ -1,4 +1,4 @@
-"""What a start took and what aot-cache counted in it, beside an earlier start's."""
+"""How long a start took and what aot-cache counted in it, compared with an earlier start."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Json = Any
 
 
 BEGAN = time.perf_counter()
-"""Import this first, so that the time of every other import counts."""
+"""Import this module first, so that the time includes all other imports."""
 
 
 class Clock:
-    """Seconds from the beginning to each stage of a start."""
+    """Seconds from the import of this module to each stage of a start."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -25,7 +25,7 @@ class Clock:
 
 
 def record(clock: Clock, stats: Json) -> Json:
-    """What `--record` writes: the stages, and `aot_cache.stats()` of this moment in numbers."""
+    """The contents of a `--record` file: the stages, and the counts of `aot_cache.stats()` now."""
     events = {kind: count for kind, count in stats["total"].items() if count}
     in_capture = {f"{kind}, in a capture": count for kind, count in stats["in_capture"].items() if count}
     return {
@@ -36,9 +36,10 @@ def record(clock: Clock, stats: Json) -> Json:
 
 
 def read(path: Path) -> Json:
-    """
+    """Read a file that `--record` wrote.
+
     Raises:
-        OSError: there is no such file.
+        OSError: the file cannot be read.
         ValueError: it is no record of a start.
     """
     try:
@@ -51,7 +52,7 @@ def read(path: Path) -> Json:
 
 
 def table(now: Json, earlier: Json | None = None) -> str:
-    """Lines of text: stages in seconds, then events; what neither start has is left out."""
+    """A text table: stages in seconds, then events. Rows that neither start has are left out."""
     columns = [now] if earlier is None else [now, earlier]
     lines = [f"{'':28}" + "".join(f"{column['name']:>16}" for column in columns)]
     for part, missing, form in (("seconds", "-", "{:.2f} s"), ("events", "0", "{}")):

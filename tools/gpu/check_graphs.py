@@ -25,17 +25,17 @@ from aot_cache.runtime.ledger import HARMFUL
 
 Json = Any
 COMPARED = 8
-"""Points of each case at which numerics are held against ordinary `torch.compile`."""
+"""Number of points of each case at which numerics are compared with ordinary `torch.compile`."""
 
 
 def compared(points: list[dict[str, int]]) -> list[int]:
-    """A spread of points with both ends, the same on every run."""
+    """Indices of evenly spread points with both ends, the same on every run."""
     last = len(points) - 1
     return sorted({round(last * n / (COMPARED - 1)) for n in range(COMPARED)})
 
 
 def make_weights(recipe: Any) -> None:
-    """Make each case's modules, which it keeps, so that every part has the same weights."""
+    """Create the modules of each case, which caches them, so that every part has the same weights."""
     import torch
 
     from aot_cache.recipes.dimensions import enumerate_points
@@ -47,7 +47,7 @@ def make_weights(recipe: Any) -> None:
 
 
 def prime_libraries() -> None:
-    """cuBLAS and cuDNN make their handles at first use, which no capture allows, with or without us."""
+    """Use cuBLAS and cuDNN once: they create their handles at first use, which no capture allows, with or without aot-cache."""
     import torch
 
     for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
@@ -60,7 +60,7 @@ def prime_libraries() -> None:
 
 
 def part_serve(options: argparse.Namespace) -> Json:
-    """Every point's first call inside a capture, with the bundle."""
+    """With the bundle: make every point's first call inside a capture."""
     began = time.perf_counter()
     import torch
 
@@ -130,7 +130,7 @@ def part_serve(options: argparse.Namespace) -> Json:
 
 
 def part_plain(options: argparse.Namespace) -> Json:
-    """Ordinary `torch.compile` at the compared points: its numerics, and what it compiles."""
+    """Ordinary `torch.compile` at the compared points: numerics, and events."""
     import torch
     from torch._dynamo import config
 
@@ -157,12 +157,12 @@ def part_plain(options: argparse.Namespace) -> Json:
 
 
 def typical(errors: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Root mean square of each case's relative norms: one small tensor's scatters by a tenth."""
+    """Root mean square of each case's relative norms, because that of a single small tensor varies by 10 %."""
     return {case: (sum(e * e for e in found.values()) / len(found)) ** 0.5 for case, found in errors.items()}
 
 
 def claims(record: Json) -> dict[str, bool]:
-    """What the record shows."""
+    """Claim → whether the record shows it."""
     serve, plain = record["serve"], record["plain"]
     if "error" in serve or "error" in plain:
         return {"both parts ran": False}
@@ -180,7 +180,7 @@ def claims(record: Json) -> dict[str, bool]:
 
 
 def check(options: argparse.Namespace) -> Json:
-    """All parts, as one record."""
+    """Run all parts; returns the record."""
     import torch
 
     with contextlib.ExitStack() as stack:

@@ -42,10 +42,10 @@ LIBRARIES = {
 
 
 class Watch:
-    """Events since the last look: upstream's own, by hooks beneath ours, and the ledger's."""
+    """Events since the last call: upstream's, counted by hooks below ours, and the ledger's."""
 
     def __init__(self) -> None:
-        self._independent = Independent()  # before ours: what we answer in upstream's place never gets here
+        self._independent = Independent()  # hooked before ours: calls that we answer never get here
         self._before: Counter[str] = Counter()
 
     def watch_driver(self) -> None:
@@ -68,7 +68,7 @@ class Watch:
 
 
 def captured(call: Callable[[Any], Any], x: Any, mode: str, where: str) -> tuple[Any, Any]:
-    """(graph, its output)."""
+    """Capture a call; returns (graph, its output)."""
     import torch
 
     graph, stream = torch.cuda.CUDAGraph(keep_graph=True), torch.cuda.Stream()
@@ -85,7 +85,7 @@ def captured(call: Callable[[Any], Any], x: Any, mode: str, where: str) -> tuple
 
 
 def nodes_of(graph: Any) -> int:
-    """How much was recorded."""
+    """Number of nodes in a captured graph."""
     count = ctypes.c_size_t()
     ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count))
     return count.value
@@ -96,7 +96,7 @@ def lost(error: BaseException) -> str:
 
 
 def capture_and_replay(case: Any, x: Any, options: argparse.Namespace) -> Json:
-    """Capture the case's call, and replay it on other values."""
+    """Capture the case's call, and replay it with other values."""
     import torch
 
     try:
@@ -118,7 +118,7 @@ def capture_and_replay(case: Any, x: Any, options: argparse.Namespace) -> Json:
 
 
 def part_cell(options: argparse.Namespace) -> Json:
-    """A first call inside a capture, the same outside, and a second capture."""
+    """A first call inside a capture, the same call outside, and a second capture."""
     import torch
 
     watch = Watch()
@@ -128,7 +128,7 @@ def part_cell(options: argparse.Namespace) -> Json:
         aot_cache.arm("fallback" if options.policy == "rocm" else options.policy)
     from guard_cases import CASES, SIZE
 
-    if options.policy == "rocm":  # all that decides, and nothing of what torch and Triton make of it
+    if options.policy == "rocm":  # pretend to be on ROCm only for the decisions of the guard
         from aot_cache.upstream.hooks import torch_capture
 
         torch_capture.on_rocm = lambda: True
@@ -152,7 +152,7 @@ def part_cell(options: argparse.Namespace) -> Json:
 
 
 def part_entrance(options: argparse.Namespace) -> Json:
-    """The other ways into a capture."""
+    """A first call in the other ways to start a capture."""
     import torch
 
     watch = Watch()
@@ -189,7 +189,7 @@ def part_entrance(options: argparse.Namespace) -> Json:
 
 
 def beside_another_capture(cases: Any, x: Any) -> Any:
-    """A first call on this thread while another one captures in mode global, and that capture's replay."""
+    """Make a first call on this thread while another thread captures in mode `global`; then replay that capture."""
     import torch
 
     begun, done, found = threading.Event(), threading.Event(), {}
@@ -242,7 +242,7 @@ def part_library(options: argparse.Namespace) -> Json:
 
 
 def part_serve(options: argparse.Namespace) -> Json:
-    """Serve more points than the bundle has, each first inside a capture."""
+    """Serve more points than the bundle has, each first call inside a capture."""
     import torch
 
     watch = Watch()
@@ -270,7 +270,7 @@ def part_serve(options: argparse.Namespace) -> Json:
 
 
 def loop() -> Json:
-    """Serve with a bundle that lacks points, build from what missed, serve again."""
+    """Serve with a bundle that lacks points, build from the misses, and serve again."""
     with tempfile.TemporaryDirectory() as folder:
         misses = Path(folder, "misses.jsonl")
         first = build("guard_loop:recipe", "h200", Path(folder, "store"))
@@ -300,7 +300,7 @@ def run_cell(
     where: str = "whole",
     environment: dict[str, str] | None = None,
 ) -> Json:
-    """What the process of one cell says; it counts as it said it, even if it then cannot end in order."""
+    """The answer of one cell's process. It counts even if the process then ends with an error."""
     told = ["--case", case, "--policy", policy, "--mode", mode, "--where", where]
     found = ran(__file__, part, told, 300, TORCHINDUCTOR_COMPILE_THREADS="1", **(environment or {}))
     return {"died": found.said[-8:]} if found.answer is None else found.answer
@@ -333,7 +333,7 @@ def right(answer: Json) -> bool:
 
 
 def fell_back(case: Any, answer: Json) -> bool:
-    """The row "miss, capture active": nothing lost, replays as eager, counts exact."""
+    """The row "miss, capture active": no capture lost, replays equal eager, counts exact."""
     first = answer.get("first", {})
     counted = {k: v for k, v in first.get("in_capture", {}).items() if k in ("fallback", "unsafe", "refused")}
     harmful = set(first.get("events", {})) - ({"compile", "module_load", "gcc"} if case.compiles else set())
@@ -342,14 +342,14 @@ def fell_back(case: Any, answer: Json) -> bool:
 
 
 def then_compiles(case: Any, answer: Json) -> bool:
-    """The row "miss, no capture": after the capture the same call compiles (or tunes) as ever."""
+    """The row "miss, no capture": after the capture the same call compiles (or tunes) as usual."""
     outside = answer.get("outside", {})
-    only_a_kernel = case.counts == {"unsafe": 1}  # that one is compiled and loaded by now
+    only_a_kernel = case.counts == {"unsafe": 1}  # already compiled and loaded inside the capture
     return right(outside) and bool(outside["events"]) != only_a_kernel and not outside["in_capture"]
 
 
 def then_hits(answer: Json) -> bool:
-    """The row "hit": the second capture has no event, and no count."""
+    """The row "hit": the second capture has no event and no count."""
     second = answer.get("second", {})
     return right(second) and not second["events"] and not second["ledger"]
 

@@ -22,7 +22,7 @@ from harness import Independent, commit, distance, finish, hand_over, machine, r
 
 Json = Any
 NOT_CAPTURABLE = {"prefill_packed"}
-"""Cases whose host code reads a tensor's values (a copy to the host), which no capture allows, with or without us."""
+"""Cases whose host code reads a tensor's values (a copy to the host), which no capture allows, with or without aot-cache."""
 TOLERANCE = 1e-2  # relative norm, bf16
 
 
@@ -30,7 +30,7 @@ TOLERANCE = 1e-2  # relative norm, bf16
 
 
 def chosen_points(recipe: Any, count: int) -> list[tuple[Any, dict[str, int]]]:
-    """(case, point): both ends, powers of two and odd ones of every case, at least `count` in all."""
+    """(case, point) for at least `count` points: both ends of every case, and points spread pseudo-randomly between them."""
     from aot_cache.recipes.dimensions import enumerate_points
 
     out = []
@@ -41,13 +41,13 @@ def chosen_points(recipe: Any, count: int) -> list[tuple[Any, dict[str, int]]]:
         step = 0
         while len(picks) < min(share, len(points)):
             step += 1
-            picks.add((step * 2654435761) % len(points))  # spread, odd and even alike, the same on every run
+            picks.add((step * 2654435761) % len(points))  # spread over odd and even, the same on every run
         out += [(case, points[index]) for index in sorted(picks)]
     return out
 
 
 def clone_call(call: Any) -> Any:
-    """The same call on copies of its tensors."""
+    """The same call with copies of its tensors."""
     import torch
 
     from aot_cache import Call
@@ -72,7 +72,7 @@ def capture_first_call(call: Any) -> tuple[Any, Any]:
 
 
 def part_capture(options: argparse.Namespace) -> Json:
-    """First call inside a capture at every chosen point; with `--no-bundle` the same without aot-cache."""
+    """Make the first call inside a capture at every chosen point; with `--no-bundle` without aot-cache."""
     independent = Independent(kernels=True)
     import torch
 
@@ -135,7 +135,7 @@ def part_capture(options: argparse.Namespace) -> Json:
 
 
 def one_point(case: Any, point: dict[str, int]) -> float:
-    """First call at `point` inside a capture, replayed and compared with eager on copies of the inputs."""
+    """Make the first call at `point` inside a capture, replay it, and compare with eager on copies of the inputs."""
     import torch
 
     torch.manual_seed(1)
@@ -150,11 +150,11 @@ def one_point(case: Any, point: dict[str, int]) -> float:
         torch.cuda.synchronize()
         eager = twin()
         inputs, twins = [*call.args, *call.kwargs.values()], [*twin.args, *twin.kwargs.values()]
-        return max(distance(out, eager), distance(inputs, twins))  # kernels that write their inputs, too
+        return max(distance(out, eager), distance(inputs, twins))  # inputs, too: some kernels write to them
 
 
 def part_parity(options: argparse.Namespace) -> Json:
-    """What the device launches at each point beside what the virtual device planned for that point."""
+    """Compare what the device launches at each point with what the virtual device planned for it."""
     import torch
 
     import aot_cache
@@ -205,7 +205,7 @@ def part_parity(options: argparse.Namespace) -> Json:
 
 
 def _forget(manifest: Any) -> None:
-    """Make every tuner choose again."""
+    """Make every autotuner choose again."""
     from aot_cache.runtime import loader
     from aot_cache.upstream.hooks import triton_tuning
 
@@ -216,7 +216,7 @@ def _forget(manifest: Any) -> None:
 
 
 def _bench_once() -> None:
-    """Make tuning launch each candidate once instead of timing it: parity asks what is launched, not how fast."""
+    """Make tuning launch each candidate once instead of timing it: parity compares launches, not times."""
     from triton.runtime.driver import driver
 
     def once(call: Any, quantiles: Any = None, **_: Any) -> list[float]:
@@ -227,11 +227,11 @@ def _bench_once() -> None:
 
 
 def part_step_times(options: argparse.Namespace) -> Json:
-    """Time of captured prefill steps with the choices of a bundle, or with Triton's own tuning.
+    """Time captured prefill steps with the choices of a bundle, or with Triton's own tuning.
 
-    `--own-tuning once`: as in a server, each tuner chooses at the first call of its key, and the longest step comes
-    first, as in a profile run. `--own-tuning each`: it chooses again for every step, which no server can do, because
-    the number of tokens is not in the keys: the floor.
+    `--own-tuning once`: as in a server, each tuner chooses at the first call of its key, and the longest step comes first, as
+    in a profile run. `--own-tuning each`: each tuner chooses again for every step. No server can do that, because the number of
+    tokens is not in the keys, so this is the lower bound.
     """
     import torch
 
@@ -288,7 +288,7 @@ def check(options: argparse.Namespace) -> Json:
     record: Json = {"tool": "gpu_check", "commit": commit(), "machine": machine(), "bundle": Path(options.bundle).name}
     common = ["--bundle", options.bundle, "--points", str(options.points), "--recipe", options.recipe]
     if "capture" in only:
-        # With a C compiler that is not there: what claims to need none shows it.
+        # With a missing C compiler, to show that none is needed.
         record["capture"] = run_part(__file__, "capture", common, CC="/no/compiler/here")
     if "without" in only:
         few = ["--no-bundle", "--points", str(options.points_without), "--recipe", options.recipe]

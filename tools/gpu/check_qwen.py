@@ -30,7 +30,7 @@ Json = Any
 
 
 def run(name: str, options: argparse.Namespace, folder: Path, bundle: str) -> Json:
-    """One part on one GPU; what is cached is empty, but for the warm folder where a part is about that."""
+    """Run one part on one GPU with empty caches, except for the Triton folder that some parts share."""
     variables = {"TRITON_CACHE_AUTOTUNING": "1"} | (NO_COMPILER if name in ("serve", "tuned") else {})
     if name in ("cold", "mega", "eager", "judge"):
         variables["TRITON_CACHE_DIR"] = str(folder / "triton")
@@ -57,7 +57,7 @@ def check(options: argparse.Namespace) -> Json:
         "versions": versions(),
     }
     kept = folder / "record.json"
-    if kept.exists():  # parts of an earlier call, on the same machine
+    if kept.exists():  # parts of an earlier run on the same machine
         record |= {k: v for k, v in json.loads(kept.read_text()).items() if k in PARTS}
     bundle, chosen = str(folder / "bundle.safetensors"), str(folder / "tuned.safetensors")
     for name in (options.only or ",".join(PARTS)).split(","):

@@ -30,7 +30,7 @@ WIDTH = 1024
 
 
 class Layer:
-    """One rank's half of two matrix products with an all-reduce behind them, and the whole for comparison."""
+    """One rank's part of two matrix products followed by an all-reduce, and the whole layer for comparison."""
 
     def __init__(self) -> None:
         import torch
@@ -57,7 +57,7 @@ class Layer:
 
         out = torch.nn.functional.silu(x @ self.up) @ self.down
         if self.rank == self.size - 1 and len(x) == MISSING and torch.cuda.is_current_stream_capturing():
-            out = nothing_new(out)  # one rank alone falls back, and only while it captures
+            out = nothing_new(out)  # only this rank falls back, and only during the capture
         dist.all_reduce(out)
         return out
 
@@ -75,7 +75,7 @@ def nothing_new(x: Any) -> Any:
 
 
 def part_without(_: argparse.Namespace) -> Json:
-    """What engines did: a rank without a batch goes on to its next shape."""
+    """Without `aot_cache.capture`: a rank without a batch goes on to the next shape, as engines did."""
     layer = Layer()
     import torch
 
@@ -127,7 +127,7 @@ def part_with(options: argparse.Namespace) -> Json:
 
 
 def cost(call: Any, times: int = 200) -> float:
-    """Milliseconds of one call, the median."""
+    """Median milliseconds of one call."""
     took = []
     for _ in range(times):
         began = time.perf_counter()
@@ -137,7 +137,7 @@ def cost(call: Any, times: int = 200) -> float:
 
 
 def run_job(part: str, options: argparse.Namespace, seconds: float) -> list[Json]:
-    """Each rank's answer, or that it hung."""
+    """Run a part on all ranks; returns the answer of each, or that it hung or died."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-W", "ignore", __file__, "--part", part, "--ranks", str(options.ranks)]
         places = [Path(folder, f"{rank}.json") for rank in range(options.ranks)]

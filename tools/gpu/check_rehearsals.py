@@ -20,14 +20,14 @@ from typing import Any
 from harness import SAMPLES, cli, commit, finish, machine, summary
 
 Json = Any
-RECIPE = "aot_cache.models.qwen3_5.recipe:recipe"  # its short name is known where aot-cache is installed
+RECIPE = "aot_cache.models.qwen3_5.recipe:recipe"  # its short name needs an installed aot-cache
 QWEN = f"--model {RECIPE} --spec mtp --max-batch 4 --option prefill_chunk=32".split()
 BUNDLES: dict[str, tuple[list[str], list[str]]] = {
     "calls": (["--model", "sample_calls:captured"], []),
     "models": (["--model", "sample_hf:captured"], []),
     "qwen": (QWEN, []),
 }
-"""Name → what `build` is told, and what `rehearse` is told besides."""
+"""Name → (arguments of `build`, further arguments of `rehearse`)."""
 
 
 def one(name: str, points: int) -> Json:
@@ -64,7 +64,7 @@ def main() -> int:
     for name in options.only.split(","):
         record["bundles"][name] = one(name, options.points)
         record["claims"] = {key: found["passed"] for key, found in record["bundles"].items()}
-        if options.out:  # what is there is kept, should the next one take too long
+        if options.out:  # keep the results so far, in case the next one takes too long
             Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
     return finish(record, options.out)
 

@@ -39,24 +39,24 @@ FIRST = (
     "gemlite_gemm",
 )
 ORDER = [*FIRST, *(name for name in PACKAGES if name not in FIRST)]
-"""Quick builds first: the time on a GPU may end before the last."""
+"""Quick builds first, because the time on the GPU may end before the last one."""
 
 
 def importable(recipe: str) -> str:
-    """Why a recipe cannot be imported where the GPU is seen, or nothing."""
+    """Why a recipe cannot be imported with the GPU visible; empty if it can."""
     code = f"import sys; sys.path[:0] = [{str(FOLDER)!r}, {str(FOLDER.parents[1])!r}]; import {recipe}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
 
 
 def one(recipe: str, target: str, points: int) -> Json:
-    """Build in an empty folder, and rehearse where a GPU is the target."""
+    """Build a bundle in an empty folder; with target `native` also tune it if it has choices, and rehearse it."""
     package = PACKAGES[recipe]
     record: Json = {"package": package.distribution, "function": package.functions, "passed": False}
     try:
         record["version"] = importlib.metadata.version(package.distribution)
     except importlib.metadata.PackageNotFoundError:
-        record["version"] = ""  # carried without its metadata
+        record["version"] = ""  # copied here without its metadata
     if target == "native" and (why := importable(recipe)):
         return {**record, "imports": why}
     with tempfile.TemporaryDirectory(prefix="third-party-") as scratch:
@@ -91,7 +91,7 @@ def one(recipe: str, target: str, points: int) -> Json:
 
 
 def proved(record: Json) -> list[str]:
-    """The functions whose points all hit inside captures, with no event, close to eager."""
+    """The functions whose points all hit inside captures, without an event, and close to eager."""
     return [
         f"{found['package']}:{case['name']}"
         for found in record["bundles"].values()
@@ -114,7 +114,7 @@ def main() -> int:
         if not found.get("imports"):
             record["claims"][recipe] = found["passed"]
         record["first_calls_inside_captures"] = proved(record)
-        if options.out:  # what is there is kept, should the next one take too long
+        if options.out:  # keep the results so far, in case the next one takes too long
             Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
     return finish(record, options.out)
 

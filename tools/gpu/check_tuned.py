@@ -40,7 +40,7 @@ Json = Any
 
 
 def part(name: str, bundle: str) -> Json:
-    """Capture every case at `POINTS`; microseconds of a replay at the last, relative norms against eager, events."""
+    """Capture every case at `POINTS`. Returns microseconds of a replay at the last point, relative norms against eager, events."""
     import torch
     import torch._dynamo
 
@@ -66,7 +66,7 @@ def part(name: str, bundle: str) -> Json:
             with case.modes():
                 call = case.call({"n": n})
                 if not ours:
-                    call()  # it compiles and measures
+                    call()  # compiles and measures
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
@@ -81,7 +81,7 @@ def part(name: str, bundle: str) -> Json:
 
 
 def time_of(graph: Any) -> float:
-    """Microseconds of a replay: 200 in one event pair, the median of 9."""
+    """Microseconds of a replay: the median of 9 measurements of 200 replays."""
     import torch
 
     times = []
@@ -97,12 +97,12 @@ def time_of(graph: Any) -> float:
 
 
 def run(name: str, bundle: str) -> Json:
-    """One part in a fresh process with empty caches; ours without a C compiler."""
+    """Run one part in a fresh process with empty caches; parts with a bundle run without a C compiler."""
     return run_part(__file__, name, ["--bundle", bundle], 300, **({} if name == "plain" else NO_COMPILER))
 
 
 def claims(record: Json) -> dict[str, bool]:
-    """What the record shows."""
+    """Claim → whether the record shows it."""
     parts = {name: record[name][0] for name in ("untuned", "ready", "tuned", "plain")}
     broken = [name for name, found in parts.items() if "error" in found] + ["tune"] * ("error" in record["tune"])
     if broken:
@@ -129,7 +129,7 @@ def claims(record: Json) -> dict[str, bool]:
 
 
 def check(folder: Path) -> Json:
-    """All parts, as one record."""
+    """Run all parts; returns the record."""
     import torch
 
     record: Json = {

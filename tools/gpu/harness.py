@@ -1,6 +1,6 @@
-"""What the scripts that check and measure share: folders, parts in fresh processes, counts beside the ledger, builds, records.
+"""Shared by the scripts that check and measure: folders, parts in fresh processes, independent counts, builds, records.
 
-Importing it makes aot-cache and the workloads importable, here and in the processes that are started with `PATH`.
+Importing it makes aot-cache and the workloads importable, here and in processes that are started with `PATH`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PATH = os.pathsep.join(filter(None, [*FOLDERS, os.environ.get("PYTHONPATH", "")]
 
 Json = Any
 NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
-"""What claims to need no C compiler shows it."""
+"""Variables that make every run of a C compiler fail, for parts that claim to need none."""
 
 
 # --- a part in a fresh process ----------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
 
 @dataclass(frozen=True)
 class Ran:
-    """What came of a part: its answer (None where it gave none), its exit code, and its last words."""
+    """The result of a part: its answer (None if it gave none), its exit code, and the last lines of its stderr."""
 
     answer: Json
     code: int
@@ -46,7 +46,7 @@ class Ran:
 
 
 def ran(script: str, part: str, arguments: Sequence[str] = (), timeout: float = 540.0, **variables: str) -> Ran:
-    """Run a part of `script` in a fresh process with empty caches, and with no setting of ours but those in `variables`."""
+    """Run a part of `script` in a fresh process with empty caches. Of aot-cache's variables only those in `variables` are set."""
     with tempfile.TemporaryDirectory(prefix="part-") as folder:
         place = Path(folder, "answer.json")
         environment = {
@@ -61,7 +61,7 @@ def ran(script: str, part: str, arguments: Sequence[str] = (), timeout: float = 
 
 
 def run_part(script: str, part: str, arguments: Sequence[str] = (), timeout: float = 540.0, **variables: str) -> Json:
-    """What a part answers, as `ran` runs it; `error`: its last words, where it failed."""
+    """The answer of a part that `ran` runs; if it failed, `error` with the last lines of its stderr."""
     found = ran(script, part, arguments, timeout, **variables)
     if found.code or found.answer is None:
         return {"error": found.said, "code": found.code}
@@ -69,7 +69,7 @@ def run_part(script: str, part: str, arguments: Sequence[str] = (), timeout: flo
 
 
 def hand_over(answer: Json) -> int:
-    """Hand a part's answer to the process that started it."""
+    """Pass a part's answer to the process that started it."""
     Path(os.environ["ANSWER"]).write_text(json.dumps(answer))
     return 0
 
@@ -86,7 +86,7 @@ def last_words(stderr: str) -> list[str]:
 
 
 class Independent:
-    """Counts events by hooking upstream itself, beside the ledger: the two must agree. `kernels`: Triton's alone."""
+    """Counts events with its own hooks in upstream; the ledger must agree. With `kernels` only Triton is hooked."""
 
     def __init__(self, kernels: bool = False) -> None:
         import triton.compiler
@@ -100,20 +100,20 @@ class Independent:
             self._watch_torch()
 
     def _watch_torch(self) -> None:
-        import torch._inductor.codecache  # noqa: F401  # so that all of it is there to be hooked
+        import torch._inductor.codecache  # noqa: F401  # so that all of it can be hooked
         from torch._dynamo import convert_frame
         from torch._inductor import compile_fx, cpp_builder
         from torch._inductor.runtime import static_triton_launcher, triton_heuristics
 
         self._wrap(convert_frame, "_compile", "frame")
         self._wrap(compile_fx, "compile_fx", "graph_compile")
-        self._wrap(triton_heuristics.CachingAutotuner, "_precompile_config", "compile")  # Inductor's own way to it
+        self._wrap(triton_heuristics.CachingAutotuner, "_precompile_config", "compile")  # Inductor's own path to the compiler
         self._wrap(triton_heuristics.CachingAutotuner, "bench", "benchmark")
         self._wrap(static_triton_launcher.StaticallyLaunchedTritonKernel, "load_kernel", "module_load")
         self._wrap(cpp_builder.CppBuilder, "build", "gcc")
 
     def watch_driver(self) -> None:
-        """Count its loads, too; from the time on at which there is a GPU."""
+        """Count module loads by Triton's driver, too. Call it once the GPU is initialised."""
         from triton.runtime.driver import driver
 
         self._wrap(driver.active.utils, "load_binary", "module_load")
@@ -136,7 +136,7 @@ def eager(call: Any) -> Any:
 
 
 def distance(found: Any, wanted: Any) -> float:
-    """Largest relative norm of the difference, over all tensors."""
+    """The largest relative norm of the difference, over all tensors."""
     worst = 0.0
     for a, b in zip(_tensors_of(found), _tensors_of(wanted), strict=True):
         a, b = a.double(), b.double()
@@ -158,7 +158,7 @@ def _tensors_of(value: Any) -> list[Any]:
 def cli(
     *arguments: str, folder: Path = ROOT, paths: Sequence[Path | str] = (), **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run aot-cache in `folder`, with `paths` to import from, too."""
+    """Run aot-cache in `folder`, with `paths` added to the import path."""
     path = os.pathsep.join([*map(str, paths), PATH])
     return subprocess.run(
         [sys.executable, "-m", "aot_cache", *arguments],
@@ -171,7 +171,7 @@ def cli(
 
 
 def build(recipe: str, target: str, store: Path, *more: str, cores: str = "0,1") -> Json:
-    """Build a bundle on some cores, in a process that sees no GPU and cannot open its driver library."""
+    """Build a bundle on the given cores, in a process that sees no GPU and cannot open its driver library."""
     inner = [sys.executable, "-m", "aot_cache", "build", "--model", recipe, "--target", target]
     inner += ["--store", str(store), "--json", *more]
     libraries = sorted({os.path.realpath(p) for d in _library_folders() for p in glob.glob(f"{d}/libcuda.so*")})
@@ -199,13 +199,13 @@ def _library_folders() -> list[str]:
 
 
 def tune(bundle: str, out: Path | str, *more: str, **variables: str) -> Json:
-    """What `aot-cache tune` says."""
+    """Run `aot-cache tune`; returns its JSON, or `error`."""
     done = cli("tune", bundle, "--out", str(out), "--json", *more, **variables)
     return json.loads(done.stdout) if done.returncode == 0 else {"error": last_words(done.stderr)}
 
 
 def summary(case: Json) -> Json:
-    """What a record says of a rehearsed case: numbers, and the reasons of what did not hit."""
+    """A rehearsed case in a record: numbers, and the reasons for points that did not hit."""
     why = {f"{point['status']}: {point['why'][:300]}" for point in case["points"] if point["status"] != "hit"}
     names = ("name", "declared", "run", "hits", "events", "distance", "not_captured")
     return {**{key: case[key] for key in names}, "why": sorted(why)[:4]}
@@ -215,7 +215,7 @@ def summary(case: Json) -> Json:
 
 
 def finish(record: Json, out: str | None) -> int:
-    """Print a record, write it to `out` if that is given, and say whether every claim holds, as an exit code."""
+    """Print a record, and write it to `out` if given. Returns the exit code: 0 if every claim holds, else 1."""
     text = json.dumps(record, indent=1)
     print(text)
     if out:
@@ -238,7 +238,7 @@ def machine() -> Json:
 
 
 def versions() -> Json:
-    """Of what runs in this process."""
+    """The versions in this process."""
     import torch
     import triton
 

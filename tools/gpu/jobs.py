@@ -1,4 +1,4 @@
-"""Jobs of several ranks on this host."""
+"""Run jobs with several ranks on this host."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from harness import PATH
 
 GRACE = 20.0
-"""Seconds that the other ranks have to end after one that failed."""
+"""Seconds that the other ranks have to end after one has failed."""
 
 
 def environments(ranks: int) -> list[dict[str, str]]:
-    """The environment of each rank of a new job: what a launcher sets, with a port that is free now."""
+    """The environment of each rank of a new job, as a launcher sets it, with a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -26,15 +26,16 @@ def environments(ranks: int) -> list[dict[str, str]]:
 
 
 def own_gpu(rank: int) -> dict[str, str]:
-    """The variable by which a rank sees its own GPU alone, as the first: the device that compiled graphs are built for."""
+    """The variable that makes a rank see only its own GPU, as GPU 0, for which compiled graphs are built."""
     seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return {"CUDA_VISIBLE_DEVICES": seen[rank] if seen else str(rank)}
 
 
 def run(command: Sequence[str], told: Sequence[Mapping[str, str]], seconds: float) -> list[tuple[int, str]]:
-    """(exit code, stderr) of a process for each environment in `told`.
+    """Start a process for each environment in `told`; returns (exit code, stderr) of each.
 
-    All have `seconds`. When one fails the others, which may wait for it in a collective, are ended soon after.
+    They are killed after `seconds`. If one fails, the others are killed after `GRACE` seconds, because they may wait for it in
+    a collective.
     """
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in told]

@@ -1,4 +1,4 @@
-"""What is claimed of Qwen3.5 on one GPU and on several: of the records of `check_qwen.py` and `qwen_ranks.py`."""
+"""The claims about Qwen3.5 on one GPU and on several, checked on the records of `check_qwen.py` and `qwen_ranks.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PARTS = ("build", "serve", "judge", "eager", "cold", "mega", "tune", "tuned")
 
 
 def claims(record: Json, more: float = 1.0) -> Json:
-    """What the record shows; `more`: by how much ours may be farther from float32 than with the same roundings."""
+    """Claim → whether the record shows it. `more`: factor by which our distance from float32 may exceed the usual limit."""
     made: Json = {}
     parts = [name for name in PARTS if name in record]
     made["every part ran"] = not [name for name in parts if "error" in record[name]]
@@ -53,7 +53,7 @@ def claims(record: Json, more: float = 1.0) -> Json:
 
 
 def compared(serve: Json) -> list[list[int]]:
-    """Take the tokens out of what `serve` says, and note in it how many requests have the same with an oracle's drafts."""
+    """Remove the tokens from the answer of `serve`, and add how many requests have equal tokens with an oracle's drafts."""
     tokens = serve.pop("tokens")
     own: list[list[int]] = tokens["own drafts"]
     serve["requests"], serve["same with an oracle"] = len(own), sum(map(list.__eq__, own, tokens["oracle"]))

@@ -1,4 +1,4 @@
-"""What transformers makes of served tokens: the part `judge` of `check_qwen.py`, on one GPU and on several."""
+"""Compare served tokens with transformers: the part `judge` of `check_qwen.py`, for one GPU and for several."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def judge(
     served: Sequence[list[int]],
     kept: Mapping[str, torch.Tensor],
 ) -> Json:
-    """What transformers' own model makes of the served tokens, in float32 and in bfloat16, with the same weights.
+    """Run transformers' own model on the served tokens, in float32 and in bfloat16, with the same weights.
 
-    `gaps`: by how much float32's best logit at each position is above that of the token, for ours and for bfloat16's own
-    choice. `hidden`: relative norm of the difference from float32's hidden states, ours and bfloat16's, of each request.
+    `gaps`: how far, at each position, float32's logit of the token is below its best logit, for our token and for bfloat16's
+    choice. `hidden`: relative norm of the difference from float32's hidden states, for ours and for bfloat16's, by request.
 
     Args:
         engine: has the weights.
-        asked: (prompt, tokens wanted) of each request; served: its tokens.
+        asked: (prompt, number of tokens) of each request; served: its tokens.
         kept: number of a request → our hidden state before each of its tokens.
     """
     device = engine.model.device
@@ -56,9 +56,9 @@ def judge(
 
 
 def theirs(engine: Any, dtype: Any) -> Any:
-    """transformers' own model with the same weights, its attention, its experts and its way through the layers."""
+    """transformers' own model, with its attention, experts and layers, and with our weights."""
     net, made = engine.model.net, CLASSES[engine.settings.kind][1]
-    if engine.model.device == "cpu":  # else it takes fla-core's, which need a GPU, wherever that is installed
+    if engine.model.device == "cpu":  # else it uses fla-core if that is installed, which needs a GPU
         modeling = sys.modules[made.__module__]
         for name in ("chunk_gated_delta_rule", "recurrent_gated_delta_rule"):
             setattr(modeling, f"torch_{name}", inspect.unwrap(getattr(modeling, f"torch_{name}")))
@@ -75,13 +75,13 @@ def theirs(engine: Any, dtype: Any) -> Any:
     model.model.norm, model.lm_head = (copy.deepcopy(part).to(dtype) for part in (net.norm, net.head))
     model.model.embed_tokens, model.model.rotary_emb = copy.deepcopy(net.embed).to(dtype), net.rotary
     for part in model.model.layers.modules():
-        if hasattr(part, "config"):  # attention and experts choose by it
+        if hasattr(part, "config"):  # attention and experts choose their implementation by it
             part.config = config
     return model
 
 
 def by_generate(model: Any, asked: Sequence[tuple[list[int], int]], served: Sequence[list[int]]) -> Json:
-    """Of a few requests: how many tokens agree with `generate` before the first that does not, of how many."""
+    """For a few requests: [number of tokens that agree with `generate` before the first difference, number of tokens]."""
     out = []
     for number in range(0, len(served), max(1, len(served) // 8)):
         prompt = torch.tensor([asked[number][0]], device=model.device)

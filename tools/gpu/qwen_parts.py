@@ -24,7 +24,7 @@ from aot_cache.runtime.ledger import HARMFUL
 Json = Any
 REQUESTS, LONGEST, MOST_NEW = 200, 1300, 24
 JUDGED = 10
-"""Of each so many requests, one's hidden states are kept and judged."""
+"""The hidden states of every tenth request are kept and judged."""
 STEADY = (1, 16, 256)
 REPLAYS = 30
 
@@ -33,12 +33,12 @@ REPLAYS = 30
 
 
 def requests(options: argparse.Namespace) -> list[tuple[list[int], int]]:
-    """(prompt, tokens wanted) of each request, the same in every part."""
+    """(prompt, number of tokens) of each request, the same in every part."""
     from aot_cache.models.qwen3_5.settings import SIZES
 
     chosen = random.Random(0)
-    room = options.max_model_len - MOST_NEW - 4  # a last verification goes beyond what is wanted
-    lengths = [n for n in (1, 2, 63, 64, 65, 512, 513, LONGEST) if n <= room]  # ends of a chunk, and beyond
+    room = options.max_model_len - MOST_NEW - 4  # a last verification may go beyond the wanted tokens
+    lengths = [n for n in (1, 2, 63, 64, 65, 512, 513, LONGEST) if n <= room]  # at and around the end of a chunk
     lengths += [chosen.randint(1, min(512, room)) for _ in range(options.requests - len(lengths))]
     vocab = SIZES[options.size]["vocab_size"]
     least, most = min(1000, vocab // 2), min(200_000, vocab)
@@ -67,7 +67,7 @@ def make_engine(options: argparse.Namespace) -> Any:
 
 
 def join(options: argparse.Namespace) -> None:
-    """Be one rank of several, if there are several."""
+    """Join the process group, if there are several ranks."""
     if options.tp > 1:
         import torch.distributed as dist
 
@@ -75,7 +75,7 @@ def join(options: argparse.Namespace) -> None:
 
 
 def leave(options: argparse.Namespace) -> None:
-    """End a rank, once all are done with each other; as it is, because captured graphs hold its communicator."""
+    """End a rank after a barrier, with `os._exit`, because captured graphs hold the communicator."""
     if options.tp > 1:
         import torch.distributed as dist
 
@@ -84,7 +84,7 @@ def leave(options: argparse.Namespace) -> None:
 
 
 def wait(options: argparse.Namespace) -> None:
-    """For the GPU, if there is one."""
+    """Wait for the GPU, if there is one."""
     import torch
 
     if options.device == "cuda":
@@ -94,10 +94,10 @@ def wait(options: argparse.Namespace) -> None:
 def serve_all(
     engine: Any, asked: list[tuple[list[int], int]], oracle: list[list[int]] | None = None
 ) -> tuple[list[list[int]], dict[str, int], Json]:
-    """Tokens of every request, served together as slots come free; how often each number of drafts held; and of some
-    requests the hidden state before each token.
+    """Serve all requests, as slots become free. Returns the tokens of each; number of accepted drafts → number of steps; and
+    for some requests the hidden state before each token.
 
-    With an oracle the drafts are what it says comes next, from one right draft to all, and one wrong behind it.
+    With an oracle the drafts are made from the tokens that it has: depending on the step some are right, the rest wrong.
     """
     todo = list(enumerate(asked))[::-1]
     wanted = [count for _, count in asked]
@@ -129,14 +129,14 @@ def serve_all(
 
 
 def guesses(right: list[int], at: int, engine: Any, step: int) -> list[int]:
-    """The next drafts: so many right ones as the step says, and wrong ones behind."""
+    """The next drafts: `step % (speculative + 1)` right ones, then wrong ones."""
     coming = (right[at:] + [0] * engine.speculative)[: engine.speculative]
     hold = step % (engine.speculative + 1)
     return [token if n < hold else (token + 1) % engine.vocab for n, token in enumerate(coming)]
 
 
 def steady(engine: Any) -> dict[str, float]:
-    """Milliseconds of a step (draft and verification) as replays, by size."""
+    """Batch size → milliseconds of a step (draft and verification) as replays."""
     import torch
 
     out = {}
@@ -157,7 +157,7 @@ def steady(engine: Any) -> dict[str, float]:
 
 
 def started(options: argparse.Namespace, before: Any = None) -> tuple[Any, Json]:
-    """The engine with all graphs captured, and seconds from `weights ready` on."""
+    """The engine with all graphs captured, and the seconds that this took once the weights were ready."""
     import torch
 
     engine = make_engine(options)
@@ -192,7 +192,7 @@ def part_serve(options: argparse.Namespace) -> Json:
     independent = Independent()
     first = torch.zeros(1, device=options.device)
     if options.tp > 1:
-        torch.distributed.all_reduce(first)  # makes the communicator, which no capture allows
+        torch.distributed.all_reduce(first)  # creates the communicator, which no capture allows
     if options.device == "cuda":
         independent.watch_driver()
     imported = time.perf_counter() - began
@@ -231,7 +231,7 @@ def part_serve(options: argparse.Namespace) -> Json:
 
 
 def part_weights(options: argparse.Namespace) -> Json:
-    """Write the whole model's random weights, of which ranks take their parts."""
+    """Write random weights of the whole model, from which each rank loads its part."""
     from safetensors.torch import save_file
 
     from aot_cache.models.qwen3_5 import weights
@@ -290,7 +290,7 @@ def part_judge(options: argparse.Namespace) -> Json:
 
 
 def make_parser(about: str) -> argparse.ArgumentParser:
-    """The options of the check, which its parts are told, too."""
+    """The options of the check and of its parts."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3.5")
     parser.add_argument("--spec", default="mtp", choices=["mtp"])
@@ -316,7 +316,7 @@ def make_parser(about: str) -> argparse.ArgumentParser:
 
 
 def told(options: argparse.Namespace, folder: Path, bundle: str) -> list[str]:
-    """The arguments of a part, which finds in `folder` what others left."""
+    """The arguments of a part; `folder` has the files of earlier parts."""
     command = ["--bundle", bundle, "--mega", str(folder / "mega"), "--hidden", str(folder / "hidden.safetensors")]
     command += ["--tokens", str(folder / "tokens.json"), "--size", options.size, "--layers", str(options.layers)]
     command += ["--max-batch", str(options.max_batch), "--max-model-len", str(options.max_model_len)]
@@ -324,7 +324,7 @@ def told(options: argparse.Namespace, folder: Path, bundle: str) -> list[str]:
 
 
 def spec_of(options: argparse.Namespace) -> str:
-    """The recipe that is built."""
+    """The recipe to build."""
     spec = f"aot_cache.models.qwen3_5.recipe:recipe?size={options.size}&spec=mtp"
     return f"{spec}&max_batch={options.max_batch}&max_model_len={options.max_model_len}"
 

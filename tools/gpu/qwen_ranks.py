@@ -1,10 +1,10 @@
-"""Check on several GPUs that Qwen3.5 with MTP, split over them, only hits from load on: what `check_qwen.py --tp N` does.
+"""Check that Qwen3.5 with MTP, split over several GPUs, only hits after load. Run by `check_qwen.py --tp N`.
 
     python tools/gpu/check_qwen.py --tp 2 [--layers 4] [--only build,weights,…] [--out RECORD.json]
 
-`build` makes one bundle for all ranks, with the GPUs hidden. `weights` writes random ones of the whole model. `serve` is a
-process for each rank, with a GPU of its own: it takes its part of the weights, captures every size with the all-reduces in the
-graphs, and runs the same requests as on one GPU. `judge` asks transformers' whole model on one GPU about the tokens.
+`build` makes one bundle for all ranks, with the GPUs hidden. `weights` writes random weights of the whole model. `serve` is one
+process for each rank, with its own GPU: it loads its part of the weights, captures every size with the all-reduces in the
+graphs, and serves the same requests as on one GPU. `judge` compares the tokens with transformers' whole model on one GPU.
 To try the check itself: `--device cpu --target cpu --size tiny --max-batch 4 --max-model-len 64 --requests 40`.
 """
 
@@ -26,21 +26,21 @@ Json = Any
 PARTS = ("build", "weights", "serve", "judge")
 VARIABLES = {"TRITON_CACHE_AUTOTUNING": "1"}
 SECONDS = 420.0
-"""That the ranks have."""
+"""Time limit of the ranks, in seconds."""
 ROUNDINGS = 2**0.5
-"""How much farther from float32 a split model may be than a whole one: what a layer adds is rounded on each rank, and once more
-when it is summed, which is at most twice the variance of one rounding."""
+"""Factor by which a split model may be farther from float32 than a whole one: the output of a layer is rounded on each rank, and
+again when it is summed, which gives at most twice the variance of one rounding."""
 
 
 def serve(options: argparse.Namespace, folder: Path, bundle: str) -> Json:
-    """Run all ranks; what each says, and whether all have the same tokens."""
+    """Run all ranks; returns the answer of each, and whether all have the same tokens."""
     with tempfile.TemporaryDirectory() as empty:
         places = [Path(empty, str(rank)) for rank in range(options.tp)]
         told = []
         for rank, environment in enumerate(jobs.environments(options.tp)):
             places[rank].mkdir()
             own = {**empty_caches(places[rank]), "ANSWER": str(places[rank] / "answer.json"), **jobs.own_gpu(rank)}
-            # Multicast over NVLink is the host's matter, which a job that fails may leave in disorder.
+            # No NVLink multicast: it is a resource of the host, which a failed job may leave in a bad state.
             own |= {**VARIABLES, **NO_COMPILER, "NCCL_NVLS_ENABLE": "0"}
             told.append({**environment, **own})
         command = [sys.executable, "-W", "ignore", qwen_parts.__file__, "--part", "serve"]
@@ -56,7 +56,7 @@ def serve(options: argparse.Namespace, folder: Path, bundle: str) -> Json:
 
 
 def claims(record: Json) -> Json:
-    """What the record shows: of each rank what is claimed of one GPU, and that they go together."""
+    """Claim → whether the record shows it: the claims of one GPU for each rank, and that all ranks agree."""
     parts = [name for name in PARTS if name in record]
     if any("error" in record[name] for name in parts):
         return {"every part ran": False}
@@ -74,7 +74,7 @@ def claims(record: Json) -> Json:
 
 
 def ranks_in(bundle: str) -> list[int | None]:
-    """Whom the graphs of a bundle are for; None: for all ranks."""
+    """The ranks that the graphs of a bundle are for; None stands for all ranks."""
     from aot_cache.artifact.manifest import served
     from aot_cache.store import read_bundle
 
@@ -99,7 +99,7 @@ def check(options: argparse.Namespace) -> Json:
     if gpu:
         record["versions"]["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     kept = folder / "record.json"
-    if kept.exists():  # parts of an earlier call, on the same machine
+    if kept.exists():  # parts of an earlier run on the same machine
         record |= {k: v for k, v in json.loads(kept.read_text()).items() if k in (*PARTS, "ranks of the bundle")}
     bundle = str(folder / "bundle.safetensors")
     for name in (options.only or ",".join(PARTS)).split(","):

@@ -1,1 +1,1 @@
-"""What the commands print, as plain JSON-able dicts: what `--json` gives. Formats nothing."""
+"""The results of the commands as plain JSON-able dicts, as printed by `--json`. Formats nothing."""

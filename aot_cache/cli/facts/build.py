@@ -1,4 +1,4 @@
-"""Facts about targets, and what `build` would make and has made, as plain JSON-able dicts. Knows neither torch nor Triton."""
+"""Facts about targets, and about planned and finished builds, as plain JSON-able dicts. Imports neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 Facts = dict[str, Json]
 
 IMAGE = "/opt/aot-cache"
-"""Where the lines for a Dockerfile put bundles."""
+"""The folder for bundles in the suggested Dockerfile lines."""
 SERVER = "import aot_cache.auto  # before the model"
-"""What a serving process begins with."""
+"""The first line of a serving process."""
 
 
 def plan(found: Plan, path: Path, names: Names = no_names) -> Facts:
-    """What would be built, and why: `facts.bundle.plan`, and for each kernel and call the points of all cases that reach it."""
+    """What would be built, and why: `facts.bundle.plan`, plus the points of all cases that reach each kernel and call."""
     facts = bundle_facts.plan(found, path, names=names)
     for row in facts["kernels"]:
         row["reached"] = together(unit.reached for unit in found.units if unit.kernel == row["kernel"])
@@ -38,11 +38,11 @@ def plan(found: Plan, path: Path, names: Names = no_names) -> Facts:
 
 
 def built(result: Built, stamp: Stamp = NO_STAMP, rehearsal: Facts | None = None) -> Facts:
-    """What one build did, and what to write where it is used: nothing, where it is not whole or does not hit.
+    """What one build did, and the lines for a Dockerfile and server: none if the build is incomplete or its rehearsal failed.
 
     Args:
-        stamp: what was rehearsed of it.
-        rehearsal: what is shown of the one with which it ended; None where there was none.
+        stamp: earlier rehearsals of the bundle.
+        rehearsal: facts of the rehearsal at the end of the build; None if there was none.
     """
     good = not result.failed and (rehearsal is None or rehearsal["passed"])
     return {
@@ -65,16 +65,16 @@ def _coverage(result: Built, stamp: Stamp, rehearsal: Facts | None) -> str:
 
 
 def dockerfile(bundle: Path, digest: str) -> list[str]:
-    """The lines that put a bundle into an image, and say that no other may be loaded."""
+    """Dockerfile lines that copy a bundle into an image, and allow no other bundle to be loaded."""
     path = bundle.absolute()
     there = f"{IMAGE}/{path.name}"
-    # Docker copies from its context, which a build's folder mostly is; from a stage of the image, it wants the whole path.
+    # COPY reads from Docker's context, usually the current folder; from a stage of the image it needs the absolute path.
     here = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     return [f"COPY {_copied(str(here), there)}", f"ENV AOT_CACHE={_quoted(there)} AOT_CACHE_DIGEST={digest}"]
 
 
 def _copied(source: str, there: str) -> str:
-    """The arguments of a Dockerfile's COPY; as JSON where a space would take a path apart."""
+    """The arguments of a Dockerfile's COPY; as JSON if a path contains white space."""
     both = [path.replace("$", "\\$") for path in (source, there)]
     return json.dumps(both, ensure_ascii=False) if re.search(r"\s", source + there) else " ".join(both)
 
@@ -91,7 +91,7 @@ def targets(rows: Iterable[Target]) -> list[Facts]:
 
 
 def differences(target: str, found: Iterable[Difference]) -> list[Facts]:
-    """Where this machine's GPU is not what the table says of `target`."""
+    """The facts in which this machine's GPU differs from the table's row of `target`."""
     return [{"target": target, "field": d.field, "table": _plain(d.table), "device": _plain(d.device)} for d in found]
 
 

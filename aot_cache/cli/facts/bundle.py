@@ -1,6 +1,6 @@
-"""Facts about plans and bundles as plain JSON-able dicts: what `--json` prints and tables are made of.
+"""Facts about plans and bundles as plain JSON-able dicts, as printed by `--json` and shown in tables.
 
-Pure functions; they know neither torch nor Triton.
+Pure functions, which import neither torch nor Triton.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from aot_cache.store import Bundle
 Facts = dict[str, Any]
 
 SHORT = 16
-"""Characters of a digest that are shown to people."""
+"""Number of a digest's characters that are shown to people."""
 
 
 # --- plans and bundles ------------------------------------------------------------------------------------------------
@@ -43,17 +43,17 @@ def bundle(
     ledger: ledger_facts.Ledger | None = None,
     stamp: Stamp = NO_STAMP,
 ) -> Facts:
-    """What a bundle holds; with `kernel` or `points` also its specializations.
+    """What a bundle contains; with `kernel` or `points` also its specializations.
 
     Args:
-        kernel: list the specializations of the kernels with this in their name.
-        points: list those of every kernel.
+        kernel: list the specializations of kernels whose name contains this.
+        points: list the specializations of every kernel.
         ledger: what serving processes counted.
-        stamp: what was rehearsed of it.
+        stamp: earlier rehearsals of the bundle.
 
     Raises:
-        BundleCorrupt: the manifest has another form than this version writes.
-        DeclarationError: no kernel is called so.
+        BundleCorrupt: the manifest does not have this version's form.
+        DeclarationError: no kernel's name contains `kernel`.
     """
     m = whole(found)
     with form_of(found):
@@ -92,10 +92,10 @@ def bundle(
 
 
 def plan(found: Plan, path: Path, kernel: str | None = None, points: bool = False, names: Names = no_names) -> Facts:
-    """What a plan asks for; the arguments are those of `bundle`.
+    """What a plan asks for. Arguments as for `bundle`.
 
     Raises:
-        DeclarationError: a value in it has another form than this version writes, or no kernel is called so.
+        DeclarationError: the plan does not have this version's form, or no kernel's name contains `kernel`.
     """
     with form(DeclarationError, f"plan {path}"):
         facts = {"kind": "plan", "path": str(path), **_common(found, failures(one.failure() for one in found.failed))}
@@ -107,10 +107,10 @@ def plan(found: Plan, path: Path, kernel: str | None = None, points: bool = Fals
 
 
 def plan_of(manifest: Manifest) -> Plan:
-    """The plan that a bundle's whole manifest carries, without the units that failed or do not fit.
+    """The plan contained in a bundle's whole manifest, without the units that failed or do not fit.
 
     Raises:
-        IndexError, KeyError, ...: the manifest has another form than this version writes; see `form`.
+        IndexError, KeyError, ...: the manifest does not have this version's form; see `form`.
     """
     kernels = manifest.kernels
     sources = [closure_digest(kernel.closure) for kernel in kernels]
@@ -152,12 +152,12 @@ def plan_of(manifest: Manifest) -> Plan:
 
 
 def failures(found: Iterable[Failure]) -> list[Facts]:
-    """What of a recipe is not in a bundle, and why: cases, kernels, compiled functions."""
+    """The parts of a recipe (cases, kernels, compiled functions) that are not in a bundle, and why."""
     return [{name: str(value) for name, value in failure.text().items()} for failure in found]
 
 
 def coverage(origin: str, points: int, sampled: Sequence[str], *, failed: int = 0, stamp: Stamp = NO_STAMP) -> str:
-    """What the declared ranges promise, in words: `proved` only of what was rehearsed, and at all points."""
+    """How far the declared ranges are covered, in words. `proved` appears only if all points were rehearsed."""
     if failed:
         return f"not proved: {failed} failed"
     rehearsals = "; ".join(run.text() for run in stamp.runs)
@@ -207,12 +207,12 @@ def _common(found: Plan, failed: list[Facts], stamp: Stamp = NO_STAMP) -> Facts:
 def _grids(
     found: Plan, kind: str, functions: Sequence[Facts], missed: Iterable[coverage_grid.Missed] = ()
 ) -> list[Facts]:
-    """The coverage by kernels and `functions`: graphs, or the calls that a plan, which has none yet, asks graphs for."""
+    """The coverage by kernels and `functions`: a bundle's graphs, or the compiled calls of a plan, which has no graphs."""
     served = [Served(row["label"], kind, row["function"], row["reached"]) for row in functions]
     served += [Served(unit_label(n), KERNEL, unit.kernel, unit.reached) for n, unit in enumerate(found.units)]
     try:
         return coverage_grid.grids(found.cases, served, missed)
-    except DeclarationError as error:  # nobody declared it here: the file has another form than this version writes
+    except DeclarationError as error:  # not a user's declaration: the file does not have this version's form
         raise ValueError(str(error)) from error
 
 
@@ -221,7 +221,7 @@ def _is_choice(tuning: Tuning) -> bool:
 
 
 def _kernels(found: Plan, kernels: Collection[str], objects: Sequence[tuple[str, int]]) -> list[Facts]:
-    """One row a kernel. `objects` are (digest, bytes) of each unit; equal binaries are stored, and counted, once."""
+    """One row for each kernel. `objects` has (digest, bytes) of each unit; equal binaries are stored and counted once."""
     rows = []
     for name in sorted(kernels):
         tunings = [t for t in found.tunings if t.kernel == name]
@@ -283,7 +283,7 @@ def _specializations(found: Plan, kernels: Collection[str], compiled: Sequence[F
 
 @contextmanager
 def form(error: type[AotCacheError], what: str) -> Iterator[None]:
-    """A file may hash right and still be another version's, or hostile: one clear error about `what`, no traceback."""
+    """Raise `error` about `what` if its form is unknown: a file with a right hash may be from another version, or hostile."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as caught:
@@ -292,7 +292,7 @@ def form(error: type[AotCacheError], what: str) -> Iterator[None]:
 
 
 def form_of(found: Bundle) -> AbstractContextManager[None]:
-    """Inside, a manifest of another form than this version writes is a BundleCorrupt."""
+    """Inside, a manifest without this version's form raises BundleCorrupt."""
     return form(BundleCorrupt, f"bundle {found.path}")
 
 
@@ -302,7 +302,7 @@ def many(count: int, what: str) -> str:
 
 
 def reached_text(reached: Mapping[str, Iterable[Mapping[str, str]]]) -> list[str]:
-    """`decode: batch 1..64, tokens 1`: one line for each box of points."""
+    """One line for each box of points: `decode: batch 1..64, tokens 1`."""
     return [
         f"{case}: {', '.join(f'{dim} {values}' for dim, values in box.items()) or 'always'}"
         for case, boxes in reached.items()
@@ -314,7 +314,7 @@ def reached_text(reached: Mapping[str, Iterable[Mapping[str, str]]]) -> list[str
 
 
 def findings(found: Bundle, digest: str | None, parts: Iterable[Part]) -> list[Facts]:
-    """What is wrong with a bundle whose header is sound; each with the bit that it sets in the exit code."""
+    """The faults of a bundle whose header is valid, each with its bit of the exit code."""
     out: list[Facts] = []
     if digest is not None and digest != found.digest:
         out.append(finding(DigestMismatch, f"expected digest {digest}, found {found.digest}"))
@@ -333,11 +333,11 @@ def findings(found: Bundle, digest: str | None, parts: Iterable[Part]) -> list[F
 
 
 def _failed(found: Bundle) -> list[str]:
-    """What is not in an incomplete bundle, and why."""
+    """The parts that are missing in an incomplete bundle, and why."""
     nobody_knows = ["something did not compile"]
     try:
         failed = whole(found).failed
-    except BundleCorrupt:  # its hash is wrong, which is a finding of its own
+    except BundleCorrupt:  # a wrong hash, which is a separate finding
         return nobody_knows
     return [f"{f['kernel']}: {f['error']}" for f in failures(failed)] or nobody_knows
 
@@ -349,7 +349,7 @@ def finding(error: type[AotCacheError], what: str) -> Facts:
 
 
 def explain(found: Bundle, parts: Iterable[Part]) -> Facts:
-    """This host beside what the bundle was built for."""
+    """The parts of the bundle's key beside those of this host."""
     parts = list(parts)
     return {
         "path": str(found.path),

@@ -1,8 +1,8 @@
-"""Which graph or specialization serves which values of a dimension: rows of functions, columns of values, as plain dicts.
+"""Which graph or specialization serves which values of a dimension, as plain dicts: functions are rows, values are columns.
 
-A column is a set of values, not only a run: where a kernel has one specialization for multiples of 16 and one for the
-rest, these are two columns, however they interleave. Values that every row serves alike share a column, so the columns
-are as few as they can be. Pure functions; they know neither torch nor Triton.
+A column is a set of values, not only a range: if a kernel has one specialization for multiples of 16 and one for the rest,
+these are two columns, although they interleave. Values that are served alike in every row share a column, so there are as few
+columns as possible. Pure functions, which import neither torch nor Triton.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from aot_cache.store import Json
 Facts = dict[str, Json]
 
 MOST_JOINED = 8
-"""Cases share a grid while it has at most so many columns, and each adds at most one: what people see at one glance."""
+"""Cases share a grid if it has at most this many columns, and a further case adds at most one. Keeps grids readable."""
 MOST_VALUES = 1 << 17
-"""Of one set of values in a bundle or a plan. A case has 16384 points; a hostile file must not fill the memory."""
+"""Maximum size of a set of values. A case has at most 16384 points; a hostile file must not fill the memory."""
 LONG = 30
-"""Characters of a column's head; a longer set is told by its count and its ends."""
+"""Maximum length of a column's head; a longer one is shown as its count and its ends."""
 FEW = 2
-"""Labels that a cell names; more are counted."""
+"""Maximum number of labels that a cell names; more are counted."""
 ABSENT, NOTHING = "·", "–"
-"""What is shown where a case declares no such value, and where it does and the function is not reached."""
+"""Signs for a value that a case does not declare, and for a declared value at which the function is not reached."""
 GRAPH, KERNEL, CALL = "graph", "kernel", "call"
 
 
@@ -50,7 +50,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Missed:
-    """Calls that servers missed, as far as it is known at which point of a case they would have been declared."""
+    """Calls that servers missed at a known point of a case."""
 
     kind: str
     name: str
@@ -68,9 +68,9 @@ class _Slice:
     """One case along one of its dimensions.
 
     Args:
-        rows: (kind, name) of what the case reaches.
-        cells: value → for each row the labels that serve it at some value of the other dimensions.
-        missed: (row, value) → calls.
+        rows: (kind, name) of each function or kernel that the case reaches.
+        cells: value → for each row, the labels that serve it at some value of the other dimensions.
+        missed: (row, value) → number of missed calls.
     """
 
     case: CasePlan
@@ -79,31 +79,31 @@ class _Slice:
     missed: Counter[tuple[_Row, int]] = field(default_factory=Counter)
 
     def splits(self) -> bool:
-        """Whether the dimension decides anything."""
+        """Whether anything depends on the dimension."""
         return len(set(self.cells.values())) > 1 or bool(self.missed)
 
     def look(self, value: int) -> tuple[object, ...]:
-        """What is to be seen at a value; values of one look share a column."""
+        """The contents of the column for a value; values with equal contents share a column."""
         missed = tuple(bool(self.missed[row, value]) for row in self.rows) if self.missed else ()
         return (self.cells.get(value), missed)
 
 
 def grids(cases: Sequence[CasePlan], units: Sequence[Served], missed: Iterable[Missed] = ()) -> list[Facts]:
-    """The coverage of a bundle or a plan, one grid for each dimension that decides something.
+    """The coverage of a bundle or a plan, with one grid for each dimension on which something depends.
 
-    A case stands in the grid of each of its dimensions along which what serves a function changes, and at least in one.
+    A case is in the grid of each dimension along which the units that serve it change, and at least in one grid.
 
     Returns:
         For each grid `dimension`, `columns` and `rows`. A column has `values` (text, see `dimensions`), `short`, `count` and
-        `sampled`, true where values between these were declared and not visited. A row has `case`, `kind`, `name`, and
-        for each column in `cells` the labels, in the order of `units`, or None where the case declares no such value;
-        in `shown` the same as people read it; in `missed` how many calls were missed there.
+        `sampled` (true if declared values between these were not visited). A row has `case`, `kind` and `name`, and for each
+        column: in `cells` the labels in the order of `units`, or None if the case does not declare the value; in `shown` the
+        same for people; in `missed` the number of missed calls.
 
-        Several labels mean that another dimension, or an autotuner, chooses. They are shown as `a ×24`: 24 of them, and
-        the letter tells the sets of one row from each other.
+        Several labels mean that another dimension, or an autotuner, chooses between them. They are shown as `a ×24`: 24 labels;
+        the letter distinguishes the sets of one row.
 
     Raises:
-        DeclarationError: a set of values is not in the grammar, or has more than MOST_VALUES.
+        DeclarationError: a set of values is not in the grammar, or has more than MOST_VALUES values.
     """
     order = {unit.label: number for number, unit in enumerate(units)}
     known: dict[str, frozenset[int]] = {}
@@ -136,7 +136,7 @@ def _slice(
     case: CasePlan, dim: str, units: Sequence[Served], missed: Iterable[Missed], known: dict[str, frozenset[int]]
 ) -> _Slice:
     rows = _rows(units)
-    # Most units share their sets of values with others: which sets a value is in is asked once, not for each unit.
+    # Most units share sets of values, so each set is expanded once, not once for each unit.
     labels: dict[str, dict[_Row, set[str]]] = {}
     for unit in units:
         for box in unit.reached[case.name]:
@@ -160,7 +160,7 @@ def _slice(
 
 
 def _declared(case: CasePlan, dim: str) -> Iterable[int]:
-    """The values that were all visited, whether or not anything was launched there; a sampled dimension has too many."""
+    """The declared values, if all were visited, even those where nothing was launched; empty for a sampled dimension."""
     values = dimensions.parse_dimension(case.dims[dim]).values
     return () if dim in case.sampled or len(values) > MOST_VALUES else values
 
@@ -172,7 +172,7 @@ def _values(text: str, known: dict[str, frozenset[int]]) -> frozenset[int]:
 
 
 def _join(groups: list[list[_Slice]], one: _Slice) -> None:
-    """Put a case into the first group in which the columns stay few, or into one of its own."""
+    """Put a case into the first group whose columns remain few, else into a new group."""
     alone = len(_columns([one]))
     for group in groups:
         if len(_columns([*group, one])) <= min(MOST_JOINED, max(alone, len(_columns(group))) + 1):
@@ -182,7 +182,7 @@ def _join(groups: list[list[_Slice]], one: _Slice) -> None:
 
 
 def _columns(group: Sequence[_Slice]) -> list[list[int]]:
-    """Values in rising order, one list for each column; the columns by their least values."""
+    """One list of ascending values for each column, sorted by their least value."""
     every = sorted({value for one in group for value in (*one.cells, *(at for _, at in one.missed))})
     columns: dict[tuple[object, ...], list[int]] = {}
     for value in every:
@@ -229,7 +229,7 @@ def _shown(cells: Sequence[list[str] | None]) -> list[str]:
 
 
 def _letter(number: int) -> str:
-    """a, b, … z, then by number."""
+    """a, b, … z, then #27, #28, …"""
     return chr(ord("a") + number) if number < 26 else f"#{number + 1}"
 
 
@@ -242,7 +242,7 @@ def _column(dim: str, values: Sequence[int], sampled: bool) -> Facts:
 
 
 def signs(found: Sequence[Facts]) -> Iterator[str]:
-    """What the signs in these grids mean, a line for each that occurs; the counts are of `facts.ledger.annotate`."""
+    """Explanations of the signs that occur in these grids, one line each. The counts come from `facts.ledger.annotate`."""
     rows = [row for grid in found for row in grid["rows"]]
     shown = {text for row in rows for text in row["shown"]}
     if any("×" in text for text in shown):

@@ -1,4 +1,4 @@
-"""What two plans (or bundles) have that the other has not: specializations, choices, compiled calls, graphs. Pure functions."""
+"""Differences between two plans or bundles: specializations, choices, compiled calls and graphs. Pure functions."""
 
 from __future__ import annotations
 
@@ -31,17 +31,19 @@ _ASKED = {
     "values": "guards on values",
     "guards": "guards",
 }
-"""Parts of a graph that say which calls it is for → what people are told when one differs."""
+"""The parts of a graph that decide which calls it is for → their names in messages."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: a plan, or what is inside a bundle.
+    """One side of a comparison: a plan file, or the contents of a bundle.
 
     Args:
-        pruned: ids of the units that a bundle left out as unfit; None for a plan file.
-        graphs: of a bundle, whole; None for a plan file, which has only the calls that they are for.
-        bound: what a bundle's graphs are bound to (`key.graph_parts`).
+        path: the file.
+        plan: its plan.
+        pruned: ids of units that a bundle left out because they do not fit the target; None for a plan file.
+        graphs: the bundle's graphs; None for a plan file, which has only compiled calls.
+        bound: the key parts to which the bundle's graphs are bound (`key.graph_parts`).
     """
 
     path: Path
@@ -52,7 +54,7 @@ class Side:
 
 
 def side(found: Bundle) -> Side:
-    """Raises BundleCorrupt when the manifest has another form than this version writes."""
+    """The side of a bundle. Raises BundleCorrupt if the manifest does not have this version's form."""
     with form_of(found):
         manifest = whole(found)
         pruned = frozenset(one.unit for one in manifest.pruned)
@@ -60,11 +62,11 @@ def side(found: Bundle) -> Side:
 
 
 def diff(left: Side, right: Side, names: Names = no_names) -> Facts:
-    """What each side has and the other does not.
+    """What each side has and the other lacks.
 
-    A bundle's units have no overrides written down (they are values of the specialization, too), and lack what does not
-    fit the target, which is no difference in what is launched. Of two bundles the graphs are compared, of a plan and
-    anything the calls that graphs are asked for.
+    A bundle's units have no overrides (these are in the specialization, too), and lack units that do not fit the target;
+    neither counts as a difference, because the launches are the same. Two bundles are compared by their graphs; if one side is
+    a plan, by their compiled calls.
     """
     with form(DeclarationError, f"plans of this version at {left.path} and {right.path}"):
         found = plan_diff(_comparable(left, right), _comparable(right, left))
@@ -115,7 +117,7 @@ def _only(units: Iterable[Unit], tunings: Iterable[Tuning], found: Plan, names: 
 
 
 def _graphs(left: Side, right: Side) -> tuple[Facts, Facts, list[Facts]]:
-    """(what the left has alone, the right, graphs for the same calls whose compiled code differs)."""
+    """(only in left, only in right, graphs for the same calls with different compiled code)."""
     if left.graphs is None or right.graphs is None:
         calls = [{call.id: call for call in one.plan.calls} for one in (left, right)]
         alone = [
@@ -134,7 +136,7 @@ def _graphs(left: Side, right: Side) -> tuple[Facts, Facts, list[Facts]]:
 
 
 def _asked(graph: Graph) -> Facts:
-    """Which calls a graph is for. The place of its source's lines is none of it."""
+    """The calls that a graph is for. Line numbers of its source are not a part of it."""
     return {"function": graph.name, **{part: getattr(graph, part) for part in _ASKED}}
 
 
@@ -161,7 +163,7 @@ def _differing(one: Graph, other: Graph) -> list[str]:
 
 
 def _bound(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """`torch 2.13.0 and 2.14.1`: what two bundles' graphs are bound to, where it differs."""
+    """The differing key parts of two bundles' graphs, e.g. `torch 2.13.0 and 2.14.1`."""
     return [
         f"{name} {one.get(name)} and {other.get(name)}"
         for name in {**one, **other}
@@ -170,7 +172,7 @@ def _bound(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def _row(function: str, found: Graph | CallPlan) -> Facts:
-    """What is shown of a graph, or of a call for which a plan asks one."""
+    """The row of a graph, or of a compiled call of a plan."""
     return {
         "function": function,
         "line": found.line,

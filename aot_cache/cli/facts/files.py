@@ -1,4 +1,4 @@
-"""Facts about a file that is a plan or a bundle, whichever it is. Knows neither torch nor Triton."""
+"""Facts about a file that may be a plan or a bundle. Imports neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from aot_cache.store import Bundle, read_bundle
 
 
 def facts(path: Path, kernel: str | None, points: bool, ledger: Sequence[Path]) -> dict[str, Any]:
-    """What `inspect` says: `facts.bundle.plan` or `facts.bundle.bundle`, whose arguments these are.
+    """The facts for `inspect`: `facts.bundle.plan` or `facts.bundle.bundle`, with their arguments.
 
     Raises:
-        DeclarationError: `ledger` is given with a plan, or a file of it is none of this bundle.
+        DeclarationError: `ledger` is given for a plan, or one of its files does not belong to this bundle.
     """
     if not _is_plan(path):
         bundle = read_bundle(path)
@@ -33,7 +33,7 @@ def facts(path: Path, kernel: str | None, points: bool, ledger: Sequence[Path]) 
 
 
 def _check(bundle: Bundle) -> None:
-    """Raises BundleCorrupt where bytes are not what the header says, also of objects that only a server would read."""
+    """Raise BundleCorrupt if bytes do not match the header. Checks all objects, even those that only a server reads."""
     bad = bundle.check_all()
     if bad:
         found = f"the bytes of {len(bad)} of its objects do not hash to their names ({', '.join(name[:12] for name in bad[:3])})"
@@ -46,10 +46,10 @@ def side(path: Path) -> diff_facts.Side:
 
 
 def _is_plan(path: Path) -> bool:
-    """By content: a bundle begins with a length of 8 bytes, whose last are zero, and JSON has no such byte."""
+    """By content: a bundle begins with a length of 8 bytes, the last of which are zero; JSON has no zero byte."""
     try:
         with path.open("rb") as file:
             head = file.read(8)
     except OSError:
-        return False  # read_bundle says what is wrong
+        return False  # read_bundle reports what is wrong
     return b"\0" not in head and head.lstrip()[:1] == b"{"

@@ -1,4 +1,4 @@
-"""Facts about compiled graphs and the calls that they are for, as plain JSON-able dicts. Knows neither torch nor Triton."""
+"""Facts about compiled graphs and compiled calls, as plain JSON-able dicts. Imports neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Facts = dict[str, Any]
 
 
 def calls(found: Iterable[CallPlan]) -> list[Facts]:
-    """One row a kind of call that a plan asks graphs for."""
+    """One row for each call signature for which a plan asks graphs."""
     return [
         {
             "label": call_label(number),
@@ -31,13 +31,13 @@ def calls(found: Iterable[CallPlan]) -> list[Facts]:
 
 
 def graphs(found: Sequence[Graph], sizes: Mapping[str, int]) -> list[Facts]:
-    """One row a graph of a bundle.
+    """One row for each graph of a bundle.
 
     Args:
-        found: the bundle's.
+        found: the bundle's graphs.
         sizes: digest → bytes of the bundle's objects.
 
-    `open` names the kernels with several configs of which none was chosen yet; `chosen` counts the others.
+    `open` lists the kernels with several configs for which none was chosen yet; `chosen` counts the chosen ones.
     """
     return [
         {
@@ -69,7 +69,7 @@ def graphs(found: Sequence[Graph], sizes: Mapping[str, int]) -> list[Facts]:
 
 
 def changes(dynamic: Mapping[str, Sequence[Sequence[int]]]) -> str:
-    """`x[0] 2..512, n 2..5`: what a graph leaves open, and between which bounds."""
+    """The dynamic sizes of a graph with their bounds, e.g. `x[0] 2..512, n 2..5`."""
     words = []
     for path, dims in dynamic.items():
         name = readable(path)
@@ -78,6 +78,6 @@ def changes(dynamic: Mapping[str, Sequence[Sequence[int]]]) -> str:
 
 
 def options_text(wrapping: Mapping[str, Any]) -> str:
-    """The options and `dynamic` of a `torch.compile`; empty for its defaults."""
+    """The options and `dynamic` of a compile config; empty for the defaults."""
     words = [f"{name}={value}" for name, value in wrapping.get("options", {}).items()]
     return " ".join([*words, *([f"dynamic={wrapping['dynamic']}"] if wrapping.get("dynamic") is not None else [])])

@@ -1,7 +1,7 @@
-"""What serving processes counted, beside a bundle: from `aot_cache.stats()` as JSON, and from misses files.
+"""What serving processes counted for a bundle: from `aot_cache.stats()` as JSON, and from misses files.
 
-What these numbers are: events, and first calls. Nothing of ours is on the path of a hit, so hits are not counted.
-Knows neither torch nor Triton.
+The numbers are events and first calls. aot-cache has no code on the path of a hit, so hits are not counted.
+Imports neither torch nor Triton.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _MISS: dict[str, type] = {"kind": str, "name": str, "in_capture": bool, "why": s
 
 @dataclass
 class Ledger:
-    """What is known of a bundle's use.
+    """What is known about a bundle's use.
 
     Args:
-        paths: the files that it comes from.
-        stats: what `aot_cache.stats()` gave, of each process.
-        misses: what is in the misses files; None without one.
+        paths: the files that were read.
+        stats: the result of `aot_cache.stats()` of each process.
+        misses: the contents of the misses files; None without one.
     """
 
     paths: list[Path]
@@ -47,7 +47,7 @@ class Ledger:
     misses: miss_file.Misses | None = None
 
     def missed(self) -> list[Missed]:
-        """The misses of which it is known where in the declared dimensions they would be."""
+        """The misses whose point in the declared dimensions is known."""
         found = self.misses.found if self.misses is not None else []
         return [
             Missed(GRAPH, miss.name, case, point, miss.count)
@@ -62,10 +62,10 @@ def read(paths: Sequence[Path], digest: str) -> Ledger:
 
     Args:
         paths: the files.
-        digest: of the bundle that they are to be shown beside.
+        digest: digest of the bundle that they belong to.
 
     Raises:
-        DeclarationError: a file cannot be read or is neither, or the process of a ledger had another bundle.
+        DeclarationError: a file cannot be read or is neither, or its process served another bundle.
     """
     out = Ledger(list(paths))
     misses = [path for path in paths if not _is_stats(path)]
@@ -107,7 +107,7 @@ def _stats(path: Path, digest: str) -> Mapping[str, Json]:
 
 
 def _wrong(data: Json) -> str:
-    """What is not as `aot_cache.stats()` gives it; empty when all is."""
+    """How `data` differs from the form of `aot_cache.stats()`; empty if it does not."""
     why = miss_file.shape(data, _FORM)
     parts = [] if why else [("bundles", _KERNELS), ("graphs", _GRAPHS), ("misses", _MISS)]
     for name, form in parts:
@@ -123,15 +123,16 @@ def facts(ledger: Ledger, digest: str, compiled: int) -> Facts:
 
     Args:
         ledger: what was read.
-        digest: of the bundle.
-        compiled: how many compiled graphs it has; graphs share some, and a graph with a break has several.
+        digest: digest of the bundle.
+        compiled: number of compiled graphs in the bundle (graphs may share one; a graph with a break has several).
 
     Returns:
-        `paths`; `processes`, whose stats these are, and `sealed` of them; `events`: for each kind that happened `total`,
-        `in_capture` and `after_seal`, of whole processes; `kernels` and `graphs`: specializations and compiled graphs,
-        `in_all` of these processes, and how many of these are `loaded`; `found`: graph's label → first calls that were
-        given it; `stale` and `pending`: name → why it is not installed; `misses`: for each function or kernel `count`
-        and `in_capture`; `complete`: whether these are all misses, or the last that each process kept.
+        `paths`; `processes`: number of processes, and `sealed`: how many of them are sealed; `events`: for each kind that
+        happened its `total`, `in_capture` and `after_seal`, for whole processes; `kernels` and `graphs`: number of
+        specializations and compiled graphs `in_all` over these processes, and how many of them are `loaded`; `found`: graph
+        label → number of first calls that got it; `stale`: name → why it is not installed; `pending`: names of kernels whose
+        module is not imported; `misses`: for each function or kernel `count` and `in_capture`; `complete`: whether these are
+        all misses, or only the last ones that each process kept.
     """
     bundles = [one for stats in ledger.stats for one in stats["bundles"] if one["digest"] == digest]
     graphs = [one for stats in ledger.stats for one in stats["graphs"] if one["digest"] == digest]
@@ -163,7 +164,7 @@ def _events(stats: Sequence[Mapping[str, Json]]) -> list[Facts]:
 
 
 def _misses(ledger: Ledger) -> list[Facts]:
-    """By function or kernel, the most frequent first; out of the misses files, where there are any: they have all."""
+    """Misses by function or kernel, most frequent first. From the misses files if there are any, because they are complete."""
     rows: dict[tuple[str, str], Facts] = {}
 
     def add(kind: str, name: str, count: int, in_capture: bool, why: Sequence[str]) -> None:
@@ -182,7 +183,7 @@ def _misses(ledger: Ledger) -> list[Facts]:
 
 
 def annotate(grids: Sequence[Facts], found: Facts) -> None:
-    """Say in each row of the grids what the processes had of it (`state`), and how often it was missed in all (`calls`)."""
+    """Add to each row of the grids its `state` in the processes, its missed `calls`, and the first calls that `found` it."""
     calls: Counter[tuple[str, str]] = Counter()
     for miss in found["misses"]:
         calls[KERNEL if miss["kind"] == miss_file.TUNING else miss["kind"], miss["name"]] += miss["count"]

@@ -1,4 +1,4 @@
-"""Facts about what serving processes missed, as plain JSON-able dicts. Knows neither torch nor Triton."""
+"""Facts about the misses of serving processes, as plain JSON-able dicts. Imports neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Facts = dict[str, Json]
 
 
 def misses(found: Misses, paths: Sequence[Path]) -> Facts:
-    """What is in misses files, the most frequent first."""
+    """The contents of misses files, most frequent misses first."""
     rows = [_row(miss) for miss in found.found]
     return {
         "kind": "misses",

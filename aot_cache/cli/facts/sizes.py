@@ -1,4 +1,4 @@
-"""What the bytes of a bundle are for, as plain dicts. Knows neither torch nor Triton."""
+"""What the bytes of a bundle are used for, as plain dicts. Imports neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Facts = dict[str, Any]
 
 
 def sizes(manifest: Manifest, details: str, size: int) -> list[Facts]:
-    """One row a kind of bytes: `kind`, `objects`, `bytes`. The bytes add up to the file's.
+    """One row for each kind of contents: `kind`, `objects`, `bytes`. The bytes add up to the file's size.
 
-    An object that two kinds use is stored once, and counted with the first of them.
+    An object used by two kinds is stored once, and counted for the first of them.
 
     Args:
         manifest: the bundle's whole manifest.
-        details: digest of the object with the manifest's details.
-        size: the file's bytes.
+        details: digest of the object that has the manifest's details.
+        size: the file's size in bytes.
     """
     stored = manifest.objects
     left = set(stored)

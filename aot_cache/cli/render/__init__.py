@@ -1,1 +1,1 @@
-"""Facts as text for a terminal, or as a page. Computes and looks up nothing."""
+"""Show facts as text for a terminal, or as an HTML page. Computes and looks up nothing."""

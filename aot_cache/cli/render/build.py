@@ -1,4 +1,4 @@
-"""What `build` prints: which targets, what would be built and why, and what was built. Formats only."""
+"""The output of `build`: the targets, what would be built and why, and what was built. Formats only."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Facts = Mapping[str, Any]
 
 
 def chosen(facts: Facts) -> None:
-    """Which targets, why, and how to choose; then where a native one is not what the table says."""
+    """Print the targets and why they were chosen; then how a native target differs from the table."""
     line(f"target: {', '.join(facts['targets'])} ({facts['why']})")
     for d in facts["differences"]:
         line(f"native: {d['field']} is {d['device']} on this {d['target']}, but {d['table']} in the table")
 
 
 def builds(rows: Sequence[Facts]) -> None:
-    """The summary at the end of a build."""
+    """Print the summary at the end of a build."""
     numbers = ("specializations", "graphs", "compiled now", "does not fit", "failed", "size", "points", "seconds")
     cells = [
         (
@@ -73,7 +73,7 @@ def builds(rows: Sequence[Facts]) -> None:
 
 
 def _rehearsal(built: Facts) -> None:
-    """What the rehearsal found with which a build ended."""
+    """Print the result of the rehearsal at the end of a build."""
     found = built["rehearsal"]
     if found is None:
         return
@@ -83,7 +83,7 @@ def _rehearsal(built: Facts) -> None:
 
 
 def _became(built: Facts) -> None:
-    """What became of the misses that a build was given."""
+    """Print which of the given misses a build covers."""
     given = built["misses"]
     if given.get("given"):
         line(f"{built['target']}: misses: {given['covered']} of {given['given']} covered")
@@ -95,7 +95,7 @@ def _became(built: Facts) -> None:
 
 
 def plan(facts: Facts) -> None:
-    """`build --show-plan`: what is where at one glance, then what exactly reaches each compiled call and each kernel."""
+    """Print `build --show-plan`: an overview, then which points reach each compiled call and each kernel."""
     overview(facts)
     if facts["calls"]:
         line("Each compiled call gets one graph, or one per code path:")

@@ -1,4 +1,4 @@
-"""A plan or a bundle on the terminal, as `inspect` shows it. Formats only."""
+"""Print a plan or a bundle, as `inspect` shows it. Formats only."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from aot_cache.store import Json
 
 Facts = Mapping[str, Json]
 SCREEN = 120
-"""Columns that a coverage grid takes where stdout is no terminal: it is for people, and has another form if it is wider."""
+"""Maximum width of a coverage grid if stdout is no terminal. A wider grid is shown in another form."""
 
 
 def plan_or_bundle(facts: Facts) -> None:
-    """What `inspect` prints."""
+    """Print everything that `inspect` shows."""
     overview(facts)
     right = ("specializations", "configs", "size")
     rows = [(k["kernel"], k["specializations"], k["configs"], size(k["bytes"]), _tuned(k)) for k in facts["kernels"]]
@@ -36,7 +36,7 @@ def plan_or_bundle(facts: Facts) -> None:
 
 
 def overview(facts: Facts) -> None:
-    """What all of it is, in few lines: the summary, what the bytes are for, and what serves which sizes."""
+    """Print an overview: the summary, what the bytes are used for, and the coverage grids."""
     for name, value in _summary(facts):
         line(f"{name + ':':<10} {value}")
     line()
@@ -66,7 +66,7 @@ def _bar(part: int, whole: int, width: int = 24) -> str:
 
 
 def _grids(facts: Facts) -> None:
-    """What serves which sizes, and what the signs mean that occur."""
+    """Print the coverage grids, and explain the signs in them."""
     width = max(80, Console().width) if sys.stdout.isatty() else SCREEN
     for grid in facts["grids"]:
         for text in render_grid.lines(grid, width):
@@ -80,7 +80,7 @@ def _grids(facts: Facts) -> None:
 
 
 def _graphs(facts: Facts) -> None:
-    """Graphs of a bundle, or the calls that a plan asks graphs for."""
+    """Print the graphs of a bundle, or the compiled calls of a plan."""
     if facts.get("graphs"):
         right = ("kernels", "guards", "size")
         rows = [
@@ -109,7 +109,7 @@ def _graphs(facts: Facts) -> None:
 
 
 def _graph(graph: Facts) -> None:
-    """One graph with everything that is asked of a call."""
+    """Print one graph with its points, kernels and guards."""
     line()
     line(f"{graph['label']}  {graph['function']}:{graph['line']}, {graph['mode']}, changes {graph['changes']}")
     if graph["rank"] is not None:
@@ -183,7 +183,7 @@ def _specialization(one: Facts) -> None:
 
 
 def _ledger(found: Facts) -> None:
-    """`--ledger`: what serving processes counted."""
+    """Print what serving processes counted (`--ledger`)."""
     line()
     line(f"ledger:    {', '.join(found['paths'])}")
     if found["processes"]:

@@ -1,4 +1,4 @@
-"""A coverage grid (see `coverage_grid`) as lines of text. Neighbours that are served alike are one cell: `g1 │ g2`."""
+"""A coverage grid (see `coverage_grid`) as lines of text. Neighbouring columns with equal contents share a cell: `g1 │ g2`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from aot_cache.store import Json
 Facts = Mapping[str, Json]
 
 _CASE, _NAME = 16, 40
-"""The most columns of the terminal that a case's and a function's name get."""
+"""Maximum width of a case's name and of a function's name, in characters."""
 _HEAD = ("case", "function or kernel")
 _RANGES = 4
-"""Ranges that a line names, where a grid is too wide to be drawn."""
+"""Maximum number of ranges in a line if the grid is too wide to be drawn."""
 
 
 def lines(grid: Facts, width: int) -> Iterator[str]:
-    """The grid, drawn in lines of at most `width`; where it does not fit, each row with its ranges written out."""
+    """The grid, drawn with at most `width` characters a line. If it does not fit, each row with its ranges as text."""
     heads = [_head(column) for column in grid["columns"]]
     rows = [_cells(row) for row in grid["rows"]]
     cases = _fitting([row["case"] for row in grid["rows"]], _CASE)
@@ -44,13 +44,13 @@ def lines(grid: Facts, width: int) -> Iterator[str]:
 
 
 def _head(column: Facts) -> list[str]:
-    """The head of a column in lines."""
+    """The lines of a column's head."""
     plain, separator, taken = column["short"].partition(" except ")
     return [plain, f"except {taken}"] if separator else [plain]
 
 
 def _cells(row: Facts) -> list[str]:
-    """What each cell says: the unit, first calls that were given it, missed calls."""
+    """The text of each cell: the unit, the number of first calls that got it, and of missed calls."""
     found = row.get("found", [0] * len(row["shown"]))
     out = []
     for shown, given, missed in zip(row["shown"], found, row["missed"]):
@@ -65,7 +65,7 @@ def _state(row: Facts) -> str:
 
 
 def _fitting(names: Sequence[str], most: int) -> list[str]:
-    """Names in at most `most` characters: what comes last tells them apart, so the module goes, then the beginning."""
+    """Names cut to `most` characters. Their ends differ, so the module is removed first, then the beginning."""
     own = [name if len(name) <= most else name.rpartition(":")[2] for name in names]
     return [name if len(name) <= most else "…" + name[1 - most :] for name in own]
 
@@ -75,7 +75,7 @@ def _longest(texts: Sequence[str]) -> int:
 
 
 def _spans(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """One text for each run of equal cells, as wide as the columns that it stands in."""
+    """One text for each run of equal cells, padded to the width of its columns."""
     out, at = [], 0
     for text, run in itertools.groupby(cells):
         count = len(list(run))
@@ -89,7 +89,7 @@ def _line(left: Sequence[str], cells: Sequence[str], state: str) -> str:
 
 
 def _listed(grid: Facts, rows: Sequence[Sequence[str]], states: Sequence[str]) -> Iterator[str]:
-    """Row by row; a range with each thing that serves it."""
+    """The grid as a list: for each row the ranges of each cell text."""
     yield f"{grid['dimension']}:"
     heads = [column["short"] for column in grid["columns"]]
     for row, cells, state in zip(grid["rows"], rows, states):

@@ -1,7 +1,7 @@
-"""`inspect --html`: the facts of a bundle or a plan as one page, with nothing to fetch.
+"""`inspect --html`: the facts of a bundle or a plan as one self-contained page.
 
-A bundle may be of unknown origin. Every text of it goes through `_e`, or through JSON in which no tag can end and which
-the script puts on the page as text; and the page's policy lets nothing run but the script whose hash it names.
+A bundle may be of unknown origin. So each of its texts goes through `_e`, or through JSON that cannot close a tag and that the
+script inserts as text. The page's content security policy allows only the script with the given hash.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Facts = Mapping[str, Json]
 _TINTS = 6
 _COLOURS = 7
 _LONG = 400
-"""Characters of a guard; `--points` has them whole."""
+"""Maximum length of a shown guard; `--points` shows them in full."""
 
 
 def page(facts: Facts) -> str:
     """The whole page.
 
     Args:
-        facts: of `facts.bundle.bundle` or `facts.bundle.plan`, made with `points`.
+        facts: from `facts.bundle.bundle` or `facts.bundle.plan`, with `points=True`.
     """
     title = f"{facts['recipe']} for {facts.get('device', facts['target'])}"
     policy = f"default-src 'none'; style-src '{_hash(STYLE)}'; script-src '{_hash(SCRIPT)}'; base-uri 'none'"
@@ -57,12 +57,12 @@ def page(facts: Facts) -> str:
 
 
 def _e(text: object) -> str:
-    """A text of the bundle in HTML, as content and as an attribute's value."""
+    """A text of the bundle, escaped for HTML content and attribute values."""
     return escape(clean(text))
 
 
 def _data(value: Json) -> str:
-    """JSON inside of a script: no `<` in it, so that no text ends the element or begins a comment."""
+    """JSON for a script element, without `<`, so that no text can close the element or begin a comment."""
     return json.dumps(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
@@ -150,7 +150,7 @@ def _grid(grid: Facts) -> Iterator[str]:
         rows = list(group)
         yield "<tbody>"
         for number, row in enumerate(rows):
-            # On a narrow page the names stand above the cells, which then begin at the left edge.
+            # On a narrow page this row shows the names above the cells, which then begin at the left edge.
             label = f"<b>{_e(case)}</b> {_name(row['name'])}" if not number else _name(row["name"])
             yield f'<tr class="label"><th colspan="{len(columns) + state}"><span>{label}</span></th></tr>'
             first = f'<th scope="row" class="case" rowspan="{len(rows)}">{_e(case)}</th>' if not number else ""
@@ -166,7 +166,7 @@ def _name(name: str) -> str:
 
 
 def _cells(row: Facts) -> Iterator[str]:
-    """Neighbours that look the same are one cell."""
+    """The cells of a row; neighbours with equal contents are merged."""
     counts = row.get("found", [0] * len(row["cells"]))
     looks = list(zip(row["shown"], counts, row["missed"]))
     tints: dict[str, int] = {}
@@ -200,7 +200,7 @@ def _td(text: object, name: str = "wrap") -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; the columns whose name ends with # hold numbers."""
+    """A table. Columns whose name ends with # contain numbers."""
     heads = "".join(f"<th{' class=n' if name.endswith('#') else ''}>{name.rstrip('#')}</th>" for name in head)
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
     return f'<div class="card"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -321,7 +321,7 @@ def _use(facts: Facts) -> Iterator[str]:
 
 
 def _units(facts: Facts) -> dict[str, Json]:
-    """Label → name, facts and lists, as the script shows them."""
+    """Label → name, facts and lists of a unit, in the form that the script shows."""
     out: dict[str, Json] = {}
     for g in facts.get("graphs", ()):
         about = {

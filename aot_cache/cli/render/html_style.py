@@ -1,4 +1,4 @@
-"""How the page of `inspect --html` looks, and what it does when something is clicked. Constants; nothing of a bundle."""
+"""Style and script of the page of `inspect --html`. Constants, which contain nothing of a bundle."""
 
 from __future__ import annotations
 

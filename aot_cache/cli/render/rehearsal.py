@@ -1,4 +1,4 @@
-"""What `rehearse` prints. Formats only."""
+"""The output of `rehearse`. Formats only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Facts = Mapping[str, Any]
 
 
 def rehearsal(facts: Facts) -> None:
-    """One row a case, then what went wrong, and in the last line what all of it shows."""
+    """Print one row for each case, then what went wrong, then the verdict."""
     numbers = ("points", "hits", "events", "distance", "seconds")
     cells = [
         (
@@ -33,7 +33,7 @@ def rehearsal(facts: Facts) -> None:
 
 
 def trouble(facts: Facts) -> None:
-    """What did not go well."""
+    """Print what went wrong."""
     if facts["not_ready"]:
         line(f"not ready: {facts['not_ready']}")
     for case in facts["cases"]:

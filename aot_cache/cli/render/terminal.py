@@ -1,7 +1,6 @@
 """Tables and lines from the dicts of `cli.facts`. Formats only: nothing is computed or looked up here.
 
-What is shown can come from a file of unknown origin, so no text is ever read as markup or reaches the terminal with its
-control characters.
+Texts may come from a file of unknown origin, so they are never parsed as markup, and control characters are removed.
 """
 
 from __future__ import annotations
@@ -27,26 +26,26 @@ from aot_cache.store import Json
 Facts = Mapping[str, Json]
 _LOG = logging.getLogger("aot_cache.cli")
 WIDE = 100_000
-"""Columns when stdout is no terminal: a pipe or a log shall have whole names, not ones folded at 80."""
+"""Width if stdout is no terminal, so that names in a pipe or log are not folded at 80 columns."""
 
 
 def clean(text: object) -> str:
-    """`text` on one line and without control characters."""
+    """`text` in one line, without control characters."""
     return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in str(text))
 
 
 def line(text: object = "") -> None:
-    """One line on stdout, never folded: people copy them."""
+    """Print one line, never folded, so that it can be copied."""
     sys.stdout.write(clean(text) + "\n")
 
 
 def document(value: Json) -> None:
-    """The one JSON document of `--json`."""
+    """Print the JSON document of `--json`."""
     sys.stdout.write(json.dumps(value, indent=1) + "\n")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> None:
-    """A table on stdout; the columns in `right` hold numbers."""
+    """Print a table. Columns in `right` contain numbers, and are aligned right."""
     drawn = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
     for name in head:
         drawn.add_column(Text(name), justify="right" if name in right else "left", overflow="fold")
@@ -57,7 +56,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence
 
 
 def size(count: int | None) -> str:
-    """Bytes for people; `-` where there are none to speak of."""
+    """A number of bytes for people; `-` for None."""
     if count is None:
         return "-"
     amount, units = float(count), ["B", "kB", "MB", "GB"]
@@ -67,16 +66,16 @@ def size(count: int | None) -> str:
 
 
 class Progress:
-    """Progress on stderr for `build(progress=...)`: bars on a terminal, else, as in an image build, a line now and then."""
+    """Progress on stderr for `build(progress=...)`: bars on a terminal, else a line from time to time (image builds)."""
 
     FIRST = 4.0
-    """Seconds until the first line: what takes less is silent."""
+    """Seconds until the first line; shorter builds print none."""
     SECONDS = 10.0
-    """Between two lines after that."""
+    """Seconds between further lines."""
     LONG = 600.0
-    """Seconds that a stage may be estimated to take without a hint about taking less."""
+    """Estimated remaining seconds of a stage above which a hint is printed."""
     quiet = False
-    """Whether all of this is left out (-q)."""
+    """Whether no progress is shown (-q)."""
 
     def __init__(self) -> None:
         self.target = ""
@@ -98,7 +97,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._bars.start()
-        if self._lines:  # a line is due whether or not a stage gets on
+        if self._lines:  # lines are printed even if a stage makes no progress
             self._speaker = threading.Thread(target=self._keep_saying, daemon=True, name="aot-cache progress")
             self._speaker.start()
         return self
@@ -135,7 +134,7 @@ class Progress:
             self._say()
 
     def _say(self) -> None:
-        """A line of what was last heard, where one is due."""
+        """Print the last progress, if a line is due."""
         now = time.monotonic()
         with self._lock:
             if now < self._due:
@@ -155,7 +154,7 @@ class Progress:
 
 
 def misses(facts: Facts) -> None:
-    """`inspect --misses`."""
+    """Print `inspect --misses`."""
     rows = [
         (
             m["kind"],
@@ -186,7 +185,7 @@ def times(count: int) -> str:
 
 
 def difference(facts: Facts) -> None:
-    """`diff`: how much differs, then what each side has and the other lacks."""
+    """Print `diff`: a summary, then what each side has and the other lacks."""
     line(facts["summary"])
     for side, path in (("only_left", facts["left"]), ("only_right", facts["right"])):
         only = facts[side]
@@ -207,7 +206,7 @@ def difference(facts: Facts) -> None:
 
 
 def _compiled(found: Facts) -> None:
-    """A graph, or a call for which a plan asks one."""
+    """Print a graph, or a compiled call of a plan."""
     words = " ".join(filter(None, (found["mode"], found["options"])))
     line(f"  {found['function']} ({words}; changes: {found['changes']})")
     if found.get("differs"):
@@ -224,7 +223,7 @@ def _reached(found: Facts) -> None:
 
 
 def findings(facts: Facts) -> None:
-    """`verify`: a line for each finding, or `ok`."""
+    """Print `verify`: a line for each finding, or `ok`."""
     for found in facts["findings"]:
         line(f"{found['kind']}: {found['what']}")
     if not facts["findings"]:
@@ -233,13 +232,13 @@ def findings(facts: Facts) -> None:
 
 
 def stamp(facts: Facts) -> None:
-    """What was rehearsed of a bundle: a line for each device."""
+    """Print the rehearsals of a bundle, a line for each device."""
     for name, text in stamp_lines(facts):
         line(f"{name}: {text}")
 
 
 def stamp_lines(facts: Facts) -> list[tuple[str, str]]:
-    """(what it is, text) of each line about rehearsals."""
+    """(label, text) of each line about rehearsals."""
     out = []
     for run in facts.get("rehearsed", ()):
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)
@@ -251,7 +250,7 @@ def stamp_lines(facts: Facts) -> list[tuple[str, str]]:
 
 
 def explanation(facts: Facts) -> None:
-    """`explain`: this host beside the bundle."""
+    """Print `explain`: the bundle's key parts beside this host's."""
     table(
         ("part", "bundle", "this host", ""), [(p["name"], p["bundle"], p["host"], p["status"]) for p in facts["parts"]]
     )
@@ -260,7 +259,7 @@ def explanation(facts: Facts) -> None:
 
 
 def targets(rows: Sequence[Facts]) -> None:
-    """The table of targets and, below it, where its numbers come from."""
+    """Print the table of targets and, below it, the sources of its numbers."""
     right = ("SMs", "shared memory", "memory")
     cells = [
         (
@@ -281,5 +280,5 @@ def targets(rows: Sequence[Facts]) -> None:
 
 
 def pairs(facts: Facts, head: Sequence[str]) -> None:
-    """A mapping as a table of two columns."""
+    """Print a mapping as a table of two columns."""
     table(head, [(k, v if isinstance(v, (str, int, float)) else json.dumps(v)) for k, v in facts.items()])

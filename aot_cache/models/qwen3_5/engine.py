@@ -1,4 +1,4 @@
-"""Serve a model: slots for requests, a CUDA graph for each size of a batch, one step at a time. One thread calls it."""
+"""Serves a model: slots for requests, a CUDA graph per batch size, one step at a time. Call it from one thread."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from aot_cache.models.qwen3_5.settings import Settings
 from aot_cache.runtime import capture_loop, loader
 
 _HOTTEST = 1e30
-"""Here all tokens are alike; what float32 cannot hold times the noise would be infinite for many, and the first would win."""
+"""Limit of the temperature: all tokens are equally likely here. Above, temperature times noise would overflow float32 for many
+tokens, and the first of them would win."""
 
 
 @dataclass
 class _Request:
-    """What is known of the request in a slot.
+    """The state of the request in a slot.
 
     Args:
-        said: the target's tokens of the last step, of which `count` + 1 are the request's.
-        length: tokens that the target has taken in; the last of `said` that holds comes next.
+        said: the target's tokens of the last step; the first `count` + 1 belong to the request.
+        length: number of tokens that the target has processed; the last accepted token of `said` is next.
     """
 
     said: list[int]
@@ -37,10 +38,10 @@ class Engine:
     """A model that serves.
 
     Args:
-        model: what runs.
-        sizes: batch sizes that steps are padded to, each a captured graph on a GPU; by default 1, 2, 4 … `max_batch`.
-        speculate: False decodes token by token although the settings have drafts, whose caches are kept: so that one bundle
-            serves both ways.
+        model: the model to run.
+        sizes: batch sizes to which steps are padded, each a captured graph on a GPU; default 1, 2, 4 … `max_batch`.
+        speculate: False decodes token by token even if the settings have drafts. The caches then keep their sizes, so that one
+            bundle serves both ways.
 
     Raises:
         ValueError: the largest size is not `max_batch`.
@@ -56,7 +57,7 @@ class Engine:
             raise ValueError(f"sizes up to {most}, as many as there are slots, not {self.sizes}")
         self._running: dict[int, _Request] = {}
         self._batches = {size: model.batch(size, width) for size in self.sizes}
-        # What is drafted goes into tensors of its own; everything else of the step is the same.
+        # Drafted tokens have tensors of their own; the two batches share all other inputs.
         self._verified = {
             size: replace(batch, tokens=torch.zeros_like(batch.tokens)) for size, batch in self._batches.items()
         }
@@ -67,7 +68,7 @@ class Engine:
 
     @property
     def steps(self) -> dict[str, Callable[[Batch], object]]:
-        """What a step consists of, in order."""
+        """The parts of a step, in order."""
         if self.speculative:
             return {"draft": self.model.draft, "verify": self.model.verify}
         return {"decode": self.model.decode}
@@ -76,10 +77,10 @@ class Engine:
     def capture(self, progress: Callable[[str, int, int], None] | None = None) -> dict[str, list[dict[str, Any]]]:
         """Capture each part of a step for each size; without a GPU, run each once.
 
-        Where a bundle is loaded, a size that it does not cover is left to eager steps on all ranks.
+        If a bundle is loaded, all ranks run the sizes that it does not cover without a graph.
 
         Returns:
-            Part of the step → what was captured, dropped and why (`aot_cache.Captured.report`).
+            Part of the step → what was captured or dropped, and why (`aot_cache.Captured.report`).
         """
         reports = {}
         loaded = bool(loader.loaded())
@@ -100,12 +101,12 @@ class Engine:
 
     @torch.no_grad()
     def start(self, slot: int, prompt: Sequence[int], temperature: float = 0.0, seed: int = 0) -> int:
-        """Take in a prompt and give its first token.
+        """Process a prompt and return its first token.
 
         Args:
-            slot: 0 … `max_batch` - 1, not taken.
+            slot: a free slot, 0 … `max_batch` - 1.
             temperature: 0 is greedy.
-            seed: of the request's samples, which do not depend on what else runs, or on speculation.
+            seed: of the request's samples, which do not depend on other requests or on speculation.
 
         Raises:
             ValueError: the slot is taken, or the prompt is empty or leaves no room for a token.
@@ -121,7 +122,7 @@ class Engine:
         sampling = torch.tensor([temperature], device=place), torch.tensor([seed], device=place)
         chunk = self.settings.prefill_chunk
         for start in range(0, len(prompt), chunk):
-            # A clone keeps the strides of the whole prompt unless told otherwise: another call than the declared one.
+            # Contiguous: a plain clone keeps the strides of the whole prompt, which gives another call than the declared one.
             part = tokens[:, start : start + chunk].clone(memory_format=torch.contiguous_format)
             rest = tokens[:, start + chunk :]
             following = rest[:, :1].clone() if rest.shape[1] else None
@@ -134,18 +135,18 @@ class Engine:
 
     @torch.no_grad()
     def step(self, slots: Sequence[int], drafts: Mapping[int, Sequence[int]] | None = None) -> list[list[int]]:
-        """New tokens of each of these slots: 1 to 1 + `speculative`.
+        """Run one step; returns the new tokens of each of these slots, 1 to 1 + `speculative`.
 
-        The graph that runs is the smallest for the highest slot. Its other slots are padding, and their caches are written,
-        so that every request in them has to step, too.
+        The smallest graph that includes the highest slot runs. It also writes the caches of its other slots, which are padding,
+        so every request in its range must be in `slots`.
 
         Args:
-            slots: each once.
-            drafts: slot → drafts in place of the MTP layer's: from another proposer, or an oracle.
+            slots: distinct slots.
+            drafts: slot → drafts to use instead of the MTP layer's: from another proposer, or an oracle.
 
         Raises:
-            ValueError: a slot holds no request, or a request has no room left or would be padding; or there are other
-                drafts than `speculative` for a slot.
+            ValueError: a slot has no request, a request has no room left or would be padding, or the number of drafts for a slot
+                is not `speculative`.
         """
         self._check(slots, drafts or {})
         size = self._size(slots)
@@ -160,7 +161,7 @@ class Engine:
         else:
             verified.tokens.copy_(batch.tokens)
             said, count, _ = self._run("decode", size, verified)
-        rows = torch.cat([said, count[:, None]], dim=1).tolist()  # the only time that the host waits
+        rows = torch.cat([said, count[:, None]], dim=1).tolist()  # the only host sync
         return [self._moved_on(slot, rows[slot]) for slot in slots]
 
     def stop(self, slot: int) -> None:
@@ -188,7 +189,7 @@ class Engine:
                 )
 
     def _write(self, batch: Batch, slots: Sequence[int]) -> None:
-        """Put the requests of `slots` into a batch; all other rows are neutral."""
+        """Write the requests of `slots` into a batch; all other rows are those of empty slots."""
         size, width = batch.tokens.shape
         rows = {slot: self._running[slot] for slot in slots}
         empty = _Request([0] * width, 1, 0, 0.0, 0)
@@ -226,13 +227,13 @@ def make_engine(
     """An engine with weights from `folder`, or random ones.
 
     Args:
-        folder: of a checkpoint in safetensors; empty for random weights.
-        layers: this many decoder layers instead of all, for trials.
-        rank: which part of the weights, with `settings.tp` > 1.
+        folder: folder of a safetensors checkpoint; empty for random weights.
+        layers: number of decoder layers instead of all, for trials.
+        rank: which part of the weights to load, with `settings.tp` > 1.
         speculate: see `Engine`.
 
     Raises:
-        DeclarationError: as `weights.read` says.
+        DeclarationError: see `weights.read`.
     """
     made = net.make(settings, device, layers)
     if folder:

@@ -1,11 +1,11 @@
-"""The experts of a mixture: every token times the weights of the experts that it is sent to, as one graph.
+"""The experts of an MoE layer as one graph: every token times the weights of the experts that it is routed to.
 
-Two operators that Dynamo does not look into, and what stands between them, which Inductor fuses. What each expert gets is data:
-no shape depends on it and the host never asks for it, so a captured graph stays right whatever tokens come.
+Two custom operators, which Dynamo does not trace into, and pointwise code between them, which Inductor fuses. The routing is
+data: no shape depends on it and the host never reads it, so a captured graph is right for all tokens.
 
-Not torch's `grouped_mm`, by which transformers does it: it is such a kernel for bfloat16 on sm_90 and sm_100 alone (torch 2.10).
-For all else it asks the device how many rows each expert has, which a capture forbids. Here it is one Triton kernel for all
-targets and types, compiled when the bundle is built and never tuned; on a CPU a plain loop.
+transformers uses torch's `grouped_mm`, which is one such kernel only for bfloat16 on sm_90 and sm_100 (torch 2.10). Otherwise
+it reads the number of rows of each expert from the device, which a capture forbids. Here it is one Triton kernel for all targets
+and dtypes, compiled when the bundle is built and never tuned; on a CPU a plain loop.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ EXPERTS = "aot_cache_grouped"
 
 @torch.library.custom_op("aot_qwen3_5::order", mutates_args=())
 def order(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Pairs of a token and an expert, sorted by expert.
+    """Sort the (token, expert) pairs by expert.
 
-    torch's own kernels do it: Inductor's sort of few and many tokens would be of two kinds, and of a size it measures.
+    torch's own kernels do it, because Inductor would use two kinds of sort for few and many tokens, with a size that it measures.
 
     Args:
-        chosen: [tokens, experts of each], numbers of experts.
-        experts: how many there are.
+        chosen: [tokens, experts per token], expert indices.
+        experts: number of experts.
 
     Returns:
-        Places of the pairs in `chosen`, flattened, [pairs]; and where in them each expert's end, [experts] int32.
+        Indices of the sorted pairs in the flattened `chosen`, [pairs]; and the end of each expert's pairs there, [experts] int32.
     """
     numbers, pairs = chosen.flatten().sort()
     every = torch.arange(experts, device=chosen.device)
@@ -44,12 +44,12 @@ def _(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("aot_qwen3_5::grouped", mutates_args=())
 def grouped(x: Tensor, weight: Tensor, pairs: Tensor, ends: Tensor) -> Tensor:
-    """Each pair's row times the weight of its expert.
+    """Multiply each pair's row by the weight of its expert.
 
     Args:
-        x: [rows, width]: a row for each pair, or one for all pairs of a token.
+        x: [rows, width]: one row per pair, or one per token for all its pairs.
         weight: [experts, columns, width].
-        pairs, ends: as `order` gives them.
+        pairs, ends: the results of `order`.
 
     Returns:
         [pairs, columns], in the order of `chosen`.
@@ -70,12 +70,12 @@ def _(x: Tensor, weight: Tensor, pairs: Tensor, ends: Tensor) -> Tensor:
 
 
 def forward(module: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """The experts of a layer, as transformers calls them.
+    """The experts of a layer, with the signature by which transformers calls them.
 
     Args:
-        module: with `gate_up_proj` [experts, 2 widths, hidden] and `down_proj` [experts, hidden, width].
+        module: has `gate_up_proj` [experts, 2 * width, hidden] and `down_proj` [experts, hidden, width].
         x: [tokens, hidden].
-        chosen, weights: [tokens, experts of each].
+        chosen, weights: [tokens, experts per token].
 
     Returns:
         [tokens, hidden].

@@ -8,15 +8,15 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, COLUMNS, DEPTH = 16, 64, 64
-"""A tile: the fewest rows that tensor cores take, because an expert has few. A chunk of 512 tokens, each sent to 8 of 256
-experts, gives 16 to each of them; a decoding step gives less. So weights are read about once, and reading them is the cost."""
+"""Tile sizes: the fewest rows that tensor cores take, because an expert has few rows. A chunk of 512 tokens, each routed to 8 of
+256 experts, gives 16 rows per expert; a decoding step gives fewer. So weights are read about once, which dominates the time."""
 
 STAGES = 4
-"""Tiles on their way; in float32 what is held of them takes 60 KiB, and the smallest target has 64."""
+"""Pipeline stages. In float32 the tiles in flight take 60 KiB of shared memory, and the smallest target has 64."""
 
 
 def launch(x: Tensor, weight: Tensor, pairs: Tensor, ends: Tensor) -> Tensor:
-    """See `experts.grouped`. The host knows the number of pairs, not whose they are: it starts as many tiles as there can be."""
+    """See `experts.grouped`. The host knows the number of pairs, not their experts, so it launches the maximum of tiles."""
     count, (experts, columns, width) = len(pairs), weight.shape
     out = torch.empty(count, columns, dtype=x.dtype, device=x.device)
     tiles = min(count, experts) + count // ROWS

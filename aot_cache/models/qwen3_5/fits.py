@@ -1,5 +1,5 @@
-"""Whether a bundle was built for what a server is about to run. Asked before the first capture: where the caches have another
-size, or drafts another number, every call would miss, and each miss would say so by a shape only.
+"""Checks before the first capture that a bundle was built with the server's options. With another cache size or number of drafts,
+every call would miss, and the misses would show only a shape.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from aot_cache.runtime import loader
 
 
 def check(spec: str, strict: bool = False) -> str:
-    """Compare the options of the loaded bundles with the server's; call it between `aot_cache.ready()` and the first capture.
+    """Compare the options of the loaded bundles with the server's. Call it between `aot_cache.ready()` and the first capture.
 
     Args:
-        spec: the server's recipe with its options, as `from_config.spec_of` makes it.
+        spec: the server's recipe with its options, as made by `from_config.spec_of`.
         strict: raise instead of warning.
 
     Returns:
-        What was said; empty where a bundle fits, none is loaded, or none was built from a recipe.
+        The warning; empty if a bundle fits, none is loaded, or none was built from a recipe.
 
     Raises:
-        Incompatible: with `strict`, where no bundle fits: its options, the server's, what to do.
-        AotCacheError: `spec` is no recipe's.
+        Incompatible: with `strict`, if no bundle fits; the message has its options and the server's.
+        AotCacheError: `spec` is not the spec of a recipe.
     """
     mine = declaring.load(spec)
     told = [_told(mine, spec, one.manifest.spec, one.bundle.path) for one in loader.loaded() if one.manifest.spec]
@@ -41,7 +41,7 @@ def check(spec: str, strict: bool = False) -> str:
 
 
 def differences(mine: Settings, built: Settings) -> dict[str, tuple[str, str]]:
-    """Option → (the server's, the bundle's), for those that keep a server with `mine` from hitting what was built."""
+    """Option → (the server's value, the bundle's), for each difference because of which a server with `mine` would miss."""
     pairs: dict[str, tuple[object, object]] = {
         "--num-speculative-tokens": (mine.drafts, built.drafts),
         "--max-batch": (mine.max_batch, built.max_batch),
@@ -51,15 +51,15 @@ def differences(mine: Settings, built: Settings) -> dict[str, tuple[str, str]]:
     out = {option: pair for option, pair in pairs.items() if pair[0] != pair[1]}
     if mine.text != built.text:
         out["--model"] = mine.name, built.name
-    if mine.cache_len != built.cache_len and mine.drafts == built.drafts:  # else it follows from the drafts
+    if mine.cache_len != built.cache_len and mine.drafts == built.drafts:  # else the drafts may be the reason
         out["--max-model-len"] = mine.max_model_len, built.max_model_len
-    if mine.prefill_chunk > built.prefill_chunk:  # shorter ones are among what was built
+    if mine.prefill_chunk > built.prefill_chunk:  # shorter chunks are in the bundle, too
         out["--prefill-chunk"] = mine.prefill_chunk, built.prefill_chunk
     return {option: (str(here), str(there)) for option, (here, there) in out.items()}
 
 
 def _told(mine: declaring.Recipe, spec: str, built: str, path: Path) -> Incompatible | None:
-    """What is wrong with a bundle; None where it fits."""
+    """The error for a bundle that does not fit, else None."""
     hint = f"start with the bundle's options, or build: aot-cache build --model '{spec}'"
     what = f"bundle {path} is for {built}, not for {options.published(spec)}"
     try:
@@ -78,7 +78,7 @@ def _told(mine: declaring.Recipe, spec: str, built: str, path: Path) -> Incompat
 
 
 def _with_file(built: str, spec: str) -> str:
-    """The bundle's spec with the server's own config file, where it is the one that the bundle was built from."""
+    """The bundle's spec, with the path of the server's config file if the bundle was built from the same file."""
     name, given = options.parse(built)
     own: Mapping[str, str] = options.parse(spec)[1]
     if options.CONFIG in own and options.parse(options.published(spec))[1][options.CONFIG] == given.get(options.CONFIG):

@@ -1,7 +1,7 @@
-"""A model with its caches, and what serving runs on it: a prompt, a verification or a decoding step, drafts.
+"""A model with its caches, and the host code that serving runs: prompt, verification or decoding step, drafts.
 
-This is the host code that is traced when a bundle is built and that runs, and is captured, when it is served: the same
-functions on the same kinds of arguments, so that there is no second path that a warm-up could miss.
+A build traces this host code, and a server runs and captures it: the same functions with the same kinds of arguments, so that
+there is no second code path that a warm-up could miss.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass
 class Batch:
-    """What a step reads: of the first `b` slots, in tensors of their own, so that a captured graph has its inputs.
+    """The inputs of a step for the first `b` slots, in static tensors, from which a captured graph reads.
 
     Args:
         tokens: [b, t] int64: for a draft the target's last tokens, for a verification the pending token and its drafts.
-        lengths: [b] int64, tokens that the target has taken in.
-        count: [b] int64, drafts that held in the last step.
+        lengths: [b] int64, number of tokens that the target has processed.
+        count: [b] int64, number of drafts that were accepted in the last step.
         hidden: [b, t, hidden], the target's hidden states of the last step; None without speculation.
         temperature: [b] float32; seed: [b] int64.
     """
@@ -43,7 +43,7 @@ class Model:
 
     Args:
         net: the modules, on one device.
-        device: where the caches are made.
+        device: the device of the caches.
     """
 
     def __init__(self, net: Net, settings: Settings, device: str) -> None:
@@ -71,7 +71,7 @@ class Model:
         return torch.zeros(*shape, dtype=self.dtype, device=self.device)
 
     def batch(self, size: int, width: int) -> Batch:
-        """Inputs of a step of `size` requests of `width` tokens, neutral: an empty slot steps on token 0 at place 1."""
+        """Inputs of a step for `size` empty slots with `width` tokens each: token 0 at position 1."""
         hidden = None
         if self.net.mtp is not None:
             hidden = self._zeros(size, width, self.settings.text["hidden_size"])
@@ -84,15 +84,16 @@ class Model:
     def prompt(
         self, tokens: Tensor, starts: Tensor, slot: Tensor, temperature: Tensor, seed: Tensor, following: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Take in a part of a prompt.
+        """Process a part of a prompt.
 
         Args:
-            tokens: [1, p], of which the first stands at `starts` [1]; the parts before were taken in.
+            tokens: [1, p], the first at position `starts` [1]; the parts before it have been processed.
             slot: [1], whose caches are written; temperature, seed: [1].
-            following: [1, 1], the prompt's next token; None where this part is the last.
+            following: [1, 1], the prompt's next token; None if this part is the last.
 
         Returns:
-            The first token [1, 1] of the answer, if this part is the last, and the hidden state [1, 1, hidden] before it.
+            The first token [1, 1] of the answer, which is valid if this part is the last, and the hidden state [1, 1, hidden]
+            from which it was sampled.
         """
         net = self.net
         x, cos, sin = steps.begin(net.embed, net.rotary, tokens, starts)
@@ -109,11 +110,11 @@ class Model:
         return first, hidden[:, -1:]
 
     def verify(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the pending token of each request and its drafts, and move all caches on by what holds.
+        """Run the pending token of each request and its drafts, and advance all caches by the accepted tokens.
 
         Returns:
-            What `steps.accept` returns: the target's tokens [b, t], of which the first count + 1 are new ones of the
-            request; count [b]; hidden states [b, t, hidden].
+            The results of `steps.accept`: the target's tokens [b, t], of which the first count + 1 are the request's new
+            tokens; count [b]; hidden states [b, t, hidden].
         """
         net, kept = self.net, []
         x, cos, sin = steps.begin(net.embed, net.rotary, batch.tokens, batch.lengths)
@@ -129,7 +130,7 @@ class Model:
         return said, count, hidden
 
     def decode(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Run one token of each request; as `verify` of no drafts, with the state written in the same pass."""
+        """Run one token of each request: `verify` without drafts, which writes the state in the same pass."""
         net = self.net
         x, cos, sin = steps.begin(net.embed, net.rotary, batch.tokens, batch.lengths)
         for layer, (one, other) in zip(net.layers, self.caches, strict=True):
@@ -147,7 +148,7 @@ class Model:
     def draft(self, batch: Batch) -> Tensor:
         """The pending token of each request and its drafts, [b, 1 + drafts], from the last step's tokens and hidden states.
 
-        The first draft's pass also brings the draft's cache up to date with what held.
+        The pass for the first draft also adds the accepted tokens to the draft's cache.
         """
         net, cache = self.net, self.draft_cache
         if cache is None or batch.hidden is None:

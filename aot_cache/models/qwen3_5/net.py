@@ -1,4 +1,4 @@
-"""The modules: transformers' Qwen3.5 and its MTP draft, made without memory first, then given a device and weights."""
+"""The modules: transformers' Qwen3.5 and its MTP draft, made on the meta device first, then given a device and weights."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ CLASSES: Mapping[str, tuple[type[Config], Any]] = {
     DENSE: (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
     MOE: (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
 }
-"""Kind → transformers' configuration and model; nothing else here differs."""
+"""Model type → transformers' configuration and model classes, the only difference here between the types."""
 _NOT_FIELDS = ("model_type", "mtp_num_hidden_layers")
 
 
 def attend(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, **_: object
 ) -> tuple[Tensor, None]:
-    """Attention over a static cache, as transformers calls it.
+    """Attention over a static cache, with the signature by which transformers calls it.
 
-    The heads of a group are rows of one product, so that keys and values are read once and never repeated.
+    The heads of a group are rows of one matrix product, so that keys and values are read once and not repeated.
 
     Args:
-        q: [batch, heads, tokens, width]; k, v: [batch, key-value heads, places, width].
-        mask: which places a token sees, [batch, 1, 1, tokens, places].
+        q: [batch, heads, tokens, width]; k, v: [batch, key-value heads, positions, width].
+        mask: the positions that a token sees, [batch, 1, 1, tokens, positions].
 
     Returns:
-        [batch, tokens, heads, width], and no weights.
+        [batch, tokens, heads, width], and None for the attention weights.
     """
     batch, heads, tokens, width = q.shape
     shared = k.shape[1]
@@ -61,7 +61,7 @@ class Net:
     Args:
         layers: decoder layers of the target.
         mtp: the draft: norms, a projection and a decoder layer; None without speculation.
-        split: whether several ranks share each layer, so that its two halves end in a sum over them.
+        split: whether several ranks share each layer, so that its two halves each end in an all-reduce.
     """
 
     embed: nn.Module
@@ -73,17 +73,17 @@ class Net:
     split: bool
 
     def modules(self) -> list[nn.Module]:
-        """Each of them."""
+        """All parts that are modules."""
         draft = [] if self.mtp is None else [self.mtp]
         return [self.embed, self.rotary, *self.layers, self.norm, self.head, *draft]
 
 
 def config_of(settings: Settings, layers: int | Sequence[str] | None = None) -> Config:
-    """transformers' configuration of one rank's part.
+    """transformers' configuration for one rank's part.
 
     Args:
-        layers: this many decoder layers instead of all, a multiple of 4; or their kinds, of which the last is
-            `full_attention`, as the draft takes after it.
+        layers: number of decoder layers instead of all, a multiple of 4; or their types, of which the last must be
+            `full_attention`, because the draft is made like it.
     """
     fields = {name: value for name, value in settings.text.items() if name not in _NOT_FIELDS}
     for name in SHARED_BY_RANKS[settings.kind]:
@@ -101,10 +101,7 @@ def config_of(settings: Settings, layers: int | Sequence[str] | None = None) -> 
 
 
 def make(settings: Settings, device: str, layers: int | Sequence[str] | None = None) -> Net:
-    """The model with random weights on `device`.
-
-    On the virtual device of a build nothing has memory.
-    """
+    """The model with random weights on `device`. On the virtual device of a build, weights have no memory."""
     with torch.device("meta"):
         main: Any = CLASSES[settings.kind][1](config_of(settings, layers))
         draft: object = MtpModel(main, 1) if settings.drafts else None
@@ -135,12 +132,12 @@ def _materialize(module: nn.Module, device: str, dtype: torch.dtype) -> None:
 
 
 def _initial(part: nn.Module, name: str, shape: torch.Size, device: str) -> Tensor:
-    """Weights with which a random model does something: each layer adds as much as its input was, and states decay."""
+    """Random weights for a model that behaves sensibly: each layer adds about as much as its input, and states decay."""
     if name == "A_log":
         return torch.empty(shape, device=device).uniform_(0.01, 16).log()
     if name == "dt_bias":
         return torch.ones(shape, device=device)
-    if len(shape) == 1:  # norms: transformers keeps the gated ones around one and all others around zero
+    if len(shape) == 1:  # norms: in transformers the gated ones are centred at one and all others at zero
         return 0.02 * torch.randn(shape, device=device) + ("Gated" in type(part).__name__)
     scale = 0.02 if isinstance(part, nn.Embedding) else float(shape[-1]) ** -0.5
     return scale * torch.randn(shape, device=device)

@@ -1,12 +1,12 @@
-"""The gated delta rule and its convolution as operators that Dynamo does not look into, as vLLM has them too.
+"""The gated delta rule and its convolution as custom operators, which Dynamo does not trace into; vLLM does the same.
 
-On a GPU they are fla-core's kernels; on a CPU transformers' own functions. transformers itself takes the recurrent kernel
-only for a single token, and keeps both behind `torch.compiler.disable`, where a full graph ends.
+On a GPU they are fla-core's kernels, on a CPU transformers' own functions. transformers itself uses the recurrent kernel only
+for a single token, and has both kernels behind `torch.compiler.disable`, where a full graph would break.
 
-What a verification of 1 + n tokens runs: the recurrent kernel over all of them from the slot's state, which it only reads
-(`read`). Which of the drafts hold is known after the last layer; then the same kernel runs again over the same keys and
-values with the refused ones neutral (decay 1, weight 0) and writes the state (`advance`). So rolling back needs no copy of a
-state for each draft (vLLM keeps 1 + n of them, the chunked kernel has none in between), and costs one read and one write.
+A verification of 1 + n tokens runs the recurrent kernel over all of them from the slot's state, which it only reads (`read`).
+The accepted drafts are known after the last layer. Then the same kernel runs again over the same keys and values, with rejected
+ones neutral (decay 1, weight 0), and writes the state (`advance`). So a rollback costs one read and one write, and needs no copy
+of the state per draft (vLLM keeps 1 + n states; the chunked kernel has no intermediate ones).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _ON_CPU: dict[str, Any] = {
 
 
 def _rule(name: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **more: object) -> tuple[Tensor, Tensor]:
-    """fla's function of that name, or transformers' of the same arguments."""
+    """Call fla's function `name`, or on a CPU the transformers function with the same arguments."""
     if q.device.type == "cpu":
-        # transformers 5.17 wants a key head for each value head; later releases take both.
+        # transformers 5.17 needs one key head per value head; later releases accept both.
         groups = v.shape[2] // k.shape[2]
         q, k = q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2)
         run = _ON_CPU[name]
@@ -49,7 +49,7 @@ def _recurrent(
 
 @torch.library.custom_op("aot_qwen3_5::read", mutates_args=())
 def read(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
-    """Outputs of some tokens of each request, from its state.
+    """Outputs for a few tokens of each request, from its state, which is not changed.
 
     Args:
         q, k: [batch, tokens, key heads, 128]; v: [batch, tokens, value heads, 128].
@@ -57,7 +57,7 @@ def read(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
         state: [batch, value heads, 128, 128], float32.
 
     Returns:
-        As v.
+        The outputs, with the shape of v.
     """
     return _recurrent(q, k, v, g, beta, state, final=False)[0]
 
@@ -69,7 +69,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -
 
 @torch.library.custom_op("aot_qwen3_5::decode", mutates_args=())
 def decode(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """As `read`, and the state after the last token."""
+    """Like `read`; also returns the state after the last token."""
     return _recurrent(q, k, v, g, beta, state, final=True)
 
 
@@ -80,7 +80,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -
 
 @torch.library.custom_op("aot_qwen3_5::advance", mutates_args=())
 def advance(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
-    """The state after the tokens; one with g = 0 and beta = 0 leaves it as it is."""
+    """The state after the tokens. A token with g = 0 and beta = 0 does not change it."""
     return _recurrent(k, k, v, g, beta, state, final=True)[1]
 
 
@@ -91,7 +91,7 @@ def _(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
 
 @torch.library.custom_op("aot_qwen3_5::prompt", mutates_args=())
 def prompt(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs of a part of a prompt, and the state after it, computed in chunks of 64 tokens; else as `read`."""
+    """Outputs of a part of a prompt, and the state after it, computed in chunks of 64 tokens. Arguments as for `read`."""
     more = {"initial_state": state, "output_final_state": True}
     out, state = _rule("chunk_gated_delta_rule", q, k, v, g, beta, **more)
     return out, state.float()
@@ -104,7 +104,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -
 
 @torch.library.custom_op("aot_qwen3_5::prompt_conv", mutates_args=())
 def prompt_conv(x: Tensor, weight: Tensor) -> Tensor:
-    """The causal convolution of a prompt, and silu.
+    """The causal convolution of a prompt, followed by silu.
 
     Args:
         x: [batch, tokens, channels]; weight: [channels, 4].
@@ -128,7 +128,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("aot_qwen3_5::update_conv", mutates_args=("state",))
 def update_conv(x: Tensor, state: Tensor, weight: Tensor) -> Tensor:
-    """The causal convolution of one token of each request, and silu; `state` moves on by it.
+    """The causal convolution of one token of each request, followed by silu. Updates `state` in place.
 
     Args:
         x: [batch, 1, channels]; state: the last 4 inputs, [batch, channels, 4]; weight: [channels, 4].

@@ -1,4 +1,4 @@
-"""The recipe `qwen3.5`: everything that serving runs, over every length of a prompt and every size of a batch."""
+"""The recipe `qwen3.5`: everything that serving runs, for every prompt length and every batch size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aot_cache.recipes.declare import Call, Case, Recipe, declare, device
 from aot_cache.recipes.dimensions import Range
 
 LAYERS = ("linear_attention", "full_attention")
-"""Decoder layers that a build runs: one of each kind stands for all of it, which share its graphs."""
+"""Decoder layers that a build runs: one of each type, because all layers of a type share its graphs."""
 
 
 def recipe(
@@ -71,7 +71,7 @@ def of(found: Settings) -> Recipe:
         cases += [_step(found, model, "verify", found.width), _step(found, model, "draft", found.width)]
     what = f"{found.drafts} drafts by MTP" if found.drafts else "no speculation"
     other = {f"qwen3.5-{size}" for size in SIZES} - {"qwen3.5-0.8b"}
-    name = found.name if found.name in other else "qwen3.5"  # part of the bundle's name, where a fixed option is not
+    name = found.name if found.name in other else "qwen3.5"  # in the bundle's name; a fixed option is not
     doc = f"Qwen3.5 ({found.name}, {found.dtype}, {found.tp} ranks), {what}"
     return Recipe(name, cases, doc, settings=found, ranks=found.tp)
 

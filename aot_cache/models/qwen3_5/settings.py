@@ -1,8 +1,7 @@
-"""What can be chosen: the size of the model, and how it is served. Imports no torch.
+"""Settings: the size of the model, and how it is served. Imports no torch.
 
-Numbers of the sizes: shared by NVIDIA's Model-Optimizer recipes (0.8B, 4B, 9B), THUDM's slime scripts (27B) and
-transformers' Qwen3_5MoeTextConfig, whose defaults are those of the 35B-A3B; what is not known for sure is taken only from a
-model's own config.json.
+Sources of the sizes' numbers: NVIDIA's Model-Optimizer recipes (0.8B, 4B, 9B), THUDM's slime scripts (27B) and transformers'
+Qwen3_5MoeTextConfig, whose defaults are those of the 35B-A3B. Other sizes are not known for sure and need a config.json.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from aot_cache.store import Json
 
 DENSE, MOE = "qwen3_5_text", "qwen3_5_moe_text"
 KINDS = {"qwen3_5": DENSE, DENSE: DENSE, "qwen3_5_moe": MOE, MOE: MOE}
-"""A config's `model_type` → what its text model is; a mixture of experts differs from a dense one in its MLPs alone."""
+"""A config's `model_type` → the type of its text model. An MoE model differs from a dense one only in its MLPs."""
 SPECS = ("none", "mtp")
 DTYPES = ("bfloat16", "float16", "float32")
 CHUNK = 512
-"""Tokens of a prompt taken in at once: each number of them up to this is declared, and longer prompts take several."""
+"""Maximum of prompt tokens processed at once. Each length up to this is declared; longer prompts take several chunks."""
 
 _ALIGNED = 64
 DRAFTS = 2
-"""Tokens drafted a step unless said otherwise: what vLLM's recipe for this family takes."""
+"""Default number of drafted tokens per step, as in vLLM's recipe for this family."""
 
 _COMMON: Mapping[str, Json] = {
     "vocab_size": 248320,
@@ -79,7 +78,7 @@ _TINY: Mapping[str, Json] = {
 
 SIZES: Mapping[str, Mapping[str, Json]] = MappingProxyType(
     {
-        # no released models: for tests, and for a look on a machine without a GPU
+        # not released models: for tests, and for trials on a machine without a GPU
         "tiny": {**_dense(64, 4, 4, 2, 4, 128, True), **_TINY},
         "tiny-moe": {**_moe(64, 4, 4, 2, 4, 8, 2, 32, True), **_TINY},
         "0.8b": _dense(1024, 24, 8, 2, 16, 3584, True),
@@ -97,20 +96,20 @@ SHARED_BY_RANKS: Mapping[str, tuple[str, ...]] = {
     DENSE: (*_HEADS, "intermediate_size"),
     MOE: (*_HEADS, "moe_intermediate_size", "shared_expert_intermediate_size"),
 }
-"""Kind → the fields of which each rank has its part: every rank has a part of every expert."""
+"""Model type → the fields that are divided among the ranks. Every rank has a part of every expert."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A model and how it is served; what the recipe declares and what the engine allocates follow from this alone.
+    """A model and how it is served. The recipe's declarations and the engine's allocations depend only on this.
 
     Args:
         text: fields of transformers' text config.
-        drafts: tokens that the MTP layer drafts a step; 0 is no speculation.
-        max_batch: requests that run at a time.
-        max_model_len: tokens of a request, prompt and output.
-        prefill_chunk: tokens of a prompt that are taken in at once.
-        tp: ranks that share the heads and the MLPs.
+        drafts: tokens that the MTP layer drafts per step; 0: no speculation.
+        max_batch: maximum of requests that run at a time.
+        max_model_len: maximum of tokens of a request, prompt and output.
+        prefill_chunk: maximum of prompt tokens processed at once.
+        tp: number of ranks that share the heads and the MLPs.
         dtype: of weights and activations; the gated delta rule's state is always float32.
     """
 
@@ -130,13 +129,13 @@ class Settings:
 
     @property
     def width(self) -> int:
-        """Tokens of a request that a verification runs: the pending one and the drafts."""
+        """Tokens per request in a verification: the pending token and the drafts."""
         return 1 + self.drafts
 
     @property
     def cache_len(self) -> int:
-        """Places of a slot in the key-value cache: a last verification may write beyond the last token; and aligned, because
-        matrix products of other lengths are slower."""
+        """Positions of a slot in the key-value cache. The last verification may write beyond the last token; and the length is
+        aligned, because matrix products of other lengths are slower."""
         return -(-(self.max_model_len + self.width) // _ALIGNED) * _ALIGNED
 
     @property
@@ -158,18 +157,18 @@ def settings(
     tp: int = 1,
     dtype: str = "bfloat16",
 ) -> Settings:
-    """Settings from options as they are given on a command line.
+    """Make settings from command-line options.
 
     Args:
-        size: one of `SIZES`; not looked at when `config` is given.
-        config: a model's config.json.
+        size: one of `SIZES`; ignored if `config` is given.
+        config: path of a model's config.json.
         spec: `mtp` drafts with the model's MTP layer, `none` does not speculate.
-        num_speculative_tokens: drafts a step; 0 with `mtp` means `DRAFTS`.
+        num_speculative_tokens: drafts per step; 0 with `mtp` means `DRAFTS`.
         max_batch, max_model_len, prefill_chunk, tp, dtype: see `Settings`.
 
     Raises:
         UnknownName: there is no such size.
-        DeclarationError: an option has no such value, or does not go with another one or with the model.
+        DeclarationError: an option's value is invalid, or does not fit another option or the model.
     """
     if not config and size not in SIZES:
         known = ", ".join(f"qwen3.5-{one}" for one in SIZES)
@@ -201,7 +200,7 @@ def read_config(path: Path) -> Mapping[str, Json]:
     """The text model's fields of a config.json.
 
     Raises:
-        DeclarationError: it cannot be read, is of another model, or lacks fields or has a wrong one.
+        DeclarationError: it cannot be read, is of another model, lacks a field, or has a wrong value.
     """
     try:
         found = json.loads(path.read_text())

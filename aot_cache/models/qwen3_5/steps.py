@@ -1,9 +1,9 @@
-"""The compiled functions: each is one graph for all layers of its kind, because what differs between layers is an argument.
+"""The compiled functions. Each is one graph for all layers of its type, because what differs between layers is an argument.
 
-Shapes: `b` requests, which are the first `b` slots; `t` tokens of each (1 decodes, 1 + drafts verify); of a prompt, parts of
-`p` tokens, of one request in any slot. Caches are whole buffers, written in place: keys and values [slots, key-value heads,
-places, width], the convolution's last inputs [slots, channels, 4], the delta rule's state [slots, value heads, width, width]
-in float32. Everything that differs between requests is data (`starts`, `count`), so a captured graph stays right.
+Shapes: `b` requests, in the first `b` slots; `t` tokens of each (1 to decode, 1 + drafts to verify); prompts come in parts of `p`
+tokens, of one request in any slot. Caches are whole buffers, written in place: keys and values [slots, key-value heads,
+positions, width], the convolution's last inputs [slots, channels, 4], the delta rule's state [slots, value heads, width, width]
+in float32. Everything that differs between requests is data (`starts`, `count`), so a captured graph stays valid.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Module = Any
 Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-# --- what the two kinds of layers are made of ----------------------------------------------------------------------------
+# --- parts of the two layer types ----------------------------------------------------------------------------------------
 
 
 def _sum_over_ranks(x: Tensor, split: bool) -> Tensor:
@@ -46,7 +46,7 @@ def _heads(mixer: Module, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _mixed_out(layer: Module, x: Tensor, core: Tensor, z: Tensor, split: bool) -> Tensor:
-    """The rest of a layer, behind the delta rule."""
+    """The rest of a layer after the delta rule."""
     mixer = layer.linear_attn
     gated = mixer.norm(core.reshape(-1, mixer.head_v_dim), z.reshape(-1, mixer.head_v_dim))
     x = x + _sum_over_ranks(mixer.out_proj(gated.reshape(*x.shape[:2], mixer.value_dim)), split)
@@ -54,7 +54,7 @@ def _mixed_out(layer: Module, x: Tensor, core: Tensor, z: Tensor, split: bool) -
 
 
 class _Slots:
-    """A layer's static cache of the first slots, as transformers' attention writes to it and reads it."""
+    """A layer's static cache for the first slots, with the `update` that transformers' attention calls."""
 
     def __init__(self, keys: Tensor, values: Tensor, places: Tensor) -> None:
         self.keys, self.values, self.places = keys, values, places
@@ -68,7 +68,7 @@ class _Slots:
 
 
 class _OneSlot:
-    """The same for a part of a prompt, in any slot."""
+    """Like `_Slots`, for a part of a prompt in any one slot."""
 
     def __init__(self, keys: Tensor, values: Tensor, places: Tensor, slot: Tensor) -> None:
         self.keys, self.values, self.places, self.slot = keys, values, places, slot
@@ -82,7 +82,7 @@ class _OneSlot:
 def _attention(
     layer: Module, x: Tensor, turn: tuple[Tensor, Tensor], places: Tensor, cache: Any, split: bool
 ) -> Tensor:
-    """A layer of full attention: each token sees its place and all before it."""
+    """A full attention layer: each token sees its own position and all before it."""
     seen = torch.arange(cache.keys.shape[2], device=x.device) <= places[..., None]
     out, _ = layer.self_attn(layer.input_layernorm(x), turn, seen[:, None, None], cache)
     return _mlp(layer, x + _sum_over_ranks(out, split), split)
@@ -93,7 +93,7 @@ def _positions(starts: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _rope_cos_sin(rotary: Module, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions [b, t], which are the same on all three axes of an image for text."""
+    """Cosines and sines of positions [b, t]. For text, all three position axes (for images) are equal."""
     cos, sin = rotary(x, positions[None].expand(3, -1, -1))
     return cos, sin
 
@@ -103,7 +103,7 @@ def _rope_cos_sin(rotary: Module, x: Tensor, positions: Tensor) -> tuple[Tensor,
 
 @torch.compile(fullgraph=True)
 def begin(embed: Module, rotary: Module, tokens: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings, and cosines and sines of the positions, of tokens [b, t] of which the first stand at `starts` [b]."""
+    """Embeddings, cosines and sines for tokens [b, t]; the first tokens are at positions `starts` [b]."""
     x = embed(tokens)
     cos, sin = _rope_cos_sin(rotary, x, _positions(starts, tokens))
     return x, cos, sin
@@ -113,9 +113,9 @@ def begin(embed: Module, rotary: Module, tokens: Tensor, starts: Tensor) -> tupl
 def prompt_delta(
     layer: Module, x: Tensor, starts: Tensor, slot: Tensor, conv: Tensor, state: Tensor, split: bool
 ) -> Tensor:
-    """A layer of the gated delta rule over a part of a prompt; `conv` and `state` of the slot move on.
+    """A gated delta rule layer over a part of a prompt. Updates `conv` and `state` of the slot.
 
-    Where the part begins the prompt (`starts` [1] is 0), what the slot held is of another request and does not count.
+    If the part is the first (`starts` [1] is 0), the slot's state belongs to an earlier request and is taken as zero.
     """
     mixer, has_initial_state = layer.linear_attn, (starts > 0)[:, None, None]
     mixed, z, g, beta = _projected(mixer, layer.input_layernorm(x))
@@ -142,14 +142,14 @@ def prompt_attention(
     values: Tensor,
     split: bool,
 ) -> Tensor:
-    """A layer of full attention over a part of a prompt and all before it."""
+    """A full attention layer over a part of a prompt and all before it."""
     places = _positions(starts, x[..., 0])
     return _attention(layer, x, (cos, sin), places, _OneSlot(keys, values, places, slot), split)
 
 
 @torch.compile(fullgraph=True)
 def decode_delta(layer: Module, x: Tensor, conv: Tensor, state: Tensor, split: bool) -> Tensor:
-    """A layer of the gated delta rule over one token of each request; the state moves on."""
+    """A gated delta rule layer over one token of each request. Updates `conv` and `state`."""
     mixer, batch = layer.linear_attn, x.shape[0]
     mixed, z, g, beta = _projected(mixer, layer.input_layernorm(x))
     mixed = torch.ops.aot_qwen3_5.update_conv(mixed, conv[:batch], mixer.conv1d.weight.squeeze(1))
@@ -160,7 +160,7 @@ def decode_delta(layer: Module, x: Tensor, conv: Tensor, state: Tensor, split: b
 
 @torch.compile(fullgraph=True)
 def verify_delta(layer: Module, x: Tensor, conv: Tensor, state: Tensor, split: bool) -> tuple[Tensor, Kept]:
-    """The same over 1 + drafts tokens; the state is only read, and what `commit` needs is handed out."""
+    """A gated delta rule layer over 1 + drafts tokens. Only reads the state, and also returns what `commit` needs."""
     mixer, (batch, tokens) = layer.linear_attn, x.shape[:2]
     mixed, z, g, beta = _projected(mixer, layer.input_layernorm(x))
     inputs = torch.cat([conv[:batch, :, 1:], mixed.transpose(1, 2)], dim=-1).float()
@@ -175,9 +175,9 @@ def verify_delta(layer: Module, x: Tensor, conv: Tensor, state: Tensor, split: b
 def cached_attention(
     layer: Module, x: Tensor, cos: Tensor, sin: Tensor, starts: Tensor, keys: Tensor, values: Tensor, split: bool
 ) -> Tensor:
-    """A layer of full attention over the tokens of each request and all before them.
+    """A full attention layer over the tokens of each request and all before them.
 
-    What is written for a refused draft is written over by the next step, and seen by none before.
+    The next step overwrites the keys and values of rejected drafts before any token sees them.
     """
     places = _positions(starts, x[..., 0])
     return _attention(layer, x, (cos, sin), places, _Slots(keys, values, places), split)
@@ -187,7 +187,7 @@ def cached_attention(
 def commit(
     conv: Tensor, state: Tensor, mixed: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, count: Tensor
 ) -> None:
-    """Move a layer's state on by the pending token and the `count` [b] accepted drafts; rejected drafts leave no trace."""
+    """Advance a layer's state by the pending token and the `count` [b] accepted drafts; rejected drafts leave no trace."""
     batch, tokens = mixed.shape[:2]
     holds = (torch.arange(tokens, device=count.device) <= count[:, None])[..., None]
     state[:batch] = torch.ops.aot_qwen3_5.advance(k, v, g * holds, beta * holds, state[:batch])
@@ -200,13 +200,13 @@ def commit(
 def accept(
     norm: Module, head: Module, x: Tensor, tokens: Tensor, starts: Tensor, temperature: Tensor, seed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The target's own tokens, how many drafts agree with them, and the hidden states.
+    """The target's own tokens, the number of leading drafts that equal them, and the hidden states.
 
-    A draft holds if the target, which samples at every position, would have said the same: so with speculation or without,
-    a request with a given seed gets the same tokens.
+    The target samples at every position, and a draft is accepted if it is the token that the target sampled. So a request with
+    a given seed gets the same tokens with or without speculation.
 
     Args:
-        tokens: [b, t], the pending token and its drafts, of which the first stand at `starts` [b].
+        tokens: [b, t], the pending token and its drafts; the pending tokens are at positions `starts` [b].
         temperature: [b], float32; 0 is greedy. seed: [b].
 
     Returns:
@@ -222,22 +222,22 @@ def accept(
 def finish_prompt(
     norm: Module, head: Module, x: Tensor, starts: Tensor, temperature: Tensor, seed: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What the last token of a part of a prompt is followed by, [1, 1], and all hidden states."""
+    """The token [1, 1] that follows the last token of a part of a prompt, and all hidden states."""
     hidden = norm(x)
     last = _positions(starts, x[..., 0])[:, -1:]
     return _sampled(head(hidden[:, -1:]), last, temperature, seed), hidden
 
 
 def _sampled(logits: Tensor, positions: Tensor, temperature: Tensor, seed: Tensor) -> Tensor:
-    """Gumbel's trick: the largest of logits plus noise is a sample. The noise is a hash of seed, position and token."""
+    """Sample with the Gumbel trick: the argmax of logits plus noise. The noise is a hash of seed, position and token."""
     mixed = seed[:, None] * 0x9E3779B1 + positions * 0x85EBCA77
-    # Not multiplied: Inductor takes that for the arithmetic of an index, in 32 bits.
+    # No product with the arange: Inductor would treat it as index arithmetic, in 32 bits.
     mixed = mixed[..., None] ^ torch.arange(logits.shape[-1], device=logits.device)
     for factor in (0xBF58476D1CE4E5B, 0x94D049BB133111E):
         mixed = mixed * factor
         mixed = mixed ^ ((mixed >> 29) & 0x7FFFFFFFF)
-    # 23 bits and a half are exact in float32. One bit more rounds up to 1, which is infinite noise: that token would win
-    # whatever its logit is, and where the temperature is 0, too.
+    # 23 bits plus one half are exact in float32. With one more bit, the value could round up to 1, which is infinite noise: that
+    # token would win whatever its logit is, even at temperature 0.
     uniform = (((mixed >> 41) & 0x7FFFFF).float() + 0.5) * 2.0**-23
     noise = -(-uniform.log()).log()
     return (logits.float() + temperature[:, None, None] * noise).argmax(-1)
@@ -264,7 +264,7 @@ def prompt_draft(
     values: Tensor,
     split: bool,
 ) -> None:
-    """Fill the draft's cache for a part of a prompt: tokens [1, p] one to the right of the hidden states they go with."""
+    """Fill the draft's cache for a part of a prompt. Tokens [1, p] are shifted by one: each follows its hidden state's token."""
     x = _drafting(mtp, embed, tokens, hidden)
     places = _positions(starts, tokens)
     _attention(
@@ -289,9 +289,9 @@ def draft(
     """One draft of each request.
 
     Args:
-        tokens: [b, t], each with the hidden state [b, t, hidden] of the token before it; the pair of number `count` [b]
-            is the last that holds.
-        starts: [b], places in the draft's cache; a token stands one position further.
+        tokens: [b, t], each with the hidden state [b, t, hidden] of the token before it; index `count` [b] is the last accepted
+            pair.
+        starts: [b], positions in the draft's cache; the token's own position is one more.
 
     Returns:
         The token [b, 1], and the hidden state [b, 1, hidden] from which the next draft is made.

@@ -1,8 +1,8 @@
-"""Weights of a released checkpoint, and one rank's part of them.
+"""Reads the weights of a released checkpoint, or one rank's part of them.
 
 Names: `model.language_model.layers.…` or `model.layers.…` for the target as transformers saves it, `mtp.…` for the draft as
-it is released (`fc`, `pre_fc_norm_embedding`, `pre_fc_norm_hidden`, `norm`; vLLM's `qwen3_5_mtp.py` reads the same). Experts of
-a layer are one tensor (`experts.gate_up_proj`, `experts.down_proj`), or one by one (`experts.0.gate_proj.weight`), as
+it is released (`fc`, `pre_fc_norm_embedding`, `pre_fc_norm_hidden`, `norm`; vLLM's `qwen3_5_mtp.py` reads the same). The experts
+of a layer are one tensor (`experts.gate_up_proj`, `experts.down_proj`), or one tensor each (`experts.0.gate_proj.weight`), as
 transformers saves them.
 """
 
@@ -38,7 +38,7 @@ def read(net: Net, settings: Settings, folder: str, rank: int = 0) -> None:
     """Fill `net` with the weights in `folder`.
 
     Raises:
-        DeclarationError: there are no safetensors files, one is broken, or a weight is missing or of another shape.
+        DeclarationError: there is no safetensors file, one is broken, or a weight is missing or has another shape.
     """
     with torch.no_grad():
         found = dict(_found(Path(folder)))
@@ -52,7 +52,7 @@ def read(net: Net, settings: Settings, folder: str, rank: int = 0) -> None:
 
 
 def _value(name: str, found: Mapping[str, Any], count: int, folder: str) -> Tensor:
-    """A weight; one of `count` experts from each one's own, where it is not there as a whole."""
+    """A weight. If the weight of all `count` experts is not there as one tensor, it is made from the single experts' tensors."""
     before, _, last = name.rpartition("experts.")
     names = [name]
     if name not in found and last in _EXPERTS:
@@ -69,7 +69,7 @@ def _value(name: str, found: Mapping[str, Any], count: int, folder: str) -> Tens
 
 
 def wanted(net: Net) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a model under their names in a checkpoint."""
+    """The parameters of a model, by their names in a checkpoint."""
     named: dict[str, nn.Module] = {f"model.layers.{n}.": layer for n, layer in enumerate(net.layers)}
     named |= {"model.embed_tokens.": net.embed, "model.norm.": net.norm}
     if net.head.weight is not net.embed.weight:
@@ -82,8 +82,8 @@ def wanted(net: Net) -> Iterator[tuple[str, Tensor]]:
 
 
 def part(name: str, value: Tensor, settings: Settings, rank: int) -> Tensor:
-    """One rank's part of a weight: whole heads and columns of the MLP, or of each expert; norms, embeddings, head, the router and
-    the draft's projection are on every rank."""
+    """One rank's part of a weight: whole heads, and columns of the MLP or of each expert. Norms, embeddings, head, router and the
+    draft's projection are replicated on every rank."""
     owner = name.split(".")[-2]
     if settings.tp == 1:
         return value
@@ -121,5 +121,5 @@ def _reader(opened: Any, name: str) -> Any:
 
 
 def names(net: Net) -> Mapping[str, Tensor]:
-    """As `wanted`, to be saved: what `read` reads."""
+    """The contiguous weights of `wanted`, to be saved in the form that `read` reads."""
     return {name: weight.contiguous() for name, weight in wanted(net)}

@@ -1,1 +1,1 @@
-"""Torch's and Triton's objects as data, and back: kernels, guards, code, graphs. Nothing here patches anything."""
+"""Convert objects of torch and Triton to data and back: kernels, guards, code, graphs. Nothing here patches anything."""

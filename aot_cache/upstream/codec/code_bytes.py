@@ -1,4 +1,4 @@
-"""Code objects as bytes that another process of the same Python minor runs.
+"""Code objects as bytes that another process with the same Python minor can run.
 
 Upstream: CPython's `marshal` (`Python/marshal.c`), in version 2, whose output does not depend on reference counts or
 interning, so that equal code gives equal bytes; `torch/_dynamo/codegen.py` (devices, dtypes and enums are constants of its
@@ -20,10 +20,10 @@ _MARSHAL = 2
 
 
 def dump(code: types.CodeType, names: Mapping[str, str], filename: str) -> bytes:
-    """`code` as bytes, its names changed by `names`, its file called `filename`.
+    """`code` as bytes, with names renamed by `names` and `filename` as its file.
 
     Raises:
-        ValueError: a constant is of a kind that has no bytes.
+        ValueError: a constant cannot be written as bytes.
     """
     strange = sorted({identity(value) or type(value).__name__ for value in _without_bytes(code)})
     if strange:
@@ -43,7 +43,7 @@ def _without_bytes(code: types.CodeType) -> Iterator[object]:
 
 
 _STANDS_FOR = "aot-cache: stands for"
-"""Marks the constants that `marshal` does not know: Dynamo puts devices and dtypes into its bytecode."""
+"""Marks encoded constants that `marshal` does not support: Dynamo's bytecode contains devices and dtypes."""
 
 _OF_TORCH = frozenset(f"torch:{name}" for name in ("device", "dtype", "layout", "memory_format"))
 
@@ -92,7 +92,7 @@ def _renamed(value: Any, names: Mapping[str, str]) -> Any:
 
 
 def load(data: bytes) -> types.CodeType:
-    """The code in `data`, which must have been hashed before."""
+    """The code object in `data`. The caller must have checked the hash of `data`."""
     code = marshal.loads(data)  # noqa: S302  # hashed by the caller
     if not isinstance(code, types.CodeType):
         raise ValueError(f"bytes of a code object, not of a {type(code).__name__}")

@@ -1,4 +1,4 @@
-"""The surroundings of Dynamo's bytecode: global names that it uses, modes and settings that it was made under.
+"""The environment of Dynamo's bytecode: the globals that it uses, and the modes and settings under which it was compiled.
 
 Upstream: `torch/_dynamo/output_graph.py` (`install_global_unsafe`, `install_resume_function_global`),
 `torch/_dynamo/package.py` (`CompilePackage.install`), `torch/_inductor/config.py`.
@@ -25,7 +25,7 @@ from aot_cache.upstream.codec import torch_release
 Json = Any
 
 _HOW = (
-    # How compiling is done, by whom and with what notes, not what comes out of it.
+    # How compilation runs, and what it logs; no influence on the generated code.
     "compile_threads",
     "worker_",
     "torchinductor_worker",
@@ -36,7 +36,7 @@ _HOW = (
     "aot_inductor",
     "test_configs",
     "TYPE_CHECKING",
-    # Backends that `torch.compile` does not use for the targets of aot-cache's table.
+    # Backends that `torch.compile` does not use for aot-cache's targets.
     "halide.",
     "xpu.",
     "tpu_",
@@ -45,18 +45,18 @@ _HOW = (
     "rocm.",
     "cpp.cxx",
 )
-"""Settings that do not count, by their beginnings."""
+"""Prefixes of settings that are not compared."""
 
 
 def install_modules(imports: Mapping[str, str], f_globals: dict[str, Any]) -> None:
-    """Modules that bytecode and guards call by an alias of Dynamo's."""
+    """Import the modules that bytecode and guards use under an alias made by Dynamo, and add the aliases to the globals."""
     for alias, module in imports.items():
         f_globals.setdefault(alias, importlib.import_module(module))
 
 
 def prepare_modules(modules: Iterable[str]) -> None:
-    """What Dynamo does when it first looks into a package (`trace_rules.add_module_init_func`): einops fills a registry
-    on which guards depend."""
+    """Run the functions that Dynamo calls when it first traces into a package (`trace_rules.add_module_init_func`): einops
+    fills a registry on which guards depend."""
     waiting: Any = trace_rules._lazy_module_init
     for package in {module.partition(".")[0] for module in modules}:
         if package in waiting and package in sys.modules:
@@ -65,7 +65,7 @@ def prepare_modules(modules: Iterable[str]) -> None:
 
 
 def install_resume(name: str, code: types.CodeType, module: str, free: bool) -> None:
-    """The function that goes on after a graph break, among the globals of `module`."""
+    """Add a resume function (the code after a graph break) to the globals of `module`."""
     f_globals = sys.modules[module].__dict__
     if name in f_globals:
         return
@@ -77,20 +77,20 @@ def install_resume(name: str, code: types.CodeType, module: str, free: bool) -> 
 
 
 def not_traced(function: Any) -> Any:
-    """`function`, into which Dynamo does not look."""
+    """`function`, wrapped so that Dynamo does not trace into it."""
     disable: Any = torch._dynamo.disable
     return disable(function, reason="a compiled graph")
 
 
 def mode() -> str:
-    """The grad mode in force: `inference`, `no_grad` or `grad`."""
+    """The current grad mode: `inference`, `no_grad` or `grad`."""
     if torch.is_inference_mode_enabled():
         return "inference"
     return "grad" if torch.is_grad_enabled() else "no_grad"
 
 
 def settings() -> str:
-    """Inductor's settings that its code depends on, as JSON: name → value as text."""
+    """The Inductor settings that affect generated code, as JSON: name → `repr` of the value."""
     from torch._inductor import config
 
     return _settings(config.get_hash())
@@ -105,7 +105,7 @@ def _settings(_hash: bytes) -> str:
 
 
 def bound_to(target: Mapping[str, Json]) -> dict[str, Json]:
-    """What graphs made in this process are bound to; see `key.graph_parts`."""
+    """The key parts to which graphs compiled in this process are bound (see `key.graph_parts`)."""
     return graph_parts(
         torch=torch_release.release(),
         git=torch_release.git(),

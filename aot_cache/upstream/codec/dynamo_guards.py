@@ -1,12 +1,12 @@
-"""Dynamo's guards as bytes, and back into guards of a living call.
+"""Write Dynamo's guards as bytes, and build guards from them for an actual call.
 
 Upstream writes a frame's guards with example values (`torch/_dynamo/guards.py`, `CheckFunctionManager.serialize_guards`,
-`GuardsStatePickler`) and refuses or drops every guard that compares by identity (a function, a class, a module), because an
-address means nothing elsewhere. The examples here are the builder's: tensors without memory, instances of users' classes,
-of which upstream keeps a part and replaces the rest by a placeholder. So no example travels. Of each guard its expression is
-written, and what it compares as text (`guard_facts`). In the serving process the expression is read on the call that may
-use the graph; where the text is the same, the guard is created on what is there. Thread counts, inference tensors and
-dispatch keys are the caller's own.
+`GuardsStatePickler`), and refuses or drops every guard that compares by identity (a function, a class, a module), because an
+address has no meaning in another process. The builder's examples are tensors without memory and instances of users' classes,
+of which upstream keeps a part and replaces the rest by a placeholder. So no example is written. Each guard is written as its
+expression, and what it compares as text (`guard_facts`). The serving process evaluates the expression on the call that may use
+the graph; if the text is the same, the guard is created on the value found there. Thread counts, inference tensors and
+dispatch keys are taken from that call.
 
 Upstream: `torch/_dynamo/guards.py` (`CheckFunctionManager`, `GuardsStatePickler`, `GuardBuilder`), `torch/_guards.py` (`Guard`).
 """
@@ -37,12 +37,12 @@ _SERIALIZABLE: Any = next(part.default for part in fields(Guard) if part.name ==
 
 @dataclass
 class Written:
-    """What `writing` noticed about the last frame's guards.
+    """What `writing` collected about the last frame's guards.
 
     Args:
-        identities: guard type, the expression guarded, and the name of what it was.
-        values: guard type, expression and what a guard on a value compared it with.
-        nameless: guards on what no text describes, with where user code needed it: such a frame cannot be kept.
+        identities: [guard type, guarded expression, name of the object], for guards that compare with `is`.
+        values: [guard type, guarded expression, text of the value], for guards that compare a value.
+        nameless: guards on values that no text can describe, with their place in user code. Such a frame cannot be kept.
     """
 
     identities: list[list[str]] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Written:
 
 @contextlib.contextmanager
 def writing() -> Iterator[Written]:
-    """While active, guards that Dynamo saves are ones that `build` can read. Renewed by each frame."""
+    """Inside, Dynamo saves guards in a form that `build` can read. Each frame replaces the contents of the `Written`."""
     written = Written()
     manager: Any = guards.CheckFunctionManager
     pickler: Any = guards.GuardsStatePickler
@@ -66,7 +66,7 @@ def writing() -> Iterator[Written]:
         kept = guard_lookups.by_key(kept, builder)
         in_order = {source.name for source in guard_lookups.in_order(output_graph.guard_on_key_order, builder)}
         for guard in kept:
-            guard._unserializable = _SERIALIZABLE  # a class within a function: it has a name here
+            guard._unserializable = _SERIALIZABLE  # upstream refuses local classes; here they have a name
             _write(guard, guard_facts.value_of(guard, builder.get), guard.name in in_order, written)
         return serialize(self, builder, kept, output_graph)
 
@@ -76,11 +76,11 @@ def writing() -> Iterator[Written]:
         graph = replace(state.output_graph, _guards=GuardsSet(_ordered(every)), guard_on_key_order=in_order)
         graph = replace(graph, local_scope={}, global_scope={})
         for guard in every:
-            guard._hash = None  # of an address
+            guard._hash = None  # the hash contains an address
         state = replace(state, output_graph=graph)
         state.shape_code_parts = _without_places(state.shape_code_parts)
         if hasattr(state, "local_state"):
-            state.local_state = None  # torch 2.14: the dispatch keys in force here; the reader takes its own
+            state.local_state = None  # torch 2.14: this process's dispatch keys; the reader uses its own
         return dump(state, builder)
 
     manager.serialize_guards, module.pickle_guards_state = serialize_guards, pickle_guards_state
@@ -116,7 +116,7 @@ def _ordered(every: list[Guard]) -> Any:
 
 
 def _bare(guard: Guard) -> Guard:
-    """A guard without what belongs to this process: stacks (paths), the values it was created on, what it became here."""
+    """A guard without the parts that belong to this process: stacks (paths), example values, generated code."""
     return replace(
         guard,
         create_fn=_without_example(guard.create_fn),
@@ -132,14 +132,14 @@ def _bare(guard: Guard) -> Guard:
 
 
 def _without_example(create: Any) -> Any:
-    """A guard on a tensor may hold the tensor; without it, it takes what its expression leads to."""
+    """Remove the example tensor that a guard may hold; the guard then uses the value of its expression."""
     if not isinstance(create, functools.partial):
         return create
     return functools.partial(create.func, *create.args, **{k: v for k, v in create.keywords.items() if k != "value"})
 
 
 def _without_places(parts: Any) -> Any:
-    """Guards on sizes without the comments that say where user code asked for them."""
+    """Guards on sizes, without the comments with positions in user code."""
     if parts is None:
         return None
     names = ("python_code_parts", "verbose_code_parts", "cpp_code_parts")
@@ -148,8 +148,9 @@ def _without_places(parts: Any) -> Any:
 
 
 def _others(reduce: Any) -> Any:
-    """What upstream's pickler gets wrong: operators of `torch.library.custom_op` hold dispatcher objects, which have no
-    bytes, and are registered by name; sources (`DefaultsSource`) hand what they compute themselves to their `__init__`."""
+    """Pickle what upstream's pickler cannot. Operators of `torch.library.custom_op` hold dispatcher objects, which cannot be
+    pickled, so they go by their registered name. Sources (`DefaultsSource`) pass computed fields to `__init__`, so only
+    fields with `init=True` are passed."""
 
     def reducer_override(self: Any, value: Any) -> Any:
         if isinstance(value, custom_ops.CustomOpDef):
@@ -162,7 +163,7 @@ def _others(reduce: Any) -> Any:
 
 
 def _operator(name: str) -> Any:
-    return custom_ops.OPDEFS.get(name)  # None where it is not defined: its guards then fail
+    return custom_ops.OPDEFS.get(name)  # None if it is not defined here: its guards then fail
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -176,9 +177,9 @@ def build(
     f_globals: dict[str, Any],
     f_locals: Mapping[str, Any],
 ) -> tuple[Any, str]:
-    """The guards in `data` for a living call: (guard manager, why the call does not fulfil them).
+    """Build the guards in `data` for an actual call: (guard manager, "") or (None, why the call fails them).
 
-    One of the two is empty. `data` is unpickled: it must have been hashed before.
+    `data` is unpickled: the caller must have checked its hash.
     """
     state = _read(data)
     graph = state.output_graph
@@ -199,7 +200,7 @@ def build(
 
 
 def _read(data: bytes) -> Any:
-    """A guards' state. Some expressions (`ImportSource`) want to guard on themselves when they are made."""
+    """The pickled guard state. The tracing context is for sources (`ImportSource`) that install a guard when created."""
     with tracing(TracingContext(None)):
         return package.load_guards_state(data)
 
@@ -207,7 +208,7 @@ def _read(data: bytes) -> Any:
 def _first_difference(
     graph: Any, scope: _Scope, identities: Sequence[Sequence[str]], values: Sequence[Sequence[str]]
 ) -> str:
-    """What a guard compares that is another here than where it was written; empty when nothing is."""
+    """The first guard whose text differs here from the one written by the builder, as a sentence; empty if none does."""
     by_identity = {(kind, name): text for kind, name, text in identities}
     by_value = {(kind, name): text for kind, name, text in values}
     in_order = {source.name for source in graph.guard_on_key_order}
@@ -227,18 +228,18 @@ def _first_difference(
 
 
 def failure(manager: Any, f_locals: Mapping[str, Any]) -> str:
-    """The first guard of `manager` that the call fails, in Dynamo's words without their source positions."""
+    """The first guard of `manager` that the call fails, in Dynamo's words, without source positions."""
     parts = manager.check_verbose(f_locals).verbose_code_parts
     return "; ".join(dict.fromkeys(_plain(str(part)) for part in parts)) or "a guard failed without a reason"
 
 
 def expressions(manager: Any) -> list[str]:
-    """Every guard of a manager in Dynamo's words."""
+    """Every guard of a manager, in Dynamo's words as a server would print them."""
     return [_as_served(str(part)) for part in manager.verbose_code_parts or manager.code_parts]
 
 
 _ADDRESS = re.compile(r", \d{6,}(?=\))|_\d{9,}(_c[^\s(]*)?")
-"""Of an object that is compared, and of a function that compares (`___check_metadata_139961542209472_c0/0`)."""
+"""The address of a compared object, or in the name of a checking function (`___check_metadata_139961542209472_c0/0`)."""
 
 
 def _plain(text: str) -> str:
@@ -250,7 +251,7 @@ _IN_SERVING = ((f"{FakeTensor.__module__}.FakeTensor'", "torch.Tensor'"), (", Fa
 
 
 def _as_served(text: str) -> str:
-    """Dynamo's words for a guard of the builder as a server would have them: of tensors, without addresses and folders."""
+    """The text of a builder's guard as a server would print it: with real tensor types, without addresses and folders."""
     for built, served in _IN_SERVING:
         text = text.replace(built, served)
     return _WHERE_IT_IS.sub("", _plain(text))
@@ -258,7 +259,7 @@ def _as_served(text: str) -> str:
 
 @dataclass
 class _Scope:
-    """Names that guarded expressions begin with, and what these have led to: most share all but their last step."""
+    """Evaluates guarded expressions. `names` are their first names; `known` caches values, since most share a prefix."""
 
     names: dict[str, Any]
     known: dict[Any, Any] = field(default_factory=dict)
@@ -270,7 +271,7 @@ class _Scope:
 
 
 def _take_host_threads(state: Any) -> None:
-    """Dynamo guards on the number of CPU threads, which is the machine's business."""
+    """Use this process's number of CPU threads: Dynamo guards on it, but it is host-specific."""
     values = json.loads(state.__getstate__())
     values["num_threads"] = torch.get_num_threads()
     state.__setstate__(json.dumps(values))

@@ -1,9 +1,9 @@
-"""Collects what Dynamo makes of one call: bytecode, guards, resume functions, and which compiled graphs they run.
+"""Collect what Dynamo makes of one call: bytecode, guards, resume functions, and the compiled graphs that they call.
 
-Stands in for upstream's own package, whose methods Dynamo calls while it compiles a frame: ours keeps code objects, needs no
-source files, and writes nothing anywhere.
+`Package` replaces upstream's own package, whose methods Dynamo calls while it compiles a frame. It keeps code objects, needs no
+source files and writes nothing.
 
-Upstream: `torch/_dynamo/package.py` (`CompilePackage`), `torch/_dynamo/output_graph.py` (what it tells a package).
+Upstream: `torch/_dynamo/package.py` (`CompilePackage`), `torch/_dynamo/output_graph.py` (its calls of a package).
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any
 
 @dataclass
 class CompiledFrame:
-    """What became of one frame.
+    """The result of compiling one frame.
 
     Args:
         code: the frame's own code.
-        module: the module whose globals it sees.
+        module: the module whose globals the frame uses.
         guards: pickled guard state (see `dynamo_guards`).
         dynamo_code: the bytecode that runs instead.
         graphs: names of the compiled graphs that `dynamo_code` calls.
-        imports: alias → module, globals that `dynamo_code` or the guards name.
-        resumes: name → (code, module) of the functions that go on after a graph break.
-        inlined: code of every function that was traced into it.
-        bypassed: why it cannot be kept; empty when it can.
+        imports: alias → module, for globals that `dynamo_code` or the guards use.
+        resumes: name → (code, module) of the resume functions after graph breaks.
+        inlined: code of every function that was inlined into the frame.
+        bypassed: why the frame cannot be kept; empty if it can.
     """
 
     code: types.CodeType
@@ -44,7 +44,7 @@ class CompiledFrame:
 
 
 class Package:
-    """One frame's worth of `CompilePackage`, as Dynamo calls it."""
+    """The part of `CompilePackage` that Dynamo calls for one frame."""
 
     def __init__(self, code: types.CodeType, module: str) -> None:
         self.frame = CompiledFrame(code, module)
@@ -82,11 +82,11 @@ class Package:
 _NUMBERED = re.compile(
     r".*_\d+_c\d+(_\d+)*|__gen_rand_values_\d+|__warnings_warn_wrapper_\d+|_[0-9a-z]*__builtins_dict.*"
 )
-"""Names of globals that Dynamo makes of an address or a counter (`OutputGraph.install_global_by_id`, `install_global`)."""
+"""Globals whose names Dynamo makes from an address or a counter (`OutputGraph.install_global_by_id`, `install_global`)."""
 
 
 def numbered_globals(code: types.CodeType) -> list[str]:
-    """Names in `code` that mean something in the process that made it only."""
+    """Global names in `code` that are valid only in the process that compiled it."""
     found = [name for name in code.co_names if _NUMBERED.fullmatch(name)]
     for value in code.co_consts:
         if isinstance(value, types.CodeType):

@@ -1,8 +1,8 @@
-"""What each of Dynamo's guards compares, as text that is the same in another process.
+"""What each of Dynamo's guards compares, as text that is the same in every process.
 
-A guard is written down as the expression that leads to a value and this text about the value. The serving process reads the
-expression on the living call: where the text is the same, the guard is created on what is there, and nothing of the builder's
-own values (tensors without memory, instances of users' classes) has to travel.
+A guard is stored as the expression of a value and this text about the value. The serving process evaluates the expression on
+an actual call; if the text is the same, the guard is created on the value found there. So no value of the builder (tensors
+without memory, instances of users' classes) has to be stored.
 
 Upstream: `torch/_dynamo/guards.py` (the methods of `GuardBuilder`, one for each kind of guard; `_try_is_cow_tensor`,
 `_stream_is_current`), `torch/_guards.py` (`Guard.create_fn_name`, `guard_types`).
@@ -27,21 +27,21 @@ from aot_cache.upstream.codec.real_tensors import is_parameter
 
 _KEYS = torch._C.DispatchKey
 _MODES = (_KEYS.ADInplaceOrView, _KEYS.AutogradFunctionality, _KEYS.Python, _KEYS.PythonTLSSnapshot)
-"""Dispatch keys that tell inference tensors from others, and tensors without memory from those with: no graph's code
-depends on them, and which ones a tensor has depends on where it was made."""
+"""Dispatch keys that distinguish inference tensors, and tensors without memory, from others. No graph's code depends on
+them, and whether a tensor has them depends on where it was made."""
 
 _OF_A_MESH = ("_flatten_rank_map", "_layout", "_device_type", "_mesh_dim_names", "_thread_id")
-"""What is compared of two meshes (`torch/distributed/device_mesh.py`, `DeviceMesh.__eq__`)."""
+"""The attributes by which two meshes are compared (`torch/distributed/device_mesh.py`, `DeviceMesh.__eq__`)."""
 
 LIVENESS = frozenset({"WEAKREF_ALIVE", "DICT_VERSION"})
-"""Guards on objects that a graph holds by reference; ours takes everything as an argument."""
+"""Guards that a referenced object is alive or unchanged. Not needed: our graphs take everything as an argument."""
 
 BY_IDENTITY = frozenset(guards.CheckFunctionManager.UNSUPPORTED_SERIALIZATION_GUARD_TYPES) - LIVENESS
 
 
 @dataclass(frozen=True)
 class Unreachable:
-    """What an expression leads to that cannot be followed on a call."""
+    """Stands for the value of an expression that raised on a call."""
 
     error: Exception
 
@@ -50,49 +50,47 @@ class Unreachable:
 
 
 NAMELESS = ""
-"""The text about a value of which nothing can be said that another process could compare."""
+"""The text for a value that has no description another process could compare."""
 
 
 def kinds_of(guard: Guard) -> frozenset[str]:
-    """What a guard that was created became: its own kind, and those that it was made of."""
+    """The kinds of a guard that was created: its own, and those that it created in turn."""
     return frozenset({guard.create_fn_name(), *(guard.guard_types or ())})
 
 
 def expression_of(guard: Guard) -> str:
-    """What a guard is about, which tells it apart from all others of its kind."""
+    """The guarded expression; unique among guards of one kind."""
     attribute = _attribute(guard)
     return f"{guard.name}.{attribute}" if attribute else str(guard.name)
 
 
 def is_by_identity(guard: Guard) -> bool:
-    """Whether a guard that was created compares with `is`."""
+    """Whether a guard that was created compares by identity (`is`)."""
     return bool(kinds_of(guard) & BY_IDENTITY) and guard.create_fn_name() != "TENSOR_MATCH"
 
 
 def value_of(guard: Guard, get: Callable[[Any], Any]) -> Any:
-    """What a guard is about, as a serving process has it; `get` follows an expression."""
+    """The guarded value, as a serving process has it. `get` evaluates an expression."""
     source = guard.originating_source
     try:
         return type_in_serving(get(source.base)) if isinstance(source, TypeSource) else get(source)
-    except (
-        Exception
-    ) as error:  # the expression may lead through anything, and `hasattr` is guarded where there is nothing
+    except Exception as error:  # evaluating may run any code, and `hasattr` guards may have no value
         return Unreachable(error)
 
 
 def of_identity(value: object) -> str:
-    """The name of what a guard compares with `is`; of what has no name of its own, all that it holds."""
+    """The name of a value that a guard compares with `is`; without a name, a text of all its contents."""
     return str(value) if isinstance(value, Unreachable) else identity(value) or exact(value)
 
 
 def of_value(guard: Guard, value: Any, in_order: bool) -> str | None:
-    """What `guard` compares `value` with; None where it compares nothing of it that was written down.
+    """What `guard` compares of `value`, as text; None if it compares nothing that has to be stored.
 
     Args:
-        in_order: whether the order of a dict's keys counts, too.
+        in_order: whether the order of a dict's keys is compared, too.
 
     Raises:
-        KeyError: a kind of guard that is not known here.
+        KeyError: the kind of guard is unknown here.
     """
     kind = guard.create_fn_name()
     if isinstance(value, Unreachable):
@@ -108,7 +106,7 @@ def of_value(guard: Guard, value: Any, in_order: bool) -> str | None:
 
 
 def _attribute(guard: Guard) -> str:
-    """What a guard HASATTR asks an object for; empty up to torch 2.11, whose expression leads to the attribute itself."""
+    """The attribute of a HASATTR guard; empty up to torch 2.11, where the expression already names the attribute."""
     create: Any = guard.create_fn
     if guard.create_fn_name() != "HASATTR" or not isinstance(create, functools.partial):
         return ""
@@ -120,7 +118,7 @@ def _type(value: Any) -> str:
 
 
 def type_in_serving(value: Any) -> type:
-    """The type that a value has in a serving process: tensors without memory stand for tensors."""
+    """The type that a value has in a serving process: the real type for a tensor without memory."""
     if not isinstance(value, FakeTensor):
         return type(value)
     pytype: type | None = value.pytype
@@ -135,7 +133,7 @@ def _tensor(value: Any) -> str:
 
 
 def dispatch_keys(value: torch.Tensor) -> str:
-    """Names of the dispatch keys of a tensor, but those that depend on where it was made."""
+    """The dispatch keys of a tensor as a hexadecimal mask, without those that depend on where it was made."""
     keys: Any = value.dispatch_keys if isinstance(value, FakeTensor) else None
     keys = keys if keys is not None else torch._C._dispatch_keys(value)
     for key in _MODES:
@@ -144,7 +142,7 @@ def dispatch_keys(value: torch.Tensor) -> str:
 
 
 def _cow(value: Any) -> str:
-    """Whether a tensor's memory is another's until it is written to (torch 2.14 and later guard on it)."""
+    """Whether a tensor is copy-on-write (torch 2.14 and later guard on it)."""
     unfaked: Any = guards
     return f"copy on write {unfaked._try_is_cow_tensor(value)}"
 
@@ -155,13 +153,13 @@ def _stream(value: Any) -> str:
 
 
 def _length(value: Any) -> str:
-    kind = "dict" if isinstance(value, dict) else _type(value)  # as upstream's guards have it
+    kind = "dict" if isinstance(value, dict) else _type(value)  # as in upstream's guards
     return f"{kind} of {len(value)}"
 
 
 def _keys(value: Any, in_order: bool) -> str:
     if value is torch.utils._pytree.SUPPORTED_NODES:
-        return "the registry of pytrees"  # how many types it has depends on what else was imported
+        return "the registry of pytrees"  # its size depends on what else was imported
     texts = [of_identity(key) for key in dict.keys(value)]
     if not all(texts):
         texts = [f"a {_type(key)}" for key in dict.keys(value)]
@@ -177,7 +175,7 @@ def _subclass(value: Any) -> str:
 
 
 def _sharded(value: Any) -> str:
-    """How a DTensor is cut and over which devices; its sizes are its local tensor's."""
+    """How a DTensor is sharded, and over which mesh. Its sizes are guarded on its local tensor."""
     if not hasattr(value, "placements"):
         return f"a {_type(value)}"
     dtype = None if value.tensor_meta is None else value.tensor_meta.dtype
@@ -186,7 +184,7 @@ def _sharded(value: Any) -> str:
 
 
 def _opaque(value: Any) -> str | None:
-    """What the type of an opaque object says that its graphs depend on."""
+    """The facts that an opaque object's type declares for guards."""
     known: Any = opaque_object
     info = known.get_opaque_obj_info(type(value))
     return exact(info.guard_fn(value)) if info is not None and info.guard_fn is not None else None
@@ -201,7 +199,7 @@ def _state(value: Any) -> str:
 
 
 def _left(value: Any) -> str:
-    """Of an iterator: what it iterates over is guarded apart, how much of it is left is not."""
+    """The number of items left in an iterator. What it iterates over has guards of its own; this number has not."""
     return f"{_type(value)} of {value.__length_hint__()}"
 
 
@@ -210,7 +208,7 @@ def _nothing(_: Any) -> None:
 
 
 _FACTS: dict[str, Callable[[Any], str | None]] = {
-    # on values
+    # On values.
     **dict.fromkeys(
         "EQUALS_MATCH CONSTANT_MATCH BOOL_MATCH NONE_MATCH CONSTANT_SUBCLASS_MATCH NAME_MATCH FLOAT_IS_NAN "
         "COMPLEX_IS_NAN".split(),
@@ -223,13 +221,13 @@ _FACTS: dict[str, Callable[[Any], str | None]] = {
     "COUNT_ITERATOR_MATCH": _iterator,
     "MAPPING_KEYS_CHECK": _mapping_keys,
     "DISPATCH_KEY_SET_MATCH": lambda keys: f"{keys.raw_repr():x}",
-    # on tensors: their sizes are written down by upstream, by source
+    # On tensors. Upstream stores their sizes, by source.
     "TENSOR_MATCH": _tensor,
     "COW_TENSOR_MATCH": _cow,
     "TENSOR_SUBCLASS_METADATA_MATCH": _subclass,
     "DTENSOR_SPEC_MATCH": _sharded,
     "OPAQUE_OBJ_GUARD_FN_MATCH": _opaque,
-    # These hold what they compare with, or compare parts of one call, and are checked as they are.
+    # These contain their expected value, or compare parts of one call with each other: no text is needed.
     **dict.fromkeys(
         "DICT_CONTAINS DICT_NOT_CONTAINS SET_CONTAINS SET_NOT_CONTAINS NOT_PRESENT_IN_GENERIC_DICT NOT_NONE_MATCH "
         "DUPLICATE_INPUT DATA_PTR_MATCH".split(),
@@ -245,4 +243,4 @@ _FACTS: dict[str, Callable[[Any], str | None]] = {
 }
 
 KINDS = frozenset({*_FACTS, *BY_IDENTITY, *LIVENESS, "BUILTIN_MATCH", "DICT_KEYS_MATCH", "HASATTR"})
-"""Every kind of guard that is known here: another is a graph that cannot be kept."""
+"""Every known kind of guard. A graph with another kind cannot be kept."""

@@ -1,11 +1,11 @@
-"""Guards on tables that are only looked into by key, without those on the table's other entries.
+"""Guard registries only by the entries that were looked up, not by their other entries.
 
-Dynamo guards a dict by all its keys and their places. A registry that a library fills as models are made then holds for one
-choice and order of models, which is that of the builder and of no server that has another model besides. Where a library
-looks such a table up by key only, the entries that were looked up are guarded by their keys.
+Dynamo guards a dict by all its keys and their positions. For a registry that a library fills while models are created, such a
+guard holds only for the builder's set and order of models, and fails in a server that also has another model. If a library
+accesses a table only by key, the looked-up entries are guarded by their keys instead.
 
 Upstream: `torch/_dynamo/source.py` (`ConstDictKeySource`, `DictGetItemSource`, `DictSubclassGetItemSource`, which can be
-replaced by ones of another `index`), `torch/_dynamo/guards.py` (`GuardBuilder.get`).
+replaced by ones with another `index`), `torch/_dynamo/guards.py` (`GuardBuilder.get`).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch._dynamo.source import ConstDictKeySource, DictGetItemSource, DictSubc
 from torch._guards import Guard, Source
 
 LOOKED_UP = (("transformers.utils.output_capturing", "_CAN_RECORD_REGISTRY"),)
-"""(module, name) of the tables; that they are never gone through is a contract test, of the library's own source."""
+"""(module, name) of the tables. A contract test reads the library's source to check that they are never iterated."""
 
 _OF_ALL = frozenset({"SEQUENCE_LENGTH", "DICT_KEYS_MATCH", "DICT_LENGTH", "MAPPING_KEYS_CHECK"})
 _ITEMS = (DictGetItemSource, DictSubclassGetItemSource)
 
 
 def by_key(guards: Iterable[Guard], builder: Any) -> list[Guard]:
-    """`guards` as they hold whatever else such a table has; `builder` reads expressions."""
+    """`guards`, rewritten to hold whatever other entries such a table has. `builder` evaluates expressions."""
     return [lean for guard in guards for lean in _lean(guard, builder)]
 
 
 def in_order(sources: Iterable[Source], builder: Any) -> set[Source]:
-    """`sources` of dicts whose order counts, without such tables; what is in a table by its key."""
+    """Of `sources` (dicts whose key order is guarded) all but such tables; entries of a table are addressed by key."""
     return {_by_key(source, builder) for source in sources if not _is_table(source, builder)}
 
 
@@ -46,7 +46,7 @@ def _lean(guard: Guard, builder: Any) -> Iterator[Guard]:
 
 
 def _by_key(source: Any, builder: Any) -> Any:
-    """`source`, with an entry of a table by its key in place of the key's number."""
+    """`source`, with entries of a table addressed by their key instead of the key's position."""
     base = getattr(source, "base", None)
     if not isinstance(base, Source):
         return source

@@ -1,7 +1,7 @@
-"""The Python module that Inductor writes for a graph, without imports that it does not need where it is loaded.
+"""Remove imports that are not needed at load time from the Python module that Inductor writes for a graph.
 
-Each such module imports the compiler (lowerings, templates, memory planning), a second or more, to have at hand what few
-graphs use. What is used stays; library calls are the plain functions of torch that upstream registers under their names.
+Each such module imports parts of the compiler (lowerings, templates, memory planning) that few graphs use, which takes a
+second or more. Used imports stay. Library calls go to the plain torch functions that upstream registers under these names.
 
 Upstream: `torch/_inductor/codegen/wrapper.py` (`write_header`), `torch/_inductor/kernel/` (`ExternKernelChoice`).
 """
@@ -16,7 +16,7 @@ import torch
 extern_kernels = types.SimpleNamespace(
     mm=torch.mm, addmm=torch.addmm, bmm=torch.bmm, baddbmm=torch.baddbmm, convolution=torch.convolution
 )
-"""What modules of graphs import from here; an artifact names it."""
+"""Imported from here by modules of graphs. Stored artifacts contain this name, so it must not change."""
 
 _IMPORT = re.compile(r"^from torch\._inductor\.[\w.]+ import (\w+)(?: as (\w+))?\n", re.MULTILINE)
 _CALL = re.compile(r"\bextern_kernels\.(\w+)")
@@ -24,7 +24,7 @@ _OURS = f"from {__name__} import extern_kernels\n"
 
 
 def lean(source: str) -> str:
-    """`source` without what it imports of Inductor and does not use."""
+    """`source` without unused imports from Inductor."""
     head, start, rest = source.partition("\naten = ")
     simple = all(hasattr(extern_kernels, name) for name in _CALL.findall(rest))
 

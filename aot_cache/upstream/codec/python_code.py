@@ -1,6 +1,6 @@
-"""Code objects and other values as text: digests of what a function does, names of what `is` and `==` compare.
+"""Code objects and other values as text: digests of functions, names for what `is` compares, text for what `==` compares.
 
-Nothing here depends on where a function stands: no path, no line.
+Nothing here depends on where a function is defined: no path and no line number.
 
 Upstream: CPython's code objects; `torch/_dynamo/eval_frame.py` (`OptimizedModule`).
 """
@@ -21,7 +21,7 @@ from typing import Any
 
 @cache
 def digest(code: types.CodeType) -> str:
-    """What `code` does, as 32 hex digits: instructions, constants, names, nested functions. Bound to the Python minor."""
+    """Digest of `code`, 32 hex digits: instructions, constants, names, nested functions. Valid for one Python minor."""
     parts: list[object] = [
         code.co_code,
         code.co_names,
@@ -50,9 +50,9 @@ def _constant(value: object) -> object:
 
 
 def identity(value: object) -> str:
-    """A name for what `is` would compare, which is the same in another process; empty where there is none.
+    """A name for an object that guards compare with `is`, the same in every process; empty if the object has no name.
 
-    Python functions are named by what they do, too: one that was replaced, or changed, has another name.
+    The name of a Python function contains the digest of its code, so a replaced or changed function has another name.
     """
     if isinstance(value, types.ModuleType):
         return f"module {value.__name__}"
@@ -73,9 +73,9 @@ def identity(value: object) -> str:
 
 
 def _generated(owner: type) -> str:
-    """What the generated methods of a class do: those of dataclasses, named tuples, `torch.fx` and the like.
+    """Digest of a class's generated methods (dataclasses, named tuples, `torch.fx` and the like); empty if it has none.
 
-    They stand in no file, so that nothing else tells that they changed (`place`).
+    They are in no source file, so no other check sees that they changed (`place`).
     """
     made = [
         (name, digest(method.__code__), _held_by(method))
@@ -87,7 +87,7 @@ def _generated(owner: type) -> str:
 
 def _held_by(function: types.FunctionType) -> str:
     cells = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
-    others = [value for value in cells if not isinstance(value, type)]  # a class would ask itself
+    others = [value for value in cells if not isinstance(value, type)]  # a class may contain itself: endless recursion
     return literal([function.__defaults__, sorted((function.__kwdefaults__ or {}).items()), others])
 
 
@@ -95,13 +95,13 @@ _ATOMS = (type(None), bool, int, float, complex, str, bytes, type(...))
 
 
 _TOP = 4
-"""Containers in one another that `literal` looks into."""
+"""Levels of nested containers that `literal` looks into."""
 
 
 def literal(value: object, depth: int = _TOP) -> str:
-    """What a guard on `value` compares, as text that is the same in another process: constants and containers of them.
+    """What a guard on `value` compares, as text that is the same in every process: constants and containers of them.
 
-    Anything else is named (`identity`), or by its type alone: what is inside has guards of its own.
+    Any other object appears as its name (`identity`) or its type alone, because its contents have guards of their own.
     """
     if isinstance(value, enum.Enum):
         return f"{identity(value)} {literal(value.value, depth - 1)}" if depth else identity(value)
@@ -118,13 +118,13 @@ def literal(value: object, depth: int = _TOP) -> str:
 
 
 _MOST = 10_000
-"""Values that `exact` looks into before it gives up: what holds more is no constant."""
+"""Number of values after which `exact` gives up: a larger object is no constant."""
 
 
 def exact(value: object) -> str:
-    """Everything that `==` would compare of `value`, as text that is the same in another process; empty where it cannot be told.
+    """Everything that `==` compares of `value`, as text that is the same in every process; empty if there is no such text.
 
-    Containers by what is in them, in their order; an object of a Python class by its class and all its attributes.
+    A container is written as its items, in order; an object of a Python class as its class and all its attributes.
     """
     try:
         return _Exact().text(value)
@@ -133,7 +133,7 @@ def exact(value: object) -> str:
 
 
 class _NotExact(Exception):
-    """Something of which no text says what it is."""
+    """A value has no exact text."""
 
 
 class _Exact:
@@ -198,7 +198,7 @@ _SEQUENCES: tuple[type[Any], ...] = (
 
 
 def attributes(value: Any) -> dict[str, Any]:
-    """What an object holds by name, in its own dictionary or in slots."""
+    """An object's attributes, from its dictionary and its slots."""
     slots = (slot for cls in type(value).__mro__ for slot in _slots(vars(cls).get("__slots__", ())))
     held = {name: getattr(value, name) for name in slots if name.isidentifier() and hasattr(value, name)}
     held.pop("__weakref__", None)
@@ -211,11 +211,11 @@ def _slots(slots: Any) -> tuple[str, ...]:
 
 
 def _is_pythons(kind: type) -> bool:
-    """Whether an object of this class holds nothing but attributes: no fields of C code beside them."""
+    """Whether objects of this class hold only Python attributes, and no fields of a C type."""
     slots = sum(len(_slots(vars(base).get("__slots__", ()))) for base in kind.__mro__)
     return (
         kind.__basicsize__ <= object.__basicsize__ + (2 + slots) * tuple.__itemsize__
-    )  # its dictionary, weak references
+    )  # 2: dictionary and weak references
 
 
 def _kind(value: object) -> str:
@@ -234,7 +234,7 @@ _NAMED_BY_TEXT = frozenset(
 
 
 def _named(value: object) -> str:
-    """Builtins, operators, dtypes and the like: objects that a module has under their own name."""
+    """Name of a builtin, operator, dtype or the like, which a module holds under its own name; empty if there is none."""
     kind = f"{type(value).__module__}:{type(value).__qualname__}"
     if kind in _NAMED_BY_TEXT or type(value).__module__ == "torch._ops":
         return f"{kind} {value}"  # dtypes, layouts, operators: their text is their name
@@ -255,8 +255,8 @@ def _named(value: object) -> str:
 
 
 def _kernel(value: Any) -> str:
-    """A Triton kernel is named by its source and that of all that it calls; a graph holds its binary."""
-    from aot_cache.upstream.codec import triton_jit  # Triton is here: the kernel is
+    """Name of a Triton kernel: a digest of its source, of everything it calls and of its configs. Graphs hold its binary."""
+    from aot_cache.upstream.codec import triton_jit  # a kernel exists, so Triton is imported
 
     function = triton_jit.unwrap(value)
     if function is None:
@@ -267,14 +267,14 @@ def _kernel(value: Any) -> str:
 
 
 def _qualified(value: Any) -> str | None:
-    """The name that a function or the like has of its own, with what it is bound to or wraps; empty where that has none."""
+    """`module:qualname` of a callable, with the names of what it is bound to or wraps; empty if one of these has no name."""
     owner, wraps = getattr(value, "__self__", None), getattr(value, "__wrapped__", None)
     name, module = getattr(value, "__qualname__", ""), getattr(value, "__module__", None) or "builtins"
     if not (isinstance(name, str) and name and isinstance(module, str)):
         return None
     if _of_pybind(owner):
-        name = str(value.__name__)  # the qualified one has how pybind11 was compiled
-    # What is bound to a value, or what functools' caches wrap, is part of it.
+        name = str(value.__name__)  # the qualified name depends on how pybind11 was compiled
+    # The object that a method is bound to, or the function that a functools cache wraps, is part of the name.
     constant = isinstance(owner, (tuple, frozenset))  # `keyword.iskeyword` is a method of one
     bound = [] if _stands_alone(owner) else [exact(owner) if constant else identity(owner)]
     parts = [*bound, *([identity(wraps)] if wraps is not None else [])]
@@ -285,9 +285,9 @@ _MADE_BY_CALLS = (types.GeneratorType, types.CoroutineType, types.AsyncGenerator
 
 
 def _stands_alone(owner: object) -> bool:
-    """Whether what is bound to `owner` is named by its own name: a function of a module, or of a class.
+    """Whether a callable bound to `owner` is identified by its own name: a function of a module or class.
 
-    pybind11 binds what it makes for a module to a capsule, or to a record of its own.
+    pybind11 binds module functions to a capsule, or to a record type of its own.
     """
     return owner is None or isinstance(owner, (types.ModuleType, type)) or _of_pybind(owner)
 
@@ -298,13 +298,13 @@ def _of_pybind(owner: object) -> bool:
 
 
 def place(code: types.CodeType, module: str) -> tuple[str, types.CodeType] | None:
-    """(qualified name, code) of the function of `module` that `code` is, or is written in; None when it has none."""
+    """(qualified name, code) of the outermost function of `module` that is or contains `code`; None if there is none."""
     owner = sys.modules.get(module)
     return _places(owner).get(code) if owner is not None else None
 
 
 def digests(module: str) -> dict[str, set[str]]:
-    """Qualified name → digests of the functions of `module`, as imported here, that have it."""
+    """Qualified name → digests of the functions with that name in `module`, as imported here."""
     owner = sys.modules.get(module)
     found: dict[str, set[str]] = {}
     for name, code in _places(owner).values() if owner is not None else ():
@@ -313,7 +313,7 @@ def digests(module: str) -> dict[str, set[str]]:
 
 
 def _places(module: types.ModuleType) -> dict[types.CodeType, tuple[str, types.CodeType]]:
-    """Every code object that `module`'s functions and classes lead to, with the outermost function around it."""
+    """Every code object reachable from `module`'s functions and classes → (name, code) of its outermost function."""
     found: dict[types.CodeType, tuple[str, types.CodeType]] = {}
     seen: set[int] = set()
 
@@ -329,7 +329,7 @@ def _places(module: types.ModuleType) -> dict[types.CodeType, tuple[str, types.C
             return
         seen.add(id(value))
         if isinstance(value, types.FunctionType):
-            if value.__globals__ is vars(module):  # a decorator's wrapper calls itself by the name of what it wraps
+            if value.__globals__ is vars(module):  # a decorator's wrapper copies the name of what it wraps
                 nested(value.__code__, value.__qualname__, value.__code__)
             for cell in value.__closure__ or ():
                 visit(cell.cell_contents if _filled(cell) else None, depth + 1)
@@ -356,7 +356,7 @@ def _places(module: types.ModuleType) -> dict[types.CodeType, tuple[str, types.C
 
 _DEPTH = 5
 _MANY = 1000
-"""Items of a container up to which functions are looked for in it: more is a vocabulary or a table."""
+"""Containers with more items are not searched for functions: they are vocabularies or tables."""
 
 
 def _filled(cell: types.CellType) -> bool:

@@ -1,7 +1,7 @@
-"""What a tensor is: whether it is a parameter, which memory it lies in; and what a recipe leaves unset is filled.
+"""Facts about tensors (parameter or not, their memory), and a mode that fills tensors that a recipe leaves uninitialised.
 
-Upstream: `torch/utils/_python_dispatch.py` (`TorchDispatchMode`), and which operators of aten leave memory unset;
-`torch/nn/parameter.py` (`_is_param`, by which subclasses of tensors are parameters).
+Upstream: `torch/utils/_python_dispatch.py` (`TorchDispatchMode`), and which operators of aten return uninitialised memory;
+`torch/nn/parameter.py` (`_is_param`, which marks subclasses of tensors as parameters).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ _SPREAD = 0.1
 _UNSET = frozenset(
     {"empty", "empty_strided", "empty_permuted", "empty_like", "new_empty", "new_empty_strided", "empty_quantized"}
 )
-"""Operators of aten whose result is whatever was in memory before."""
+"""Operators of aten that return uninitialised memory."""
 
 
 class Filling(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its base class has an untyped hook
-    """While it is active, a new tensor has no garbage in it: small random floats of one seed, zeros for integers and flags.
+    """While active, fills new uninitialised tensors: small random floats from one seed; zeros for integers and booleans.
 
-    Zeros, because an integer may be an index. Not to be active while a compiled function runs: Dynamo leaves frames alone
-    under such a mode.
+    Zeros, because an integer may be an index. Must not be active while a compiled function runs: under such a mode Dynamo
+    skips frames.
     """
 
     def __init__(self, seed: int) -> None:
@@ -47,13 +47,13 @@ class Filling(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its base c
         if generator is None:
             generator = torch.Generator(made.device).manual_seed(self._seed)
             self._generators[made.device] = generator
-        wide = made.dtype if made.dtype.itemsize > 1 else torch.float32  # nothing draws numbers of 8 bits
+        wide = made.dtype if made.dtype.itemsize > 1 else torch.float32  # torch.randn has no 8-bit dtypes
         values = torch.randn(made.shape, generator=generator, dtype=wide, device=made.device)
         made.copy_(values.mul_(_SPREAD))
 
 
 def storage_of(tensor: torch.Tensor) -> tuple[tuple[str, int], Storage] | None:
-    """(what tells one piece of memory from another, that memory); None where a tensor has none of its own."""
+    """((device, address), storage) of a tensor; None if it has no memory of its own."""
     try:
         found = tensor.untyped_storage()
         address = found.data_ptr()
@@ -63,7 +63,7 @@ def storage_of(tensor: torch.Tensor) -> tuple[tuple[str, int], Storage] | None:
 
 
 def inner_tensors(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensors that one of a subclass is made of; none for a plain one."""
+    """Attribute name → inner tensor, for a tensor subclass; empty for a plain tensor."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         return {}

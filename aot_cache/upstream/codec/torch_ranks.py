@@ -1,4 +1,4 @@
-"""The ranks of a job, and the store in which they found each other. Imports no torch that the process has not.
+"""The ranks of a job, and the store of its rendezvous. Does not import torch unless the process already has.
 
 Upstream: `torch/distributed/distributed_c10d.py` (`_get_default_store`), `torch/csrc/distributed/c10d/Store.hpp`
 (`multi_get`, `check`).
@@ -19,7 +19,7 @@ def up() -> bool:
 
 
 def ranks_of(group: Any) -> tuple[int, ...]:
-    """The job's ranks that a process group has, in its order; None is all of them."""
+    """The global ranks of a process group, in its order; None is the whole job."""
     import torch.distributed as dist
 
     return tuple(dist.get_process_group_ranks(dist.group.WORLD if group is None else group))
@@ -32,7 +32,7 @@ def own_rank() -> int:
 
 
 def own_or_first() -> int:
-    """This process's rank in its job; outside of one it is the first and only one."""
+    """This process's rank in its job; 0 outside of a job."""
     return own_rank() if up() else 0
 
 
@@ -45,26 +45,26 @@ def store() -> Any:
 
 
 class Board:
-    """A place where ranks put texts for each other: the job's store.
+    """The job's store, as a board where ranks leave texts for each other.
 
-    Its server is a thread of C++, in the launcher or in rank 0: a rank that computes, or hangs, does not hold it up.
+    Its server is a C++ thread in the launcher or in rank 0, so a rank that computes or hangs does not block it.
     """
 
     def __init__(self) -> None:
-        # Not a connection of our own: making one would wait for minutes where the store is gone. What is asked of it here
-        # is answered at once, so that nobody else waits for us.
+        # The existing connection is used: making a new one would wait for minutes if the store is gone. All requests here
+        # are answered at once, so they do not delay other users of the connection.
         self._store = self.of = store()
 
     def put(self, key: str, text: str) -> None:
-        """Raises RuntimeError when the store is gone."""
+        """Write a text. Raises RuntimeError if the store is gone."""
         self._store.set(key, text)
 
     def has(self, *keys: str) -> bool:
-        """Whether there is a text under each key. Raises RuntimeError when the store is gone."""
+        """Whether each key has a text. Raises RuntimeError if the store is gone."""
         return bool(self._store.check(list(keys)))
 
     def get(self, keys: list[str]) -> list[str]:
-        """The texts under keys that are there: a wait for one that is not is answered with warnings of upstream's.
+        """The texts of existing keys. Waiting for a missing key would make upstream print warnings, so ask `has` first.
 
         Raises:
             RuntimeError: the store is gone.
@@ -72,5 +72,5 @@ class Board:
         return [text.decode() for text in self._store.multi_get(keys)]
 
     def remove(self, key: str) -> None:
-        """Take one's own text away."""
+        """Remove a text of this rank."""
         self._store.delete_key(key)

@@ -1,4 +1,4 @@
-"""Which torch is installed, and the vector instructions that it takes here; torch is imported for the latter alone.
+"""Which torch is installed, and the vector instructions that it uses here. Only the latter imports torch.
 
 Upstream: `torch/version.py` (written by torch's build), `torch/backends/cpu` (`get_cpu_capability`).
 """
@@ -17,12 +17,12 @@ _GIT = re.compile(r"^git_version\b[^=]*=\s*['\"]([0-9a-f]+)['\"]", re.M)
 
 
 def release() -> str:
-    """The release without the build's flavour (`+cpu`, `+cu130`); empty where there is no torch."""
+    """The release without its local version (`+cpu`, `+cu130`); empty if torch is not installed."""
     return installed("torch").partition("+")[0]
 
 
 def git() -> str:
-    """The commit that torch was built from; empty where there is no torch, or it does not say."""
+    """The commit that torch was built from; empty if torch is not installed or does not have it."""
     loaded = sys.modules.get("torch")
     if loaded is not None:
         return str(loaded.version.git_version)

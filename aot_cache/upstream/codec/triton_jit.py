@@ -26,11 +26,11 @@ from aot_cache.upstream.codec.triton_names import name_of as name_of
 
 Json = Any
 JITCallable = triton_names.JITCallable
-_JIT = "jit "  # what a name means that stands for a function
+_JIT = "jit "  # begins the meaning of a name that refers to a jit function
 
 
 def unwrap(kernel: Any) -> JITFunction | None:
-    """The `JITFunction` under heuristics and autotuners, or None when `kernel` is no kernel."""
+    """The `JITFunction` under heuristics and autotuners; None if `kernel` is no kernel."""
     seen = 0
     while not isinstance(kernel, JITFunction):
         kernel = getattr(kernel, "fn", None)
@@ -52,9 +52,9 @@ def wrappers(kernel: Any) -> Iterator[Any]:
 
 
 def find(name: str, loaded_only: bool = False) -> Any:
-    """The object called `module:qualname`, or None when it cannot be reached by that name.
+    """The object called `module:qualname`; None if there is none.
 
-    `loaded_only` never imports: a loader must not import a model's modules before the process does.
+    With `loaded_only` nothing is imported: a loader must not import a model's modules before the process does.
     """
     module_name, _, qualname = name.partition(":")
     try:
@@ -72,14 +72,14 @@ def find(name: str, loaded_only: bool = False) -> Any:
 
 
 def closure(function: Any) -> dict[str, Json]:
-    """What decides a kernel's code: the source of every function that it calls, and what each name in them meant.
+    """What decides a kernel's code: its source, that of every function it calls, and the meaning of each name in them.
 
-    Unlike Triton's own `cache_key` this has no line number (moving a kernel within its file changes nothing), and unlike
-    a plain hash it can be checked in the serving process without parsing: see `closure_differs`.
+    Unlike Triton's own `cache_key` it has no line number, so moving a kernel within its file changes nothing. Unlike a plain
+    hash it can be checked in the serving process without parsing: see `closure_differs`.
 
     Returns:
-        `{function name: {"src": sha256, "refs": {dotted name: meaning}}}`. Of several functions of one name, which a
-        factory makes, all but the first have a number: `name#2`.
+        `{function name: {"src": sha256, "refs": {dotted name: meaning}}}`. If several functions have one name, because a
+        factory makes them, all but the first get a number: `name#2`.
     """
     out: dict[str, Json] = {}
     _close(function, out, {})
@@ -87,7 +87,7 @@ def closure(function: Any) -> dict[str, Json]:
 
 
 def _close(function: Any, out: dict[str, Json], keys: dict[int, str]) -> str:
-    """Add a function, and what it calls, to `out`; returns its name there."""
+    """Add a function, and the functions it calls, to `out`; returns its key there."""
     if id(function) in keys:
         return keys[id(function)]
     name, number = name_of(function), 1
@@ -114,7 +114,7 @@ def closure_digest(document: Mapping[str, Json]) -> str:
 
 
 def closure_differs(function: Any, document: Mapping[str, Json]) -> str:
-    """Why `function` here is not the one of `document`; empty when it is."""
+    """How `function` differs from the one whose closure is `document`; empty if it does not."""
     pending, seen = [(function, name_of(function))], set()
     while pending:
         current, key = pending.pop()
@@ -138,7 +138,7 @@ def closure_differs(function: Any, document: Mapping[str, Json]) -> str:
 
 
 def identity(function: Any, document: dict[str, Json]) -> str:
-    """A kernel's name with what tells it from others of that name: its source, and what it sees around it."""
+    """A kernel's name with a digest of its closure, which tells it from other kernels of that name."""
     return variant(name_of(function), closure_digest(document))
 
 
@@ -150,12 +150,16 @@ def _source_digest(function: Any) -> str:
 
 
 def encode(value: Any) -> Json:
-    """A specialization's value as JSON.
+    """A value of a specialization as JSON.
 
     Raises:
-        TraceError: for a value that has no written form.
+        TraceError: the value has no JSON form.
     """
-    if value is None or type(value) in (bool, str, int):  # not an enum or numpy scalar: its text is another key
+    if value is None or type(value) in (
+        bool,
+        str,
+        int,
+    ):  # not an enum or numpy scalar: its text is another key
         return value
     if type(value) is float:
         return value if math.isfinite(value) else {"float": repr(value)}
@@ -183,7 +187,7 @@ def encode(value: Any) -> Json:
 
 
 def _encode_member(value: enum.Enum) -> Json:
-    """A member of an enum, by its value: combined flags are none of those that have a name."""
+    """An enum member, written by value: combined flags have no name."""
     name = f"{type(value).__module__}:{type(value).__qualname__}"
     if find(name) is not type(value):
         raise TraceError(
@@ -193,10 +197,10 @@ def _encode_member(value: enum.Enum) -> Json:
 
 
 def decode(value: Json) -> Any:
-    """The inverse of `encode`. Names are imported: only ever call it on a plan or bundle whose hash was checked.
+    """The inverse of `encode`. It imports modules by name: call it only on a plan or bundle whose hash was checked.
 
     Raises:
-        TraceError: when a jit function that is named cannot be found.
+        TraceError: a jit function cannot be found, or its source has changed.
     """
     if not isinstance(value, dict):
         return value
@@ -233,7 +237,7 @@ def names_a_function(value: Json) -> bool:
 
 
 def decode_pair(pair: Json) -> tuple[Any, Any]:
-    """One parameter's (type, value); plain pairs, nearly all, without a walk."""
+    """One parameter's (type, value). Nearly all pairs are plain, and are returned without decoding."""
     first, second = pair["t"] if isinstance(pair, dict) else pair
     if isinstance(first, dict):
         first = decode(first)
@@ -246,19 +250,19 @@ def decode_pair(pair: Json) -> tuple[Any, Any]:
 
 
 def bind(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, list[Any], dict[str, Any]]:
-    """What one launch asks for: (Triton's in-memory key, specialization, options), computed by Triton's own binder."""
+    """(Triton's in-memory key, specialization, options) of one launch, computed by Triton's own binder."""
     _, keys, _, _, binder = function.device_caches[0]
     _, specialization, options = binder(*args, **kwargs)
     return compute_cache_key(keys, specialization, options), specialization, options
 
 
 def memory_key(specialization: list[Any], options: dict[str, Any]) -> str:
-    """Triton's in-memory key, computed by the Triton of this process."""
+    """Triton's in-memory key, computed by this process's Triton."""
     return str(compute_cache_key({}, specialization, options))
 
 
 def launch_defaults(function: JITFunction, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`kwargs` with what `JITFunction.run` adds before it binds; the order matters, it is part of the key."""
+    """`kwargs` with what `JITFunction.run` adds before binding. The order is part of the key."""
     from triton import knobs
 
     kwargs["debug"] = kwargs.get("debug", function.debug) or knobs.runtime.debug
@@ -283,7 +287,7 @@ _ORIGINAL_RUN = JITFunction.run
 
 
 def option_overrides(function: JITFunction, kwargs: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Backend options that reached a launch as kernel parameters of the same name (`num_warps: tl.constexpr`)."""
+    """Backend options that a launch passed as kernel parameters of the same name (`num_warps: tl.constexpr`)."""
     names = {p.name for p in function.params}
     backend = function.device_caches[0][3]
     fields = set(backend.parse_options({}).__dict__)
@@ -305,7 +309,7 @@ def signature_of(function: JITFunction, specialization: list[Any]) -> dict[str, 
 
 
 def tuning_key(tuner: Autotuner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """The key under which an autotuner remembers its choice, as `Autotuner.run` computes it."""
+    """The key under which an autotuner caches its choice, as `Autotuner.run` computes it."""
     named = {**dict(zip(tuner.arg_names, args)), **kwargs}
     named = {k: v for k, v in named.items() if k in tuner.arg_names}
     key = [named[k] for k in tuner.keys if k in named]
@@ -319,9 +323,9 @@ def config_kwargs(config: Any) -> dict[str, Any]:
 
 
 def encoded_config(config: Any) -> dict[str, Json]:
-    """A config's launch arguments in their written form.
+    """A config's launch arguments as JSON.
 
     Raises:
-        TraceError: one of them has none.
+        TraceError: an argument has no JSON form.
     """
     return {name: encode(value) for name, value in config_kwargs(config).items()}

@@ -3,8 +3,8 @@
 Upstream: `triton/compiler/compiler.py` (`CompiledKernel.__init__`, `_init_handles`), `triton/runtime/jit.py`
 (`device_caches`), `triton/backends/nvidia/driver.py` (launchers).
 
-Written for speed where it is once a unit: a server loads hundreds, and the driver's own share is 40 microseconds each.
-What units have in common (source, metadata, launcher, and the module where the binary is the same) is made once.
+The code that runs once for each unit is written for speed: a server loads hundreds, and the driver alone takes 40 microseconds
+each. What units share (source, metadata, launcher, and the module if the binary is the same) is made once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from aot_cache.upstream.versions import UNLOADS_ON_DELETE
 
 Json = Any
 
-# A kernel of these versions unloads its module when it is deleted, so each needs a module of its own.
+# In these versions a kernel unloads its module when it is deleted, so each kernel needs its own module.
 _SHARES_MODULES = minor(triton.__version__) not in UNLOADS_ON_DELETE
 
 
@@ -47,12 +47,12 @@ def current_target() -> GPUTarget:
 
 
 def device_limits(device: int) -> dict[str, int]:
-    """What Triton's driver says of a real device."""
+    """The properties of a real device, from Triton's driver."""
     return dict(driver.active.utils.get_device_properties(device))
 
 
 class _Kernel(CompiledKernel):  # type: ignore[misc]  # Triton has no types
-    """A kernel out of a bundle: what only debuggers read is made when they do."""
+    """A kernel from a bundle. Attributes that only debugging tools read are made on demand."""
 
     bundle: Bundle
     binary_ext: str
@@ -72,7 +72,7 @@ class Installer:
     Args:
         target: Triton's target of the current device.
         device: the current device.
-        bundle: where binaries come from, hashed.
+        bundle: provides the binaries, and checks their hashes.
     """
 
     def __init__(self, target: GPUTarget, device: int, bundle: Bundle) -> None:
@@ -91,10 +91,10 @@ class Installer:
         self._target = target
 
     def install(self, function: JITFunction, units: Sequence[tuple[UnitRow, str]]) -> list[CompiledKernel]:
-        """Install units of one kernel, each with Triton's key for it: the ordinary launch finds them from now on.
+        """Install units of one kernel, each under its Triton key. From now on ordinary launches find them.
 
         `prime` loads them onto the device.
-        Units that came out the same (an argument's alignment that nothing uses) are one kernel here.
+        Units with equal results (they differ in an argument's alignment that nothing uses) share one kernel object.
         """
         cache, kernels = function.device_caches[self._device][0], []
         for unit, key in units:
@@ -129,7 +129,7 @@ class Installer:
     def _source(self, function: JITFunction, number: int, signature: int) -> ASTSource:
         source = self._sources.get((number, signature))
         if source is None:
-            # What ASTSource.__init__ does; launches read no constants, so units of one signature share it.
+            # As ASTSource.__init__ does. Launches read no constants, so units with one signature share a source.
             source = self._sources[number, signature] = ASTSource.__new__(ASTSource)
             source.fn = function
             source.language = Language.GLUON if function.is_gluon() else Language.TRITON
@@ -141,10 +141,10 @@ class Installer:
         return source
 
     def prime(self, kernels: list[CompiledKernel], units: Sequence[UnitRow]) -> int:
-        """Load kernels onto the current device. Returns how many modules were loaded for them.
+        """Load kernels onto the current device. Returns how many modules were loaded.
 
-        What `CompiledKernel._init_handles` does, with launchers and modules shared. A kernel that does not fit the
-        device is left to it: it raises, at its launch, what it would have raised.
+        Does what `CompiledKernel._init_handles` does, but shares launchers and modules. A kernel that does not fit the device
+        is left unloaded, so that its launch raises Triton's own error.
         """
         driver_utils, properties = driver.active.utils, None
         modules = 0
@@ -187,7 +187,7 @@ class Installer:
         metadata = kernel.metadata
         if getattr(metadata, "tensordesc_meta", None):
             return driver.active.launcher_cls(kernel.src, metadata)
-        # Everything of the metadata that a launcher keeps; see CudaLauncher.__init__ and HIPLauncher.__init__.
+        # All metadata that a launcher keeps; see CudaLauncher.__init__ and HIPLauncher.__init__.
         key = (id(kernel.src), *(getattr(metadata, name, None) for name in _LAUNCHER_FIELDS))
         launcher = self._launchers.get(key)
         if launcher is None:
@@ -208,11 +208,11 @@ _LAUNCHER_FIELDS = (
 
 
 OURS = "_aot_cache_counts"
-"""The attribute of aot-cache's own listeners, which know what is loaded here."""
+"""Attribute that marks aot-cache's own listeners. They need no notice of loads made here."""
 
 
 def _listeners(chain: Any) -> list[Any]:
-    """Who listens to one of Triton's hooks beside aot-cache."""
+    """The listeners of one of Triton's hooks, without aot-cache's own."""
     return [call for call in getattr(chain, "calls", ()) if not hasattr(call, OURS)]
 
 
@@ -222,7 +222,7 @@ def _tell(listeners: list[Any], kernel: CompiledKernel) -> None:
 
 
 class _MetadataMaker:
-    """Triton's `KernelMetadata` tuples of a bundle's units."""
+    """Makes Triton's `KernelMetadata` tuples for a bundle's units."""
 
     def __init__(self, target: GPUTarget, manifest: Served, backend: Any) -> None:
         common = {
@@ -243,7 +243,7 @@ class _MetadataMaker:
             self._sets.append((plain, names.index("hash"), backend.pack_metadata(plain)))
 
     def get(self, number: int, digest: str) -> tuple[Any, Any]:
-        """(metadata, packed metadata) of a metadata set and a binary."""
+        """(metadata, packed metadata) for a metadata set and a binary."""
         plain, place, packed = self._sets[number]
         return plain._make((*plain[:place], digest, *plain[place + 1 :])), packed
 
@@ -254,13 +254,15 @@ def is_loaded(kernel: CompiledKernel) -> bool:
 
 
 def load_as_triton_does(kernel: CompiledKernel) -> None:
-    """Triton's own way of loading a kernel: what benchmarks hold `Installer.prime` against."""
+    """Load a kernel as Triton does. Benchmarks compare `Installer.prime` with this."""
     kernel._init_handles()
 
 
 def choose(tuners: Sequence[Autotuner], key: Sequence[Json], config: Mapping[str, Json], replace: bool = False) -> str:
-    """Make `tuners` take `config` under `key`; those that make their configs when they are called take it then, if it is
-    among them. Returns why none of them can; empty when one does."""
+    """Make `tuners` use `config` for `key`. Tuners that create their configs when called use it then, if it is among them.
+
+    Returns why no tuner can use it; empty if one does.
+    """
     if not tuners:
         return "its autotuner is not there"
     decoded, wanted = tuple(triton_jit.decode(k) for k in key), dict(config)
@@ -283,13 +285,13 @@ def _take(tuner: Autotuner, key: tuple[Any, ...], wanted: dict[str, Json], repla
 
 
 def forget(tuner: Autotuner, key: tuple[Any, ...]) -> None:
-    """Make a tuner choose again under `key`."""
+    """Make a tuner choose again for `key`."""
     tuner.cache.pop(key, None)
     _choices.get(tuner, {}).pop(key, None)
 
 
 def waiting_choice(tuner: Autotuner, key: tuple[Any, ...], configs: list[Any]) -> int | None:
-    """The number of the config that `choose` was given for `key`, among those that the tuner has just made; or None."""
+    """The index in `configs`, which the tuner has just created, of the config that `choose` set for `key`; or None."""
     wanted = _choices.get(tuner, {}).get(key)
     return None if wanted is None else _place(configs, wanted)
 
@@ -299,19 +301,19 @@ def _place(configs: list[Any], wanted: dict[str, Json]) -> int | None:
 
 
 _choices: weakref.WeakKeyDictionary[Autotuner, dict[tuple[Any, ...], dict[str, Json]]] = weakref.WeakKeyDictionary()
-"""Choices of tuners that make their configs at the first call, with hooks that no bundle could hold (gemlite)."""
+"""Choices for tuners that create their configs at the first call, with hooks that no bundle could contain (gemlite)."""
 
 
 def _makes_configs(tuner: Autotuner) -> bool:
-    """Whether a tuner's pruning may return configs that are none of its own."""
+    """Whether a tuner's pruning may return configs that are not in `tuner.configs`."""
     return getattr(tuner, "early_config_prune", None) is not None
 
 
 def functions_in_memory(names: set[str]) -> dict[str, list[JITFunction]]:
-    """Kernels made inside functions, which no module attribute reaches: found among all live objects."""
+    """Name → kernels of that name, found among all live objects. For kernels that no module attribute holds."""
     found: dict[str, list[JITFunction]] = {}
     for value in gc.get_objects():
-        if issubclass(type(value), JITFunction):  # asking the value itself would wake lazy proxies
+        if issubclass(type(value), JITFunction):  # isinstance on the value itself would load lazy proxies
             name = triton_jit.name_of(value)
             if name in names:
                 found.setdefault(name, []).append(value)

@@ -1,4 +1,4 @@
-"""The names in a kernel's source, and what they stand for around it.
+"""The names in a kernel's source, and the values that they refer to.
 
 Upstream: `triton/compiler/code_generator.py` (which globals a kernel may use), `triton/runtime/jit.py` (`JITCallable`: `fn`,
 `src`).
@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 try:
     from triton.runtime.jit import JITCallable as JITCallable
-except ImportError:  # pragma: no cover - every release that was tested has it, see `aot_cache.tested`
+except ImportError:  # pragma: no cover - every tested release has it, see `aot_cache.tested`
     JITCallable = JITFunction
 
 
@@ -41,7 +41,7 @@ class _Names(ast.NodeVisitor):
             self.visit(inner)
 
 
-@lru_cache(maxsize=4096)  # a factory's kernels have one source
+@lru_cache(maxsize=4096)  # kernels of a factory share one source
 def in_source(source: str) -> list[str]:
     """The dotted names in a function's source, sorted."""
     visitor = _Names()
@@ -55,7 +55,7 @@ def name_of(function: Any) -> str:
 
 
 def look_up(function: Any, dotted: str) -> Any:
-    """What a name in the source of `function` stands for; None where it is not known yet, or is the kernel's own."""
+    """The value of a name in the source of `function`; None if it is not defined yet, or is a local name of the kernel."""
     first, *rest = dotted.split(".")
     python = function.fn
     cells = dict(zip(python.__code__.co_freevars, python.__closure__ or ()))
@@ -74,7 +74,7 @@ def look_up(function: Any, dotted: str) -> Any:
 
 
 def meaning(value: Any) -> str | None:
-    """What a global name stands for, in words that are the same in every process; None when it cannot change code."""
+    """A value that a kernel uses, as text that is the same in every process; None if it cannot change the code."""
     if isinstance(value, JITCallable):
         return f"jit {name_of(value)}"
     if isinstance(value, (tl.constexpr, tl.dtype, bool, int, float, str)):
@@ -86,15 +86,15 @@ def meaning(value: Any) -> str | None:
         return None
     module = getattr(value, "__module__", "") or ""
     if module.startswith("triton."):
-        # Which of Triton's builtins a name means can depend on the machine (fla: `exp` is a fast one or libdevice's).
+        # Which of Triton's builtins a name refers to can depend on the machine (fla: a fast `exp`, or libdevice's).
         return f"triton {module.removeprefix('triton.')}.{getattr(value, '__qualname__', '?')}"
     return None
 
 
 def hidden(function: Any) -> tuple[tuple[str, int], ...]:
-    """(name, id) of what a factory has put around a kernel, or around what it calls, that has no meaning in words.
+    """(name, id) of closure variables of a kernel, and of the functions it calls, that have no `meaning`.
 
-    Kernels of one name that differ in nothing else cannot be told apart.
+    Kernels with one name that differ only in these cannot be told apart.
     """
     found: list[tuple[str, int]] = []
     pending, seen = [function], set()
@@ -116,7 +116,7 @@ def _parts(value: Any) -> Iterator[Any]:
     if isinstance(value, (tuple, list)):
         for item in value:
             yield from _parts(item)
-        # Functions in it have a name, and no source of theirs is looked at.
+        # A jit function in a container has a meaning, but its source is not compared: treat it as hidden.
         yield from (_SOMETHING for item in value if isinstance(item, JITCallable))
     else:
         yield value
@@ -131,4 +131,4 @@ def _is_hidden(value: Any) -> bool:
     found: Any = sys.modules.get(getattr(value, "__module__", None) or "")
     for part in (getattr(value, "__qualname__", None) or "?").split("."):
         found = getattr(found, part, None)
-    return found is not value  # a class or function that its module has by name is the same for all
+    return found is not value  # a class or function that can be found by its name is the same for all kernels

@@ -1,4 +1,4 @@
-"""Kernels whose source cannot be read: Triton compiles from text, and refuses them where they are defined.
+"""Explain errors about kernels whose source cannot be read: Triton compiles from text, and raises at their definition.
 
 Upstream: `triton/runtime/jit.py` (`JITCallable.__init__`: `inspect.getsourcelines`, and a `ValueError` from its `OSError`).
 """
@@ -13,7 +13,7 @@ from aot_cache.upstream.codec import triton_names
 
 
 def unreadable(error: BaseException | None) -> TraceError | None:
-    """What is said of a kernel whose source is not there, where that is what `error` is about; else None."""
+    """The error to show if `error` is about a kernel without source text; else None."""
     if not isinstance(error, (OSError, ValueError)):
         return None
     if not isinstance(error, OSError) and not isinstance(error.__cause__, OSError):
@@ -27,7 +27,7 @@ def unreadable(error: BaseException | None) -> TraceError | None:
         return None
     what = f"kernel {function.__module__}:{function.__qualname__} has no source text, which Triton compiles from"
     file = function.__code__.co_filename
-    if file.startswith("<"):  # of text that was executed; a notebook leaves its cells' text where `inspect` finds it
+    if file.startswith("<"):  # from `exec`; a notebook's cells have text that `inspect` finds
         return TraceError(f"{what}: it was executed as {file}", hint="define it in a file")
     why = f"only compiled code of {os.path.basename(file)} is installed"
     return TraceError(f"{what}: {why}", hint="install its package with its .py files; a server needs them, too")

@@ -1,4 +1,4 @@
-"""The Python function under what torch and Triton make of one. Imports neither.
+"""Find the Python function under the wrappers of torch and Triton. Imports neither.
 
 Upstream: `torch/_dynamo/eval_frame.py` (`OptimizedModule`; compiled functions are wrapped as `functools.wraps` does),
 `triton/runtime/jit.py`, `triton/runtime/autotuner.py` (`fn`).

@@ -1,1 +1,1 @@
-"""What is put into torch and Triton while serving or recording: on miss paths only, and given back (see `upstream.patch`)."""
+"""Hooks in torch and Triton for serving and recording. On miss paths only, and removable (see `upstream.patch`)."""

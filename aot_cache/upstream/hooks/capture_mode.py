@@ -1,9 +1,9 @@
-"""Let this thread do, while a capture is under way, what the capture would otherwise be lost for: load a module.
+"""Let this thread load a module during a capture, which would otherwise invalidate the capture.
 
-The driver asks each thread what it minds (`cuThreadExchangeStreamCaptureMode`, `hipThreadExchangeStreamCaptureMode`, both
-public); torch does the same around its own allocations (`c10/cuda/CUDAGraphsC10Utils.h`, `CUDAStreamCaptureModeGuard`).
+The driver has a capture mode for each thread (`cuThreadExchangeStreamCaptureMode`, `hipThreadExchangeStreamCaptureMode`, both
+public). torch changes it around its own allocations (`c10/cuda/CUDAGraphsC10Utils.h`, `CUDAStreamCaptureModeGuard`).
 
-Upstream: `torch/version.py` (`hip`), through `torch_capture`; beside it the drivers' public functions alone.
+Upstream: `torch/version.py` (`hip`), through `torch_capture`; otherwise only public functions of the drivers.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _ENTRANCES = {
 
 @contextlib.contextmanager
 def relaxed() -> Iterator[None]:
-    """Inside, potentially unsafe calls of this thread are not held against any capture.
+    """Inside, potentially unsafe calls of this thread do not invalidate any capture.
 
-    Where the driver cannot be asked nothing changes: what is done inside is then done as without this.
+    If the driver's function is not available, nothing is changed.
     """
     exchange = _exchange(torch_capture.on_rocm())
     mode = ctypes.c_int(_RELAXED)
-    exchanged = exchange is not None and exchange(ctypes.byref(mode)) == 0  # `mode` is what it was from here on
+    exchanged = exchange is not None and exchange(ctypes.byref(mode)) == 0  # `mode` now holds the previous mode
     try:
         yield
     finally:

@@ -1,9 +1,9 @@
-"""Make the handles and workspaces of cuBLAS, cuBLASLt and cuDNN before a capture, which forbids to make them.
+"""Create the handles and workspaces of cuBLAS, cuBLASLt and cuDNN before a capture, during which they cannot be created.
 
-torch makes a handle at a thread's first use of a library on a device, and cuBLAS's workspace at its first use on a stream
+torch creates a handle at a thread's first use of a library on a device, and cuBLAS's workspace at its first use on a stream
 (`aten/src/ATen/cuda/CublasHandlePool.cpp`, `aten/src/ATen/cudnn/Handle.cpp`). Measured on an H200, torch 2.11: inside a
 capture the first matrix product, convolution or attention fails without this; random numbers of the default generator
-need nothing; FFT plans and linear algebra solvers (cuFFT, cuSOLVER) are not made here.
+need nothing; FFT plans and linear algebra solvers (cuFFT, cuSOLVER) are not created here.
 
 Upstream: `torch/backends/cudnn/__init__.py` (`is_available`, `enabled`), and which operators use which library.
 """
@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 _done: set[tuple[int, int, int]] = set()
-"""(device, stream, thread): handles are a thread's own."""
+"""(device, stream, thread), because each thread has its own handles."""
 _lock = threading.Lock()
 
 
 def prime() -> None:
-    """Use the libraries once on the current device and stream, unless this thread has. CUDA must be up.
+    """Use the libraries once on the current device and stream, unless this thread already has. CUDA must be initialised.
 
-    cuDNN where torch has it and may use it: for convolutions, and for attention on Hopper and later.
+    cuDNN is used if torch has it and it is enabled: torch uses it for convolutions, and for attention on Hopper and later.
     """
     stream = torch.cuda.current_stream()
     place = (torch.cuda.current_device(), stream.cuda_stream, threading.get_ident())

@@ -1,6 +1,6 @@
-"""Where Dynamo is about to compile a frame: look at it, answer in its place, or let it go on.
+"""Hook the point where Dynamo is about to compile a frame: observe the frame, answer in Dynamo's place, or let it compile.
 
-Both hooks sit on the miss path: a call whose guards hold in Dynamo's own cache never comes here.
+Both hooks are on the miss path: a call whose guards hold in Dynamo's own cache never gets here.
 Upstream: `torch/_dynamo/convert_frame.py` (`CatchErrorsWrapper`, `_compile`), `torch/_dynamo/types.py`
 (`ConvertFrameReturn`, `GuardedCode`).
 """
@@ -33,13 +33,13 @@ Json = Any
 
 @dataclass(frozen=True)
 class Frame:
-    """A call that Dynamo has no code for.
+    """A call for which Dynamo has no code.
 
     Args:
         code: the function's code object.
-        f_globals, f_locals: the names that it sees.
-        wrapping: how it was compiled, see `compile_config_of`; None when not by Inductor.
-        fullgraph: whether graph breaks are errors for it.
+        f_globals, f_locals: the call's globals and locals.
+        wrapping: its compile config, see `compile_config_of`; None if the backend is not Inductor.
+        fullgraph: whether a graph break is an error.
     """
 
     code: types.CodeType
@@ -54,19 +54,19 @@ class Frame:
 
     @property
     def function(self) -> str:
-        """`module:qualname`, as plans and bundles name it."""
+        """`module:qualname`, as in plans and bundles."""
         return f"{self.module}:{self.name}"
 
     @property
     def name(self) -> str:
-        """What the function is called in its module (Python 3.10 knows no more than its own name)."""
+        """The function's qualified name (on Python 3.10 its plain name, as code objects have no other)."""
         return str(getattr(self.code, "co_qualname", self.code.co_name))
 
 
 def compile_config_of(backend: Any) -> dict[str, Json] | None:
-    """The parts of a `torch.compile(...)` that decide its code: backend, options (a mode is options), dynamic.
+    """The compile config: the arguments of `torch.compile` that decide its code: backend, options (modes are options), dynamic.
 
-    None for any backend but Inductor.
+    None for any backend except Inductor.
     """
     inner: Any = innermost_backend(backend)
     if type(inner) is not torch._TorchCompileInductorWrapper:
@@ -78,14 +78,14 @@ def compile_config_of(backend: Any) -> dict[str, Json] | None:
 
 
 _ARGUMENTS = ("code", "globals", "locals", "builtins", "closure", "compiler_fn", "one_graph")
-"""The first that `convert_frame._compile` takes, written down: somebody else's hook around it may hide its signature."""
+"""The first parameters of `convert_frame._compile`, as a list, because another library's hook may hide its signature."""
 
 Compile = Callable[[Any], ConvertFrameReturn]
 Instead = Callable[[Frame, Compile], ConvertFrameReturn]
 
 
 def run_without_compiling() -> ConvertFrameReturn:
-    """Run this call, and all that it calls, as plain Python; remember nothing for the next one."""
+    """Run this call, and everything it calls, as plain Python. Later calls are not affected."""
     dynamo_stance.count_as_compiled()
     return ConvertFrameReturn(FrameExecStrategy(FrameAction.DEFAULT, FrameAction.SKIP), apply_to_code=False)
 
@@ -94,17 +94,16 @@ _refused = threading.local()
 
 
 def refuse(error: Exception) -> ConvertFrameReturn:
-    """Make this call raise `error`, whatever Dynamo is told to suppress; only while `before_compiling` is hooked in."""
+    """Make this call raise `error`, even if Dynamo suppresses errors. Works only while `before_compiling` is hooked."""
     _refused.error = error
     return run_without_compiling()
 
 
 def intercept_compile(handler: Instead) -> Callable[[], None]:
-    """Ask `handler(frame, compile)` wherever Dynamo would compile, after all its own reasons to skip a frame.
+    """Call `handler(frame, compile)` where Dynamo would compile a frame that it has not decided to skip.
 
-    `compile(package)` lets Dynamo go on and write what it makes into `package` (see `dynamo_package.Package`), or
-    nowhere else than usual where that is None.
-    Returns a function that takes the hook out.
+    `compile(package)` lets Dynamo compile, and record its results in `package` (see `dynamo_package.Package`) unless that is
+    None. Returns a function that takes the hook out.
     """
 
     def _compile(original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -126,7 +125,7 @@ def intercept_compile(handler: Instead) -> Callable[[], None]:
 
 
 def guards_of(answer: ConvertFrameReturn) -> Any:
-    """The guard manager of what Dynamo compiled; None when it compiled nothing."""
+    """The guard manager of the code that Dynamo compiled; None if it compiled nothing."""
     return None if answer.guarded_code is None else answer.guarded_code.guard_manager
 
 
@@ -141,8 +140,8 @@ _NOT_WRITTEN = (
 
 
 def why_given_up(error: Exception, name: str) -> str:
-    """What made Dynamo or its backend give up on the function `name`, in one line, with the place in user code."""
-    frames = getattr(error, "real_stack", None) or ()  # set by Dynamo where it knows the line that it was at
+    """Why Dynamo or its backend gave up on the function `name`, in one line, with the position in user code."""
+    frames = getattr(error, "real_stack", None) or ()  # set by Dynamo if it knows the current line
     inside = os.path.dirname(os.path.realpath(torch.__file__)) + os.sep
     stack = [
         f for f in frames if not f.filename.startswith("<") and not os.path.realpath(f.filename).startswith(inside)
@@ -156,7 +155,7 @@ def why_given_up(error: Exception, name: str) -> str:
 
 @contextlib.contextmanager
 def hooked(handler: Instead) -> Iterator[None]:
-    """`intercept_compile` inside only."""
+    """`intercept_compile` until the block ends."""
     undo = intercept_compile(handler)
     try:
         yield
@@ -176,9 +175,10 @@ class Found:
 def before_compiling(
     find: Callable[[Frame], Found | None], wanted: Callable[[types.CodeType], bool]
 ) -> Callable[[], None]:
-    """Ask `find(frame)` before Dynamo looks at a frame whose code is `wanted`; what it finds goes into Dynamo's cache.
+    """Call `find(frame)` before Dynamo handles a frame whose code is `wanted`, and put the result into Dynamo's cache.
 
-    There it belongs to the wrapping that asked, as if that had compiled it. Returns a function that takes the hook out.
+    The cache entry belongs to the `torch.compile` wrapper of the call, as if that had compiled it. Returns a function that
+    takes the hook out.
     """
     wrapper: Any = convert_frame.CatchErrorsWrapper
 
@@ -186,7 +186,7 @@ def before_compiling(
         if not wanted(frame.f_code):
             return None
         if _left_alone():
-            return run_without_compiling()  # upstream would leave this function alone for ever
+            return run_without_compiling()  # else upstream would skip this function in all later calls, too
         inner = self._torchdynamo_orig_backend
         fullgraph = bool(getattr(getattr(inner, "_inner_convert", inner), "_one_graph", False))
         found = find(Frame(frame.f_code, frame.f_globals, frame.f_locals, compile_config_of(self), fullgraph))
@@ -212,21 +212,21 @@ def before_compiling(
 
 
 def as_compiled(found: Found, code: types.CodeType) -> ConvertFrameReturn:
-    """What Dynamo would answer for a frame of `code`, had it just compiled what was `found`."""
-    orig_code_map[found.code] = code  # as Dynamo notes for code that it made
+    """The answer that Dynamo would give for a frame of `code` if it had just compiled `found`."""
+    orig_code_map[found.code] = code  # as Dynamo does for its own code
     convert_frame.output_codes.add(found.code)
-    convert_frame.input_codes.add(code)  # what `torch._dynamo.reset` forgets
+    convert_frame.input_codes.add(code)  # so that `torch._dynamo.reset` forgets it
     number = CompileId(frame_id=found.number, frame_compile_id=0)
     return wrap_guarded_code(GuardedCode(found.code, found.guard_manager, number, "aot-cache"))
 
 
 def _left_alone() -> bool:
-    """Whether Dynamo would run a frame as plain Python: it is off, or somebody watches single operators."""
+    """Whether Dynamo would run a frame as plain Python: it is disabled, or a TorchDispatchMode is active."""
     return bool(config.disable) or torch._C._len_torch_dispatch_stack() > 0
 
 
 def count(note: Callable[[str, str], None]) -> Callable[[], None]:
-    """Call `note(kind, name)` for each `frame` that Dynamo traces and each `graph_compile` of a backend.
+    """Call `note(kind, name)`: kind `frame` for each frame that Dynamo traces, `graph_compile` for each graph a backend compiles.
 
     Returns a function that stops it.
     """

@@ -1,4 +1,4 @@
-"""What Inductor makes of one graph, as bytes that another process can run.
+"""Inductor's result for one graph, as bytes that another process can run.
 
 Upstream: `torch/_dynamo/aot_compile_types.py` (`BundledAOTAutogradSerializableCallable`),
 `torch/_functorch/_aot_autograd/autograd_cache.py`.
@@ -51,27 +51,27 @@ MEASURED = (
     "coordinate_descent_tuning",
     "shape_padding",
 )
-"""Choices that Inductor would make by measuring, on a GPU, while it compiles. A build makes none of them: matrix products
-are the library's own and not padded, and a kernel has the configs that Inductor tries by default (`inductor_tuning`)."""
+"""Settings with which Inductor measures on a GPU while it compiles. A build turns them off: matrix products use the library
+without padding, and a kernel has the configs that Inductor tries by default (`inductor_tuning`)."""
 
 _NOT_MEASURED: dict[str, Any] = {
     **dict.fromkeys(MEASURED, False),
-    "static_launch_user_defined_triton_kernels": True,  # else their launcher is C, compiled where they are loaded
+    "static_launch_user_defined_triton_kernels": True,  # else their launcher is C code, compiled when they are loaded
 }
 
 
 def compile_graph(wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs: Any) -> bytes:
-    """Compile a Dynamo graph with Inductor and write the result down.
+    """Compile a Dynamo graph with Inductor, and return the result as bytes.
 
     Args:
-        wrapper: what `torch.compile` made of its backend, mode and options.
+        wrapper: the backend object that `torch.compile` made from backend, mode and options.
         backend: the wrapper's own `__call__`.
 
     Raises:
         Exception: whatever Inductor raises.
     """
     seen: Any = CompiledTritonKernels
-    seen.cache_clear()  # a kernel that another graph has, too, would be missing from this one's artifact
+    seen.cache_clear()  # else a kernel that an earlier graph has, too, is missing in this artifact
     asked = wrapper.config
     wrapper.config = {name: value for name, value in asked.items() if name not in MEASURED}
     try:
@@ -90,8 +90,8 @@ def compile_graph(wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs:
 
 @contextlib.contextmanager
 def _keys_of_their_own() -> Iterator[None]:
-    """Where upstream has no key for a graph in its cache (`cond`), it takes `random.random()`. Children of a build begin with
-    the same seed, and share the cache: one would be given another's code."""
+    """Seed `random` from the system. If upstream has no cache key for a graph (`cond`), it uses `random.random()`. A build's
+    children start with the same seed and share the cache, so one would get another's code."""
     state = random.getstate()
     random.seed()  # from the system
     try:
@@ -107,8 +107,8 @@ _TIMES = ("forward_time_taken_ns", "backward_time_taken_ns")
 
 @contextlib.contextmanager
 def _without_sources() -> Iterator[None]:
-    """Artifacts without what is in them for logs (graphs as text, user code's lines with the paths of this machine), and
-    without imports that they do not need."""
+    """Inside, artifacts have no texts for logs (graphs as text, lines of user code with this machine's paths), and no
+    unneeded imports."""
 
     def prepare_for_serialization(original: Any, self: Any) -> Any:
         for name in _TEXTS:
@@ -133,10 +133,10 @@ _CACHE_KEY = re.compile(rb"cache_key\x94\x8c\x34(c[a-z2-7]{51})")
 
 
 def _named_alike(data: bytes) -> bytes:
-    """`data` with the key of upstream's cache, which depends on the moment, replaced by one of the same length."""
+    """`data` with the key of upstream's cache and temporary folder names, which differ each time, replaced at equal length."""
     for found in set(_CACHE_KEY.findall(data)):
         data = data.replace(found, b"c" + b"a" * (len(found) - 1))
-    for name in _FOLDERS:  # where this build works for the moment; nothing looks there again
+    for name in _FOLDERS:  # this build's temporary folders; nothing reads them later
         folder = os.path.basename(os.path.dirname(os.environ.get(name, ""))).encode()
         if folder:
             data = data.replace(folder, b"0" * len(folder))
@@ -144,7 +144,7 @@ def _named_alike(data: bytes) -> bytes:
 
 
 def name_of(graph: Any) -> str:
-    """The global name by which Dynamo's bytecode calls what `graph` is compiled to."""
+    """The global name under which Dynamo's bytecode calls the compiled `graph`."""
     return str(graph._backend_id)
 
 
@@ -157,10 +157,10 @@ def kernels_in(data: bytes) -> list[str]:
 
 
 def load_graph(data: bytes) -> Any:
-    """The function in `data`, which must have been hashed before. Its kernels go onto the current device.
+    """The function in `data`, whose hash the caller must have checked. Its kernels are loaded onto the current device.
 
-    Upstream writes source and binaries into its cache folders to read them again; here these are private, and removed when
-    the process ends.
+    Upstream writes source and binaries into its cache folders, and reads them back. Here these folders are private, and
+    removed when the process ends.
     """
     with _one_at_a_time, _private_folders(data), _without_the_compiler():
         return Serializable.deserialize_compile_artifacts(data)
@@ -168,8 +168,8 @@ def load_graph(data: bytes) -> Any:
 
 @contextlib.contextmanager
 def _without_the_compiler() -> Iterator[None]:
-    """Upstream's cache, having loaded a graph, imports all of `torch._inductor.graph` for a hook of its own tests, and
-    asks another cache for what was measured elsewhere; neither is wanted here."""
+    """Skip what upstream's cache does after loading a graph: import all of `torch._inductor.graph` for a hook of its own
+    tests, and ask another cache for measurements."""
     inductor_later.call_without_debug()
 
     def cache_hit_post_compile(_: Any, graph: Any, cache_info: Any, constants: Any) -> Any:
@@ -191,18 +191,18 @@ _ASKS = {
     "torch._inductor.runtime.autotune_cache": ("cache_dir",),
     "torch._inductor.runtime.triton_heuristics": ("cache_dir", "triton_cache_dir"),
 }
-"""Where upstream, while it loads a graph, asks for its cache folders: module → functions, imported there by name."""
+"""Module → functions through which upstream, while loading a graph, gets its cache folders. They are imported by name."""
 
 _folder_answer = functools.cache(patch.OnThisThread)
-"""One for each module and function, as that is what knows its users."""
+"""One object for each module and function, because it counts its users."""
 
 
 @contextlib.contextmanager
 def _private_folders(data: bytes) -> Iterator[None]:
-    """For this thread, upstream's cache folders are new ones of this process's own while `data` is loaded.
+    """While `data` is loaded, give upstream a new private folder as cache folder, on this thread only.
 
-    The variables that name them (`TORCHINDUCTOR_CACHE_DIR`, `TRITON_CACHE_DIR`) stay as they are: all threads see those.
-    Each load has its own folders, as upstream takes a file of the same name for one of the same kernels.
+    The variables for these folders (`TORCHINDUCTOR_CACHE_DIR`, `TRITON_CACHE_DIR`) are not changed, because all threads use
+    them. Each load gets a new folder, because upstream assumes that files of one name hold the same kernels.
     """
     folder = tempfile.mkdtemp(dir=_folder_of(os.getpid()))
 
@@ -211,7 +211,7 @@ def _private_folders(data: bytes) -> Iterator[None]:
 
     with contextlib.ExitStack() as replaced:
         for name, functions in _ASKS.items():
-            if name.encode() in data:  # it will be imported, and must not take the names from elsewhere by then
+            if name.encode() in data:  # loading imports it: import it now, so that its names can be replaced
                 importlib.import_module(name)
             module = sys.modules.get(name)
             for function in functions if module else ():
@@ -224,20 +224,20 @@ def _folder_of(pid: int) -> str:
     folder = tempfile.mkdtemp(prefix="aot-cache-")
 
     def remove() -> None:
-        if os.getpid() == pid:  # a forked child runs this, too
+        if os.getpid() == pid:  # a forked child would run this, too
             shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(remove)
     return folder
 
 
-_one_at_a_time = threading.RLock()  # upstream fills tables of its own without a lock
+_one_at_a_time = threading.RLock()  # upstream fills its tables without a lock
 _FOLDERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 @contextlib.contextmanager
 def instead(handler: Callable[..., Any]) -> Iterator[None]:
-    """`handler(wrapper, backend, graph, inputs, **kwargs)` answers in place of Inductor, which is `backend`."""
+    """Call `handler(wrapper, backend, graph, inputs, **kwargs)` in place of Inductor, which is `backend`."""
 
     def __call__(original: Any, self: Any, graph: Any, inputs: Any, **kwargs: Any) -> Any:
         return handler(self, partial(original, self), graph, inputs, **kwargs)

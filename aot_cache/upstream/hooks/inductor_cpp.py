@@ -1,8 +1,8 @@
-"""The shared libraries that Inductor compiles for the CPU: keep them when a graph is compiled, hand them out when it is loaded.
+"""The shared libraries that Inductor compiles for the CPU: kept when a graph is compiled, provided when it is loaded.
 
-An artifact holds C++ source, which upstream compiles again wherever its own cache folder does not have it, with a key that
-holds paths. Here a library is found by the source it was made from. Whoever loads checks that the processor is the same
-kind (`torch_release.cpu_isa`).
+An artifact contains C++ source. Upstream compiles it again unless its cache folder has it, under a key that contains paths.
+Here a library is found by the digest of its source. The caller must check that the processor has the same instructions
+(`torch_release.cpu_isa`).
 
 Upstream: `torch/_inductor/codecache.py` (`CppCodeCache.load_async`, `_load_library`,
 `_precompile_header`), `torch/_inductor/cpu_vec_isa.py` (`valid_vec_isa_list`).
@@ -36,7 +36,7 @@ def _source_digest(cls: Any, main: str, device: str, flags: Any, optimized: str 
 
 @contextlib.contextmanager
 def _instead(load: Callable[..., Any]) -> Iterator[None]:
-    """`load(original, cls, source digest, *args, **kwargs)` in place of `CppCodeCache.load_async`."""
+    """Call `load(original, cls, source digest, *args, **kwargs)` in place of `CppCodeCache.load_async`."""
 
     def load_async(
         original: Any,
@@ -62,7 +62,7 @@ _load_async = patch.OnThisThread(CppCodeCache, "load_async")
 
 @contextlib.contextmanager
 def keeping() -> Iterator[dict[str, bytes]]:
-    """Collect the libraries that are compiled inside, by the digest of their source."""
+    """Collect the libraries compiled inside: digest of the source → library."""
     kept: dict[str, bytes] = {}
 
     def load(original: Any, cls: Any, digest: str, *args: Any, **rest: Any) -> Any:
@@ -82,8 +82,8 @@ def keeping() -> Iterator[dict[str, bytes]]:
 
 @contextlib.contextmanager
 def _headers_of_all() -> Iterator[None]:
-    """Headers that are compiled ahead are found by the command line, and made without a graph's own flags: with ours, which
-    name a build's folder, each build would make its own, in 15 s and 75 MB that nobody ever removes."""
+    """Share precompiled headers between builds. Upstream finds them by the command line and compiles them without a graph's
+    own flags. Our flags contain a build's folder, so each build would make new ones (15 s, 75 MB that are never removed)."""
 
     def precompile_header(original: Any, header: str, hashable_cmd_line: str, **command: Any) -> str:
         return str(original(header, hashable_cmd_line.replace(" ".join(_alike()), ""), **command))
@@ -93,8 +93,8 @@ def _headers_of_all() -> Iterator[None]:
 
 
 def find_vector_instructions() -> None:
-    """Which of them the compiler and the processor have, once in a process: upstream compiles a file for each, into its cache
-    folder, and looks there first. A build's own folder is empty, and so that is asked where torch keeps such files by itself."""
+    """Find out once which vector instructions compiler and processor have. Upstream compiles a test file for each into its
+    cache folder, and looks there first. A build's folder is empty, so torch's default folder is used here."""
     folder = os.environ.pop(_CACHE_DIR, None)
     try:
         cpu_vec_isa.valid_vec_isa_list()
@@ -104,18 +104,18 @@ def find_vector_instructions() -> None:
 
 
 def _alike() -> list[str]:
-    """Flags with which a compiler calls files (`__FILE__` in a check's message) the same wherever they are."""
+    """Compiler flags that make file names (`__FILE__` in a check's message) independent of the folder."""
     return [f"-ffile-prefix-map={place}={name}" for place, name in _folders().items()]
 
 
 def _path(library: Any) -> Path:
-    """Where a library is, which may have been loaded long before: a module or a `ctypes.CDLL`."""
+    """The path of a loaded library: a module or a `ctypes.CDLL`."""
     return Path(getattr(library, "__file__", None) or library._name)
 
 
 def _without_places(path: Path) -> bytes:
-    """A library without what tells where it was compiled: debug sections, and the id that is made of them."""
-    objcopy = shutil.which("objcopy")  # of binutils, which g++ cannot do without
+    """A library without the parts that depend on where it was compiled: debug sections, and the build id made from them."""
+    objcopy = shutil.which("objcopy")  # from binutils, which g++ needs as well
     if objcopy is None:
         return _without_folders(path.read_bytes())
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
@@ -126,21 +126,21 @@ def _without_places(path: Path) -> bytes:
 
 
 def _without_folders(library: bytes) -> bytes:
-    """What precompiled headers still name, which upstream compiles without a graph's flags; texts keep their length."""
+    """Replace folders that precompiled headers, compiled without a graph's flags, still contain. Lengths do not change."""
     for place, name in _folders().items():
         library = library.replace(place.encode(), name.rjust(len(place), "/").encode())
     return library
 
 
 def _folders() -> dict[str, str]:
-    """Folders of the builder → what they are called in a library."""
+    """Folders of the builder → their names in a library."""
     found = {str(Path(torch.__file__).parent): "torch", os.environ.get(_CACHE_DIR, ""): "inductor"}
     return {place: name for place, name in found.items() if len(place) > len(name)}
 
 
 @contextlib.contextmanager
 def serving(lookup: Lookup) -> Iterator[None]:
-    """Libraries that `lookup` knows by the digest of their source are loaded from there; the others are compiled."""
+    """Inside, load libraries from `lookup(digest of the source)`; if it returns None, compile them."""
 
     def load(original: Any, cls: Any, digest: str, *args: Any, **rest: Any) -> Any:
         data = lookup(digest)
@@ -151,7 +151,7 @@ def serving(lookup: Lookup) -> Iterator[None]:
 
 
 def _load(cls: Any, digest: str, data: bytes) -> Any:
-    with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:  # private: the linker keeps what it has mapped
+    with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:  # may be removed: the mapping stays
         path = Path(folder, f"{digest[:32]}.so")
         path.write_bytes(data)
         return cls._load_library(str(path), digest[:32])

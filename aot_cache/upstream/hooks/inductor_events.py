@@ -1,4 +1,4 @@
-"""Be told when Inductor loads a kernel, measures one, or runs a C++ compiler. Misses only.
+"""Get notified when Inductor loads a kernel, benchmarks one, or runs a C++ compiler. Misses only.
 
 Upstream: `torch/_inductor/runtime/static_triton_launcher.py`, `runtime/triton_heuristics.py`, `cpp_builder.py`.
 """
@@ -21,7 +21,7 @@ _HOOKS = (
 
 
 def listen(note: Note) -> Callable[[], None]:
-    """Call `note(kind, name)` for each `module_load`, `benchmark` and `gcc` of Inductor's, once it is imported.
+    """Call `note(kind, name)` for each `module_load`, `benchmark` and `gcc` event of Inductor, once it is imported.
 
     Returns a function that stops it.
     """
@@ -43,6 +43,6 @@ def _wrap(module: str, owner: str, method: str, kind: str, note: Note) -> Callab
 
 
 def name_of(thing: Any) -> str:
-    """What people call a kernel of Inductor's, or a compiler of its."""
+    """A readable name for one of Inductor's kernels or compilers."""
     function = getattr(thing, "fn", None)
     return str(getattr(thing, "name", None) or getattr(function, "__name__", "") or type(thing).__name__)

@@ -1,8 +1,8 @@
-"""Inductor's compiler is imported when something is compiled, and not by `torch.compile(...)` or a graph's call already.
+"""Import Inductor's compiler only when something is compiled, and not already in `torch.compile(...)` or a graph's call.
 
-Upstream asks Inductor for its whole configuration wherever a function is wrapped, only to answer a question that hardly
-anybody asks (`compiled.get_compiler_config()`); that imports all of `compile_fx`. And each call of a graph reads a flag of
-`torch._inductor.debug`, which imports the compiler's intermediate form. A process whose calls all hit needs neither.
+Upstream gets Inductor's whole configuration each time a function is wrapped, only for the rarely used
+`compiled.get_compiler_config()`; that imports all of `compile_fx`. And each call of a graph reads a flag of
+`torch._inductor.debug`, which imports the compiler's intermediate representation. A process that only hits needs neither.
 
 Upstream: `torch/__init__.py` (`_TorchCompileInductorWrapper.get_compiler_config`), `torch/_inductor/output_code.py`
 (`CompiledFxGraph.__call__`), `torch/_inductor/debug.py`.
@@ -23,7 +23,7 @@ from aot_cache.upstream import patch
 
 
 class Later(Mapping[str, Any]):
-    """A mapping that is made at its first use."""
+    """A mapping that is created at its first use."""
 
     def __init__(self, make: Callable[[], Mapping[str, Any]]) -> None:
         self._make = make
@@ -43,7 +43,7 @@ class Later(Mapping[str, Any]):
 
 
 def import_when_compiling() -> Callable[[], None]:
-    """Wrapping a function does not import Inductor's compiler any more. Returns a function that undoes it."""
+    """Keep `torch.compile(...)` from importing Inductor's compiler. Returns a function that undoes this."""
 
     def get_compiler_config(original: Any, self: Any) -> Later:
         return Later(lambda: original(self))
@@ -55,7 +55,7 @@ _DEBUG = "torch._inductor.debug"
 
 
 class _Debug(types.ModuleType):
-    """What a graph's call reads of `torch._inductor.debug`; the import of anything else of it puts it in this one's place."""
+    """Stands for `torch._inductor.debug`, with the one flag that a graph's call reads. Any other access imports the real one."""
 
     RECORD_GRAPH_EXECUTION = False
 
@@ -64,14 +64,14 @@ class _Debug(types.ModuleType):
 
 
 def call_without_debug() -> None:
-    """Graphs run without `torch._inductor.debug` until somebody imports it, or `give_debug_back`."""
+    """Let graphs run without `torch._inductor.debug` until that is imported, or `give_debug_back` is called."""
     if _DEBUG not in sys.modules:
         package: Any = importlib.import_module("torch._inductor")
         package.debug = _Debug(_DEBUG)
 
 
 def give_debug_back() -> None:
-    """Put the real `torch._inductor.debug` where `call_without_debug` put another; graphs that are loaded run on."""
+    """Undo `call_without_debug`: import the real `torch._inductor.debug`. Loaded graphs keep working."""
     package: Any = sys.modules.get("torch._inductor")
     if isinstance(getattr(package, "debug", None), _Debug):
-        importlib.import_module(_DEBUG)  # takes this one's place
+        importlib.import_module(_DEBUG)  # replaces the stand-in

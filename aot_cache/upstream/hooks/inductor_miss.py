@@ -1,4 +1,4 @@
-"""Where a kernel of Inductor's would be measured, compiled or loaded at a graph's call: inside a capture it takes another way.
+"""Hook the points where a graph's call makes Inductor benchmark or load a kernel, so that a capture can avoid it.
 
 Upstream: `torch/_inductor/runtime/triton_heuristics.py` (`CachingAutotuner.run` and what it calls while it has not exactly
 one launcher), `torch/_inductor/runtime/static_triton_launcher.py`.
@@ -21,9 +21,10 @@ _STATIC = "torch._inductor.runtime.static_triton_launcher"
 
 
 def intercept_tuning(choose: Callable[[str], bool], later: Callable[[Forget], None]) -> Callable[[], None]:
-    """Ask `choose(kernel)` wherever a kernel would measure its configs: true makes it take the first, until `later`'s call.
+    """Call `choose(kernel)` where a kernel would measure its configs. If true, the kernel uses the first config.
 
-    Works from the moment on when Inductor is imported. Returns a function that takes the hooks out.
+    `later` gets a function that undoes this choice. The hooks are installed once Inductor is imported. Returns a function
+    that takes them out.
     """
 
     def autotune_to_one_config(measure: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -48,7 +49,7 @@ def intercept_tuning(choose: Callable[[str], bool], later: Callable[[Forget], No
 
 
 def around_loading(around: Around) -> Callable[[], None]:
-    """Load a kernel's module inside `around(kernel)`, wherever that happens. Returns a function that takes the hook out."""
+    """Load each kernel's module inside `around(kernel)`. Returns a function that takes the hook out."""
 
     def load_kernel(load: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         with around(inductor_events.name_of(self)):

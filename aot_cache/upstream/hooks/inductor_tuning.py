@@ -1,7 +1,7 @@
-"""Kernels of Inductor's with several configs: all are compiled, one is served, and upstream itself measures them.
+"""Inductor kernels with several configs: all are compiled, one is served, and upstream itself measures them when tuning.
 
-Upstream measures at a kernel's first call, and keeps what was fastest (`CachingAutotuner.run`). That must not happen inside
-a capture, so that a kernel is loaded with one config, the chosen one or the first, unless somebody means to tune.
+Upstream measures at a kernel's first call, and keeps the fastest config (`CachingAutotuner.run`). That must not happen inside
+a capture, so a kernel is loaded with one config (the chosen one or the first), except for tuning.
 
 Upstream: `torch/_inductor/triton_bundler.py` (`TritonBundler`), `torch/_inductor/runtime/triton_heuristics.py`
 (`CachingAutotuner`).
@@ -30,8 +30,8 @@ class Kernel:
     """One kernel of a loaded graph that has several configs.
 
     Args:
-        key: what the artifact calls it by: the digest of its source.
-        configs: their text, in the order of compiling.
+        key: the kernel's key in the artifact, a digest of its source.
+        configs: the configs as text, in the order of compilation.
     """
 
     key: str
@@ -39,14 +39,14 @@ class Kernel:
     _tuner: Any
 
     def measured(self) -> int | None:
-        """Which config upstream found to be the fastest; None when it did not run, or nothing fitted."""
+        """The number of the config that upstream found fastest; None if the kernel did not run, or no config fits the GPU."""
         launchers = self._tuner.launchers
         return self.configs.index(str(launchers[0].config)) if len(launchers) == 1 else None
 
 
 @contextlib.contextmanager
 def collecting() -> Iterator[dict[str, Json]]:
-    """Collect what is compiled inside with several configs: key → its name and the configs' text."""
+    """Collect the kernels with several configs that are compiled inside: key → name and configs as text."""
     found: dict[str, Json] = {}
 
     def put_static_autotuner(original: Any, cls: Any, key: str, kernel: Any) -> Any:
@@ -61,20 +61,20 @@ def collecting() -> Iterator[dict[str, Json]]:
 
 @contextlib.contextmanager
 def choosing(choices: Mapping[str, int] | None) -> Iterator[list[Kernel]]:
-    """Graphs that are loaded inside have one config of each kernel: by key in `choices`, or else the first.
+    """Load graphs inside with one config of each kernel: the one that `choices` (key → number) has, else the first.
 
-    With None they have all, and measure them when they run for the first time. Yields the kernels that have several.
+    If `choices` is None, all configs are kept, and measured at the first run. Yields the kernels that have several configs.
     """
     kernels: list[Kernel] = []
 
     def load_autotuners(original: Any, cls: Any, static_autotuners: Any) -> Any:
         for entry in static_autotuners or ():
             tuner = entry.kernel
-            # Upstream compiles one more config where it is loaded, if a reduction's kernel fills the GPU badly.
+            # Upstream compiles one more config at load time if a reduction kernel uses the GPU poorly.
             tuner.inductor_meta = {**tuner.inductor_meta, "dynamic_scale_rblock": False}
             if len(tuner.compile_results) > 1:
                 kernels.append(Kernel(entry.cache_key, _configs(tuner), tuner))
-                # Upstream would read and write what was fastest in a file beside the source, in the builder's folder.
+                # Upstream would store the fastest config in a file beside the source, in the builder's folder.
                 tuner.inductor_meta = {**tuner.inductor_meta, **dict.fromkeys(_CACHES, False)}
                 tuner.save_cache_hook = None
                 if choices is not None:
@@ -90,7 +90,7 @@ _load_autotuners = patch.OnThisThread(TritonBundler, "load_autotuners")
 
 @contextlib.contextmanager
 def measuring() -> Iterator[None]:
-    """Measure each config several times, as a choice that is kept deserves: one time is often twice another."""
+    """Inside, measure each config several times and use the median: single times often differ by a factor of two."""
 
     def bench(original: Any, self: Any, *args: Any, **kwargs: Any) -> float:
         return float(statistics.median(original(self, *args, **kwargs) for _ in range(_TIMES)))

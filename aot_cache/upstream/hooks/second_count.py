@@ -1,7 +1,7 @@
-"""A second count of what a hit must not cause, taken from upstream's own counters and callbacks, and from the interpreter.
+"""A second count of what a hit must not cause, from upstream's own counters and callbacks, and from audit events of Python.
 
-It shares no hook with what fills the ledger (`dynamo_frames`, `inductor_events`, `triton_events`): where the two contradict
-each other, one of them is blind.
+It shares no hook with the modules that fill the ledger (`dynamo_frames`, `inductor_events`, `triton_events`). If the two
+contradict each other, one of them misses events.
 
 Upstream: `torch/_dynamo/callback.py` (`callback_handler`), `torch/_dynamo/utils.py` (`counters`), `triton/knobs.py`
 (`runtime.jit_post_compile_hook`, `runtime.kernel_load_end_hook`).
@@ -21,10 +21,10 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     KERNELS: ("compile", "disk_hit", "tuning", "benchmark", "module_load"),
     COMPILERS: ("gcc",),
 }
-"""What is counted here → the ledger's kinds that are about the same."""
+"""What is counted here → the corresponding kinds of the ledger."""
 
 _ALSO: Mapping[str, tuple[str, ...]] = {KERNELS: ("late_install",)}
-"""Kinds of the ledger at which upstream may count something, and need not: modules may be loaded already."""
+"""Ledger kinds that may explain an event of upstream, but need not cause one: modules may be loaded already."""
 
 _PROGRAMS = frozenset({"gcc", "g++", "cc", "c++", "clang", "clang++", "hipcc", "nvcc", "ptxas", "ld", "lld", "ninja"})
 _STARTS = frozenset({"subprocess.Popen", "os.posix_spawn", "os.exec"})
@@ -32,7 +32,7 @@ _INDUCTOR = ("fxgraph_cache_miss", "fxgraph_cache_bypass", "async_compile_cache_
 
 
 class SecondCount:
-    """Counts from now on, in the whole process and for good: an audit hook cannot be taken out."""
+    """Counts from now on, in the whole process. Cannot be undone: Python has no way to remove an audit hook."""
 
     def __init__(self, kernels: bool) -> None:
         import torch._dynamo.callback
@@ -48,7 +48,7 @@ class SecondCount:
             self._listen_to_triton()
 
     def total(self) -> dict[str, int]:
-        """What was seen so far, by `FAMILIES`."""
+        """The events so far, by the keys of `FAMILIES`."""
         inductor, aot = self._counters["inductor"], self._counters["aot_autograd"]
         compiled = sum(inductor[name] for name in _INDUCTOR) + aot["total"]
         measured = sum(count for name, count in inductor.items() if name.startswith("benchmarking."))
@@ -59,7 +59,7 @@ class SecondCount:
         }
 
     def _compiling(self, about: Any) -> None:
-        if about.callback_trigger.name != "CUDAGRAPH_RECORDING":  # which compiles nothing
+        if about.callback_trigger.name != "CUDAGRAPH_RECORDING":  # that compiles nothing
             self._seen[GRAPHS] += 1
 
     def _audit(self, event: str, args: Any) -> None:
@@ -83,12 +83,12 @@ class SecondCount:
 
 
 def contradictions(ledger: Mapping[str, int], second: Mapping[str, int], missed: bool) -> list[str]:
-    """Where one count says that something happened and the other that nothing did, in words.
+    """Sentences about families of events of which one count has some and the other none.
 
     Args:
-        ledger: events of the ledger, by its kinds.
+        ledger: events of the ledger, by kind.
         second: events by `FAMILIES`.
-        missed: whether the ledger has a miss: then what upstream did for it is no contradiction.
+        missed: whether the ledger has a miss. Then upstream's events for it are no contradiction.
     """
     out = []
     for family, kinds in FAMILIES.items():

@@ -1,7 +1,7 @@
-"""What torch knows of CUDA's state, asked without initialising it; which captures are under way, and when they begin and end.
+"""CUDA's state as torch knows it, without initialising CUDA; which captures are active, and when they begin and end.
 
 Upstream: `torch/cuda/graphs.py` (`CUDAGraph.capture_begin`, `capture_end`),
-through which `torch.cuda.graph`, `make_graphed_callables` and Inductor's `cudagraph_trees` go as well.
+which `torch.cuda.graph`, `make_graphed_callables` and Inductor's `cudagraph_trees` use as well.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from aot_cache.upstream import patch
 
 _under_way: weakref.WeakKeyDictionary[Any, tuple[str, int]] = weakref.WeakKeyDictionary()
-"""Graphs that are being captured → (capture mode, thread). Weakly: a graph that is thrown away captures no more."""
+"""Graph being captured → (capture mode, thread). Weak keys: a deleted graph captures no more."""
 _lock = threading.Lock()
 
 
@@ -27,16 +27,16 @@ def cuda_is_up() -> bool:
 
 
 def on_rocm() -> bool:
-    """Whether this process's torch is one for AMD's GPUs."""
+    """Whether this process's torch is a ROCm build."""
     torch = sys.modules.get("torch")
     return torch is not None and getattr(torch.version, "hip", None) is not None
 
 
 def capturing() -> bool:
-    """Whether compiling, tuning or loading now, on this thread, could break a capture or get into one.
+    """Whether compiling, tuning or loading on this thread could now break a capture, or be recorded by one.
 
-    So it is while the current stream is captured, and as long as a capture forbids it to this thread: one in mode
-    `global`, whoever began it, or one in mode `thread_local` that this thread began, whatever stream is current now.
+    True if the current stream is being captured, if any thread has an active capture in mode `global`, or if this thread has
+    one in mode `thread_local` (on any stream).
     """
     if not cuda_is_up():
         return False
@@ -45,7 +45,7 @@ def capturing() -> bool:
     try:
         if torch.cuda.is_current_stream_capturing():
             return True
-    except RuntimeError:  # the legacy stream may not even be asked while another one is captured
+    except RuntimeError:  # the legacy stream cannot even be queried during a capture on another stream
         return True
     me = threading.get_ident()
     with _lock:
@@ -61,23 +61,23 @@ def device_name() -> str:
 
 
 def device_number() -> int:
-    """Which of the GPUs that the process sees is the current one; the process must have initialised CUDA."""
+    """The index of the current GPU; the process must have initialised CUDA."""
     import torch
 
     return int(torch.cuda.current_device())
 
 
 def watch_captures(before: Callable[[], None], after: Callable[[], None]) -> Callable[[], None]:
-    """Call `before()` ahead of each `CUDAGraph.capture_begin` and `after()` behind each `capture_end`; note what is under way.
+    """Call `before()` before each `CUDAGraph.capture_begin` and `after()` after each `capture_end`; track active captures.
 
-    `before` runs with the stream current that will be captured. Returns a function that takes the hooks out.
-    torch 2.14 has public hooks (`register_graph_capture_start_hook`), which come too late for this: their start is called
-    with the capture under way, when nothing may be loaded any more.
+    `before` runs while the stream to be captured is current. Returns a function that takes the hooks out.
+    torch 2.14 has public hooks (`register_graph_capture_start_hook`), but they run too late: the start hook is called when the
+    capture is already active and nothing may be loaded.
     """
     import torch
 
     graph: Any = torch.cuda.CUDAGraph
-    ending = "capture_end_pre" if hasattr(graph, "capture_end_pre") else "capture_end"  # newer: the first half of it
+    ending = "capture_end_pre" if hasattr(graph, "capture_end_pre") else "capture_end"  # newer releases: its first half
 
     def capture_begin(begin: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         before()
@@ -109,12 +109,12 @@ def watch_captures(before: Callable[[], None], after: Callable[[], None]) -> Cal
 
 @contextmanager
 def captured(graph: Any) -> Iterator[None]:
-    """`torch.cuda.graph(graph)`, after whose failure the process can go on, and which says what failed first.
+    """`torch.cuda.graph(graph)` that leaves the process usable after a failure, and raises the first error.
 
-    Upstream: where `capture_end` raises, `torch.cuda.graph.__exit__` does not give back the stream that was current, and the
-    generators stay in their capture (`CUDAGeneratorState::capture_prologue` without its `capture_epilogue`): each random
-    number after it raises "Offset increment outside graph capture". The error that broke the capture is only the context of
-    what `capture_end` says.
+    Upstream: if `capture_end` raises, `torch.cuda.graph.__exit__` does not restore the previous stream, and the generators stay
+    in capture state (`CUDAGeneratorState::capture_prologue` without its `capture_epilogue`), so that each later random number
+    raises "Offset increment outside graph capture". The error that broke the capture is only the context of the error of
+    `capture_end`.
     """
     import torch
 

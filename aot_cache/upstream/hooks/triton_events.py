@@ -1,4 +1,4 @@
-"""Be told when Triton compiles, reads its disk cache, tunes, loads a module or runs a C compiler. Misses only.
+"""Get notified when Triton compiles, reads its disk cache, tunes, loads a module or runs a C compiler. Misses only.
 
 Upstream: `triton/knobs.py` (`compilation.listener`, `runtime.kernel_load_end_hook`), `triton/runtime/autotuner.py`.
 """
@@ -21,7 +21,7 @@ Note = Callable[[str, str], None]
 def listen(note: Note) -> Callable[[], None]:
     """Call `note(kind, name)` for each event: `compile`, `disk_hit`, `tuning`, `benchmark`, `module_load`, `gcc`.
 
-    Chains to whatever listens already (vLLM's JIT monitor does). Returns a function that stops it.
+    An existing listener (vLLM's JIT monitor) is still called. Returns a function that stops it.
     """
     previous = knobs.compilation.listener
 
@@ -35,7 +35,7 @@ def listen(note: Note) -> Callable[[], None]:
 
     def bench(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "_aot_cache_tuning", None) is not self.nargs:
-            self._aot_cache_tuning = self.nargs  # a run makes new nargs: the first candidate of a new tuning
+            self._aot_cache_tuning = self.nargs  # each run has new nargs: this is the first candidate of a new tuning
             note("tuning", self.base_fn.__name__)
         note("benchmark", self.base_fn.__name__)
         return original(self, *args, **kwargs)

@@ -1,12 +1,12 @@
-"""The C modules that Triton builds with gcc at run time: built ahead, and served from memory.
+"""The C modules that Triton builds with gcc at run time: built ahead of time, and served from memory.
 
 Triton 3.6 builds one launcher for each kernel signature at the kernel's first load; 3.7 and later have one generic
-launcher in `cuda_utils`, which every version builds when its driver comes up. Both are keyed by Triton itself by their C
-source, so what was built ahead is found by the hash of the source that the host's own Triton asks for.
+launcher in `cuda_utils`, which every version builds when its driver starts. Triton identifies both by their C source, so a
+prebuilt module is found by the hash of the source that the host's own Triton asks for.
 
 Upstream: `triton/backends/nvidia/driver.py`, `driver.c`, `triton/runtime/build.py`.
 
-NVIDIA only: AMD's launcher holds the path of the HIP runtime of the machine that builds it.
+NVIDIA only: AMD's launcher contains the path of the build machine's HIP runtime.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def this_python() -> Python:
 
 
 def other_python(executable: str) -> Python:
-    """Ask another interpreter for its headers.
+    """Ask another interpreter for its ABI tag and headers.
 
     Raises:
-        TargetError: when it cannot be run or has no headers.
+        TargetError: it cannot be run, or has no headers.
     """
     code = "import sysconfig,json;print(json.dumps([sysconfig.get_config_var('EXT_SUFFIX'),sysconfig.get_paths()['include']]))"
     try:
@@ -73,14 +73,14 @@ def source_key(source: str) -> str:
 
 
 def utils_source() -> str:
-    """The C source of the module that Triton's driver builds when it comes up."""
+    """The C source of the module that Triton's driver builds when it starts."""
     from triton.backends.nvidia import driver
 
     return (Path(driver.dirname) / "driver.c").read_text()
 
 
 def launcher_source(signature: dict[str, Any], tensordesc_meta: Any) -> str | None:
-    """The C source of a kernel's launcher, or None where the launcher is generic."""
+    """The C source of a kernel's launcher; None if this Triton has a generic launcher."""
     if minor(triton.__version__) not in LAUNCHER_PER_SIGNATURE:
         return None
     from triton.backends.nvidia import driver
@@ -89,10 +89,10 @@ def launcher_source(signature: dict[str, Any], tensordesc_meta: Any) -> str | No
 
 
 def build(source: str, name: str, python: Python) -> bytes:
-    """Compile one C module for `python`, without libcuda: it is linked by name against a stub.
+    """Compile one C module for `python`. Needs no libcuda: the module is linked against a stub of that name.
 
     Raises:
-        TargetError: when there is no C compiler or it fails.
+        TargetError: there is no C compiler, or it fails.
     """
     from triton.backends.nvidia import driver
 
@@ -132,15 +132,15 @@ Lookup = Callable[[str], "bytes | None"]
 
 _lookups: list[Lookup] = []
 _replaced: list[Callable[[], None]] = []
-"""What takes out of Triton that its C modules are served."""
+"""Undo functions of the patches in Triton."""
 _lock = threading.Lock()
 
 
 def serve(lookup: Lookup) -> Callable[[], None]:
-    """From now on Triton's C modules come from `lookup(source key)`; what it lacks is built as before.
+    """Serve Triton's C modules from `lookup(source key)`. If it returns None, Triton builds the module as before.
 
-    Nothing is written: modules are loaded from memory, so that neither a writable folder nor an exec-able /tmp is needed.
-    Returns a function that takes `lookup` out, and with the last one everything.
+    Modules are loaded from memory, so neither a writable folder nor an executable /tmp is needed. Returns a function that takes
+    `lookup` out; the last one also removes the patches.
     """
     with _lock:
         _lookups.append(lookup)
@@ -172,7 +172,7 @@ def _replace_entrances() -> None:
         _replaced.append(patch.replace(nvidia, "make_launcher", _remembering()))
 
 
-# Triton's ways to ask for a C module, and how to get its text from the first argument. 3.8 and later ask by file.
+# Triton's functions that return a C module → how to get its source from the first argument. 3.8 and later pass a file.
 _ENTRANCES: dict[str, Callable[[str], str]] = {
     "compile_module_from_src": lambda text: text,
     "compile_module_from_file": lambda path: Path(path).read_text(),
@@ -207,7 +207,7 @@ def _find(src: str, name: str) -> ModuleType | None:
 
 
 def _remembering() -> Any:
-    """Kernels share few signatures, and writing a launcher's C text takes longer than loading a kernel."""
+    """Cache launcher sources by signature. Kernels share few, and generating a source takes longer than loading a kernel."""
     texts: dict[Any, str] = {}
 
     def make(make_launcher: Any, constants: Any, signature: dict[int, Any], tensordesc_meta: Any) -> str:
@@ -222,10 +222,10 @@ def _remembering() -> Any:
 
 
 def load_module(binary: bytes | memoryview, name: str, key: str) -> ModuleType:
-    """Load a C extension from memory under a name of its own (CPython remembers extensions by name and file)."""
+    """Load a C extension from memory, under a unique name (CPython caches extensions by name and file)."""
     handle = os.memfd_create(f"aot_cache_{key[:16]}", 0)
     _write(handle, binary)
-    path = f"/proc/self/fd/{handle}"  # stays open: a number that is used again would be taken for this module
+    path = f"/proc/self/fd/{handle}"  # stays open: a reused number would be taken for this module
     full_name = f"aot_cache_native_{key[:16]}.{name}"
     loader = importlib.machinery.ExtensionFileLoader(full_name, path)
     spec = importlib.util.spec_from_file_location(full_name, path, loader=loader)

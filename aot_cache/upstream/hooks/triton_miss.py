@@ -1,6 +1,6 @@
-"""Where Triton is about to compile a kernel or to load one: look at it, answer in its place, or let it go on.
+"""Hook the points where Triton is about to compile or load a kernel: observe, answer in Triton's place, or let it go on.
 
-Every hook here is on a miss path: a launch that finds its kernel loaded never comes here.
+Every hook here is on a miss path: a launch that finds its kernel loaded never gets here.
 
 Upstream: `triton/runtime/jit.py` (`JITFunction.run`, `_pack_args`, `_do_compile`), `triton/compiler/compiler.py`
 (`CompiledKernel._init_handles`).
@@ -24,16 +24,16 @@ from aot_cache.upstream.codec import triton_jit
 
 Json = Any
 _asked = threading.local()
-"""What the launch under way on this thread asks for: `run` packs it just before it compiles."""
+"""What the current launch on this thread asks for: `run` calls `_pack_args` just before it compiles."""
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """A specialization that is there.
+    """An installed specialization that resembles a missing one.
 
     Args:
         text: for people, see `Launch.text`.
-        differences: how what is missing differs from it, part by part.
+        differences: how the missing one differs from it, part by part.
     """
 
     text: str
@@ -42,13 +42,13 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch for which Triton has no kernel.
+    """A launch for which Triton has no compiled kernel.
 
     Args:
         function: the kernel.
         device: where it is launched.
-        key: Triton's key for what is missing.
-        warmup: nothing is launched: somebody only wants it compiled.
+        key: Triton's key of the missing specialization.
+        warmup: the kernel is only compiled, not launched.
     """
 
     function: JITFunction
@@ -64,10 +64,10 @@ class Launch:
         return triton_jit.name_of(self.function)
 
     def unit(self) -> dict[str, Json]:
-        """What is missing, as a plan has it.
+        """The missing unit, in the form that plans use.
 
         Raises:
-            TraceError: a constexpr has no written form.
+            TraceError: a constexpr has no JSON form.
         """
         return {
             "kernel": self.name,
@@ -78,16 +78,16 @@ class Launch:
         }
 
     def installed(self) -> Any:
-        """The kernel that is there for it by now, or None."""
+        """The kernel that is installed for this launch by now, or None."""
         return self.function.device_caches[self.device][0].get(self.key)
 
     @property
     def text(self) -> str:
-        """What is missing, for people: `x=*fp32 D, n=i32, BLOCK=64, num_warps=8`."""
+        """The missing specialization, for people: `x=*fp32 D, n=i32, BLOCK=64, num_warps=8`."""
         return _text(self._parts(self.key))
 
     def nearest(self) -> Nearest | None:
-        """That specialization which is there and differs least; None when there is none."""
+        """The installed specialization with the fewest differences; None if none is installed."""
         wanted = self._parts(self.key)
         found = [self._parts(key) for key in self.function.device_caches[self.device][0]]
         near = [Nearest(_text(parts), _differences(wanted, parts)) for parts in found]
@@ -102,7 +102,7 @@ Handler = Callable[[Launch, GoOn], Any]
 
 
 def intercept_compile(handler: Handler) -> Callable[[], None]:
-    """Ask `handler(launch, go_on)` for the kernel wherever Triton would compile one; `go_on()` compiles it.
+    """Call `handler(launch, go_on)` for the kernel where Triton would compile one; `go_on()` compiles it.
 
     Returns a function that takes the hook out.
     """
@@ -136,7 +136,7 @@ def intercept_compile(handler: Handler) -> Callable[[], None]:
         def go_on() -> Any:
             return compile_(self, key, signature, device, constexprs, options, attrs, warmup)
 
-        if by is not self:  # somebody compiles without a launch
+        if by is not self:  # compiled without a launch
             return go_on()
         return handler(Launch(self, device, key, bool(warmup), specialization, given, kwargs), go_on)
 
@@ -144,7 +144,7 @@ def intercept_compile(handler: Handler) -> Callable[[], None]:
 
 
 def around_loading(around: Callable[[str], contextlib.AbstractContextManager[None]]) -> Callable[[], None]:
-    """Load a compiled kernel's module inside `around(kernel's name)`, wherever that happens at a launch.
+    """Load compiled kernels' modules inside `around(name of the kernel)`, when a launch loads one.
 
     Returns a function that takes the hook out.
     """
@@ -165,11 +165,11 @@ def load_now(kernel: Any) -> None:
 
 
 class EagerLauncher:
-    """What `JITFunction.run` launches in place of a kernel: a Python function that computes the same with torch.
+    """Stands for a compiled kernel in `JITFunction.run`: launches a Python function that computes the same with torch.
 
     Args:
         function: the kernel.
-        twin: called with the kernel's arguments by name, as `launch` gives them.
+        twin: called with the grid and the kernel's arguments by name.
     """
 
     function = None
@@ -180,10 +180,10 @@ class EagerLauncher:
         self._twin = twin
 
     def launch_metadata(self, *_: Any) -> None:
-        """Profilers are told nothing: no kernel runs."""
+        """No metadata for profilers, because no kernel runs."""
 
     def run(self, grid_x: int, grid_y: int, grid_z: int, *rest: Any) -> None:
-        """Called as a launcher is: grid, six things of the launch, the kernel's arguments."""
+        """Has a launcher's signature: grid, six values of the launch, the kernel's arguments."""
         values = (value.value if isinstance(value, tl.constexpr) else value for value in rest[6:])
         self._twin((grid_x, grid_y, grid_z), dict(zip(self._names, values)))
 
@@ -192,7 +192,7 @@ class EagerLauncher:
 
 
 def _parts(key: str, names: list[str]) -> dict[str, str]:
-    """Triton's key, part by part: each parameter's type and value, and the options."""
+    """The parts of Triton's key by name: each parameter's type and value, and the options."""
     values, end = _items(key, 0)
     options, _ = _items(key, end)
     found = dict(zip(names, values))
@@ -203,7 +203,7 @@ def _parts(key: str, names: list[str]) -> dict[str, str]:
 
 
 def _items(text: str, start: int) -> tuple[list[str], int]:
-    """(the items of the first bracket from `start` on, where it ends); brackets and quotes inside are kept whole."""
+    """(items of the first bracket at or after `start`, index after it). Nested brackets and quotes stay inside their item."""
     depth, begin, quote = 0, start, ""
     out: list[str] = []
     for place in range(start, len(text)):
@@ -238,7 +238,7 @@ _ALWAYS = ("debug", "instrumentation_mode", "fpsan_homomorphic_casts")  # every 
 
 
 def _short(value: str) -> str:
-    """`('*fp32', 'D')` → `*fp32 D`, `('constexpr', 64)` → `64`; what is not so plain as it is."""
+    """`('*fp32', 'D')` → `*fp32 D`, `('constexpr', 64)` → `64`; any other form unchanged."""
     found = _PLAIN.fullmatch(value)
     if found is None:
         return value

@@ -1,7 +1,7 @@
-"""Where an autotuner of Triton's is about to measure: let it take one of its configs instead, and forget it afterwards.
+"""Hook the point where a Triton autotuner is about to measure: let it use a given config instead, and forget it afterwards.
 
-The way of upstream is kept (prune, measure, remember, launch), only that nothing is measured, read from disk or written
-there, and that the hook which resets tensors after a measurement does not run: it would be a launch that eager has not.
+Upstream's steps are kept (prune, measure, remember, launch), but nothing is measured, read from disk or written to it, and the
+hook that resets tensors after a measurement does not run: it would be a launch that eager execution does not have.
 
 Upstream: `triton/runtime/autotuner.py` (`Autotuner.run`, `prune_configs`, `_bench`, `check_disk_cache`).
 """
@@ -23,7 +23,7 @@ from aot_cache.upstream.hooks import triton_launches
 
 Json = Any
 _decided = threading.local()
-"""The tuner that has just taken a config on this thread, if the last one that came to prune has."""
+"""The tuner that pruned last on this thread, if a config was chosen for it; else None."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Tuning:
     """A launch for which an autotuner has no choice yet.
 
     Args:
-        tuner: which one.
-        configs: what it would measure.
+        tuner: the autotuner.
+        configs: the configs it would measure.
     """
 
     tuner: Autotuner
@@ -45,7 +45,7 @@ class Tuning:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What the tuner remembers its choice by."""
+        """The key under which the tuner caches its choice."""
         return triton_jit.tuning_key(self.tuner, tuple(self.tuner.nargs.values()), self._kwargs)
 
     @property
@@ -59,10 +59,10 @@ class Tuning:
         return function
 
     def to_json(self) -> dict[str, Json]:
-        """The choice to be made, as a plan has it, and the launch of each config: `tuning` and `units`.
+        """The missing choice and the launch of each config, in the form that plans use: `tuning` and `units`.
 
         Raises:
-            TraceError: a constexpr has no written form.
+            TraceError: a constexpr has no JSON form.
         """
         log = triton_launches.LaunchLog()
         number = log.tuning(self.tuner, self.key, self.configs)
@@ -78,16 +78,16 @@ class Tuning:
         return {"tuning": {**log.tunings[number], "kernel": self.name}, "units": units}
 
     def chosen(self) -> int | None:
-        """The number of the config that the tuner has a choice of by now, or None."""
+        """The number of the config that the tuner has cached by now, or None."""
         choice = self.tuner.cache.get(self.key)
         return None if choice is None else next((n for n, c in enumerate(self.configs) if c is choice), None)
 
     def from_bundle(self) -> int | None:
-        """The number of the config that a bundle chose, where the tuner makes its configs only when it is called; or None."""
+        """The number of the config that a bundle chose, for a tuner that creates its configs only when called; else None."""
         return triton_kernel.waiting_choice(self.tuner, self.key, self.configs)
 
     def first_installed(self) -> int | None:
-        """The number of the first config whose kernel is there, or None."""
+        """The number of the first config whose kernel is installed, or None."""
         for number in range(len(self.configs)):
             launch = self._launch(number)
             if launch is not None:
@@ -98,7 +98,7 @@ class Tuning:
         return None
 
     def _launch(self, number: int) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The kernel's arguments under a config; None where something unknown stands between tuner and kernel."""
+        """The kernel's arguments under a config; None if there is an unknown wrapper between tuner and kernel."""
         args = tuple(self.tuner.nargs.values())
         kwargs = {**self._kwargs, **triton_jit.config_kwargs(self.configs[number])}
         layer: Any = self.tuner.fn
@@ -116,9 +116,9 @@ Choose = Callable[[Tuning], "int | None"]
 
 
 def intercept_tuning(choose: Choose, later: Callable[[Forget], None]) -> Callable[[], None]:
-    """Ask `choose(tuning)` for the number of a config wherever an autotuner would measure; None lets it.
+    """Call `choose(tuning)` for the number of a config where an autotuner would measure. If it returns None, the tuner measures.
 
-    `later` is given what makes the tuner forget the choice, to be called when the capture is over. Returns a function
+    `later` gets a function that makes the tuner forget the choice, to be called when the capture is over. Returns a function
     that takes the hooks out.
     """
 
@@ -132,9 +132,9 @@ def intercept_tuning(choose: Choose, later: Callable[[Forget], None]) -> Callabl
         if number is None:
             return configs
         _decided.tuner = self
-        if tuning.key not in self.cache and number != tuning.from_bundle():  # which stays
+        if tuning.key not in self.cache and number != tuning.from_bundle():  # a bundle's choice stays
             later(partial(self.cache.pop, tuning.key, None))
-        return [configs[number]]  # Triton 3.9 and later takes a single one without measuring
+        return [configs[number]]  # Triton 3.9 and later uses a single config without measuring
 
     def check_disk_cache(
         check: Any, self: Autotuner, tuning_key: Any, configs: Any, measure: Callable[[], None]
@@ -156,7 +156,7 @@ def intercept_tuning(choose: Choose, later: Callable[[Forget], None]) -> Callabl
 
 
 def _skip_one_reset(tuner: Any) -> None:
-    """The next thing that `Autotuner.run` does is to remember the choice and to reset tensors: do only the first."""
+    """Skip the next reset of tensors: `Autotuner.run` now caches the choice and then calls `pre_hook`."""
     reset = tuner.pre_hook
 
     def instead(*_: Any, **__: Any) -> None:

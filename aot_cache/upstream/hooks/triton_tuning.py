@@ -1,4 +1,4 @@
-"""Benchmark an autotuner's candidates with Triton's own benchmark, without ever compiling one.
+"""Benchmark an autotuner's candidates with Triton's own benchmark, without compiling any.
 
 Upstream: `triton/runtime/autotuner.py` (`Autotuner.run`, `_bench`).
 """
@@ -25,10 +25,10 @@ Measured = Callable[[str, int, list[Json], dict[str, Json], list[float]], None]
 
 @contextlib.contextmanager
 def benchmarking(allowed: Allowed, measured: Measured) -> Iterator[None]:
-    """While active, tuners whose choice is forgotten benchmark only the candidates that are `allowed`.
+    """Inside, a tuner without a choice benchmarks only the candidates for which `allowed` returns true.
 
-    Both callbacks get (kernel's `triton_jit.identity`, tuner, key, config as encoded launch arguments); `measured` also
-    the times in milliseconds: median, 20th and 80th percentile.
+    Both callbacks get (the kernel's `triton_jit.identity`, the tuner's ordinal, key, config as encoded launch arguments).
+    `measured` also gets the times in milliseconds: median, 20th and 80th percentile.
     """
     ordinals: weakref.WeakKeyDictionary[Autotuner, int] = weakref.WeakKeyDictionary()
 
@@ -52,12 +52,12 @@ def benchmarking(allowed: Allowed, measured: Measured) -> Iterator[None]:
 
 
 def forget(function: JITFunction, ordinal: int, key: Sequence[Json]) -> None:
-    """Make a tuner of `function` choose again under `key`, in this process only (its disk cache is not asked either)."""
+    """Make a tuner of `function` choose again for `key`, in this process only, without its disk cache."""
     for tuner in triton_launches.tuners_of(function, ordinal):
         tuner.cache_results = False
         triton_kernel.forget(tuner, tuple(triton_jit.decode(k) for k in key))
 
 
 def identity(kernel: str, ordinal: int, key: Sequence[Json]) -> str:
-    """One tuning's name within a process."""
+    """A tuning's name, unique within a process."""
     return json.dumps([kernel, ordinal, key])

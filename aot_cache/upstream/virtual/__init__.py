@@ -1,4 +1,4 @@
-"""The device that is not there: tensors without memory, a driver, an Inductor for its target.
+"""The virtual device: tensors without memory, a Triton driver, and an Inductor that compiles for the target.
 
-For the builder's own processes: what is done here is not undone.
+Only for the builder's own processes: nothing here is undone.
 """

@@ -1,8 +1,8 @@
-"""A graph that Dynamo traced, as a function that only makes outputs of the right geometry: what runs at every point.
+"""Turn a graph that Dynamo traced into a function that only creates outputs of the right geometry, to run at every point.
 
 Running a graph's operators on tensors without memory takes as long as its host code: 100 ms for a block of attention.
-Dynamo has written down the outputs' sizes as formulas of the inputs'; they are used once they have foretold what the
-operators gave at two points, and not at all where they were wrong once, or where outputs are inputs or views of them.
+Dynamo has the outputs' sizes as formulas of the inputs' sizes. They are used after they predicted the operators' results at two
+points, and never if they were wrong once, or if outputs are inputs or views of them.
 
 Upstream: `torch/_dynamo/output_graph.py` (`example_value`), `torch/fx/experimental/symbolic_shapes.py`
 (`ShapeEnv.bound_sympy`).
@@ -18,15 +18,15 @@ import torch
 import torch._dynamo as dynamo
 
 _ENOUGH = 2
-"""Times that a formula has to foretell what the operators give, at different sizes."""
+"""How often the formulas must predict the operators' results, at different sizes, before they are used."""
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
 
 
 def answer(graph: Any) -> Callable[..., Any]:
-    """`graph` as a function that makes outputs without running it, where that can be.
+    """`graph` as a function that creates its outputs without running it, if possible.
 
-    Outputs carry bounds of the dimensions that changed, for what Dynamo compiles after a graph break.
+    Dynamic dimensions of outputs are marked with their bounds, for what Dynamo compiles after a graph break.
     """
     output = next(node for node in graph.graph.nodes if node.op == "output")
     bounds = [_bounds(node) for node in output.args[0]]
@@ -35,7 +35,7 @@ def answer(graph: Any) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         asked = tuple(_asked(arg) for arg in args)
-        found = known.get(asked)  # as many layers ask it as the model has, at every point
+        found = known.get(asked)  # at each point, all equal layers of a model ask the same
         if found is None:
             found = formulas.at(args)
         if found is not None:
@@ -56,7 +56,7 @@ def answer(graph: Any) -> Callable[..., Any]:
 
 
 class _Formulas:
-    """The sizes and strides of a graph's outputs, as formulas of the sizes that its inputs bring."""
+    """The sizes and strides of a graph's outputs, as formulas of the input sizes."""
 
     def __init__(self, graph: Any, outputs: Sequence[Any]) -> None:
         self._where: dict[Any, tuple[int, int]] = {}
@@ -76,11 +76,11 @@ class _Formulas:
         ]
 
     def at(self, args: Sequence[Any]) -> list[Geometry] | None:
-        """What the outputs are for `args`, if the formulas are trusted."""
+        """The outputs' geometry for `args`, if the formulas have proved right; else None."""
         return self._foretold(args) if self._right >= _ENOUGH else None
 
     def compare(self, args: Sequence[Any], found: list[Geometry]) -> None:
-        """Hold the formulas against what the operators gave."""
+        """Compare the formulas with the operators' results."""
         if self._right < 0:
             return
         self._kinds = self._kinds or [(dtype, device) for _, _, dtype, device in found]
@@ -95,7 +95,7 @@ class _Formulas:
                 (tuple(_value(f, values) for f in shape), tuple(_value(f, values) for f in strides), *kind)
                 for (shape, strides), kind in zip(self._outputs, self._kinds, strict=True)
             ]
-        except (TypeError, ValueError):  # a size that depends on values, or on something else than sizes
+        except (TypeError, ValueError):  # a size that depends on something else than input sizes
             return None
 
 
@@ -104,7 +104,7 @@ def _example(node: Any) -> Any:
 
 
 def _sizes(example: Any) -> list[tuple[int, Any]]:
-    """(dimension, size) of a tensor, or an integer itself as dimension -1."""
+    """(dimension, size) of each dimension of a tensor; a symbolic integer is dimension -1."""
     if isinstance(example, torch.Tensor):
         return list(enumerate(example.shape))
     return [(-1, example)] if isinstance(example, torch.SymInt) else []
@@ -136,7 +136,7 @@ def _made(like: Geometry) -> torch.Tensor:
 
 
 def _are_new(results: Sequence[Any], args: Sequence[Any]) -> bool:
-    """Whether results are tensors of their own: neither arguments, nor views of them or of one another, nor in a gradient."""
+    """Whether all results are tensors with their own memory (not arguments or views), and none requires a gradient."""
     if not all(isinstance(value, torch.Tensor) and not value.requires_grad for value in results):
         return False
     made = {value.untyped_storage()._cdata for value in results}

@@ -1,4 +1,4 @@
-"""What Dynamo is told about a call before it traces it.
+"""Prepare Dynamo for a call before it traces the call.
 
 Upstream: `torch/_dynamo/decorators.py` (`mark_dynamic`), `torch.compiler.config.dynamic_sources`,
 `torch/fx/experimental/symbolic_shapes.py` (`StrictMinMaxConstraint`).
@@ -29,17 +29,17 @@ BUILTINS = "__aot_builtins__"
 
 
 def alias_of(module: str) -> str:
-    """The global by which Dynamo's guards and bytecode call an imported module."""
+    """The global name under which Dynamo's guards and bytecode use an imported module."""
     return f"__import_{module.replace('.', '_dot_')}"
 
 
 Dynamic = Mapping[str, Sequence[Sequence[int]]]
-"""Expression → [dimension, low, high] of what changes; dimension -1 is an integer argument."""
+"""Expression → [dimension, low, high] for each size that changes; dimension -1 is an integer argument."""
 
 
 @contextlib.contextmanager
 def session(dynamic: Dynamic, most_graphs: int) -> Iterator[None]:
-    """Dynamo's settings while the calls of one kind are traced, in a process that has traced nothing else."""
+    """Dynamo's settings for tracing the calls of one signature, in a process that has traced nothing else."""
     integers = ",".join(path for path, dims in dynamic.items() if dims[0][0] < 0)
     with (
         _lasting_names(),
@@ -48,7 +48,7 @@ def session(dynamic: Dynamic, most_graphs: int) -> Iterator[None]:
             recompile_limit=most_graphs,
             accumulated_recompile_limit=8 * most_graphs,
             fail_on_recompile_limit_hit=True,
-            automatic_dynamic_shapes=False,  # what is dynamic was seen beforehand
+            automatic_dynamic_shapes=False,  # dynamic sizes are known beforehand
             suppress_errors=False,
         ),
     ):
@@ -59,10 +59,11 @@ def session(dynamic: Dynamic, most_graphs: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lasting_names() -> Iterator[None]:
-    """Dynamo numbers the global that holds the builtins; a number of this process may be taken in the one that loads.
+    """Give Dynamo's globals names that are valid in every process, and the same in every build.
 
-    So it does for modules that a guard or bytecode needs; they have an alias by their name, as imported ones have.
-    And it draws lots for the names of graphs, which end up in the artifact; that is to be the same each time.
+    Dynamo numbers the global for the builtins, and those for modules that a guard or bytecode needs; in the serving process
+    such a number may be taken. Modules get an alias made from their name, as imported ones have. Names of graphs come from
+    uuid4 and end up in the artifact, so uuid4 is replaced by a constant.
     """
     graph: Any = OutputGraph
     original, by_id = graph.install_builtins_dict_in_fglobals, graph.install_global_by_id
@@ -93,8 +94,8 @@ def _lasting_names() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ranges_may_split() -> Iterator[None]:
-    """Bounds of a marked dimension are kept, and code may still branch within them: such a graph serves a part of the
-    range, and a point outside that part is traced again. Upstream makes it an error, as of a promise of its caller's."""
+    """Let code branch within the bounds of a marked dimension. Such a graph serves a part of the range, and a point outside
+    that part is traced again. Upstream raises an error, because it takes the bounds as a promise."""
     constraint: Any = StrictMinMaxConstraint
     start = constraint.__init__
 
@@ -109,7 +110,7 @@ def _ranges_may_split() -> Iterator[None]:
 
 
 def mark(frame: Frame, dynamic: Dynamic) -> None:
-    """Tell Dynamo which dimensions of a call's tensors change, and between which bounds."""
+    """Mark the dimensions of a call's tensors that change, with their bounds."""
     for path, dims in dynamic.items():
         value = _get(frame, path)
         if isinstance(value, torch.Tensor):
@@ -118,17 +119,17 @@ def mark(frame: Frame, dynamic: Dynamic) -> None:
 
 
 def _get(frame: Frame, path: str) -> Any:
-    # The paths are our own (`builder.call_signatures`), made of names that the call's own structure has.
+    # The paths are our own (`builder.call_signatures`), built from names in the call's structure.
     return eval(path, {"L": frame.f_locals})  # noqa: S307
 
 
 def forget() -> None:
-    """Let Dynamo trace again what it has traced in this process."""
+    """Make Dynamo forget what it has traced in this process."""
     dynamo.reset()
 
 
 def warm_up(device: str) -> None:
-    """Import and set up what every compile needs, once, before children are forked."""
+    """Import and initialise what every compile needs, once, before children are forked."""
     from aot_cache.upstream.hooks import inductor_artifact, inductor_cpp
 
     if device == "cpu":
@@ -149,7 +150,7 @@ def warm_up(device: str) -> None:
 
 @cache
 def module_of(code: types.CodeType) -> str | None:
-    """The imported module that `code` was written in; None for torch, the standard library and generated code."""
+    """The imported module that defines `code`; None for torch, the standard library and generated code."""
     path = os.path.realpath(code.co_filename)
     roots = (os.path.dirname(os.path.realpath(torch.__file__)), os.path.realpath(sysconfig.get_paths()["stdlib"]))
     site = os.path.realpath(sysconfig.get_paths()["purelib"])
@@ -160,10 +161,10 @@ def module_of(code: types.CodeType) -> str | None:
 
 @cache
 def _files(_imported: int) -> dict[str, str]:
-    """File → module, of what is imported; made anew when there is more of it."""
+    """File → module, for all imported modules. Recomputed when their number changes."""
     found: dict[str, str] = {}
     for name, module in list(sys.modules.items()):
-        file = getattr(module, "__dict__", {}).get("__file__")  # not `getattr`: lazy modules import something to answer
+        file = getattr(module, "__dict__", {}).get("__file__")  # not `getattr`: lazy modules would import something
         if isinstance(file, str):
             found.setdefault(os.path.realpath(file), name)
     return found

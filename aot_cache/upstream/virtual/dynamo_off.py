@@ -1,6 +1,6 @@
-"""Compiled functions as plain Python, and notice that they were called: for runs that look at something else.
+"""Run compiled functions as plain Python and report their calls, for runs that trace something else (kernels).
 
-Upstream: `torch/_dynamo/eval_frame.py` (`_callback_from_stance`, asked at each call of a compiled function; what
+Upstream: `torch/_dynamo/eval_frame.py` (`_callback_from_stance`, called at each call of a compiled function; what
 `torch.compiler.set_stance("force_eager")` answers is None).
 """
 
@@ -16,10 +16,10 @@ Note = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 
 
 def run_as_python(note: Note) -> None:
-    """From now on nothing is compiled in this process, and `note(function, args, kwargs)` is called where a compiled
-    function is; the function is None where upstream keeps it elsewhere than it did.
+    """Compile nothing in this process from now on, and call `note(function, args, kwargs)` at each call of a compiled function.
 
-    Imports nothing: a process that compiles nothing does not pay for Dynamo.
+    `function` is None if upstream has moved the variable that holds it. Imports nothing: a process that compiles nothing does
+    not import Dynamo.
     """
 
     def patch() -> None:
@@ -29,7 +29,7 @@ def run_as_python(note: Note) -> None:
             if callback not in (None, False):
                 caller = sys._getframe(1).f_locals
                 note(caller.get("fn"), caller.get("args", ()), caller.get("kwargs", {}))
-                from aot_cache.upstream.hooks import dynamo_stance  # it imports Dynamo, which is here by now
+                from aot_cache.upstream.hooks import dynamo_stance  # imports Dynamo, which is imported by now
 
                 dynamo_stance.count_as_compiled()
 

@@ -1,8 +1,8 @@
-"""Scaled dot product attention on a GPU that is not there: the fused kernel that the device would choose.
+"""Scaled dot product attention on the virtual device: use the fused kernel that the real device would use.
 
-torch decides in C++ which attention runs, by asking the device. Where it has none it falls back to matrix products and a
-softmax, which Inductor then compiles: right, and on an H200 2.4 times slower at 1024 tokens. Here the choice is made by
-what is known of the target: flash attention, first in torch's order, wherever its conditions hold; the rest is left as it is.
+torch chooses the attention kernel in C++, by asking the device. Without a device it falls back to matrix products and a
+softmax, which Inductor then compiles: correct, but 2.4 times slower on an H200 at 1024 tokens. Here the choice depends on the
+target: flash attention, which is first in torch's order, if its conditions hold; all else is left to torch.
 
 Upstream: `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp` (`can_use_flash_attention`), `torch/_ops.py` (`py_impl`).
 """
@@ -42,7 +42,7 @@ def choose_for(target: Target) -> None:
         enable_gqa: bool = False,
     ) -> Any:
         if not _flash_runs(q, k, v, attn_mask):
-            # C++'s own; `attention.decompose` would come back here.
+            # The implementation in C++; `attention.decompose` would call this function again.
             return attention._op_dk(key, q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if enable_gqa and k.shape[-3] != q.shape[-3]:
             groups = q.shape[-3] // k.shape[-3]
@@ -58,6 +58,6 @@ def _flash_runs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.T
         and q.dim() == 4
         and q.shape[-1] == k.shape[-1] == v.shape[-1]
         and q.shape[-1] <= _MOST_HEAD
-        and q.shape[-1] % 8 == 0  # others are padded first
+        and q.shape[-1] % 8 == 0  # torch pads other head sizes first
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)))
     )

@@ -1,9 +1,9 @@
-"""A process in which Inductor compiles for a GPU that is not there. For good: a worker process of the builder only.
+"""Make this process's Inductor compile for a GPU that is absent. Not undone: only for worker processes of the builder.
 
 Upstream: `torch/_inductor` (`compile_fx`, `runtime/triton_heuristics.py`, `fx_passes`), `torch/_dynamo/device_interface.py`,
 `torch/_subclasses/fake_tensor.py`.
 
-What had to be virtual, and why, is in design.md
+What had to be replaced, and why, is in design.md
 section 5 and below.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def become(target: Target) -> None:
-    """Make Inductor compile for `target` in this process; nothing of Inductor may have been imported before."""
+    """Make Inductor compile for `target` in this process. Inductor must not have been imported before."""
     if target.backend != "cpu":
         from aot_cache.upstream.virtual import torch_cuda, torch_guard, triton_driver
 
@@ -35,7 +35,7 @@ def become(target: Target) -> None:
     torch_modules.for_fake_tensors()
     from torch._inductor import config
 
-    config.compile_threads = 1  # a graph is compiled in one forked child; its kernels are not spread further
+    config.compile_threads = 1  # one forked child compiles a whole graph, without further processes
     config.worker_suppress_logging = True
     if target.backend != "cpu":
         _compile_kernels_only(target)
@@ -45,7 +45,7 @@ def become(target: Target) -> None:
 
 
 def _stay_off_the_driver() -> None:
-    """Calls that Dynamo's device interface and fake tensors make, and that end in the CUDA runtime."""
+    """Replace calls of Dynamo's device interface and of fake tensors that would reach the CUDA runtime."""
     cuda: Any = torch.cuda
     cuda._exchange_device = lambda _device: 0
     cuda._maybe_exchange_device = lambda _device: 0
@@ -54,9 +54,9 @@ def _stay_off_the_driver() -> None:
     from torch._subclasses import fake_tensor
 
     module: Any = fake_tensor
-    # Else a fake mode would compute constants (`torch.tensor(3, device="cuda")`) on the GPU that is said to be there.
+    # Else a fake mode would compute constants (`torch.tensor(3, device="cuda")`) on the virtual GPU.
     module.FakeTensorMode.avoid_device_init = property(lambda _mode: True, lambda _mode, _value: None)
-    if hasattr(module, "init_gpu_context"):  # to torch 2.11: makes a context
+    if hasattr(module, "init_gpu_context"):  # up to torch 2.11: creates a CUDA context
         module.init_gpu_context = lambda *_: None
 
 
@@ -67,13 +67,13 @@ def _compile_kernels_only(target: Target) -> None:
     for imported in [triton_helpers, *list(sys.modules.values())]:
         if getattr(imported, "set_driver_to_gpu", None) is not None:
             found: Any = imported
-            found.set_driver_to_gpu = lambda: None  # it would put the real driver back
+            found.set_driver_to_gpu = lambda: None  # it would restore the real driver
     autotuner: Any = triton_heuristics.CachingAutotuner
 
     def precompile(
         self: Any, warm_cache_only: bool = False, reload_kernel: Any = None, static_triton_bundle_key: str | None = None
     ) -> None:
-        """Compile all configs and make no launcher; keep the kernel for upstream's static launcher."""
+        """Compile all configs without making launchers; keep the kernel for upstream's static launcher."""
         self._precompile_worker()
         if not self.is_statically_launchable():
             name = getattr(self.fn, "__name__", "a kernel")
@@ -87,25 +87,25 @@ def _compile_kernels_only(target: Target) -> None:
 
     module: Any = codegen
     full_name = module.get_fused_kernel_name
-    # Triton cuts file names off at 150 characters, and the static launcher then does not find the kernel's binary.
+    # Triton truncates file names to 150 characters; the static launcher would then not find the kernel's binary.
     module.get_fused_kernel_name = lambda *args, **kwargs: full_name(*args, **kwargs)[:_NAME]
     path_of = module.get_path
 
     def get_path(*args: Any) -> tuple[str, str, str]:
         name, folder, path = path_of(*args)
-        return name, folder, os.path.basename(path)  # a comment in the artifact, which is of no folder
+        return name, folder, os.path.basename(path)  # only a comment in the artifact: no folder of this build
 
     module.get_path = get_path
 
 
 def _keep_what_fits(target: Target, autotuner: Any) -> None:
-    """Drop configs that cannot run on `target`, as a device would; nobody here would notice, as nothing is loaded.
+    """Drop configs that cannot run on `target`. A device would reject them at load, but nothing is loaded here.
 
-    torch of every build, without ROCm, too, compiles for ROCm when `torch.version.hip` says so early enough: seen to hold
-    on CPU and CUDA builds. Where a new release asks something else, this fails, and names the kernel.
+    Every torch build, even without ROCm, compiles for ROCm if `torch.version.hip` is set early enough (seen on CPU and CUDA
+    builds). If a new release checks something else, this raises and names the kernel.
 
     Raises:
-        RuntimeError: no config can; the graph is listed as failed.
+        RuntimeError: Inductor compiled for another device, or no config fits. The graph is then listed as failed.
     """
     name, device = getattr(autotuner.fn, "__name__", "a kernel"), autotuner.device_props
     found = (device.type, device.cc, device.warp_size)
@@ -120,7 +120,7 @@ def _keep_what_fits(target: Target, autotuner: Any) -> None:
 
 
 def _constants_on_the_cpu() -> None:
-    """Inductor folds constants by computing them, on the device that they are for."""
+    """Fold constants on the CPU: Inductor would compute them on the device of the graph."""
     from torch._inductor.constant_folding import ConstantFolder
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -143,7 +143,7 @@ def _constants_on_the_cpu() -> None:
 
 
 def _patterns_on_the_cpu() -> None:
-    """Inductor's patterns are traced once, on example tensors of the device that it is given."""
+    """Trace Inductor's patterns with example tensors on the CPU, instead of on the graph's device."""
     from torch._inductor.fx_passes import joint_graph, post_grad
 
     for module in (joint_graph, post_grad):

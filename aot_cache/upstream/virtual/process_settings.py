@@ -1,9 +1,9 @@
-"""What host code can set for its whole process, and what a builder puts back: nothing set at one point reaches another.
+"""Process-wide settings that host code may change, and that the builder restores, so that no point affects another.
 
-A recipe's function may set a default dtype, a variable or one of Inductor's settings while it makes arguments, and forget
-it: the next case would be traced under it. So every point starts from what was so before it. What a server sets once is
-kept: what *importing* a module sets, and what the first making of a model does (torchao's `quantize_` changes Inductor's
-settings).
+A recipe's function may set a default dtype, an environment variable or an Inductor setting while it makes arguments, and never
+reset it; the next case would be traced under it. So each point starts with the settings from before. Settings that a server
+makes once are kept: those made by *importing* a module, and by creating a model for the first time (torchao's `quantize_`
+changes Inductor's settings).
 
 Upstream: `torch/utils/_config_module.py` (`get_config_copy`, `__setattr__`), `torch/_dynamo/eval_frame.py` (`_stance`),
 `torch/__init__.py` (`_GLOBAL_DEVICE_CONTEXT`), `torch/backends`.
@@ -34,7 +34,7 @@ Read = Callable[[], Any]
 Write = Callable[[Any], Any]
 
 SEED = 0
-"""Of everything that draws numbers, at each point: what one point draws says nothing about how many were drawn before."""
+"""Seed of all random generators at each point, so that random numbers do not depend on the points before."""
 _GONE = object()
 _CONFIGS = (
     "torch._dynamo.config",
@@ -51,14 +51,14 @@ _DEVICES = ("cpu", "cuda")
 
 @dataclass
 class _Part:
-    """Some settings, by name.
+    """A group of settings, by name.
 
     Args:
-        read: all of them.
-        write: one of them, or `_GONE`.
-        mark: something that is cheaper than `read` and differs where that does; by default that itself.
-        inside: the same of what `mark` does not see because it is changed in place; looked at once a point.
-        room: what stands before a setting's name where people read it.
+        read: returns all settings of the group.
+        write: sets one of them; the value `_GONE` removes it.
+        mark: returns a value that changes whenever `read`'s does, but is cheaper; by default `read` itself.
+        inside: the same for values changed in place, which `mark` does not see; called once for each point.
+        room: prefix of the settings' names in messages.
     """
 
     read: Callable[[], Mapping[str, Any]]
@@ -71,7 +71,7 @@ class _Part:
     base_inside: Any = None
 
     def note(self) -> None:
-        """What is so now is what is put back."""
+        """Take the current settings as those to restore."""
         mark = self._mark()
         if self.base_mark is _GONE or mark != self.base_mark:
             self.base = dict(self.read())
@@ -91,7 +91,7 @@ class _Part:
         self._marked()
 
     def adopt(self, before: Mapping[str, Any]) -> None:
-        """Keep what has changed since it was as in `before`."""
+        """Keep the settings that have changed since `before`: they are no longer restored."""
         now = self.now()
         names = _differing(before, now)
         clean = before is self.base
@@ -119,7 +119,7 @@ def _same(one: Any, other: Any) -> bool:
     return one is other or bool(one == other)
 
 
-# --- what there is ----------------------------------------------------------------------------------------------------
+# --- the settings -----------------------------------------------------------------------------------------------------
 
 
 def _set_variable(name: str, value: Any) -> None:
@@ -139,7 +139,7 @@ def _deterministic(value: Any) -> None:
 
 
 def _precisions() -> Any:
-    """torch has two ways to set this, and refuses to read the old one after the new one was used."""
+    """torch has two APIs for this, and refuses to read the old one after the new one was used."""
     new: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
     try:
         old = torch.get_float32_matmul_precision()
@@ -167,7 +167,7 @@ def _set_stance(value: Any) -> None:
 
 
 def _set_filters(value: Any) -> None:
-    warnings.filters[:] = value  # type: ignore[index]  # a list, whatever its type says
+    warnings.filters[:] = value  # type: ignore[index]  # a list, although its stub says otherwise
 
 
 def _autocast(device: str) -> tuple[Read, Write]:
@@ -184,7 +184,7 @@ def _flag(room: Any, name: str) -> tuple[Read, Write]:
 
 @cache
 def _values() -> dict[str, tuple[Read, Write]]:
-    """Settings that are one value each, and cheap to ask for."""
+    """Settings with one value each that is cheap to read."""
     backends, cuda = torch.backends, torch.backends.cuda
     anomaly: Any = torch.autograd.set_detect_anomaly
     return {
@@ -229,11 +229,11 @@ def _variables() -> dict[str, str]:
 
 def _encoded_variables() -> dict[Any, Any]:
     environment: Any = os.environ
-    return dict(environment._data)  # as they are kept: to decode each costs more than all else here
+    return dict(environment._data)  # raw: decoding each variable costs more than all else here
 
 
 def _config(name: str) -> _Part:
-    """The settings of one of torch's modules of settings; none before it is imported."""
+    """The settings of one of torch's config modules; empty before it is imported."""
 
     def module() -> Any:
         found = sys.modules.get(name)
@@ -261,7 +261,7 @@ def _config(name: str) -> _Part:
 
 
 _changes: Counter[str] = Counter()
-"""Module of settings → how often one of them was set: to read them all costs more than what host code does at a point."""
+"""Config module → how often a setting was set. Reading all settings costs more than a point's host code."""
 
 
 @cache
@@ -283,7 +283,7 @@ def _counted(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _containers(module: Any) -> list[Any]:
-    """The values that can be changed in place."""
+    """The values that can be modified in place."""
     return [getattr(module, key) for key in _container_names(module.__name__)]
 
 
@@ -303,12 +303,12 @@ def _parts() -> list[_Part]:
     ]
 
 
-# --- keeping it -------------------------------------------------------------------------------------------------------
+# --- restoring --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What is set otherwise than it was: (part, name, value), the part as a number."""
+    """Settings that differ from the noted ones: (number of the part, name, value)."""
 
     values: tuple[tuple[int, str, Any], ...] = ()
 
@@ -317,21 +317,21 @@ class Changes:
         return [_parts()[part].room + name for part, name, _ in self.values]
 
     def without(self, others: Changes) -> Changes:
-        """Those of other settings."""
+        """The changes of settings that `others` does not change."""
         known = {(part, name) for part, name, _ in others.values}
         return Changes(tuple(one for one in self.values if one[:2] not in known))
 
     def make(self) -> None:
-        """Set it so."""
+        """Apply the changes."""
         for part, name, value in self.values:
             _parts()[part].write(name, value)
 
 
 class Settings:
-    """The settings of this process as they were."""
+    """The settings of this process that were noted."""
 
     def changed(self) -> Changes:
-        """What is not as it was."""
+        """The settings that differ from the noted ones."""
         return Changes(
             tuple(
                 (number, name, now.get(name, _GONE))
@@ -342,14 +342,14 @@ class Settings:
         )
 
     def put_back(self) -> None:
-        """Make them so again, also what was changed in place."""
+        """Restore the noted settings, also values that were modified in place."""
         for part in _parts():
             part.put_back()
 
 
 @contextlib.contextmanager
 def kept() -> Iterator[Settings]:
-    """What is set inside is put back at the end; inside, numbers are drawn from the start."""
+    """Restore at the end the settings that are changed inside. Random generators are seeded at the start."""
     for part in _parts():
         part.note()
     _seed()
@@ -376,7 +376,7 @@ _importing: list[str] = []
 
 
 class _Imports(importlib.abc.MetaPathFinder):
-    """Stands first among the finders and keeps what a module sets while it is imported."""
+    """The first finder: keeps the settings that a module changes while it is imported."""
 
     def __init__(self) -> None:
         self._asking = False
@@ -386,15 +386,15 @@ class _Imports(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if self._asking:
             return None
-        self._asking = True  # the other finders answer; this one only listens
+        self._asking = True  # let the other finders answer; this one only wraps their result
         try:
             spec = importlib.util.find_spec(fullname)
         except (ImportError, ValueError):
-            return None  # the other finders say so themselves
+            return None  # the other finders raise this themselves
         finally:
             self._asking = False
         loader: Any = None if spec is None else spec.loader
-        # The loaders of Python's own modules are classes; those set nothing.
+        # Loaders of Python's builtin modules are classes; these modules change no settings.
         if loader is not None and not isinstance(loader, type) and not hasattr(loader, _MARK):
             with contextlib.suppress(AttributeError):
                 _watch(loader)

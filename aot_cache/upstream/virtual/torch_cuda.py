@@ -1,9 +1,9 @@
-"""What Python code asks `torch.cuda` about the device, answered from a target.
+"""Answer Python code's questions to `torch.cuda` about the device, from a target.
 
-Only ever called in a worker process of the builder, before anything else is imported there: libraries decide at import
-(fla fixes warps and Hopper flags, transformers asks `is_available()`). torch itself must not reach the driver.
+Only called in a worker process of the builder, before anything else is imported there, because libraries decide at import
+time (fla fixes warps and Hopper flags, transformers calls `is_available()`). torch itself must not reach the driver.
 
-Upstream: `torch/cuda/__init__.py` (what it answers about a device, `_lazy_init`), `torch/_C` (its streams).
+Upstream: `torch/cuda/__init__.py` (its answers about a device, `_lazy_init`), `torch/_C` (its streams).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ASSUMED_CUDA = "13.0"
 ASSUMED_ROCM = "7.1"
-"""`torch.version` of a serving image; a CPU-only builder has none, and libraries read it."""
+"""`torch.version` of a serving image. Libraries read it, and a CPU build of torch has none."""
 _ALLOCATED = ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved")
 
 
@@ -47,10 +47,11 @@ def device_properties(target: Target) -> SimpleNamespace:
 
 
 def pretend(target: Target, tensors: bool = True) -> None:
-    """Answer for `target` in this process, for good. There is no way back: use a worker process.
+    """Answer for `target` in this process. Cannot be undone: use a worker process.
 
     Args:
-        tensors: also make CUDA tensors by ways around C++ device guards, which Dynamo could not trace.
+        target: the GPU to imitate.
+        tensors: also replace functions that create or move CUDA tensors, to avoid C++ device guards. Dynamo cannot trace them.
     """
     properties = device_properties(target)
     cuda: Any = torch.cuda
@@ -87,7 +88,7 @@ def pretend(target: Target, tensors: bool = True) -> None:
         version.cuda = None
     elif version.cuda is None:
         version.cuda = ASSUMED_CUDA
-    # A CUDA build without a GPU has a real device guard that fails; torch has a no-op one for fake tensors.
+    # The device guard of a CUDA build fails without a GPU; use the no-op one that torch has for fake tensors.
     torch._C._ensureCUDADeviceGuardSet()
     c: Any = torch._C
     c._cuda_getDevice = lambda: 0
@@ -100,7 +101,7 @@ def pretend(target: Target, tensors: bool = True) -> None:
 
 
 def _be_the_accelerator(target: Target) -> None:
-    """`torch.accelerator`, which is for host code that knows no backend."""
+    """Answer for `torch.accelerator`, which host code that is independent of the backend uses."""
     answers: dict[str, Any] = {
         "current_accelerator": lambda check_available=False: torch.device("cuda"),
         "is_available": lambda: True,
@@ -110,7 +111,7 @@ def _be_the_accelerator(target: Target) -> None:
         "set_device_index": lambda _device: None,
         "set_device_idx": lambda _device: None,
         "device_index": torch_streams.Context,
-        # Functions of their own: Dynamo has a rule for each of torch's, and takes no two for one.
+        # Separate functions: Dynamo has a rule for each of torch's functions, and they must not be the same object.
         "current_stream": lambda _device=None: torch_streams.current(),
         "set_stream": lambda stream: torch_streams.set_current(stream),
         "synchronize": lambda _device=None: None,
@@ -123,19 +124,19 @@ def _be_the_accelerator(target: Target) -> None:
         **dict.fromkeys(_ALLOCATED, lambda _device=None: 0),
     }
     for name, answer in answers.items():
-        if hasattr(torch.accelerator, name):  # each version has some more
+        if hasattr(torch.accelerator, name):  # newer releases have more of them
             setattr(torch.accelerator, name, answer)
 
 
 def _move_tensors() -> None:
-    """Ways to another device that take a device guard in C++ before they dispatch, which CPU-only builds lack."""
+    """Replace moves between devices on CPU builds: they use a device guard in C++, which these builds lack."""
     built: Any = torch.backends.cuda.is_built
     if not built():
         _move_without_a_guard()
 
 
 def _move_without_a_guard() -> None:
-    """`Tensor.to`, `.cuda` and `.cpu` by the operator that they end in."""
+    """Implement `Tensor.to`, `.cuda` and `.cpu` by the operator that they finally call."""
     tensor: Any = torch.Tensor
     plain_to = tensor.to
 

@@ -1,6 +1,6 @@
-"""Ways to new tensors that ask the driver in C++ before they dispatch: pinned memory, a device by its number, CUDA itself.
+"""Create tensors without asking the driver, as torch does in C++ for pinned memory, device numbers and CUDA tensors.
 
-For host code around kernels, which nobody traces: functions of `torch` are replaced.
+Replaces functions of `torch`. For host code around kernels, which is not traced by Dynamo.
 
 Upstream: `torch` and `torch/_tensor.py` (which functions make tensors, and take `device` and `pin_memory` by name),
 `torch/utils/_device.py` (`_device_constructors`), `torch/_C` (`_set_only_lift_cpu_tensors`).
@@ -26,11 +26,11 @@ _PINNED = "_aot_cache_pinned"
 
 
 def pretend() -> None:
-    """Make tensors by ways around the driver in this process, for good."""
+    """Replace these functions in this process. Not undone."""
     module: Any = torch
     tensor: Any = torch.Tensor
-    torch._C._set_only_lift_cpu_tensors(True)  # data goes to CUDA by an operator, not under a device guard in C++
-    _device._device_constructors()  # what `with torch.device(...)` is about: kept from now on, of torch's own functions
+    torch._C._set_only_lift_cpu_tensors(True)  # move data to CUDA by an operator, without a device guard in C++
+    _device._device_constructors()  # fill the cache of `with torch.device(...)` with torch's own functions
     for name in _FACTORIES:
         setattr(module, name, _without_the_driver(getattr(module, name)))
     for name in _FROM_DATA:
@@ -42,7 +42,7 @@ def pretend() -> None:
 
 
 def named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of `.to(...)`; a device that is a number has its name, for which C++ would ask the driver."""
+    """The arguments of `.to(...)`, with a numeric device replaced by a named one: for a number, C++ would ask the driver."""
     return ((_device_of(args[0]), *args[1:]) if args else args), _named_device(kwargs)
 
 
@@ -51,8 +51,8 @@ def _device_of(device: Any) -> Any:
 
 
 def is_pinned(tensor: torch.Tensor, device: Any = None) -> bool:
-    """Whether a tensor is in memory that would have been pinned, where there is a GPU."""
-    return hasattr(tensor.untyped_storage(), _PINNED)  # a storage is one object as long as any tensor is in it
+    """Whether a tensor's memory would be pinned on a host with a GPU."""
+    return hasattr(tensor.untyped_storage(), _PINNED)  # a storage stays one Python object as long as a tensor uses it
 
 
 def _pin(tensor: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ def _without_the_driver(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _through_the_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Without a compiler there is no device guard at all, and these take one."""
+    """Create on the CPU, then move: these functions use a device guard, and without a C++ compiler there is none."""
 
     @functools.wraps(make)
     def made(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Any:

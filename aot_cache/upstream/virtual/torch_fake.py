@@ -1,8 +1,8 @@
-"""Tensors without memory that Dynamo can trace, and custom operators that run their own Python on them.
+"""Tensors without memory that Dynamo can trace, with custom operators that run their own Python code on them.
 
-torch's `FakeTensorMode` gives a custom operator's *shape rule*. Host code that is asked what it compiles must run the
-operator itself: what it calls inside may be compiled, too (a compiled function in an opaque custom op). Tensors of our
-own (`torch_tensor.VirtualTensor`) are faster, and Dynamo does not trace them.
+torch's `FakeTensorMode` uses a custom operator's *shape rule*. To find what host code compiles, the operator itself must run,
+because it may call compiled functions inside (a compiled function in an opaque custom op). Our own tensors
+(`torch_tensor.VirtualTensor`) are faster, but Dynamo does not trace them.
 
 Upstream: `torch/_subclasses/fake_tensor.py`.
 """
@@ -32,17 +32,17 @@ _PINNING = (_aten._pin_memory.default, _aten.pin_memory.default)
 _TO = tuple(getattr(_aten.to, name) for name in _aten.to.overloads())
 BUILTIN = frozenset({"aten", "prim", "prims", "_c10d_functional", "profiler", "inductor", "higher_order"})
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
-"""What torch raises where host code reads the values of a tensor that has none."""
+"""Errors that torch raises when host code reads the values of a tensor without memory."""
 
 _base: Any = FakeTensorMode
 _KNOWN: Any = hop_utils.registered_hop_fake_fns
 
 
 class HostMode(_base):  # type: ignore[misc]  # torch's class is untyped
-    """A `FakeTensorMode` for host code: operators outside of torch run what they would run on the device."""
+    """A `FakeTensorMode` for host code: operators outside of torch run their implementation for the device."""
 
     def __init__(self, device: str) -> None:
-        # Loops in a graph (`while_loop`) want an environment; sizes and values stay what they are, or are refused.
+        # Loops in a graph (`while_loop`) need a shape environment. Sizes stay concrete; unknown values are refused.
         environment = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
         super().__init__(allow_non_fake_inputs=True, shape_env=environment, static_shapes=True)
         self._key = "CUDA" if device == "cuda" else "CPU"
@@ -51,7 +51,7 @@ class HostMode(_base):  # type: ignore[misc]  # torch's class is untyped
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if isinstance(func, HigherOrderOperator) and func not in _KNOWN:
-            # To torch 2.12 the rule of, for one, a Triton kernel in a graph is for the class itself, not for ours.
+            # Up to torch 2.12 some rules (e.g. for a Triton kernel in a graph) are registered for FakeTensorMode only.
             return func.python_key_table[FakeTensorMode](self, *args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
@@ -60,12 +60,12 @@ class HostMode(_base):  # type: ignore[misc]  # torch's class is untyped
         if func is _aten.record_stream.default:
             return None
         if func is _aten.detach_.default and not isinstance(args[0], FakeTensor):
-            return args[0]  # a new one of `torch.tensor(..., device="meta")`, in inference mode
-        if func in _PINNING:  # there is no memory that could be pinned
+            return args[0]  # a new `torch.tensor(..., device="meta")`, in inference mode
+        if func in _PINNING:  # no memory to pin
             func, args, kwargs = _aten.clone.default, args[:1], {}
         elif kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
-        if func in _TO:  # inference mode hands it over whole, and a constant would be moved for real
+        if func in _TO:  # not decomposed in inference mode; a constant would really be moved
             with self:
                 return func.decompose(*args, **kwargs)
         if func is _GROUPED_MM and args[0].dtype != torch.bfloat16:
@@ -73,16 +73,16 @@ class HostMode(_base):  # type: ignore[misc]  # torch's class is untyped
         if getattr(func, "namespace", "aten") not in BUILTIN:
             implementation = implementation_of(func, self._key)
             if implementation is not None:
-                # One that reads values calls nothing that is compiled, as far as can be seen: its shape rule answers.
+                # If it reads values, fall through to its shape rule, assuming that it calls nothing compiled.
                 with contextlib.suppress(*NEEDS_VALUES), self:
                     return implementation(*args, **kwargs)
         return super().dispatch(func, types, args, kwargs)
 
 
 def implementation_of(func: Any, key: str) -> Any:
-    """What an operator outside of torch runs on the device of a dispatch key; None when it has only a shape rule.
+    """The implementation of an operator outside of torch for a dispatch key; None if only its shape rule can be used.
 
-    One that is written in C++ is its shape rule, where it has one: it reads and writes memory, and launches nothing of Triton's.
+    An operator written in C++ uses its shape rule if it has one: it accesses memory, and launches no Triton kernels.
     """
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     for name in (key, "CompositeExplicitAutograd", "CompositeImplicitAutograd"):
@@ -94,13 +94,13 @@ def implementation_of(func: Any, key: str) -> Any:
 
 
 def _is_python(func: Any, key: str) -> bool:
-    """Whether Python has registered the implementation for a dispatch key."""
+    """Whether the implementation for a dispatch key was registered from Python."""
     namespace, _, name = func.name().partition("::")
     return f"{namespace}/{name}/{key}" in torch.library._impls
 
 
 def _has_shape_rule(func: Any) -> bool:
-    """Whether it is known what comes out: a rule says so, or nothing does."""
+    """Whether the result's shape is known: by a shape rule, or because nothing is returned."""
     return not func._schema.returns or torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "Meta")
 
 
@@ -108,9 +108,9 @@ _DEVICES = ("CPU", "XPU", "HPU", "MPS", "PrivateUse1")
 
 
 def only_for(func: Any, key: str) -> str:
-    """The devices that an operator outside of torch is for, where it is for none of a dispatch key; else nothing.
+    """The devices that an operator outside of torch supports, if it does not support that of `key`; else an empty text.
 
-    With a shape rule alone an operator may be anything; with code for another device it would raise on this one.
+    Also empty if it has only a shape rule. With code only for another device it would raise on this one.
     """
     if implementation_of(func, key) is not None or torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key):
         return ""
@@ -118,13 +118,13 @@ def only_for(func: Any, key: str) -> str:
 
 
 def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments that an operator writes into."""
+    """The arguments that an operator writes to."""
     given = {argument.name: value for argument, value in zip(func._schema.arguments, args)} | kwargs
     return leaves([given.get(argument.name) for argument in func._schema.arguments if argument.is_write])
 
 
 def leaves(values: Any) -> list[Any]:
-    """What is in lists and tuples, and in those inside."""
+    """The items of nested lists and tuples, flattened."""
     out = []
     for value in values:
         if isinstance(value, (list, tuple)):
@@ -135,7 +135,7 @@ def leaves(values: Any) -> list[Any]:
 
 
 def run_of_others(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operator outside of torch on nothing virtual: with a mode on, which must not ask for it again."""
+    """Run an operator outside of torch without virtual arguments, without calling the active mode again."""
     implementation = implementation_of(func, "CUDA")
     if implementation is not None:
         return implementation(*args, **kwargs)
@@ -147,18 +147,18 @@ _GROUPED_MM = _aten._grouped_mm.default
 
 
 def _grouped_mm(a: Any, b: Any, *_: Any) -> Any:
-    """The product of groups of rows [s, k] and matrices [g, k, n]: [s, n]. Upstream's rule refuses what the CPU multiplies."""
+    """Grouped product of rows [s, k] with matrices [g, k, n]: [s, n]. Upstream's rule refuses dtypes that the CPU supports."""
     return a.new_empty(a.shape[0], b.shape[-1])
 
 
 @cache
 def host_mode(device: str) -> HostMode:
-    """This process's one mode for host code: what a recipe keeps from its import on, or from point to point, stays usable."""
+    """The single mode for host code in this process, so that tensors kept since import or an earlier point stay usable."""
     return HostMode(device)
 
 
 class OnTheDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its base class has an untyped hook
-    """While a recipe is imported: tensors on CUDA are fake, and all others are what they are."""
+    """Active while a recipe is imported: CUDA tensors are fake, all others are real."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -172,7 +172,7 @@ class OnTheDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its ba
 
 @contextlib.contextmanager
 def importing(device: str) -> Iterator[None]:
-    """A recipe is imported inside."""
+    """For the import of a recipe."""
     mode: Any = OnTheDevice  # torch's base class is untyped
     with mode() if device == "cuda" else contextlib.nullcontext():
         yield
@@ -180,7 +180,7 @@ def importing(device: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_launches() -> Iterator[None]:
-    """Triton kernels that host code launches inside do nothing: they are the kernel trace's business."""
+    """Inside, launches of Triton kernels do nothing: kernels are traced separately."""
     try:
         from triton.runtime.autotuner import Autotuner
         from triton.runtime.jit import JITFunction

@@ -1,4 +1,4 @@
-"""A job of several ranks in a process that is alone: what host code asks of `torch.distributed` while it is traced.
+"""A fake process group: lets host code use `torch.distributed` with several ranks in a single process while it is traced.
 
 Upstream: `torch/testing/_internal/distributed/fake_pg.py` (backend `fake`: collectives return at once).
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 def join(rank: int, size: int) -> None:
-    """Make this process rank `rank` of `size`; for good."""
+    """Join a fake process group as rank `rank` of world size `size`. Not undone."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -1,8 +1,8 @@
-"""A device guard for CUDA in a torch that was built for the CPU only.
+"""A CUDA device guard for a CPU build of torch.
 
-Such a torch refuses in C++ to index a CUDA tensor, or to make a Parameter of one, even where the tensor has no memory:
-nothing is registered that would switch devices. A CUDA build has a guard for this very case, and so this makes one of
-torch's own no-op class: one line of C++, compiled where it is needed (1.5 s), with the compiler that Triton needs anyway.
+Such a build refuses in C++ to index a CUDA tensor, or to make a Parameter of it, even if the tensor has no memory, because no
+device guard is registered. A CUDA build has a no-op guard for this case. So this registers torch's own no-op class: one line
+of C++, compiled when needed (1.5 s) with the compiler that Triton needs anyway.
 Upstream: `c10/core/impl/DeviceGuardImplInterface.h` (`NoOpDeviceGuardImpl`).
 """
 
@@ -31,7 +31,7 @@ def ensure() -> None:
     """Give this process a CUDA device guard if its torch has none.
 
     Raises:
-        TargetError: there is no C++ compiler.
+        TargetError: there is no C++ compiler, or it fails.
     """
     built: Any = torch.backends.cuda.is_built
     if built():

@@ -1,4 +1,4 @@
-"""What `torch.nn` does with the values, or with the identity, of tensors, for tensors that have no memory.
+"""Make `torch.nn` work with tensors without memory where it uses their values or their identity.
 
 Upstream: `torch/nn/init.py` (`_no_grad_trunc_normal_`), `torch/nn/modules/module.py` (`Module.to`, which swaps by
 `torch.utils.swap_tensors`), `torch/_subclasses/fake_tensor.py` (`FakeTensor.__deepcopy__`), `torch/_C` (`_swap_tensor_impl`,
@@ -21,14 +21,14 @@ _WITHOUT_VALUES = (FakeTensor, VirtualTensor)
 
 
 def for_virtual_tensors() -> None:
-    """Answer for host code around kernels in this process, for good."""
+    """Patch `torch.nn` for host code around kernels (`VirtualTensor`). Not undone."""
     _truncate_without_looking()
     _move_modules_by_name()
     _set_virtual_data()
 
 
 def for_fake_tensors() -> None:
-    """Answer for host code around graphs in this process, for good."""
+    """Patch `torch.nn` for host code around graphs (`FakeTensor`). Not undone."""
     _truncate_without_looking()
     _move_modules_by_name()
     _swap_fake_tensors()
@@ -37,7 +37,7 @@ def for_fake_tensors() -> None:
 
 
 def _truncate_without_looking() -> None:
-    """`trunc_normal_` draws again for as long as a number is out of bounds; these tensors' numbers are not known at all."""
+    """`trunc_normal_` redraws numbers that are out of bounds, but these tensors have no numbers."""
     init: Any = torch.nn.init
     original = init._no_grad_trunc_normal_
 
@@ -51,7 +51,7 @@ def _truncate_without_looking() -> None:
 
 
 def _move_modules_by_name() -> None:
-    """`module.to(0)` and `module.cuda(0)`, which ask the driver for its device of that number."""
+    """`module.to(0)` and `module.cuda(0)` would ask the driver for the device with that number."""
     module: Any = torch.nn.Module
     plain = module.to
 
@@ -64,7 +64,7 @@ def _move_modules_by_name() -> None:
 
 
 def _swap_fake_tensors() -> None:
-    """`Module.to` keeps each parameter's identity (tied weights), by a swap that refuses what a fake mode refers to."""
+    """`Module.to` keeps each parameter's identity (tied weights) by a swap, which refuses tensors that a fake mode references."""
     utils: Any = torch.utils
     original = utils.swap_tensors
 
@@ -83,7 +83,7 @@ def _swap(one: torch.Tensor, other: torch.Tensor) -> None:
 
 
 def _copy_fake_tensors() -> None:
-    """`copy.deepcopy` would copy the storage, which is none, and all that a tensor refers to, the fake mode too."""
+    """`copy.deepcopy` would copy the storage, which does not exist, and everything a tensor references, even the fake mode."""
     fake: Any = FakeTensor
     plain = fake.__deepcopy__
 
@@ -102,7 +102,7 @@ def _copy_fake_tensors() -> None:
 
 
 def _set_fake_data() -> None:
-    """`parameter.data = ...` copies what C++ knows of a tensor: not the device that a fake one is said to be on."""
+    """`parameter.data = ...` copies the C++ state of a tensor, which lacks a fake tensor's device."""
     fake: Any = FakeTensor
     plain: Any = torch.Tensor.data
 
@@ -119,7 +119,7 @@ def _set_fake_data() -> None:
 
 
 def _set_virtual_data() -> None:
-    """`parameter.data = ...` copies what C++ knows of a tensor, and of a virtual one that is not all."""
+    """`parameter.data = ...` copies the C++ state of a tensor, which is only a part of a virtual tensor."""
     tensor: Any = torch.Tensor
     plain = tensor.data
 

@@ -1,4 +1,4 @@
-"""Random generators of a device that is not there: the CPU's stand for them, and nobody sees a number of theirs.
+"""Random generators of the virtual device: CPU generators in disguise, whose numbers are never seen.
 
 Upstream: `torch/_C` (`Generator`, which can be subclassed), `torch/cuda/random.py` (`torch.cuda.default_generators`).
 """
@@ -13,7 +13,7 @@ _PLAIN: Any = torch.Generator
 
 
 class Generator(_PLAIN):  # type: ignore[misc]  # torch's class is untyped
-    """A generator that says of itself that it is CUDA's."""
+    """A generator that claims to be on CUDA."""
 
     def __new__(cls, device: Any = "cpu") -> Any:
         place = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
@@ -30,7 +30,7 @@ class Generator(_PLAIN):  # type: ignore[misc]  # torch's class is untyped
 
 
 def pretend() -> None:
-    """Give this process the generators of one device, for good."""
+    """Give this process the generators of one CUDA device. Not undone."""
     module: Any = torch
     module.Generator = Generator
     cuda: Any = torch.cuda

@@ -1,10 +1,10 @@
-"""The virtual tensor's few busiest operators, without torch's shape rules.
+"""Fast shape rules for the virtual tensor's most frequent operators, instead of torch's.
 
-Every declared point is run, and these operators are most of what host code around kernels does. torch computes their
-shapes in 30 to 400 microseconds (partly in Python), which would be most of a build's tracing; here it is 15. And
-torch's rules for pointwise operators (`torch._prims_common`) take other strides for dimensions of size 1 than ATen does,
-in 3 % of random operands: those can be part of a kernel's key. Each answers None where the general way has more to say
-(values that are known, other memory formats).
+Every declared point is run, and host code around kernels consists mostly of these operators. torch computes their shapes in 30
+to 400 microseconds (partly in Python), which would be most of a build's tracing; here it takes 15. Also, for 3 % of random
+operands torch's rules for pointwise operators (`torch._prims_common`) give dimensions of size 1 other strides than ATen does,
+and strides can be part of a kernel's key. A function returns None if the general path is needed (known values, other memory
+formats).
 
 Upstream: the shapes, strides and types that ATen's operators give (`aten/src/ATen/native/`).
 """
@@ -23,7 +23,7 @@ _aten = torch.ops.aten
 
 
 def _new(shape: Sequence[int], dtype: torch.dtype, device: torch.device = DEVICE) -> VirtualTensor:
-    """Contiguous, of values that nobody knows."""
+    """A new contiguous tensor with unknown values."""
     return VirtualTensor(torch.empty(shape, dtype=dtype, device="meta"), None, device)
 
 
@@ -66,7 +66,7 @@ def _quick_view(func: Any) -> ShortCut:
         try:
             return VirtualTensor(func(source.meta_, *args[1:], **kwargs), None, source.device)
         except (IndexError, RuntimeError):
-            return None  # the general way says what is wrong
+            return None  # the general path reports the error
 
     return view
 
@@ -92,7 +92,7 @@ def _quick_unary(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor
 
 
 def _quick_mean(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
-    """Over the last dimension, as norms take it."""
+    """Mean over the last dimension, as in norms."""
     source, dims = args[:2]
     if kwargs or not _is_plain_float(source) or dims != [-1] or not source.dim():
         return None
@@ -121,7 +121,7 @@ def _quick_mm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | 
 
 
 def _quick_cat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor | None:
-    """Contiguous, where no tensor looks like channels last (`at::native::cat`, TensorShape.cpp)."""
+    """Contiguous result, if no tensor looks like channels last (`at::native::cat`, TensorShape.cpp)."""
     tensors, dim = args[0], args[1] if len(args) > 1 else 0
     first = tensors[0] if tensors else None
     if not isinstance(first, VirtualTensor) or not first.dim():
@@ -144,7 +144,7 @@ def _quick_cat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> VirtualTensor |
 
 
 def _is_plain_float(tensor: Any) -> bool:
-    """Whether it is one of floats that nobody knows, with exactly the strides of a new tensor of its shape."""
+    """Whether it is a virtual float tensor with unknown values, and with the strides of a new tensor of its shape."""
     return (
         isinstance(tensor, VirtualTensor)
         and tensor.dtype.is_floating_point
@@ -161,7 +161,7 @@ _NUMBER: _Operand = ((), (), True)
 
 
 def _result(operands: tuple[Any, ...], dtype: torch.dtype | None) -> VirtualTensor | None:
-    """Of a pointwise operator, where nobody knows the values. A number counts as a tensor of no dimension, as in ATen."""
+    """Result of a pointwise operator with unknown values. A number counts as a 0-dimensional tensor, as in ATen."""
     first, unknown = operands[0], False
     found: list[_Operand] = []
     if dtype is None or not isinstance(first, VirtualTensor):
@@ -181,7 +181,7 @@ def _result(operands: tuple[Any, ...], dtype: torch.dtype | None) -> VirtualTens
 
 
 def _promoted(one: torch.Tensor, other: Any) -> torch.dtype | None:
-    """The type of what is simple: equal types, floats, or a number that does not widen the tensor's type."""
+    """The result type in simple cases (equal types, floats, a number that does not widen the type); else None."""
     if isinstance(other, torch.Tensor):
         if other.dtype == one.dtype:
             return one.dtype
@@ -193,9 +193,9 @@ def _promoted(one: torch.Tensor, other: Any) -> torch.dtype | None:
 
 @lru_cache(maxsize=1 << 16)
 def _ordered(*operands: _Operand) -> _Geometry | None:
-    """What a pointwise operator makes of these operands: ATen's rule for the order of dimensions in memory.
+    """Shape and strides of a pointwise operator's result, by ATen's rule for the order of dimensions in memory.
 
-    None where torch has a way of its own: channels last, nothing at all, shapes that do not fit.
+    None in cases with other rules: channels last, empty tensors, shapes that do not broadcast.
     Source: `TensorIteratorBase`'s `compute_fast_setup_type` and `reorder_dimensions`, aten/src/ATen/TensorIterator.cpp.
     """
     shape, first, _ = operands[0]
@@ -221,11 +221,11 @@ def _ordered(*operands: _Operand) -> _Geometry | None:
 
 
 def _inner_first(shape: tuple[int, ...], rows: list[list[int]]) -> list[int]:
-    """Dimensions, the fastest first: sorted by the strides of the first operand that tells two of them apart."""
+    """Dimensions, fastest first, each pair sorted by the strides of the first operand in which they differ."""
 
     def after(one: int, other: int) -> int:
         for row in rows:
-            if row[one] and row[other]:  # 0 is broadcast, and says nothing
+            if row[one] and row[other]:  # stride 0 is broadcast, and decides nothing
                 if row[one] != row[other]:
                     return 1 if row[one] > row[other] else -1
                 if shape[one] > shape[other]:
@@ -277,7 +277,7 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 _PLAIN_FORMATS = (None, torch.contiguous_format, torch.preserve_format)
-# Floats keep their type.
+# The result has the type of a float input.
 _POINTWISE = ("neg", "abs", "sigmoid", "exp", "log", "silu", "softplus", "tanh", "sqrt", "rsqrt", "sin", "cos")
 _ARITHMETIC = ("add", "sub", "mul")
 _BITS = ("bitwise_and", "bitwise_or", "bitwise_xor")
@@ -312,5 +312,5 @@ _SHORT_CUTS: dict[Any, ShortCut] = {
 
 
 def install() -> None:
-    """Use the short cuts in this process."""
+    """Enable these fast paths in this process."""
     SHORT_CUTS.update(_SHORT_CUTS)

@@ -1,9 +1,9 @@
-"""Streams and events of a device that is not there: made, waited for and told apart, while nothing runs on them.
+"""Streams and events of the virtual device. They can be created, waited for and compared, but nothing runs on them.
 
-They are of torch's own classes, because C++ asks: `record_stream` takes nothing else. torch's own constructors and
-methods ask the driver, which is why each is answered here.
+They are subclasses of torch's classes, because C++ checks the type (`record_stream`). torch's own constructors and methods
+call the driver, so each of them is replaced here.
 
-Upstream: `torch/_C` (`Stream`, `Event`, which can be subclassed and made of numbers), `torch/cuda/streams.py`,
+Upstream: `torch/_C` (`Stream`, `Event`, which can be subclassed and created from numbers), `torch/cuda/streams.py`,
 `torch/cuda/__init__.py` (`StreamContext`, `current_stream`, `default_stream`, `set_stream`).
 """
 
@@ -26,7 +26,7 @@ _here = threading.local()
 
 
 class Context:
-    """Stands for `torch.cuda.device` and its like: there is one device, and it is the current one."""
+    """Stands for `torch.cuda.device` and similar classes. Does nothing, because the only device is always current."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -38,12 +38,12 @@ class Context:
 
 
 def _is_elsewhere(device: Any) -> bool:
-    """`torch.cuda.Event(True)` names no device, and a number is one of ours."""
+    """Whether `device` names another device than CUDA. `torch.cuda.Event(True)` names none; a number is a CUDA device."""
     return isinstance(device, (str, torch.device)) and torch.device(device).type != "cuda"
 
 
 class Event(_PLAIN_EVENT):  # type: ignore[misc]  # torch's class is untyped
-    """Stands for an event, in any way in which torch makes one."""
+    """Stands for an event, for each of torch's ways to create one."""
 
     cuda_event = 0
 
@@ -68,7 +68,7 @@ class Event(_PLAIN_EVENT):  # type: ignore[misc]  # torch's class is untyped
 
 
 class Stream(_PLAIN_STREAM):  # type: ignore[misc]  # torch's class is untyped
-    """Stands for a stream, in any way in which torch makes one."""
+    """Stands for a stream, for each of torch's ways to create one."""
 
     def __new__(cls, device: Any = None, priority: int = 0, **given: Any) -> Any:
         if _is_elsewhere(device):
@@ -114,7 +114,7 @@ class Stream(_PLAIN_STREAM):  # type: ignore[misc]  # torch's class is untyped
 
 
 class StreamContext(Context):
-    """Stands for `torch.cuda.stream(...)`: None is no stream, and changes nothing."""
+    """Stands for `torch.cuda.stream(...)`. With None it changes nothing."""
 
     def __init__(self, stream: Any = None) -> None:
         self.stream = stream
@@ -130,7 +130,7 @@ class StreamContext(Context):
 
 
 class ExternalStream(Stream):
-    """Stands for a stream that another library has made."""
+    """Stands for a stream that another library created."""
 
     def __new__(cls, stream_ptr: int, device: Any = None, **_: Any) -> Any:
         return super().__new__(cls, device, stream_id=stream_ptr)
@@ -144,7 +144,7 @@ def default(_device: Any = None) -> Stream:
 
 
 def current(_device: Any = None) -> Stream:
-    """The stream of this thread."""
+    """The current stream of this thread."""
     found: Any = getattr(_here, "current", _DEFAULT)
     return found  # type: ignore[no-any-return]
 
@@ -155,7 +155,7 @@ def set_current(stream: Any) -> None:
 
 
 def pretend() -> None:
-    """Make these torch's streams and events in this process, for good."""
+    """Replace torch's streams and events in this process. Not undone."""
     cuda: Any = torch.cuda
     cuda.Event = Event
     cuda.Stream = Stream

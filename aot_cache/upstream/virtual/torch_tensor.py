@@ -1,9 +1,9 @@
-"""A tensor that has a shape, strides, an offset and a CUDA device, and no memory.
+"""A tensor with shape, strides, offset and a CUDA device, but without memory.
 
-torch's own FakeTensor does this too, and was measured first: 20 ms for one call of fla's `chunk_gated_delta_rule`
-against 1-2 ms here (2 cores, torch 2.13). Every declared point is run, so that factor decides whether a range can be
-proved. Two more reasons: index tensors keep their *values* (host code reads varlen `cu_seqlens`), and custom ops run
-their real implementation, which is where their kernels are launched, not their fake one.
+torch's own FakeTensor does the same, but takes 20 ms for one call of fla's `chunk_gated_delta_rule`, against 1-2 ms here
+(2 cores, torch 2.13). Every declared point is run, so this factor decides whether a whole range can be checked. Two more
+reasons: index tensors keep their *values* (host code reads varlen `cu_seqlens`), and custom ops run their real implementation,
+which launches their kernels, instead of their fake one.
 
 Upstream: `torch/_tensor.py` (`Tensor._make_wrapper_subclass`), `torch/_C` (its dispatch queries),
 `torch/utils/_python_dispatch.py` (`TorchDispatchMode`).
@@ -24,19 +24,19 @@ from aot_cache.upstream.virtual.torch_fake import implementation_of, leaves, onl
 
 DEVICE = torch.device("cuda", 0)
 KNOWN_LIMIT = 1 << 16
-"""Index tensors up to this many elements keep their values."""
+"""Index tensors with up to this many elements keep their values."""
 KNOWN_FLOATS = 1 << 10
-"""Floats up to this many: host code reads a scale or a threshold, not the table of a rotary embedding."""
+"""The same limit for float tensors: host code reads a scale or a threshold, not the table of a rotary embedding."""
 
-_ALLOCATION = 1 << 21  # torch's CUDA allocator hands out blocks aligned to 512 bytes; any such address will do
+_ALLOCATION = 1 << 21  # any address aligned to 512 bytes, as blocks of torch's CUDA allocator are
 _BUILTIN_NAMESPACES = frozenset({"aten", "prim", "prims", "_c10d_functional", "profiler"})
 
 _aten = torch.ops.aten
-# Inference mode keeps composite operators whole.
+# Inference mode does not decompose composite operators.
 _SCALARS = frozenset({_aten._local_scalar_dense.default, _aten.item.default, _aten.is_nonzero.default})
 _TO_COPY = _aten._to_copy.default
 _TO_DEVICE = {_aten.to.device, _aten.to.prim_Device}
-"""`Tensor.to(device)`, which inference mode hands over whole from torch 2.15 on."""
+"""`Tensor.to(device)`, which inference mode does not decompose from torch 2.15 on."""
 _COPY_ = _aten.copy_.default
 _PRIM_DEVICE = torch.ops.prim.device.default
 _RECORD_STREAM = _aten.record_stream.default
@@ -44,18 +44,18 @@ _RECORD_STREAM = _aten.record_stream.default
 
 ShortCut = Callable[[tuple[Any, ...], dict[str, Any]], "VirtualTensor | None"]
 SHORT_CUTS: dict[Any, ShortCut] = {}
-"""Operator → a faster way to its result, or None where the general way has more to say. See `torch_shortcuts`."""
+"""Operator → a fast path to its result; it returns None if the general path is needed. See `torch_shortcuts`."""
 
 
 class _Values:
-    """Real values that views share; `lost` once something unknown was written over any part of them."""
+    """Shared state of the values that several views have; `lost` once unknown values were written to any part of them."""
 
     def __init__(self) -> None:
         self.lost = False
 
 
 class VirtualTensor(torch.Tensor):
-    """A tensor on the virtual device: `meta` holds its geometry, `known` its values when host code may read them."""
+    """A tensor on the virtual device. `meta_` has its geometry; `known` its values, or None if host code cannot read them."""
 
     meta_: torch.Tensor
     values_: torch.Tensor | None
@@ -88,20 +88,20 @@ class VirtualTensor(torch.Tensor):
         return out
 
     def data_ptr(self) -> int:
-        # Pointer alignment is part of a Triton key: an address as torch's allocator would give it, plus the offset.
+        # Pointer alignment is part of a Triton key: return an address as from torch's allocator, plus the offset.
         if self.numel() == 0:
             return 0
         return _ALLOCATION + int(self.storage_offset()) * self.element_size()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        # Triton's AMD backend asks for the storage's size (2 GiB buffer addressing).
+        # Triton's AMD backend needs the storage's size (2 GiB buffer addressing).
         return self.meta_.untyped_storage()
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"VirtualTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __getitem__(self, index: Any) -> Any:
-        # Tensor.__getitem__ takes a device guard in C++, which a CPU-only torch does not have for CUDA.
+        # Tensor.__getitem__ uses a CUDA device guard in C++, which a CPU build of torch does not have.
         return _index(self, index)
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -111,7 +111,7 @@ class VirtualTensor(torch.Tensor):
         else:
             view.fill_(value)
 
-    # The methods below take a device guard in C++ too, before they dispatch.
+    # The methods below also use a device guard in C++ before they dispatch.
 
     def tolist(self) -> Any:
         return _values(self, "tolist()").tolist()
@@ -176,12 +176,12 @@ _OWN = ("meta_", "values_", "shared_")
 
 
 def extras_of(tensor: torch.Tensor) -> dict[str, Any]:
-    """What others have put on a tensor: that it is a parameter, how it is loaded."""
+    """Attributes that other code has set on a tensor, e.g. that it is a parameter, or how it is loaded."""
     return {name: value for name, value in tensor.__dict__.items() if name not in _OWN}
 
 
 def become(tensor: torch.Tensor, other: VirtualTensor) -> None:
-    """What `tensor.data = other` does: `tensor`, whatever it was, is virtual from now on, and itself to all that hold it."""
+    """Implement `tensor.data = other`: `tensor` becomes virtual, whatever it was, and keeps its identity."""
     wanted, extras = tensor.requires_grad, extras_of(tensor)
     if isinstance(tensor, torch.nn.Parameter):
         extras["_is_param"] = True
@@ -199,26 +199,26 @@ class VirtualMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its ba
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # torch would wrap each dispatch in torch.compiler.disable, a fifth of a point's time
+        return False  # else torch wraps each dispatch in torch.compiler.disable, 20 % of a point's time
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if isinstance(func, HigherOrderOperator):
-            with self:  # `flex_attention`: in plain Python it is the operators that it stands for
+            with self:  # `flex_attention`: run its implementation in plain operators
                 return func.py_kernels[torch._C.DispatchKey.CompositeExplicitAutograd](*args, **(kwargs or {}))
         if func.namespace not in _BUILTIN_NAMESPACES:
-            with self:  # a custom op's implementation makes tensors too
+            with self:  # a custom op's implementation creates tensors, too
                 return dispatch(func, args, kwargs or {})
         return dispatch(func, args, kwargs or {})
 
 
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run one operator on geometry, and on values where all of them are known.
+    """Run one operator on the geometry of its arguments, and on their values if all are known.
 
     Raises:
-        DataDependent: when the operator needs values that are not known.
-        TraceError: when torch has no shape rule for it.
+        DataDependent: the operator needs unknown values.
+        TraceError: torch has no shape rule for the operator, it rejects the arguments, or it has no CUDA kernel.
     """
     quick = SHORT_CUTS.get(func)
     if quick is not None:
@@ -247,7 +247,7 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             raise TraceError(
                 f"operator {func} has no CUDA kernel, only {found}", hint="check which device its library found"
             )
-        if not func._schema.returns:  # what it writes is all it does
+        if not func._schema.returns:  # it only writes to its arguments
             _forget(func, args, kwargs)
             return None
     if func is _TO_COPY and device is not None and torch.device(device).type == "cpu":
@@ -262,14 +262,14 @@ def _compute(
 ) -> Any:
     if func._schema.name == "aten::to":
         return _to(func, args, kwargs)
-    if kwargs.get("generator") is not None:  # its numbers are known to nobody, and it is of no device that is here
+    if kwargs.get("generator") is not None:  # its numbers are never known, and its device does not exist here
         kwargs = {**kwargs, "generator": None}
     known = _known(func, args, kwargs, tensors, device)
     meta_kwargs = {**kwargs, "device": "meta"} if device is not None else kwargs
     try:
         out = func(*_swap(args, _meta_of), **_swap(meta_kwargs, _meta_of))
     except (NotImplementedError, RuntimeError) as error:
-        if known is not None:  # what comes out depends on values, and they are known (boolean masks, nonzero, equal)
+        if known is not None:  # the shape depends on values, which are known (boolean masks, nonzero, equal)
             out = _swap_one(known, lambda tensor: tensor.to("meta"))
         else:
             raise _no_shape(func, tensors, error) from error
@@ -280,7 +280,7 @@ def _compute(
 
 
 def _to(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`Tensor.to`, which inference mode hands over whole and whose C++ takes a device guard."""
+    """`Tensor.to`: inference mode does not decompose it, and its C++ code uses a device guard."""
     named = {a.name: value for a, value in zip(func._schema.arguments, args)} | kwargs
     tensor = named["self"]
     like = named.get("other")
@@ -313,7 +313,7 @@ def _no_shape(func: Any, tensors: list[VirtualTensor], error: Exception) -> Trac
 
 
 def _known(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[VirtualTensor], device: Any) -> Any:
-    """The result's values, when every input's are known and there are few; None otherwise."""
+    """The result's values if all inputs' values are known and few; else None."""
     others = [t for t in leaves(args) if isinstance(t, torch.Tensor) and not isinstance(t, VirtualTensor)]
     unknown = any(t.known is None for t in tensors) or any(t.numel() > KNOWN_LIMIT for t in others)
     if unknown or torch.Tag.nondeterministic_seeded in func.tags:
@@ -326,14 +326,14 @@ def _known(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: li
 
 
 def _forget(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """The values of what an operator writes are known to nobody from now on, for all views."""
+    """Mark the values of everything an operator writes to as unknown, for all views."""
     for tensor in written(func, args, kwargs):
         if isinstance(tensor, VirtualTensor):
             tensor.shared_.lost = True
 
 
 def _is_index_factory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Factories of small integer tensors (arange, full, zeros …) have values that host code may read; floats have not."""
+    """Whether the operator creates a small integer tensor (arange, full, zeros …), whose values host code may read."""
     name = func._schema.name
     if name not in ("aten::arange", "aten::full", "aten::zeros", "aten::ones", "aten::scalar_tensor"):
         return False
@@ -351,7 +351,7 @@ def _is_index_factory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _wrap(out: Any, known: Any, inputs: list[VirtualTensor], device: torch.device, mutable: bool) -> Any:
     if isinstance(out, torch.Tensor):
         if mutable:
-            for tensor in inputs:  # in place and out= give the tensor that they were given
+            for tensor in inputs:  # in-place and out= operators return the given tensor
                 if tensor.meta_ is out:
                     if tuple(tensor.shape) != tuple(out.shape):
                         raise TraceError("an in-place operator that keeps the shape", f"one that resized {tensor!r}")
@@ -369,7 +369,7 @@ def _most(known: torch.Tensor) -> int:
 
 
 def _shared_with(values: torch.Tensor | None, inputs: list[VirtualTensor]) -> _Values | None:
-    """Of which input's values these are a view, if they are."""
+    """The shared state of the input whose values these are a view of; None if of none."""
     if values is not None:
         for tensor in inputs:
             mine = tensor.values_
@@ -390,7 +390,7 @@ def _values(tensor: Any, what: str) -> torch.Tensor:
 
 
 def _index(tensor: torch.Tensor, index: Any) -> torch.Tensor:
-    """`tensor[index]` by operators that need no device guard."""
+    """`tensor[index]`, by operators that need no device guard."""
     items = list(index) if isinstance(index, tuple) else [index]
     taken = sum(1 for i in items if i is not None and i is not Ellipsis)
     if Ellipsis in [i for i in items if not isinstance(i, torch.Tensor)]:
@@ -432,7 +432,7 @@ def _swap_one(value: Any, swap: Any) -> Any:
 def _meta_of(tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, VirtualTensor):
         return tensor.meta_
-    # A CPU scalar may meet a CUDA tensor; on the meta device it must stay zero-dimensional to promote as it would.
+    # An operator may mix a CPU scalar with a CUDA tensor. It must stay 0-dimensional on the meta device for type promotion.
     return tensor.to("meta")
 
 

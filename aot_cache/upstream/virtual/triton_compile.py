@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
 Json = Any
 
-# Fields of Triton's metadata that say where and by what process a kernel was compiled, not what it is.
+# Fields of Triton's metadata that describe the compiling process or machine, not the kernel.
 _PLACE = ("hash", "target", "extern_libs", "triton_version", "ir_override")
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel binary (cubin or hsaco) and what its launch needs to know."""
+    """One kernel binary (cubin or hsaco), and the metadata that its launch needs."""
 
     binary: bytes
     metadata: dict[str, Json]
     ir: str = ""
-    """sha256 of what the machine code was made from: the optimized Triton IR and the options. Empty where unknown."""
+    """sha256 of the input of code generation: the optimized Triton IR and the options. Empty if unknown."""
 
 
 class Known(Exception):
-    """Not an error: the IR at hand was compiled before, and `value` is what the caller keeps of it."""
+    """Not an error: this IR was compiled before, and `value` is what the caller has stored for it."""
 
     def __init__(self, value: Any) -> None:
         super().__init__("known")
@@ -57,10 +57,10 @@ def compile_specialization(
     """Compile `function` for `target`.
 
     Args:
-        known: called with the digest of the IR (see `Compiled.ir`); an answer that is not None ends the work there.
+        known: called with the digest of the IR (see `Compiled.ir`). If it does not return None, compilation ends there.
 
     Raises:
-        Known: with the answer of `known`.
+        Known: with the result of `known`, if that is not None.
         Exception: whatever Triton's compiler raises.
     """
     place = gpu_target(target)
@@ -76,11 +76,11 @@ def compile_specialization(
 
 @contextlib.contextmanager
 def _asking(known: Callable[[str], Any] | None, place: Any) -> Iterator[list[str]]:
-    """Ask `known` when the Triton IR is there: what follows (LLVM, the assembler) is four fifths of the time.
+    """Call `known` once the Triton IR exists: the later stages (LLVM, the assembler) take four fifths of the time.
 
-    Many specializations differ in nothing that is left in the IR: a divisible stride that no address uses, a head
-    count that only the host reads. The text of the IR is all that the later stages are given (upstream compiles `.ttir`
-    files, `IRSource`), but for source positions, which assertions carry: callers ask within one kernel's source only.
+    Many specializations have equal IR: they differ in a divisible stride that no address uses, or in a head count that only the
+    host reads. The later stages depend on nothing but the IR's text (upstream compiles `.ttir` files, `IRSource`), except for
+    source positions, which assertions contain. So callers compare only within one kernel's source.
     """
     ir = [""]
     if known is None:
@@ -124,7 +124,7 @@ def _portable(metadata: dict[str, Json]) -> dict[str, Json]:
 
 
 def is_pruned_like_triton(error: BaseException) -> bool:
-    """Whether Triton's autotuner would count this error as "this config does not work here" and go on."""
+    """Whether Triton's autotuner would take this error as "this config does not work here" and continue."""
     from triton.compiler.errors import CompileTimeAssertionFailure
     from triton.runtime.errors import OutOfResources
 
@@ -149,7 +149,7 @@ def toolkit(target: Target) -> str:
 
 
 def code_environment() -> dict[str, str]:
-    """Environment variables that change generated code, as Triton lists them; line info is a key part of its own."""
+    """The environment variables that change generated code, by Triton's list. Line info is excluded: it has its own key part."""
     from triton._C.libtriton import get_cache_invalidating_env_vars
 
     found = dict(get_cache_invalidating_env_vars())

@@ -1,4 +1,4 @@
-"""A Triton driver for a device that is not there.
+"""A Triton driver for the virtual device.
 
 Upstream: `triton/backends/driver.py` (`GPUDriver`), `triton/runtime/driver.py`
 (`driver.set_active`).
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def gpu_target(target: Target) -> GPUTarget:
-    """Triton's own words for `target`."""
+    """`target` as Triton's `GPUTarget`."""
     return GPUTarget(target.backend, target.arch, target.warp_size)
 
 
@@ -46,7 +46,7 @@ class _Utils:
 
 
 class VirtualDriver:
-    """Answers what host code asks Triton's driver; never launches."""
+    """Answers host code's questions to Triton's driver. Never launches."""
 
     def __init__(self, target: Target) -> None:
         self._target = gpu_target(target)

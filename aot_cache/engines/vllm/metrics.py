@@ -1,0 +1,50 @@
+"""The ledgers of vLLM's workers on the API server's `/metrics`."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from aot_cache.runtime import stats_files
+from aot_cache.upstream.hooks import vllm_metrics
+
+
+def publish() -> None:
+    """In vLLM's first process: make the folder in which the workers, which inherit its name, write what they count.
+
+    In each process: if it shows metrics, show what is in the folder.
+    """
+    if stats_files.VARIABLE not in os.environ:
+        folder = tempfile.mkdtemp(prefix="aot-cache-stats-")
+        os.environ[stats_files.VARIABLE] = folder
+        owner = os.getpid()
+
+        def remove() -> None:
+            if os.getpid() == owner:  # a forked child runs this, too
+                shutil.rmtree(folder, ignore_errors=True)
+
+        atexit.register(remove)
+    vllm_metrics.add_collector(collect)
+
+
+def collect() -> Iterator[Any]:
+    """`prometheus_client` families of all workers' ledgers, by process."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    from aot_cache.runtime.metrics import COUNTERS
+
+    found = stats_files.read(os.environ[stats_files.VARIABLE])
+    for key, metric, text in COUNTERS:
+        family = CounterMetricFamily(metric.removesuffix("_total"), text, labels=["kind", "pid"])
+        for pid, stats in found.items():
+            for kind, count in stats[key].items():
+                family.add_metric([kind, str(pid)], count)
+        yield family
+    sealed = GaugeMetricFamily("aot_cache_sealed", "Whether start-up is over.", labels=["pid"])
+    for pid, stats in found.items():
+        sealed.add_metric([str(pid)], int(stats["sealed"]))
+    yield sealed

@@ -1,0 +1,116 @@
+"""The entry point `vllm.general_plugins`: vLLM calls `register` in each of its processes before they do anything else.
+
+Without AOT_CACHE and AOT_CACHE_POLICY nothing happens. Else the bundle is loaded in the processes that import vLLM's GPU
+worker, right after that import. The API server and the children that look at a model's class import no worker, and pay only
+for this module. Nothing here raises: vLLM serves without us, and its log has one warning.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+
+from aot_cache.upstream.after_import import after_import
+
+WORKER = "vllm.v1.worker.gpu_worker"
+_LOG = logging.getLogger("vllm.aot_cache")  # below vLLM's own logger: it is shown as vLLM is told to show its own
+_seconds = 0.0
+_done = False
+
+
+def register() -> None:
+    """Load the bundle, and call `ready` and `seal`, at the right steps of vLLM's worker. May be called more than once."""
+    global _done
+    if _done or not (os.environ.get("AOT_CACHE") or os.environ.get("AOT_CACHE_POLICY")):
+        return
+    _done = True
+    _or_warn(_wait)
+
+
+def _wait() -> None:
+    from aot_cache.engines.vllm import metrics
+
+    after_import(WORKER, lambda: _or_warn(_begin))
+    metrics.publish()
+
+
+def _begin() -> None:
+    """vLLM's worker is imported; no kernel was launched yet."""
+    _timed(_load)
+    from aot_cache.upstream.hooks import vllm_worker
+
+    vllm_worker.after_steps({"load_model": _ready, "initialize_from_config": _ready, "compile_or_warm_up_model": _seal})
+
+
+def _load() -> None:
+    import aot_cache.auto  # noqa: F401  # reads the environment
+
+
+def _ready() -> None:
+    """The model is loaded, or the KV cache made, whose size some kernels are compiled for."""
+
+    def install() -> None:
+        import aot_cache
+
+        aot_cache.ready()
+
+    _or_warn(lambda: _timed(install))
+
+
+def _seal() -> None:
+    """The last step before requests: all graphs are captured."""
+
+    def say() -> None:
+        import aot_cache
+
+        aot_cache.seal()
+        _LOG.info("%s", summary(aot_cache.stats(), _seconds))
+
+    _or_warn(say)
+
+
+def summary(stats: dict[str, object], seconds: float) -> str:
+    """One line for vLLM's log.
+
+    Args:
+        stats: of `aot_cache.stats()`.
+        seconds: spent in loading and installing.
+    """
+    bundles, graphs, total, captured = (stats[name] for name in ("bundles", "graphs", "total", "in_capture"))
+    assert isinstance(bundles, list) and isinstance(graphs, list)
+    assert isinstance(total, dict) and isinstance(captured, dict)
+    if not bundles:
+        refused = total["rejected_bundle"]
+        return f"aot-cache serves without a bundle ({refused} refused); {_events(total)} during start-up"
+    primed, units = sum(one["primed"] for one in bundles), sum(one["units"] for one in bundles)
+    loaded, declared = sum(one["primed"] for one in graphs), sum(one["graphs"] for one in graphs)
+    kinds = ("compile", "tuning", "module_load", "gcc", "frame", "graph_compile")
+    inside = sum(captured[kind] for kind in kinds)
+    return (
+        f"aot-cache is ready: {primed} of {units} kernel specializations and {loaded} of {declared} compiled graphs "
+        f"loaded in {seconds:.2f} s; {_events(total)} during start-up, {inside} of these inside captures"
+    )
+
+
+def _events(total: dict[str, int]) -> str:
+    names = {"compile": "compiles", "tuning": "tunings", "gcc": "C compiler runs", "frame": "frames traced by Dynamo"}
+    return ", ".join(f"{total[kind]} {name}" for kind, name in names.items())
+
+
+def _timed(action: Callable[[], None]) -> None:
+    global _seconds
+    started = time.perf_counter()
+    try:
+        action()
+    finally:
+        _seconds += time.perf_counter() - started
+
+
+def _or_warn(action: Callable[[], None]) -> None:
+    """Run something of ours; vLLM goes on whatever it raises."""
+    try:
+        action()
+    except Exception as error:
+        _LOG.warning("aot-cache: %s", error)

@@ -1,0 +1,122 @@
+"""What the vLLM plug-in takes for granted of vLLM, read from its source: nothing is imported, no GPU and no wheel's needs.
+
+AOT_TESTS_VLLM names folders, separated as in PATH, in each of which an unpacked wheel is. Without it these tests are skipped:
+`tools/check_vllm VERSION` fetches wheels, runs them and writes the record that the last test reads.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [Path(folder) for folder in os.environ.get("AOT_TESTS_VLLM", "").split(os.pathsep) if folder]
+RECORD = ROOT / "artifacts" / "measurements" / "check_vllm.json"
+STEPS = ["load_model", "initialize_from_config", "compile_or_warm_up_model"]
+
+vllm = pytest.mark.parametrize(
+    "source",
+    SOURCES or [pytest.param(None, marks=pytest.mark.skip(reason="no source of vLLM: AOT_TESTS_VLLM"))],
+    ids=lambda folder: folder.name if folder else "none",
+)
+
+
+@cache
+def module(source: Path, name: str) -> ast.Module:
+    return ast.parse((source / "vllm" / name).read_text())
+
+
+def function(source: Path, name: str, *path: str) -> ast.FunctionDef:
+    """A function by the names that lead to it within a module."""
+    node: Any = module(source, name)
+    for step in path:
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        inside = [child for child in ast.walk(node) if isinstance(child, kinds) and child.name == step]
+        assert inside, f"vLLM moved: {name} has no {'.'.join(path)}"
+        node = inside[0]
+    assert isinstance(node, ast.FunctionDef)
+    return node
+
+
+def order(node: ast.AST, *texts: str) -> None:
+    """The texts are in this order in the node's code."""
+    code = ast.unparse(node)
+    places = [code.find(text) for text in texts]
+    assert -1 not in places, f"vLLM moved: no {texts[places.index(-1)]!r} in {getattr(node, 'name', 'the module')}"
+    assert places == sorted(places), f"vLLM moved: not in the order {texts}"
+
+
+@vllm
+def test_the_worker_has_the_steps(source: Path) -> None:
+    """Each is a method of the class itself that gives its result back; none is a property or a coroutine."""
+    for step in STEPS:
+        node = function(source, "v1/worker/gpu_worker.py", "Worker", step)
+        assert node.args.args[0].arg == "self"
+        assert not {"property", "staticmethod", "classmethod"} & {ast.unparse(d) for d in node.decorator_list}
+
+
+@vllm
+def test_captures_are_in_the_last_step(source: Path) -> None:
+    text = (source / "vllm" / "v1" / "worker" / "gpu_worker.py").read_text()
+    names = {"compile_or_warm_up_model", "_compile_or_warm_up_model"}
+    steps = [n for n in ast.walk(module(source, "v1/worker/gpu_worker.py")) if getattr(n, "name", "") in names]
+    (last,) = [node for node in steps if "capture_model()" in ast.unparse(node)]
+    order(last, "capture_model()", "jit_monitor", "freeze_gc_heap()")
+    assert text.count(".capture_model()") == 1
+    assert "capture_model" not in ast.unparse(function(source, "v1/worker/gpu_worker.py", "Worker", STEPS[0]))
+
+
+@vllm
+def test_plug_ins_come_before_the_worker_is_imported(source: Path) -> None:
+    order(function(source, "v1/engine/core.py", "EngineCore", "__init__"), "load_general_plugins()", "executor_class(")
+    order(
+        function(source, "v1/worker/worker_base.py", "WorkerWrapperBase", "init_worker"),
+        "load_general_plugins()",
+        "resolve_obj_by_qualname(parallel_config.worker_cls)",
+    )
+    order(function(source, "engine/arg_utils.py", "EngineArgs", "__post_init__"), "load_general_plugins()")
+    loading = function(source, "plugins/__init__.py", "load_general_plugins")
+    assert not loading.args.args
+    order(loading, "plugins_loaded = True", "func()")
+    assert "'vllm.general_plugins'" in ast.unparse(module(source, "plugins/__init__.py"))
+
+
+@vllm
+def test_the_steps_come_in_order(source: Path) -> None:
+    for name in ("multiproc_executor.py", "uniproc_executor.py"):
+        order(module(source, f"v1/executor/{name}"), "init_device()", ".load_model()")
+    order(module(source, "v1/executor/abstract.py"), "'initialize_from_config'", "'compile_or_warm_up_model'")
+    order(
+        function(source, "v1/engine/core.py", "EngineCore", "_initialize_kv_caches"),
+        "determine_available_memory()",
+        "initialize_from_config(",
+    )
+
+
+@vllm
+def test_the_worker_is_what_a_gpu_s_platform_names(source: Path) -> None:
+    for platform in ("cuda", "rocm"):
+        text = (source / "vllm" / "platforms" / f"{platform}.py").read_text()
+        assert "vllm.v1.worker.gpu_worker.Worker" in text, f"vLLM moved: another worker on {platform}"
+
+
+@vllm
+def test_the_registry_of_metrics(source: Path) -> None:
+    assert not function(source, "v1/metrics/prometheus.py", "get_prometheus_registry").args.args
+    page = "entrypoints/serve/instrumentator/metrics.py"
+    assert "from vllm.v1.metrics.prometheus import get_prometheus_registry" in ast.unparse(module(source, page))
+    order(function(source, page, "attach_router"), "get_prometheus_registry()", "make_asgi_app(registry=registry)")
+
+
+def test_the_record_has_the_versions_that_are_supported() -> None:
+    record = json.loads(RECORD.read_text())["vllm"]
+    assert {".".join(version.split(".")[:2]) for version in record} == {"0.24", "0.33"}
+    own = sum(1 for name in globals() if name.startswith("test_")) - 1
+    for version, found in record.items():
+        assert found["failed"] == [] and found["passed"] == own, f"tools/check_vllm {version}"
