@@ -272,3 +272,24 @@ def test_what_triton_raises_of_a_kernel_without_its_source(tmp_path: Path) -> No
     need(found is not None, "the function that it is about cannot be found in the error")
     assert f"without_source:{scale.__qualname__}" in str(found) and "scale.pyc" in str(found)
     assert triton_sources.unreadable(ValueError("another")) is None
+
+
+@pytest.mark.contract("live_objects")
+def test_objects_are_found_after_a_freeze() -> None:
+    """`gc.get_objects` alone does not have them; and what was frozen is frozen again."""
+    code = (
+        "import gc\n"
+        "from aot_cache.upstream.codec.live_objects import all_objects\n"
+        "class Kernel: pass\n"
+        "kernel = Kernel()\n"
+        "def among(found): return any(one is kernel for one in found)\n"
+        "assert among(gc.get_objects()) and among(all_objects()) and not gc.get_freeze_count()\n"
+        "gc.freeze()\n"
+        "later = Kernel()\n"
+        "print(among(gc.get_objects()), among(all_objects()), any(x is later for x in all_objects()), gc.get_freeze_count() > 0)\n"
+    )
+    done = python(code, {})
+    need(
+        done.stdout.split() == ["False", "True", "True", "True"],
+        f"gc.freeze hides objects otherwise: {done.stdout}{done.stderr}",
+    )

@@ -145,7 +145,7 @@ def test_an_error_while_a_shipped_recipe_runs(own: bool, where: str) -> None:
         "try:\n"
         "    if sys.argv[2] == 'graphs':\n"
         "        from aot_cache.builder import graphs\n"
-        "        runs = graphs.Runs(recipe, target.get('cpu'))\n"
+        "        runs = graphs.GraphBuilder(recipe, target.get('cpu'))\n"
         "        runs.survey(lambda *_: None)\n"
         "        print(runs.broken[0].error.hint)\n"
         "    else:\n"

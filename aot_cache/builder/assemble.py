@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aot_cache.artifact import scan
 from aot_cache.artifact.key import UNITS
 from aot_cache.artifact.manifest import KIND, Graph, Kernel, KernelUnit, Manifest, Pruned, TuningChoice
-from aot_cache.artifact.plan import Failure, Plan, Tuning
+from aot_cache.artifact.plan import Failure, Plan, Tuning, Unit
 from aot_cache.artifact.plan_of_ranks import ranks_of_kernel
 from aot_cache.artifact.target import Target
 from aot_cache.recipes import dimensions
@@ -79,7 +80,7 @@ def assemble(target: Target, spec: str, result: BuildResult, store: Store) -> tu
         kernels=[Kernel(name=name, closure=plan.closures[name], ranks=ranks_of_kernel(plan, name)) for name in kernels],
         metadata=common,
         units=units,
-        tunings=[_tuning(n, tuning, number, units, pruned) for n, tuning in enumerate(plan.tunings)],
+        tunings=[_tuning(n, tuning, number, units, plan.units) for n, tuning in enumerate(plan.tunings)],
         pruned=pruned,
         failed=[one if one.reached is not None else replace(one, reached=reached.get(one.unit)) for one in failed],
         native=result.native,
@@ -123,11 +124,11 @@ def covered(plan: Plan, failed: Iterable[Failure]) -> int:
 
 
 def _tuning(
-    number: int, tuning: Tuning, kernels: Mapping[str, int], units: Sequence[KernelUnit], pruned: Sequence[Pruned]
+    number: int, tuning: Tuning, kernels: Mapping[str, int], units: Sequence[KernelUnit], planned: Sequence[Unit]
 ) -> TuningChoice:
-    """A tuning of the plan. Its default is the first candidate with units in the bundle and none that was pruned."""
-    here = {c for unit in units for t, c in unit.via if t == number}
-    lacking = {c for unit in pruned for t, c in unit.via if t == number}
+    """A tuning of the plan. Its default is the first candidate of which every planned unit is in the bundle."""
+    here = Counter(c for unit in units for t, c in unit.via if t == number)
+    wanted = Counter(c for unit in planned for t, c in unit.via if t == number)
     return TuningChoice(
         kernel=kernels[tuning.kernel],
         tuner=tuning.tuner,
@@ -136,7 +137,7 @@ def _tuning(
         choice=tuning.choice,
         measured=tuning.measured,
         reached=tuning.reached,
-        default=next((c for c in range(len(tuning.candidates)) if c in here and c not in lacking), None),
+        default=next((c for c in range(len(tuning.candidates)) if 0 < wanted[c] == here[c]), None),
         ranks=tuning.ranks,
     )
 

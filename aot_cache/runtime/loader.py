@@ -1,4 +1,4 @@
-"""`load`, `arm`, `prime`, `ready`, `seal`, `stats`: a bundle's way into the serving process, for its one `Session`."""
+"""`load`, `arm`, `prime`, `ready`, `seal`, `stats`: the functions of a serving process, for its single `Session`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class AotCacheWarning(UserWarning):
-    """A bundle that could not be used, or a promise that could not be kept."""
+    """A bundle could not be used, or a guarantee could not be kept."""
 
 
 def _warn(text: str) -> None:
@@ -44,15 +44,16 @@ def load(
     """Load a bundle into this process, and arm the guard.
 
     Args:
-        path: a bundle, or a folder of bundles of which the one for this GPU is taken (when CUDA comes up).
-        digest: the bundle's digest as `build` printed it; any other bundle is refused.
-        strict: raise instead of warning and going on without the bundle; for this bundle, now and later.
+        path: a bundle, or a folder of bundles. From a folder the bundle for this GPU is chosen, once CUDA is initialised.
+        digest: the bundle's digest as printed by `build`; any other bundle is refused.
+        strict: raise on an error with this bundle, now and later, instead of warning and continuing without the bundle.
         policy: see `arm`.
-        together: all ranks of `group` (None: of the whole job) load the same bundle, or none does; all of them call this.
+        together: all ranks of `group` load the same bundle, or none does. All of them must call this.
+        group: the process group for `together`; None is the whole job.
 
     Returns:
-        What was installed, updated as more of the process comes up; None when the bundle could not be used, or is
-        still to be chosen from a folder.
+        What was installed; later installations update it. None if the bundle could not be used, or has yet to be chosen from
+        a folder.
 
     Raises:
         AotCacheError: with `strict` only: `BundleMissing`, `BundleCorrupt`, `DigestMismatch`, `Incompatible`,
@@ -66,24 +67,24 @@ def load(
 
 
 def prime() -> int:
-    """Install and load, on the current device, everything whose kernels the process has imported.
+    """Install and load, on the current device, all kernels that the process has imported, and all graphs.
 
-    Kernels and graphs for a GPU are left alone until the process has initialised CUDA. Returns how many modules and
-    graphs were loaded.
+    Kernels and graphs for a GPU wait until the process has initialised CUDA. Returns how many modules and graphs were loaded.
 
     Raises:
-        AotCacheError: of a bundle that was loaded with `strict`; of others what cannot be installed is dropped with a warning.
+        AotCacheError: a bundle that was loaded with `strict` cannot be installed. Other bundles are dropped with a warning.
     """
     return SESSION.prime()
 
 
 def ready(*, strict: bool = False) -> list[Report]:
-    """Call after the model is made and before the first capture: install and load what is still waiting.
+    """Install and load everything that still waits. Call it after the model is created and before the first capture.
 
-    Imports the modules of declared kernels whose package is imported: libraries may do so at the first launch only.
+    Also imports the modules of declared kernels whose package is imported, because a library may import them only at their
+    first launch.
 
     Raises:
-        NotReady: with `strict`, when a declared kernel is not installed: not imported, of other source, or no bundle.
+        NotReady: with `strict`, if a declared kernel is not installed: not imported, of other source, or no bundle.
     """
     try:
         return SESSION.ready(strict)
@@ -92,29 +93,30 @@ def ready(*, strict: bool = False) -> list[Report]:
 
 
 def seal() -> None:
-    """Start-up is over: from here on each compile, tuning, module load or C compiler run counts as a miss."""
+    """Declare start-up over: from now on each compile, tuning, module load or C compiler run counts as a miss."""
     LEDGER.seal()
     _publish()
 
 
 def stats() -> dict[str, Any]:
-    """The ledger, what each bundle has installed, the last misses with their reasons, what was unsafe, and which functions of
-    torch and Triton are replaced (see `upstream.patch.installed`); JSON-able."""
+    """The ledger, what each bundle has installed, the last misses with their reasons, the kernels that were unsafe, and the
+    replaced functions of torch and Triton (see `upstream.patch.installed`), as a JSON-able dict."""
     return SESSION.stats()
 
 
 def explain(call: Callable[..., object], *args: object, **kwargs: object) -> list[dict[str, Any]]:
-    """Make the call with nothing compiled, and say for each compiled function in it that misses why it does.
+    """Call a function without compiling anything, and explain each compiled function in it that misses.
 
     Args:
-        call: what to call, with `args` and `kwargs`; its side effects happen.
+        call: the function. Its side effects happen.
+        args, kwargs: its arguments.
 
     Returns:
-        For each frame that Dynamo would trace: `function`, `place` (file:line) and `graphs`, each with the first guard
-        or part of its key that the call fails (`why`). Empty when everything hits.
+        For each frame that Dynamo would trace: `function`, `place` (file:line) and `graphs`, each with the first guard or
+        key part that the call fails (`why`). Empty if everything hits.
 
     Raises:
-        Incompatible: Dynamo cannot be looked at in this release.
+        Incompatible: the hooks do not work with this release of Dynamo.
     """
     return SESSION.explain(lambda: call(*args, **kwargs))
 
@@ -125,22 +127,22 @@ def loaded() -> list[KernelSet]:
 
 
 def loaded_graphs() -> list[GraphSet]:
-    """The graphs of the bundles in this process, as far as Dynamo is imported."""
+    """The graphs of the bundles in this process; empty until Dynamo is imported."""
     return SESSION.graphs()
 
 
 def missed_before(function: str, case: str, point: Mapping[str, int]) -> str:
-    """Why a call of a compiled function has missed in this process at a declared point; empty if none has."""
+    """Why a call of a compiled function has missed in this process at a declared point; empty if it has not."""
     return SESSION.missed_before(function, case, point)
 
 
 def arm(policy: str | None = None) -> None:
-    """Guard captures: from now on nothing is compiled, tuned or loaded inside one without being decided and counted.
+    """Guard captures: from now on the policy decides what happens on a miss inside a capture, and each miss is counted.
 
-    `load` does this, too. Imports nothing: what torch and Triton have to be hooked for is hooked when they are imported.
+    `load` does this, too. Imports nothing: torch and Triton are hooked once they are imported.
 
     Args:
-        policy: `fallback`, `error` or `observe` (see `runtime.policy`); None: what AOT_CACHE_POLICY says, or `fallback`.
+        policy: `fallback`, `error` or `observe` (see `runtime.policy`). None: the value of AOT_CACHE_POLICY, else `fallback`.
 
     Raises:
         DeclarationError: there is no such policy.
@@ -150,7 +152,7 @@ def arm(policy: str | None = None) -> None:
 
 
 def disarm() -> None:
-    """Take every hook out of torch and Triton. What is installed in their caches stays there."""
+    """Take all hooks out of torch and Triton. Kernels and graphs that are installed in their caches stay."""
     SESSION.disarm()
 
 

@@ -88,6 +88,7 @@ class Misses:
         with self._lock:
             self._recent.clear()
             self._seen.clear()
+            self._in_capture = 0
             self._cannot_write = False
 
     def _write(self, path: str, miss: Miss, facts: Mapping[str, Json]) -> None:

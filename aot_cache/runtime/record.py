@@ -1,4 +1,4 @@
-"""Write down what a real program launches on a real GPU, as a plan in the builder's format.
+"""Record what a real program launches on a real GPU, as a plan in the builder's format.
 
 `with recording(): …` records this process; `run_command` runs a program and every Python process that it starts.
 """
@@ -25,7 +25,7 @@ NAME_VARIABLE = "AOT_CACHE_RECORD_NAME"
 
 
 class Recording:
-    """A recording under way; `plan()` is what was launched so far."""
+    """An active recording; `plan()` returns what was launched so far."""
 
     def __init__(self, name: str) -> None:
         from aot_cache.upstream.hooks.triton_launches import LaunchLog, record_launches
@@ -35,18 +35,18 @@ class Recording:
         self._undo = record_launches(self._log)
 
     def stop(self) -> None:
-        """Take the hooks out."""
+        """Stop recording: take the hooks out."""
         self._undo()
 
     def clear(self) -> None:
-        """Forget what was launched so far (between points, to compare each)."""
+        """Forget the launches so far (used between points, to compare each)."""
         self._log.forget()
 
     def plan(self) -> Plan:
         """What was launched, as a plan.
 
         Raises:
-            DeclarationError: when a kernel was launched and no GPU is up, which cannot be.
+            DeclarationError: a kernel was launched, but CUDA is not initialised.
         """
         import triton
 
@@ -75,7 +75,7 @@ class Recording:
 
 @contextlib.contextmanager
 def recording(name: str = "recorded") -> Iterator[Recording]:
-    """Record what this process launches inside the block. Costs some 20 microseconds a launch."""
+    """Record what this process launches inside the block. Costs about 20 microseconds for each launch."""
     started = Recording(name)
     try:
         yield started
@@ -84,13 +84,13 @@ def recording(name: str = "recorded") -> Iterator[Recording]:
 
 
 def run_command(command: list[str], out: Path, name: str) -> tuple[int, Plan]:
-    """Run `command` and record what it, and every Python process that it starts, launches.
+    """Run a command, and record the launches of all its Python processes.
 
     Returns:
-        (the command's exit code, the plan, which is written to `out` as well).
+        (the command's exit code, the plan). The plan is also written to `out`.
 
     Raises:
-        DeclarationError: when the command cannot be started, or nothing was launched.
+        DeclarationError: the command cannot be started, or nothing was launched.
     """
     with tempfile.TemporaryDirectory(prefix="aot-cache-record-") as folder:
         environment = dict(os.environ)
@@ -111,7 +111,7 @@ def run_command(command: list[str], out: Path, name: str) -> tuple[int, Plan]:
 
 
 def start_from_environment() -> None:
-    """Called in each process of a recorded command: record once Triton is imported, write at exit."""
+    """Called in each process of a recorded command: record once Triton is imported, and write the plan at exit."""
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder:
         after_import.when_triton_comes(lambda: _begin(Path(folder)))
@@ -131,7 +131,7 @@ def _begin(folder: Path) -> None:
 
 
 def _at_worker_exit(finish: Any) -> None:
-    """Engines' worker processes end through multiprocessing, which skips atexit."""
+    """Call `finish` when a worker process of an engine ends: multiprocessing skips atexit."""
     from multiprocessing import util
 
     if "multiprocessing.process" in sys.modules:

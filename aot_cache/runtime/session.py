@@ -1,8 +1,8 @@
-"""What one process has loaded, and the guard around it: the state behind `load`, `ready` and the other functions of `loader`.
+"""The bundles that one process has loaded, and its guard: the state behind `load`, `ready` and the other functions of `loader`.
 
-Never break serving: a bad, missing or foreign bundle is one warning and a count, unless it was loaded with `strict`. Loading
-initialises no CUDA. Kernels are installed on a device when the process uses it: at `load` or `ready` if CUDA is up, else before
-its first capture, or at the first launch that would have compiled, whichever comes first.
+Never break serving: a corrupt, missing or incompatible bundle is one warning and a count, unless it was loaded with `strict`.
+Loading does not initialise CUDA. Kernels are installed on a device when the process uses it: at `load` or `ready` if CUDA is
+initialised, else before the first capture, or at the first launch that would compile, whichever comes first.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Folder:
-    """A folder of which the bundle for this GPU is taken once the GPU is known."""
+    """A folder from which the bundle for this GPU is chosen once the GPU is known."""
 
     path: Path
     digest: str | None
@@ -48,7 +48,7 @@ class Session:
     """Bundles, counters and hooks of one process. Its methods may be called from any thread.
 
     Args:
-        warn: called with one line for people where a bundle, or a promise, could not be kept.
+        warn: called with one line for people if a bundle cannot be used, or a guarantee cannot be kept.
     """
 
     def __init__(self, warn: Callable[[str], None]) -> None:
@@ -62,17 +62,17 @@ class Session:
         self._waiting_graphs: list[KernelSet] = []
         """Bundles whose graphs wait for Dynamo to be imported."""
         self._answers: Answers | None = None
-        """Once Dynamo is imported."""
+        """None until Dynamo is imported."""
         self._folders: list[_Folder] = []
         self._doubts: set[str] = set()
-        """What was said already."""
+        """Doubts for which a warning was shown."""
 
     # --- bundles ------------------------------------------------------------------------------------------------------
 
     def load(
         self, path: Path, digest: str | None, strict: bool, together: Sequence[ProcessGroup | None]
     ) -> Report | None:
-        """See `loader.load`; `together` has the group whose ranks load the same bundle, or nothing."""
+        """See `loader.load`. `together` contains the group whose ranks load the same bundle, or is empty."""
         try:
             for group in together:
                 digest = bundle_lookup.agreed(path, digest, group)
@@ -100,7 +100,7 @@ class Session:
         from aot_cache.upstream.codec import triton_kernel
 
         self.arm()
-        self.hooks.once("triton", self.triton_hooks)  # a Triton that was half imported when it was waited for
+        self.hooks.once("triton", self.triton_hooks)  # for a Triton that was being imported when the waiting began
         device = triton_kernel.current_device()
         loaded = 0
         for kernels in list(self._kernels):
@@ -115,7 +115,7 @@ class Session:
         return loaded
 
     def _prime_graphs(self) -> int:
-        """Load compiled graphs; those for a GPU once CUDA is up."""
+        """Load compiled graphs; those for a GPU only once CUDA is initialised."""
         loaded = 0
         for graphs in self.graphs():
             if graphs.manifest.on_cpu or torch_capture.cuda_is_up():
@@ -149,7 +149,7 @@ class Session:
         return reports
 
     def _missing(self, reports: Sequence[Report]) -> list[str]:
-        """What is declared and not installed, each with the reason."""
+        """Declared kernels, choices and graphs that are not installed, each with the reason."""
         missing = [f"{name} ({_why_pending(r, name)})" for r in reports for name in r.pending]
         missing += [f"{name} ({why})" for r in reports for name, why in r.stale.items()]
         missing += [f"{name} ({why})" for r in reports for name, why in r.unchosen.items()]
@@ -166,11 +166,11 @@ class Session:
         return list(self._kernels)
 
     def graphs(self) -> list[GraphSet]:
-        """The graphs of the bundles in this process, as far as Dynamo is imported."""
+        """The graphs of the bundles in this process; empty until Dynamo is imported."""
         return list(self._answers.sets) if self._answers is not None else []
 
     def missed_before(self, function: str, case: str, point: Mapping[str, int]) -> str:
-        """Why a call of a compiled function has missed in this process at a declared point; empty if none has."""
+        """Why a call of a compiled function has missed in this process at a declared point; empty if it has not."""
         return self._answers.missed.get((function, case, *point.items()), "") if self._answers is not None else ""
 
     def stats(self) -> dict[str, Any]:
@@ -190,7 +190,7 @@ class Session:
         """See `loader.explain`.
 
         Raises:
-            Incompatible: Dynamo cannot be looked at in this release.
+            Incompatible: the hooks do not work with this release of Dynamo.
         """
         self._hook_dynamo()
         if self._answers is None:
@@ -208,7 +208,7 @@ class Session:
         with self._lock:
             self._kernels.append(kernels)
             if kernels.manifest.graphs:
-                if self._answers is not None:  # Dynamo is here already
+                if self._answers is not None:  # Dynamo is already imported
                     self._add_graphs(kernels, self._answers)
                 else:
                     self._waiting_graphs.append(kernels)
@@ -217,7 +217,7 @@ class Session:
         return kernels
 
     def _heed(self, doubt: str, strict: bool) -> None:
-        """Warn of releases that nobody tested, once in a process; an error where nothing may be left to chance."""
+        """Warn once about untested releases; with `strict` raise instead."""
         if doubt and strict:
             raise Incompatible(doubt)
         if doubt and doubt not in self._doubts:
@@ -233,17 +233,17 @@ class Session:
                 self._refuse(error, folder.strict)
 
     def _refuse(self, error: Exception, strict: bool) -> None:
-        """Go on without a bundle: one warning and a count. An error that is not ours is a bug or a moved upstream: the same."""
+        """Continue without a bundle, with one warning and a count; with `strict` raise. Even a bug must not stop serving."""
         self.ledger.note("rejected_bundle", str(error), torch_capture.capturing())
         if strict:
             raise error
         self._warn(f"aot-cache serves without a bundle: {error}")
 
     def _add_graphs(self, kernels: KernelSet, answers: Answers) -> None:
-        """Make the graphs of a bundle known to Dynamo's misses.
+        """Make the graphs of a bundle available to Dynamo's misses.
 
         Raises:
-            Incompatible: they are not for this host.
+            Incompatible: the graphs are not for this host.
         """
         from aot_cache.runtime.graphs import GraphSet
 
@@ -262,7 +262,7 @@ class Session:
     # --- the guard ----------------------------------------------------------------------------------------------------
 
     def arm(self) -> None:
-        """Hook what is imported, and wait for what is not. Imports nothing."""
+        """Hook torch, Triton and Dynamo now if they are imported, else once they are. Imports nothing."""
         self.hooks.once("waiting", self._wait)
 
     def disarm(self) -> None:
@@ -282,7 +282,7 @@ class Session:
         self.hooks.once("captures", hook)
 
     def _hook_triton(self) -> None:
-        """Inside somebody's `import triton`, which must not fail because of us."""
+        """Runs inside an `import triton`, which must not fail because of aot-cache."""
         try:
             self.hooks.once("triton", self.triton_hooks)
         except Exception as error:
@@ -292,18 +292,18 @@ class Session:
             self._refuse(error, strict)
 
     def triton_hooks(self) -> Iterator[Undo]:
-        """Triton's miss paths and its C modules. Nothing here is on the hit path."""
+        """Hook Triton's miss paths and its C modules. Nothing here is on the hit path."""
         from aot_cache.upstream.hooks import triton_events, triton_launcher, triton_miss, triton_tuner_miss
 
         yield triton_events.listen(self.guard.count)
         yield triton_launcher.serve(self._native)
         yield triton_miss.intercept_compile(self.guard.launch)
         yield triton_miss.around_loading(self.guard.loading)
-        # Outside of what counts: what is not measured is not counted as a tuning.
+        # Outermost, around the counting hook: a tuning that is not measured is not counted.
         yield triton_tuner_miss.intercept_tuning(self.guard.tuning, self.guard.later)
 
     def _hook_dynamo(self) -> None:
-        """Inside somebody's import of Dynamo, which must not fail because of us."""
+        """Runs inside an import of Dynamo, which must not fail because of aot-cache."""
         try:
             from aot_cache.runtime.graph_lookup import Answers
 
@@ -335,7 +335,7 @@ class Session:
         return None
 
     def _before_capture(self) -> None:
-        """Everything that still waits, and the libraries' handles; not while another thread's capture forbids it."""
+        """Load everything that still waits, and create the libraries' handles, unless another capture is active."""
         if torch_capture.capturing():
             return
         waiting = self._folders or any(graphs.waiting() for graphs in self.graphs())
@@ -344,31 +344,31 @@ class Session:
         self._prime_libraries()
 
     def _prime_libraries(self) -> None:
-        """cuBLAS and cuDNN make their handles at first use, which no capture allows: an eager fallback would be lost, too."""
+        """Create the handles of cuBLAS and cuDNN. Their first use inside a capture would break it, even in an eager fallback."""
         if policy.default() == "observe":
             return
         from aot_cache.upstream.hooks import cuda_libraries
 
         try:
             cuda_libraries.prime()
-        except Exception as error:  # out of memory, a library that is missing: the model says it better
+        except Exception as error:  # out of memory, missing library: the model reports it better
             self._warn(f"aot-cache could not initialise CUDA's libraries before a capture: {error}")
 
     def _late(self, function: object, name: str, device: int) -> bool:
-        """A launch is about to compile, or to tune: install what is still waiting for this device; true when anything was."""
+        """Called when a launch is about to compile or tune: install what waits for this device. True if anything waited."""
         try:
             with self._lock:
                 adopted = [k for k in self._kernels if k.adopt(function, name, device)]
                 if not adopted and not self._folders and not any(k.waiting(device) for k in self._kernels):
                     return False
             self.prime()
-        except Exception as error:  # the launch goes on as it would without us
+        except Exception as error:  # the launch continues as it would without aot-cache
             self._refuse(error, any(kernels.strict for kernels in self._kernels))
             return False
         return True
 
     def _reasons(self, frame: Frame) -> tuple[str, Callable[[], Mapping[str, Any]]]:
-        assert self._answers is not None  # it is Dynamo that asks
+        assert self._answers is not None  # only called by hooks in Dynamo
         return self._answers.reasons(frame)
 
 

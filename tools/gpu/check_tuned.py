@@ -40,7 +40,7 @@ Json = Any
 
 
 def part(name: str, bundle: str) -> Json:
-    """Capture every case at `POINTS`. Returns microseconds of a replay at the last point, relative norms against eager, events."""
+    """Capture every case at `POINTS`. Returns microseconds of a replay at the last, relative norms against eager, and events."""
     import torch
     import torch._dynamo
 

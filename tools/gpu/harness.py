@@ -107,7 +107,7 @@ class Independent:
 
         self._wrap(convert_frame, "_compile", "frame")
         self._wrap(compile_fx, "compile_fx", "graph_compile")
-        self._wrap(triton_heuristics.CachingAutotuner, "_precompile_config", "compile")  # Inductor's own path to the compiler
+        self._wrap(triton_heuristics.CachingAutotuner, "_precompile_config", "compile")  # Inductor's own way to it
         self._wrap(triton_heuristics.CachingAutotuner, "bench", "benchmark")
         self._wrap(static_triton_launcher.StaticallyLaunchedTritonKernel, "load_kernel", "module_load")
         self._wrap(cpp_builder.CppBuilder, "build", "gcc")

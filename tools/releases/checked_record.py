@@ -23,6 +23,8 @@ PAGE = ROOT / "docs" / "support.md"
 UPSTREAM = ROOT / "aot_cache" / "upstream"
 NO_ROOMS = ("__init__", "versions")
 """Files of upstream/ that rely on nothing of torch or Triton."""
+_ENGINES = ("vllm_",)
+"""What modules begin with that rely on an engine: `tools/check_vllm` holds those."""
 _BEGIN, _END = "<!-- written by tools/check_torch --page -->\n", "<!-- until here -->\n"
 
 
@@ -67,7 +69,8 @@ def table(runs: Sequence[dict[str, Json]]) -> dict[str, Json]:
 
 def modules() -> list[str]:
     """The modules of upstream/ that rely on something."""
-    return sorted(path.stem for path in UPSTREAM.rglob("*.py") if path.stem not in NO_ROOMS)
+    found = (path.stem for path in UPSTREAM.rglob("*.py"))
+    return sorted(name for name in found if name not in NO_ROOMS and not name.startswith(_ENGINES))
 
 
 def path_of(module: str) -> Path:

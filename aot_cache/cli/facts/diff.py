@@ -190,7 +190,7 @@ _WORDS = {"units": "specialization", "tunings": "choice", "graphs": "graph", "ca
 
 
 def _summary(facts: Facts) -> str:
-    """`only left: 2 specializations, 1 graph; only right: 1 graph; compiled otherwise: 3 graphs`."""
+    """`only left: 2 specializations, 1 graph; only right: 1 graph; compiled differently: 3 graphs`."""
     parts = []
     for where in ("left", "right"):
         only = facts[f"only_{where}"]

@@ -30,10 +30,10 @@ def register() -> None:
 
 
 def _wait() -> None:
-    from aot_cache.engines.vllm import metrics
+    from aot_cache.engines.vllm import exporter
 
     after_import(WORKER, lambda: _or_warn(_begin))
-    metrics.publish()
+    exporter.publish()
 
 
 def _begin() -> None:

@@ -10,7 +10,6 @@ each. What units share (source, metadata, launcher, and the module if the binary
 from __future__ import annotations
 
 import functools
-import gc
 import weakref
 from collections import namedtuple
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from triton.runtime.jit import JITFunction
 from aot_cache.artifact.manifest import Served, UnitRow, served
 from aot_cache.store import Bundle
 from aot_cache.tested import minor
-from aot_cache.upstream.codec import triton_jit
+from aot_cache.upstream.codec import live_objects, triton_jit
 from aot_cache.upstream.versions import UNLOADS_ON_DELETE
 
 Json = Any
@@ -312,7 +311,7 @@ def _makes_configs(tuner: Autotuner) -> bool:
 def functions_in_memory(names: set[str]) -> dict[str, list[JITFunction]]:
     """Name → kernels of that name, found among all live objects. For kernels that no module attribute holds."""
     found: dict[str, list[JITFunction]] = {}
-    for value in gc.get_objects():
+    for value in live_objects.all_objects():
         if issubclass(type(value), JITFunction):  # isinstance on the value itself would load lazy proxies
             name = triton_jit.name_of(value)
             if name in names:

@@ -1,4 +1,4 @@
-"""Every launch of a Triton kernel, written down: instead of running it (virtual device) or beside it (recording).
+"""Log every launch of a Triton kernel, instead of running it (virtual device) or in addition (recording).
 
 Upstream: `triton/runtime/jit.py` (`JITFunction.run`), `triton/runtime/autotuner.py` (`Autotuner.run`).
 """
@@ -6,7 +6,6 @@ Upstream: `triton/runtime/jit.py` (`JITFunction.run`), `triton/runtime/autotuner
 from __future__ import annotations
 
 import contextlib
-import gc
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -16,20 +15,20 @@ from triton.runtime.autotuner import Autotuner, Heuristics
 from triton.runtime.jit import JITFunction
 
 from aot_cache.upstream import patch
-from aot_cache.upstream.codec import triton_jit, triton_names
+from aot_cache.upstream.codec import live_objects, triton_jit, triton_names
 
 Json = Any
 
 
 class LaunchLog:
-    """What was launched: units and tunings as JSON, with the marks (points) at which each was seen.
+    """The launches: units and tunings as JSON, with the marks (points) at which each was seen.
 
     `units[id] = {"kernel", "specialization", "options", "overrides"}`, `tunings[id] = {"kernel", "tuner", "key",
     "candidates", "choice"}`; `seen_units[id]` and `seen_tunings[id]` are lists of marks in order, `via[id]` the set of
     (tuning id, candidate) through which a unit was launched, with (-1, -1) for a launch without a tuner.
 
-    A kernel is called by its `triton_jit.identity`: a factory's kernels have one name. `functions`, `closures` and
-    `hidden` (see `triton_names.hidden`: more than one, and they cannot be told apart) go by it.
+    Kernels are identified by `triton_jit.identity`, because the kernels of a factory share one name. It is the key of
+    `functions`, `closures` and `hidden` (see `triton_names.hidden`; with more than one value the kernels cannot be told apart).
     """
 
     def __init__(self) -> None:
@@ -51,7 +50,7 @@ class LaunchLog:
         self._thread = threading.local()
 
     def launch(self, function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Note one launch and return its unit's id."""
+        """Log one launch; returns the id of its unit."""
         kwargs = triton_jit.launch_defaults(function, dict(kwargs))
         key, specialization, options = triton_jit.bind(function, args, kwargs)
         name = self._name(function)
@@ -88,13 +87,13 @@ class LaunchLog:
         return unit
 
     def tuning(self, tuner: Autotuner, key: tuple[Any, ...], configs: list[Any]) -> int:
-        """Note that `tuner` chooses between `configs` under `key`, and return the tuning's id."""
+        """Log that `tuner` chooses between `configs` for `key`; returns the id of the tuning."""
         function = triton_jit.unwrap(tuner)
         assert function is not None
         name = self._name(function)
         ordinal = self._ordinal(tuner)
         with self._lock:
-            # What pruning leaves may depend on more than the key: other candidates are another tuning.
+            # Pruning may depend on more than the key, so other candidates are another tuning.
             identity = (name, ordinal, repr(key), tuple(str(c) for c in configs))
             found = self._tuning_ids.get(identity)
             if found is None:
@@ -116,7 +115,7 @@ class LaunchLog:
         return found
 
     def forget(self) -> None:
-        """Start again with nothing seen."""
+        """Forget all units and tunings."""
         for kept in (self.units, self.tunings, self.seen_units, self.seen_tunings, self.via):
             kept.clear()
         for known in (self._unit_ids, self._tuning_ids, self._expansions):
@@ -136,7 +135,7 @@ class LaunchLog:
 
     def _ordinal(self, tuner: Autotuner) -> int:
         if id(tuner) not in self._ordinals:
-            self._ordinals[id(tuner)] = (tuner_ordinal(tuner), tuner)  # keeps it alive, so that the id stays its own
+            self._ordinals[id(tuner)] = (tuner_ordinal(tuner), tuner)  # keeps it alive, so that its id is not reused
         return self._ordinals[id(tuner)][0]
 
     @staticmethod
@@ -146,7 +145,7 @@ class LaunchLog:
 
     @contextlib.contextmanager
     def through(self, tuning: int, candidate: int) -> Iterator[None]:
-        """Launches inside come from this candidate of this tuning."""
+        """Mark the launches inside as those of a candidate of a tuning."""
         before = getattr(self._thread, "via", (-1, -1))
         self._thread.via = (tuning, candidate)
         try:
@@ -157,12 +156,12 @@ class LaunchLog:
     # --- the virtual device -------------------------------------------------------------------------------------------
 
     def expand(self, tuner: Autotuner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Launch every candidate that `tuner` would choose between, as its first call here would."""
+        """Launch every candidate between which `tuner` would choose at its first call with these arguments."""
         tuner.nargs = dict(zip(tuner.arg_names, args))
         key = triton_jit.tuning_key(tuner, args, kwargs) if len(tuner.configs) > 1 else ()
         if len(tuner.configs) <= 1:
             configs, tuning = list(tuner.configs), -1
-        elif key in tuner.cache:  # the library has its own table of choices (fla's config files)
+        elif key in tuner.cache:  # a choice from the library's own table (fla's config files)
             configs, tuning = [tuner.cache[key]], -1
         else:
             configs = list(tuner.prune_configs(kwargs))
@@ -188,10 +187,10 @@ class LaunchLog:
     def _memo_key(
         self, tuner: Autotuner, args: tuple[Any, ...], kwargs: dict[str, Any], configs: list[Any], tuning: int
     ) -> Any:
-        """What decides all candidates' units together, or None when only running them tells.
+        """The key that decides the units of all candidates, or None if the candidates must be run.
 
-        The candidates differ from the first by their configs alone unless something between the tuner and the kernel
-        looks at raw arguments (inner heuristics) or a config has a hook.
+        Candidates differ from the first one only by their configs, unless a wrapper between tuner and kernel uses raw
+        arguments (inner heuristics), or a config has a hook.
         """
         if not isinstance(tuner.fn, JITFunction) or any(c.pre_hook is not None for c in configs):
             return None
@@ -203,7 +202,7 @@ class LaunchLog:
 
 
 class LaunchedUnit:
-    """What a launch returns on the virtual device."""
+    """The result of a launch on the virtual device."""
 
     __slots__ = ("unit",)
 
@@ -212,7 +211,7 @@ class LaunchedUnit:
 
 
 def tuner_ordinal(tuner: Autotuner) -> int:
-    """Which of several autotuners around one kernel this is: its place among those in the kernel's module, or the next one."""
+    """The number of this autotuner among those of its kernel in the kernel's module; their count if it is not there."""
     function = triton_jit.unwrap(tuner)
     assert function is not None
     found = _tuners_of_module(function)
@@ -220,15 +219,15 @@ def tuner_ordinal(tuner: Autotuner) -> int:
 
 
 def tuners_of(function: JITFunction, ordinal: int) -> list[Autotuner]:
-    """The autotuners around `function` that are its `ordinal`th: one of its module, or all that its module does not have.
+    """The autotuners of `function` with this ordinal: one from its module, or else all that its module does not have.
 
-    A factory's kernel, and the autotuner around it, may be held by a cache only (torchao); nothing tells several such
-    autotuners apart but their configs. They are looked for among all objects of the process: a tenth of a second.
+    A factory's kernel and its autotuner may be referenced only by a cache (torchao), and several such autotuners differ only in
+    their configs. They are searched among all objects of the process, which takes a tenth of a second.
     """
     found = _tuners_of_module(function)
     if ordinal < len(found):
         return [found[ordinal]]
-    alive = _tuners_among(function, gc.get_objects())
+    alive = _tuners_among(function, live_objects.all_objects())
     return [tuner for tuner in alive if not any(tuner is other for other in found)]
 
 
@@ -239,7 +238,7 @@ def _tuners_of_module(function: JITFunction) -> list[Autotuner]:
 def _tuners_among(function: JITFunction, values: Sequence[Any]) -> list[Autotuner]:
     found: list[Autotuner] = []
     for value in values:
-        # By its type: asking the value itself would wake lazy proxies.
+        # isinstance on the value itself would load lazy proxies.
         if not issubclass(type(value), (Autotuner, Heuristics)) or triton_jit.unwrap(value) is not function:
             continue
         for layer in triton_jit.wrappers(value):
@@ -250,7 +249,7 @@ def _tuners_among(function: JITFunction, values: Sequence[Any]) -> list[Autotune
 
 @contextlib.contextmanager
 def intercept_launch(log: LaunchLog) -> Iterator[None]:
-    """Launches are written to `log` and nothing runs: the virtual device."""
+    """Inside, write launches to `log` instead of running them (virtual device)."""
     jit_run, tuner_run = JITFunction.run, Autotuner.run
 
     def run(self: JITFunction, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> LaunchedUnit:
@@ -269,7 +268,7 @@ def intercept_launch(log: LaunchLog) -> Iterator[None]:
 
 
 def record_launches(log: LaunchLog) -> Any:
-    """Write launches to `log` and run them too. Returns a function that takes the hooks out again."""
+    """Write launches to `log`, and run them. Returns a function that takes the hooks out."""
 
     def run(jit_run: Any, self: JITFunction, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> Any:
         log.launch(self, args, kwargs)
@@ -284,11 +283,11 @@ def record_launches(log: LaunchLog) -> Any:
         tuning = log.tuning(self, key, candidates)
         configs = [triton_jit.config_kwargs(c) for c in candidates]
 
-        # The candidate of a launch is told by its config: the tuner launches each with its own arguments.
+        # A launch's candidate is recognised by its config, which the tuner passes as arguments.
         inner = self.fn
 
         class Marked:
-            """Stands before the kernel while this call runs, to tell which candidate launches."""
+            """Stands for the kernel during this call, to record which candidate launches."""
 
             fn = inner
 
