@@ -71,6 +71,11 @@ def _seal() -> None:
     _or_warn(say)
 
 
+def seconds() -> float:
+    """How long loading and installing took in this process so far."""
+    return _seconds
+
+
 def summary(stats: dict[str, object], seconds: float) -> str:
     """One line for vLLM's log.
 

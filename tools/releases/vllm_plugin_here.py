@@ -1,0 +1,59 @@
+"""In an environment with a real vLLM: what the plug-in does to a process that imports vLLM's GPU worker. Prints one JSON line.
+
+vLLM's compiled extensions are replaced by empty modules where they cannot be loaded: no GPU is needed, nothing is served.
+Called by `tools/check_vllm --env VERSION=PYTHON` with AOT_CACHE set.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+import types
+from importlib.metadata import version
+
+EXTENSIONS = ("_C", "_moe_C", "_C_stable_libtorch", "_moe_C_stable_libtorch")
+ATTENTION = ("_vllm_fa2_C", "_vllm_fa3_C")
+STEPS = ("load_model", "initialize_from_config", "compile_or_warm_up_model")
+
+
+def main() -> None:
+    names = [f"vllm.{name}" for name in EXTENSIONS] + [f"vllm.vllm_flash_attn.{name}" for name in ATTENTION]
+    sys.modules.update((name, types.ModuleType(name)) for name in names)
+    plugins = importlib.import_module("vllm.plugins")
+    started = time.perf_counter()
+    plugin = importlib.import_module("aot_cache.engines.vllm.plugin")
+    plugin.register()
+    registered = time.perf_counter() - started
+    plugins.load_general_plugins()  # finds the entry point; calling it again changes nothing
+    idle = sorted(name for name in sys.modules if name.startswith("aot_cache.runtime."))
+    worker = importlib.import_module("vllm.v1.worker.gpu_worker").Worker
+    import aot_cache
+
+    stats = aot_cache.stats()
+    prometheus = importlib.import_module("vllm.v1.metrics.prometheus")
+    families = {family.name for family in prometheus.get_prometheus_registry().collect()}
+    found = {
+        "vllm": version("vllm"),
+        "torch": version("torch"),
+        "entry point": any(ours.name == "aot_cache" for ours in _entry_points()),
+        "seconds of the plug-in in a process that does not serve": round(registered, 3),
+        "seconds of load": round(plugin.seconds(), 3),
+        "bundles": len(stats["bundles"]),
+        "refused": stats["total"]["rejected_bundle"],
+        "steps hooked": [step for step in STEPS if hasattr(getattr(worker, step), "_aot_cache_patch")],
+        "imported before the worker": idle,
+        "on the page of metrics": sorted(name for name in families if name.startswith("aot_cache")),
+    }
+    print(json.dumps(found))
+
+
+def _entry_points() -> list[object]:
+    from importlib.metadata import entry_points
+
+    return list(entry_points(group="vllm.general_plugins"))
+
+
+if __name__ == "__main__":
+    main()
