@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import HANGS
 from one_module import built_for_h200
 
 from aot_cache.artifact import manifest
@@ -308,10 +309,66 @@ def test_a_plan_gives_the_same_bytes_wherever_it_lies(twins: Sequence[tuple[Proj
         document = json.loads(built.path.with_suffix(".plan.json").read_text())
         document["units"] = [unit for unit in document["units"] if "<locals>" not in unit["kernel"]]
         plan.write_text(json.dumps(document))
-        from_plan = project.build(model=None, plan=plan, out=tmp_path / name / "out.safetensors")
+        from_plan = project.build(model=None, plans=(plan,), out=tmp_path / name / "out.safetensors")
         assert not from_plan.failed and from_plan.compiled == 0 and from_plan.units == built.units - 1
         digests.add(from_plan.digest)
     assert len(digests) == 1
+
+
+def without_made(document: dict[str, Any]) -> dict[str, Any]:
+    """A plan as a recording has it: a kernel that is made inside a function is reached by the recipe's host code alone."""
+    units = [unit for unit in document["units"] if "<locals>" not in unit["kernel"]]
+    return {**document, "units": units, "cases": [], "origin": "recorded"}
+
+
+def test_one_build_takes_a_recipe_plans_and_misses(
+    twins: Sequence[tuple[Project, Built]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each gives what the others lack; the units are those of a recipe that declares all of it."""
+    project, built = twins[0]
+    whole = json.loads(built.path.with_suffix(".plan.json").read_text())
+    recorded, missing = without_made(whole), []
+    for unit in [unit for unit in recorded["units"] if unit["kernel"].endswith(":alone")]:
+        recorded["units"].remove(unit)
+        kept = {name: unit[name] for name in ("kernel", "source", "specialization", "options", "overrides")}
+        missing.append(missed("kernel", unit["kernel"], unit=kept, nearest=[]))
+    plan, misses = tmp_path / "server.plan.json", tmp_path / "misses.jsonl"
+    plan.write_text(json.dumps({**recorded, "target": "h100"}))  # recorded on another machine
+    misses.write_text("".join(missing))
+    (project.folder / "few.py").write_text(
+        RECIPE.format(kernels="project_kernels")
+        .replace("    kernels.alone[(1,)](x, BLOCK=16)\n", "")
+        .replace("17)", "1)")
+        .replace('Recipe("project"', 'Recipe("few"')
+    )
+    few = Project(project.folder, project.store, "few")
+    alone = few.build()
+    assert alone.units < built.units
+    joined = few.build(plans=(plan,), misses=(misses,))
+    assert not joined.failed and joined.misses["covered"] == 1 and joined.compiled == 0, "all of it is in the store"
+    assert few.snapshot(joined) == project.snapshot(built)
+    assert joined.path.name.startswith("few-plans=server-misses=")
+    assert few.build(plans=(plan,), misses=(misses,)).nothing_to_do
+    without_recipe = few.build(model=None, plans=(plan,), misses=(misses,))
+    assert not without_recipe.failed and without_recipe.units == built.units - 1
+    monkeypatch.chdir(project.folder)
+    merged = run_merge(project.folder, plan, misses, out=tmp_path / "all.plan.json")
+    assert (merged["misses"], merged["uncovered"], merged["specializations"]) == (1, [], built.units - 1)
+    from_merged = few.build(model=None, plans=(tmp_path / "all.plan.json",))
+    assert few.snapshot(from_merged) == few.snapshot(without_recipe)
+
+
+def run_merge(folder: Path, *files: Path, out: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "aot_cache", "merge", *map(str, files), "--out", str(out), "--json"],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"},
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

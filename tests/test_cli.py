@@ -377,9 +377,13 @@ def test_misses_go_with_a_model(run: Run, stub: Pipeline, sample: Sample) -> Non
     Path("m").write_text(json.dumps(MISS))
     assert run("build", "--model", "tiny:good", "--misses", "m", "--misses", "m").code == 0
     assert stub.asked[0].misses == (Path("m"), Path("m"))
-    assert_error(
-        run("build", "--plan", sample.plan, "--misses", "m"), "--plan cannot be combined with --misses", "use --model"
-    )
+    assert run("build", "--plan", sample.plan, "--misses", "m").code == 0
+    assert (stub.asked[1].model, stub.asked[1].plans, stub.asked[1].misses) == (None, (sample.plan,), (Path("m"),))
+
+
+def test_plans_go_with_a_model_and_each_other(run: Run, stub: Pipeline, sample: Sample) -> None:
+    assert run("build", "--model", "tiny:good", "--plan", sample.plan, "--plan", sample.plan).code == 0
+    assert (stub.asked[0].model, stub.asked[0].plans) == ("tiny:good", (sample.plan, sample.plan))
 
 
 def test_what_became_of_misses_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,6 +135,29 @@ def test_a_bundle_is_loaded_without_torch_or_triton(bundle: Path) -> None:
     assert served.stats["total"]["rejected_bundle"] == 0
 
 
+def test_several_bundles_are_loaded(bundle: Path, tmp_path: Path) -> None:
+    other = altered(bundle, tmp_path / "other.safetensors", lambda manifest: manifest.update(recipe="another"))
+    paths, digests = [str(bundle), str(other)], [read_bundle(path).digest for path in (bundle, other)]
+    for pinned in ("", os.pathsep.join(digests)):
+        served = serve("import aot_cache.auto", AOT_CACHE=os.pathsep.join(paths), AOT_CACHE_DIGEST=pinned)
+        assert served.warnings == [] and [report["digest"] for report in served.stats["bundles"]] == digests
+    turned = serve(
+        "import aot_cache.auto", AOT_CACHE=os.pathsep.join(paths), AOT_CACHE_DIGEST=os.pathsep.join(digests[::-1])
+    )
+    assert len(turned.warnings) == 2 and turned.stats["bundles"] == []
+
+
+def test_a_missing_digest_pins_nothing_silently(bundle: Path) -> None:
+    """Which of the bundles it is of cannot be known: none is loaded."""
+    given = {"AOT_CACHE": f"{bundle}{os.pathsep}{bundle}", "AOT_CACHE_DIGEST": read_bundle(bundle).digest}
+    served = serve("import aot_cache.auto", **given)
+    (warning,) = served.warnings
+    assert "each of the 2 bundles" in warning and served.stats["bundles"] == []
+    assert served.stats["total"]["rejected_bundle"] == 1
+    strict = serve("import aot_cache.auto", AOT_CACHE_STRICT="1", **given)
+    assert "each of the 2 bundles" in strict.error[1]
+
+
 def test_loading_initialises_no_gpu(bundle: Path) -> None:
     code = "import torch, triton; import aot_cache.auto; facts['up'] = torch.cuda.is_initialized()"
     served = serve(code, AOT_CACHE=str(bundle))

@@ -825,13 +825,12 @@ def test_a_graph_is_loaded_in_folders_of_this_thread_only(monkeypatch: pytest.Mo
         monkeypatch.setenv(variable, folder)
     kernel = triton_bundler.TritonKernelArtifact("kernel.cubin", b"a binary")
     bundle = triton_bundler.TritonBundle([triton_bundler.TritonKernelArtifacts("HASH", 0, [kernel])], [])
-    monkeypatch.setattr(inductor, "bundle_triton_into_fx_graph_cache", True)
     asked: list[str] = []
 
     def elsewhere() -> None:
         asked.extend([codecache.cache_dir(), triton_heuristics.triton_cache_dir(0)])
 
-    with inductor_artifact._private_folders(b""):
+    with inductor_artifact._private_folders(b""), inductor.patch(bundle_triton_into_fx_graph_cache=True):
         source = Path(codecache.write("x = 1", "py")[1])
         triton_bundler.TritonBundler.read_and_emit(bundle)
         private = Path(triton_heuristics.triton_cache_dir(0))

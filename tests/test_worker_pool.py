@@ -44,7 +44,7 @@ SLEEPS = "import os, pathlib, time\npathlib.Path(os.environ['PID']).write_text(s
 def job(stage: Stage) -> Job:
     """One that a worker for kernels refuses at once: Triton has no backend for the CPU."""
     cpu = targets.get("cpu")
-    return Job(stage=stage, target=cpu, recipe="nosuch:recipe", plan=None, plan_out="", calls="", store="")
+    return Job(stage=stage, target=cpu, recipe="nosuch:recipe", plan_out="", calls="", store="")
 
 
 @pytest.fixture

@@ -37,8 +37,8 @@ class Job:
     Args:
         stage: trace and compile Triton kernels, or the graphs of compiled functions.
         target: the target that the process becomes.
-        recipe: name or `module:object` with options; None if `plan` is given.
-        plan: path of a plan file to build instead.
+        recipe: name or `module:object` with options; None if there are only `plans`.
+        plans: paths of plan files, whose kernels are built, too.
         plan_out: path to which the plan is written; a later worker of the same rank reads it.
         calls: file with the calls of compiled functions at every point, for the worker that traces them.
         ranges: dimension → text, which replaces the declared range.
@@ -57,10 +57,10 @@ class Job:
     stage: Stage
     target: Target
     recipe: str | None
-    plan: str | None
     plan_out: str
     calls: str
     store: str
+    plans: Sequence[str] = field(default_factory=list)
     ranges: Mapping[str, str] = field(default_factory=dict)
     line_info: bool = False
     pythons: Sequence[str] = field(default_factory=list)

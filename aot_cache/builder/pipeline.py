@@ -1,4 +1,4 @@
-"""`build` from end to end: recipe or plan → workers (trace, compile) → bundle. Imports neither torch nor Triton."""
+"""`build` from end to end: recipe, plans and misses → workers (trace, compile) → bundle. Imports neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Request:
     """What to build.
 
     Args:
-        model: a recipe's name or `module:object`, with its options (see `declare.load`); None if `plan` is given.
-        plan: a plan file (recorded, or edited) to build instead.
+        model: a recipe's name or `module:object`, with its options (see `declare.load`); None if there are only plans.
+        plans: plan files (recorded, merged or edited), whose kernels are built, too. They need no recipe.
         target: the target.
         store: the store's folder.
         ranges: dimension → text, which replaces the declared range.
@@ -51,7 +51,7 @@ class Request:
     target: Target
     store: Path
     model: str | None = None
-    plan: Path | None = None
+    plans: tuple[Path, ...] = ()
     ranges: Mapping[str, str] = field(default_factory=dict)
     out: Path | None = None
     line_info: bool = False
@@ -141,14 +141,18 @@ def bundle_path(request: Request, name: str, spec: str = "", misses: Misses | No
     """Path of the bundle of the recipe called `name`.
 
     The options in `spec` are part of the file's name. So are ranges, ranks and misses of the request, because such a bundle must
-    not replace the recipe's own. A bundle from a plan file is named after that file.
+    not replace the recipe's own. A bundle from plan files alone is named after these.
     """
     if request.out is not None:
         return request.out
-    if request.plan is not None:
-        file = request.plan.name.removesuffix(".json").removesuffix(".plan").removesuffix(f"-{request.target.id}")
+    more = {f"range.{dim}": text for dim, text in sorted(request.ranges.items())}
+    if request.model is None:
+        file = "-".join(_stem(plan, request.target) for plan in request.plans)
+        if misses is not None and misses.found:
+            file = f"{file}-misses.{key.digest(asdict(misses))[:12]}"
     else:
-        more = {f"range.{dim}": text for dim, text in sorted(request.ranges.items())}
+        if request.plans:
+            more["plans"] = "-".join(_stem(plan, request.target) for plan in request.plans)
         if request.ranks is not None:
             more["ranks"] = str(request.ranks)
         if misses is not None and misses.found:
@@ -157,13 +161,17 @@ def bundle_path(request: Request, name: str, spec: str = "", misses: Misses | No
     return request.store / "bundles" / f"{file}-{request.target.id}.safetensors"
 
 
+def _stem(plan: Path, target: Target) -> str:
+    return plan.name.removesuffix(".json").removesuffix(".plan").removesuffix(f"-{target.id}")
+
+
 def _question(request: Request, misses: Misses) -> str:
     """The stamp's key: a digest of the request and the environment."""
-    plan = key.digest(request.plan.read_text()) if request.plan is not None and request.plan.is_file() else ""
+    plans = [key.digest(plan.read_text()) for plan in request.plans if plan.is_file()]
     return key.digest(
         {
             "model": options.published(request.model) if request.model is not None else None,
-            "plan": plan,
+            "plans": plans,
             "target": request.target.properties(),
             "ranges": dict(request.ranges),
             "out": str(request.out.absolute()) if request.out else "",

@@ -121,7 +121,7 @@ def _kernels(job: Job, send: Send, progress: Progress) -> None:
     virtual_gpu.become(job.target)
     _join(job)
 
-    from aot_cache.artifact.plan import Plan
+    from aot_cache.artifact.plan import Plan, extended
     from aot_cache.artifact.plan_of_ranks import of_ranks
     from aot_cache.builder import fingerprint, kernels_compile, kernels_trace
     from aot_cache.builder.missed_kernels import MissedKernels
@@ -137,11 +137,14 @@ def _kernels(job: Job, send: Send, progress: Progress) -> None:
         plan = traced.plan
         if not traced.refused:  # if some are refused, the graph worker numbers the points differently
             Path(job.calls).write_text(written(traced.calls))
+        if job.also:
+            plan = of_ranks([plan, *(Plan.read(Path(path)) for path in job.also)])
+        if job.plans and not job.rank:  # the first rank compiles for all
+            plan = extended(plan, [replace(Plan.read(Path(path)), target=plan.target) for path in job.plans])
     else:
-        plan = Plan.read(Path(job.plan or ""))
-    if job.also:
-        plan = of_ranks([plan, *(Plan.read(Path(path)) for path in job.also)])
-    missed = MissedKernels(job.misses if recipe is not None else [], plan)
+        first, *others = [Plan.read(Path(path)) for path in job.plans]
+        plan = extended(first, others) if others else first
+    missed = MissedKernels(job.misses, plan)
     plan = missed.plan
     plan.write(Path(job.plan_out))
     send(
@@ -172,7 +175,7 @@ def _kernels(job: Job, send: Send, progress: Progress) -> None:
             workers=job.workers,
             unclear=traced.unclear if traced is not None else {},
         )
-    if recipe is not None and job.misses and not job.rank:
+    if job.misses and not job.rank:
         missed.settle(outcome, store, job.target)
         missed.plan.write(Path(job.plan_out))
     send(

@@ -123,15 +123,15 @@ class _Build:
     """`run` for the request's world size."""
 
     def __init__(self, request: Request, scratch: Path, misses: Misses, pool: WorkerPool, show_plan: bool) -> None:
-        if request.plan is not None:
-            _kernels_only(request.plan, request.target)
+        for plan in request.plans:
+            _kernels_only(plan, request.target)
         self._request, self._pool = request, pool
         self._environment = _environment(request, scratch)
         self._job = Job(
             stage="kernels",
             target=request.target,
-            recipe=request.model if request.plan is None else None,
-            plan=str(request.plan) if request.plan is not None else None,
+            recipe=request.model,
+            plans=list(map(str, request.plans)),
             plan_out=str(scratch / "plan.json"),
             calls=str(scratch / "calls.json"),
             ranges=dict(request.ranges),
@@ -145,7 +145,7 @@ class _Build:
             ranks_given=request.ranks is not None,
         )
         # A recipe is traced as every rank: a third rank may differ even if two do the same.
-        self._ranks = [0] if request.plan is not None else list(range(self._job.ranks))
+        self._ranks = [0] if request.model is None else list(range(self._job.ranks))
 
     def run(self) -> BuildResult:
         kernels: dict[int, _Kernels] = {}
@@ -155,7 +155,7 @@ class _Build:
             kernels = self._other_ranks()
             graphs = self._first_rank(kernels)
         plan = Plan.read(Path(self._job.plan_out))
-        if self._request.plan is None:  # a plan file has its own world size
+        if self._request.model is not None:  # a plan file has its own world size
             plan = replace(plan, ranks=self._job.ranks)
         return _without_failed(_result(plan, kernels, graphs), graphs.failed_cases if graphs is not None else ())
 

@@ -64,7 +64,12 @@ MaxLength = Annotated[int | None, typer.Option(min=1, metavar="N", help="Longest
 Parallel = Annotated[int | None, typer.Option("--tp", min=1, metavar="N", help="Tensor parallel size.")]
 Dtype = Annotated[str | None, typer.Option(metavar="NAME", help="Type of weights and activations, such as `bfloat16`.")]
 Option = Annotated[Texts, typer.Option(metavar="NAME=VALUE", help="Set an option of the recipe. Repeatable.")]
-PlanFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Build a plan file instead of a recipe.")]
+PlanFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--plan", metavar="FILE", help="Build the kernels of a plan file, alone or beside a recipe's. Repeatable."
+    ),
+]
 
 Targets = Annotated[
     Texts,
@@ -114,7 +119,7 @@ def build(
     tp: Parallel = None,
     dtype: Dtype = None,
     option: Option = None,
-    plan: PlanFile = None,
+    plan: PlanFiles = None,
     target: Targets = None,
     ranges: Ranges = None,
     misses: Misses = None,
@@ -135,7 +140,7 @@ def build(
     own = {"spec": spec, "num_speculative_tokens": num_speculative_tokens, "max_batch": max_batch}
     own |= {"max_model_len": max_model_len, "tp": tp, "dtype": dtype}
     named = _named(model, _options(own, option or []))
-    given = _check_inputs(named, plan, ranges or [], misses or [])
+    given = _check_inputs(named, plan or [], ranges or [])
     miss_file.read(misses or [])  # a mistake in it is found before the seconds that starting the worker takes
     targets, facts = _targets(target or [], given)
     if out is not None and len(targets) > 1:
@@ -145,7 +150,7 @@ def build(
         target=targets[0],
         store=store,
         model=named,
-        plan=plan,
+        plans=tuple(plan or ()),
         ranges=_ranges(ranges or []),
         out=out,
         line_info=line_info,
@@ -189,27 +194,17 @@ def _named(model: str | None, given: Mapping[str, str]) -> str | None:
     return from_config.spec_of(model, given)
 
 
-def _check_inputs(model: str | None, plan: Path | None, ranges: Sequence[str], misses: Sequence[Path]) -> Plan | None:
-    """Find mistakes before the seconds that starting the worker takes; returns the plan, if one is given."""
-    if (model is None) == (plan is None):
-        found = "neither" if model is None else "both"
+def _check_inputs(model: str | None, plans: Sequence[Path], ranges: Sequence[str]) -> list[Plan]:
+    """Find mistakes before the seconds that starting the worker takes; returns the plans."""
+    if model is None and not plans:
+        raise DeclarationError("--model or --plan", "neither", "name a recipe (see `aot-cache models`) or a plan file")
+    if model is not None:
+        declaring.resolve(model)
+    elif ranges:
         raise DeclarationError(
-            "either --model or --plan", found, "name a recipe (see `aot-cache models`) or a plan file"
+            f"--range ({', '.join(ranges)}) needs --model", hint="omit --range: a plan's points are already enumerated"
         )
-    if plan is None:
-        declaring.resolve(str(model))
-        return None
-    if ranges:
-        raise DeclarationError(
-            f"--plan cannot be combined with --range ({', '.join(ranges)})",
-            hint="omit --range: a plan's points are already enumerated",
-        )
-    given = Plan.read(plan)
-    if misses:
-        raise DeclarationError(
-            "--plan cannot be combined with --misses", hint="use --model: misses are added to what a recipe declares"
-        )
-    return given
+    return [Plan.read(plan) for plan in plans]
 
 
 def _ranges(texts: Sequence[str]) -> dict[str, str]:
@@ -229,11 +224,11 @@ def _ranges(texts: Sequence[str]) -> dict[str, str]:
     return out
 
 
-def _targets(names: Sequence[str], plan: Plan | None) -> tuple[list[Target], dict[str, Any]]:
+def _targets(names: Sequence[str], plans: Sequence[Plan]) -> tuple[list[Target], dict[str, Any]]:
     """The targets asked for, else this machine's GPU, else the plan's, else the default; and the facts about that."""
     why, differences = "as requested", []
     if not names:
-        names, why = _default_target(plan)
+        names, why = _default_target(plans)
     found: dict[str, Target] = {}
     for name in names:
         if name == "native":
@@ -245,9 +240,10 @@ def _targets(names: Sequence[str], plan: Plan | None) -> tuple[list[Target], dic
     return list(found.values()), {"targets": list(found), "why": why, "differences": differences}
 
 
-def _default_target(plan: Plan | None) -> tuple[list[str], str]:
-    if plan is not None and plan.target in targets_table.TARGETS:
-        return [plan.target], f"the plan's; {HOW_TO_CHOOSE}"
+def _default_target(plans: Sequence[Plan]) -> tuple[list[str], str]:
+    told = {plan.target for plan in plans}
+    if len(told) == 1 and told <= set(targets_table.TARGETS):
+        return [*told], f"the plan's; {HOW_TO_CHOOSE}"
     if native_gpu.gpu_here():
         try:
             native_gpu.native()
@@ -263,7 +259,7 @@ def _show_plans(requests: Sequence[Request], facts: dict[str, Any], as_json: boo
         for request in requests:
             progress.target = request.target.id
             found = pipeline.plan_only(request, progress)
-            plans.append(build_facts.plan(found, request.plan or Path(found.recipe), parameter_names))
+            plans.append(build_facts.plan(found, (*request.plans, Path(found.recipe))[0], parameter_names))
     failed = _cannot_run(plans)
     if as_json and failed is not None:
         raise Unfinished({**facts, "plans": plans}) from failed

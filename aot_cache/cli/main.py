@@ -299,6 +299,38 @@ def record(
 
 
 @_command(
+    "aot-cache merge server.plan.json draft.plan.json misses.jsonl --out all.plan.json",
+)
+def merge(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recorded plans and misses files.")],
+    out: Annotated[Path, typer.Option(metavar="PLAN", help="Path of the merged plan.")],
+    as_json: AsJson = False,
+) -> None:
+    """Merge recorded plans, and the kernels that servers missed, into one plan."""
+    from aot_cache.builder.merge_files import merge_files
+
+    merged = merge_files(files)
+    merged.plan.write(out)
+    kernels = len({unit.kernel for unit in merged.plan.units})
+    facts = {
+        "plan": str(out),
+        "target": merged.plan.target,
+        "specializations": len(merged.plan.units),
+        "kernels": kernels,
+        "choices": len(merged.plan.tunings),
+        "misses": merged.misses,
+        "uncovered": [{"name": name, "why": why} for name, why in merged.uncovered],
+    }
+    if as_json:
+        terminal.document(facts)
+        return
+    what = f"{len(merged.plan.units)} specializations of {kernels} kernels, {len(merged.plan.tunings)} choices"
+    terminal.line(f"merged {what} for {merged.plan.target} in {out}")
+    for name, why in merged.uncovered:
+        terminal.line(f"not merged: {name}: {why}")
+
+
+@_command(
     "aot-cache tune model.safetensors --out model-tuned.safetensors --prune",
 )
 def tune(

@@ -99,6 +99,19 @@ def identity(line: Mapping[str, Json]) -> str:
     return json.dumps([line["kind"], line["name"], list(own.items())])
 
 
+def is_misses(path: Path) -> bool:
+    """Whether a file is a misses file, and not a plan or another document, by its first bytes.
+
+    Raises:
+        DeclarationError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(64).lstrip().startswith(_BEGINNING)
+    except OSError as error:
+        raise DeclarationError(f"cannot read {path}: {error.strerror or error}", hint="correct the path") from error
+
+
 def read(paths: Sequence[Path]) -> Misses:
     """Read the misses in one or more files.
 

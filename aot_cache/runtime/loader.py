@@ -66,6 +66,27 @@ def load(
         return SESSION.load(Path(path), digest, strict, [group] if together else [])
 
 
+def load_all(paths: str, digests: str, *, strict: bool) -> list[Report | None]:
+    """`load` for each bundle of a list as in PATH: what AOT_CACHE and AOT_CACHE_DIGEST have.
+
+    Args:
+        paths: bundles or folders, separated by `os.pathsep`.
+        digests: one for each of them, separated in the same way; empty: none is pinned.
+
+    Raises:
+        AotCacheError: see `load`; with `strict` also DeclarationError, if there are not as many digests as bundles. Without it,
+            that is a warning, and none of the bundles is loaded: it is not known which of them are meant.
+    """
+    named = [path for path in paths.split(os.pathsep) if path]
+    pinned: list[str | None] = [digest for digest in digests.split(os.pathsep) if digest]
+    if pinned and len(pinned) != len(named):
+        expected = f"a digest in AOT_CACHE_DIGEST for each of the {len(named)} bundles in AOT_CACHE"
+        SESSION.refuse(DeclarationError(expected, str(len(pinned)), "list them in the order of the bundles"), strict)
+        arm()
+        return []
+    return [load(path, digest=digest, strict=strict) for path, digest in zip(named, pinned or [None] * len(named))]
+
+
 def prime() -> int:
     """Install and load, on the current device, all kernels that the process has imported, and all graphs.
 

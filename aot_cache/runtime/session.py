@@ -85,7 +85,7 @@ class Session:
                 self.prime()
             return kernels.report
         except Exception as error:
-            self._refuse(error, strict)
+            self.refuse(error, strict)
             return None
 
     def prime(self) -> int:
@@ -111,7 +111,7 @@ class Session:
                 loaded += kernels.prime(device)
             except Exception as error:
                 self._kernels.remove(kernels)
-                self._refuse(error, kernels.strict)
+                self.refuse(error, kernels.strict)
         return loaded
 
     def _prime_graphs(self) -> int:
@@ -124,7 +124,7 @@ class Session:
                         loaded += graphs.prime()
                 except Exception as error:
                     self._drop_graphs(graphs)
-                    self._refuse(error, graphs.strict)
+                    self.refuse(error, graphs.strict)
         return loaded
 
     def ready(self, strict: bool) -> list[Report]:
@@ -230,9 +230,9 @@ class Session:
             try:
                 self._add(folder.path, folder.digest, folder.strict)
             except Exception as error:
-                self._refuse(error, folder.strict)
+                self.refuse(error, folder.strict)
 
-    def _refuse(self, error: Exception, strict: bool) -> None:
+    def refuse(self, error: Exception, strict: bool) -> None:
         """Continue without a bundle, with one warning and a count; with `strict` raise. Even a bug must not stop serving."""
         self.ledger.note("rejected_bundle", str(error), torch_capture.capturing())
         if strict:
@@ -289,7 +289,7 @@ class Session:
             strict = any(kernels.strict for kernels in self._kernels)
             self._kernels.clear()
             self._folders.clear()
-            self._refuse(error, strict)
+            self.refuse(error, strict)
 
     def triton_hooks(self) -> Iterator[Undo]:
         """Hook Triton's miss paths and its C modules. Nothing here is on the hit path."""
@@ -309,13 +309,13 @@ class Session:
 
             with self._lock:
                 if self._answers is None:
-                    self._answers = Answers(self.guard, self._refuse)
+                    self._answers = Answers(self.guard, self.refuse)
                 answers = self._answers
             self.hooks.once("dynamo", answers.hook)
         except Exception as error:
             strict = any(kernels.strict for kernels in self._waiting_graphs)
             self._waiting_graphs.clear()
-            self._refuse(error, strict)
+            self.refuse(error, strict)
             return
         with self._lock:
             while self._waiting_graphs:
@@ -323,7 +323,7 @@ class Session:
                 try:
                     self._add_graphs(kernels, answers)
                 except Exception as error:
-                    self._refuse(error, kernels.strict)
+                    self.refuse(error, kernels.strict)
 
     def _native(self, source_key: str) -> bytes | None:
         from aot_cache.upstream.hooks.triton_launcher import interpreter_tag
@@ -363,7 +363,7 @@ class Session:
                     return False
             self.prime()
         except Exception as error:  # the launch continues as it would without aot-cache
-            self._refuse(error, any(kernels.strict for kernels in self._kernels))
+            self.refuse(error, any(kernels.strict for kernels in self._kernels))
             return False
         return True
 
