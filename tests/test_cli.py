@@ -756,14 +756,17 @@ def test_recording(run: Run, sample: Sample, monkeypatch: pytest.MonkeyPatch, co
         asked.append(given)
         return code, Plan.read(sample.plan)
 
-    fake.run_command = run_command  # type: ignore[attr-defined]
+    fake.run_command, fake.CANDIDATES = run_command, ("launched", "all", "chosen")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "aot_cache.runtime.record", fake)
     said = run("record", "--out", "day/seen.plan.json", "--", "python", "serve.py", "--json", "--out", "x")
-    assert asked == [(["python", "serve.py", "--json", "--out", "x"], Path("day/seen.plan.json"), "seen")]
+    assert asked == [(["python", "serve.py", "--json", "--out", "x"], Path("day/seen.plan.json"), "seen", "launched")]
     assert (said.code, said.out) == (exit_code, "")  # stdout is the program's
     assert "2 specializations of 1 kernels" in said.err
     run("record", "--out", "p", "--recipe-name", "mine", "true")
-    assert asked[-1] == (["true"], Path("p"), "mine")
+    assert asked[-1] == (["true"], Path("p"), "mine", "launched")
+    run("record", "--out", "p", "--candidates", "all", "true")
+    assert asked[-1] == (["true"], Path("p"), "p", "all")
+    assert_error(run("record", "--out", "p", "--candidates", "some", "true"), "launched, all, chosen", "'some'")
 
 
 def test_tuning(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

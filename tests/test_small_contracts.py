@@ -6,13 +6,17 @@ import ast
 import contextlib
 import ctypes
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from contracts import UPSTREAM, need, python
+from contracts import ROOT, UPSTREAM, need, python
+from limits import HANGS
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -88,6 +92,9 @@ def test_which_library_calls_are_made_before_a_capture(monkeypatch: pytest.Monke
 
 STANCE = """
 import json
+import os
+import subprocess
+import sys
 import torch
 from torch._dynamo import convert_frame
 from aot_cache.upstream.hooks import dynamo_stance
@@ -149,6 +156,9 @@ def test_which_attention_is_traced() -> None:
 
 RANKS = """
 import json
+import os
+import subprocess
+import sys
 import torch
 import torch.distributed as dist
 from aot_cache.upstream.virtual import torch_fake_group
@@ -291,3 +301,25 @@ def test_objects_are_found_after_a_freeze() -> None:
     )
     done = python(code, {})
     need(done.stdout.split() == ["False", "True", "True", "True"], done.stdout + done.stderr)
+
+
+@pytest.mark.contract("process_end")
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_how_children_of_multiprocessing_end(method: str, tmp_path: Path) -> None:
+    """By `os._exit`, looked up in `os` at that moment; `atexit` functions of the parent are not run."""
+    (tmp_path / "program.py").write_text(
+        "import atexit, multiprocessing, os\n"
+        "from aot_cache.upstream.hooks import process_end\n"
+        "def work():\n"
+        "    process_end.before_exit(lambda: os.write(1, b'before '))\n"
+        "    atexit.register(lambda: os.write(1, b'atexit '))\n"
+        "if __name__ == '__main__':\n"
+        f"    child = multiprocessing.get_context({method!r}).Process(target=work)\n"
+        "    child.start(); child.join()\n"
+        "    process_end.before_exit(lambda: 1 / 0)()\n"
+        "    print(child.exitcode, hasattr(os._exit, '_aot_cache_patch'), flush=True)\n"
+    )
+    given = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "program.py")]
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=HANGS, check=False)
+    need(done.stdout == "before 0 False\n", f"children of {method} end otherwise: {done.stdout}{done.stderr}")

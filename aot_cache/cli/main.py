@@ -285,12 +285,22 @@ def record(
     recipe_name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the recipe. Default: the name of the plan file.")
     ] = None,
+    candidates: Annotated[
+        str,
+        typer.Option(
+            metavar="WHICH",
+            help="Configs of autotuners to record: those that are `launched`, `all`, or only the `chosen` ones.",
+        ),
+    ] = "launched",
 ) -> None:
     """Run a program and record the kernels that it launches; exits with the program's exit code."""
-    from aot_cache.runtime.record import run_command
+    from aot_cache.runtime.record import CANDIDATES, run_command
 
+    which = next((known for known in CANDIDATES if known == candidates), None)
+    if which is None:
+        raise DeclarationError(f"--candidates to be one of {', '.join(CANDIDATES)}", repr(candidates))
     name = recipe_name or out.name.removesuffix(".json").removesuffix(".plan")
-    code, plan = run_command(command, out, name)
+    code, plan = run_command(command, out, name, which)
     # On stderr, because stdout is the program's.
     kernels = len({unit.kernel for unit in plan.units})
     what = f"{len(plan.units)} specializations of {kernels} kernels, {len(plan.tunings)} choices"

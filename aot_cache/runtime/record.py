@@ -9,30 +9,46 @@ import atexit
 import contextlib
 import os
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, cast, get_args
 
 from aot_cache.artifact.plan import Plan, Tuning, Unit, merge, named
 from aot_cache.errors import DeclarationError
 from aot_cache.upstream import after_import
-from aot_cache.upstream.hooks import torch_capture
+from aot_cache.upstream.hooks import process_end, torch_capture
 
 FOLDER_VARIABLE = "AOT_CACHE_RECORD_TO"
 NAME_VARIABLE = "AOT_CACHE_RECORD_NAME"
+CANDIDATES_VARIABLE = "AOT_CACHE_RECORD_CANDIDATES"
+
+
+Candidates = Literal["launched", "all", "chosen"]
+"""Which candidates of an autotuner a plan has: those that ran, all of them, or only the choice."""
+CANDIDATES: tuple[Candidates, ...] = get_args(Candidates)
 
 
 class Recording:
-    """An active recording; `plan()` returns what was launched so far."""
+    """An active recording; `plan()` returns what was launched so far. Its methods may be called from any thread."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, candidates: Candidates = "launched") -> None:
         from aot_cache.upstream.hooks.triton_launches import LaunchLog, record_launches
 
-        self._name = name
+        self._name, self._candidates = name, candidates
         self._log = LaunchLog()
-        self._undo = record_launches(self._log)
+        self._undo = record_launches(self._log, every_candidate=candidates == "all")
+        self._target = ""
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held while a launch is written down."""
+        return self._log.lock
+
+    def when_changed(self, action: Callable[[], None]) -> None:
+        """Call `action()` after each launch of a new specialization, and each new choice of an autotuner."""
+        self._log.changed = action
 
     def stop(self) -> None:
         """Stop recording: take the hooks out."""
@@ -53,17 +69,20 @@ class Recording:
         from aot_cache.upstream.codec import triton_jit
 
         log = self._log
-        closures = {name: log.closures[name] for name in sorted(log.functions)}
+        with log.lock:
+            closures = {name: log.closures[name] for name in sorted(log.functions)}
+            launched = [(dict(unit), sorted(via)) for unit, via in zip(log.units, log.via)]
+            tunings = [Tuning(**tuning) for tuning in log.tunings]
         digests = {name: triton_jit.closure_digest(document) for name, document in closures.items()}
         units = [
-            Unit(source=digests[unit["kernel"]], via=[list(v) for v in sorted(via)], **unit)
-            for unit, via in zip(log.units, log.via)
+            Unit(source=digests[unit["kernel"]], via=[list(pair) for pair in via], **unit)
+            for unit, via in launched
+            if self._candidates != "chosen" or any(_is_chosen(tunings, *pair) for pair in via)
         ]
-        tunings = [Tuning(**tuning) for tuning in log.tunings]
-        target = _target_id() if units else "none"
+        self._target = self._target or (_target_id() if units else "")
         plan = Plan(
             recipe=self._name,
-            target=target,
+            target=self._target or "none",
             origin="recorded",
             triton=triton.__version__,
             units=units,
@@ -83,8 +102,16 @@ def recording(name: str = "recorded") -> Iterator[Recording]:
         started.stop()
 
 
-def run_command(command: list[str], out: Path, name: str) -> tuple[int, Plan]:
-    """Run a command, and record the launches of all its Python processes.
+def _is_chosen(tunings: Sequence[Tuning], number: int, candidate: int) -> bool:
+    """Whether a launch was made without a tuner, or with the tuner's choice (or its choice is not known)."""
+    if number < 0 or candidate < 0:
+        return True
+    tuning = tunings[number]
+    return tuning.choice is None or tuning.candidates[candidate] == tuning.choice
+
+
+def run_command(command: list[str], out: Path, name: str, candidates: Candidates = "launched") -> tuple[int, Plan]:
+    """Run a command, and record the launches of all its Python processes, also of those that are killed.
 
     Returns:
         (the command's exit code, the plan). The plan is also written to `out`.
@@ -96,6 +123,7 @@ def run_command(command: list[str], out: Path, name: str) -> tuple[int, Plan]:
         environment = dict(os.environ)
         environment[FOLDER_VARIABLE] = folder
         environment[NAME_VARIABLE] = name
+        environment[CANDIDATES_VARIABLE] = candidates
         package = str(Path(__file__).resolve().parents[2])
         site = str(Path(__file__).resolve().parent / "record_site")
         paths = [site, package, environment.get("PYTHONPATH", "")]
@@ -111,31 +139,51 @@ def run_command(command: list[str], out: Path, name: str) -> tuple[int, Plan]:
 
 
 def start_from_environment() -> None:
-    """Called in each process of a recorded command: record once Triton is imported, and write the plan at exit."""
+    """Called in each process of a recorded command: record from when Triton is imported."""
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder:
-        after_import.when_triton_comes(lambda: _begin(Path(folder)))
+        to = Path(folder)
+        after_import.when_triton_comes(lambda: _Writer(to).start())
 
 
-def _begin(folder: Path) -> None:
-    started: list[Any] = []
+class _Writer:
+    """Records this process, and its forked children, into one file per process.
 
-    def finish() -> None:
-        for recording_ in started:
-            with contextlib.suppress(DeclarationError):
-                recording_.plan().write(folder / f"{os.getpid()}.json")
+    The file is written by a thread, right after each new specialization, so that a process may be killed at any time: an
+    engine that hangs is. It is written once more when the process ends, however that is.
+    """
 
-    started.append(Recording(os.environ.get(NAME_VARIABLE, "recorded")))
-    atexit.register(finish)
-    _at_worker_exit(finish)
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        chosen = os.environ.get(CANDIDATES_VARIABLE, "launched")
+        self._recording = Recording(os.environ.get(NAME_VARIABLE, "recorded"), cast(Candidates, chosen))
 
+    def start(self) -> None:
+        """Start the thread, and be called at the end of the process and in its forked children."""
+        self._start()
+        atexit.register(self._write)
+        process_end.before_exit(self._write)
+        lock = self._recording.lock  # not held by another thread at the moment of a fork: the child has only this one
+        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=self._start_in_child)
 
-def _at_worker_exit(finish: Any) -> None:
-    """Call `finish` when a worker process of an engine ends: multiprocessing skips atexit."""
-    from multiprocessing import util
+    def _start(self) -> None:
+        self._changed, self._writing = threading.Event(), threading.Lock()
+        self._recording.when_changed(self._changed.set)
+        threading.Thread(target=self._run, name="aot-cache record", daemon=True).start()
 
-    if "multiprocessing.process" in sys.modules:
-        util.Finalize(None, finish, exitpriority=100)
+    def _start_in_child(self) -> None:
+        self._recording.lock.release()
+        self._start()
+
+    def _run(self) -> None:
+        while True:
+            self._changed.wait()
+            self._changed.clear()
+            self._write()
+
+    def _write(self) -> None:
+        with self._writing, contextlib.suppress(DeclarationError):  # CUDA is not up: nothing has run
+            self._recording.plan().write(self._folder / f"{os.getpid()}.json")
 
 
 def _target_id() -> str:

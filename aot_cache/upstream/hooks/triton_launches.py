@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from triton.runtime.autotuner import Autotuner, Heuristics
@@ -46,7 +46,9 @@ class LaunchLog:
         self._tuning_ids: dict[Any, int] = {}
         self._expansions: dict[Any, list[tuple[int, int]]] = {}
         self._ordinals: dict[int, tuple[int, Autotuner]] = {}
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
+        self.changed: Callable[[], None] = lambda: None
+        """Called after each launch of a new unit, and when an autotuner has chosen."""
         self._thread = threading.local()
 
     def launch(self, function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -54,12 +56,15 @@ class LaunchLog:
         kwargs = triton_jit.launch_defaults(function, dict(kwargs))
         key, specialization, options = triton_jit.bind(function, args, kwargs)
         name = self._name(function)
-        with self._lock:
+        with self.lock:
             unit = self._unit_ids.get((name, key))
+            new = unit is None
             if unit is None:
                 unit = self._new_unit(name, function, key, specialization, options, kwargs)
             self._see(self.seen_units[unit], self.mark)
             self.via[unit].add(getattr(self._thread, "via", (-1, -1)))
+        if new:
+            self.changed()
         return unit
 
     def _new_unit(
@@ -92,7 +97,7 @@ class LaunchLog:
         assert function is not None
         name = self._name(function)
         ordinal = self._ordinal(tuner)
-        with self._lock:
+        with self.lock:
             # Pruning may depend on more than the key, so other candidates are another tuning.
             identity = (name, ordinal, repr(key), tuple(str(c) for c in configs))
             found = self._tuning_ids.get(identity)
@@ -127,7 +132,7 @@ class LaunchLog:
             return kept[1]
         closure = triton_jit.closure(function)
         name = triton_jit.identity(function, closure)
-        with self._lock:
+        with self.lock:
             self._names[id(function)] = weakref.ref(function), name
             self.closures[name] = closure
             self.hidden.setdefault(name, set()).add(triton_names.hidden(function))
@@ -267,8 +272,13 @@ def intercept_launch(log: LaunchLog) -> Iterator[None]:
         JITFunction.run, Autotuner.run = jit_run, tuner_run
 
 
-def record_launches(log: LaunchLog) -> Any:
-    """Write launches to `log`, and run them. Returns a function that takes the hooks out."""
+def record_launches(log: LaunchLog, every_candidate: bool = False) -> Any:
+    """Write launches to `log`, and run them. Returns a function that takes the hooks out.
+
+    Args:
+        every_candidate: also log the candidates that a tuner does not launch, because it has its choice from Triton's disk
+            cache. Not those of a tuner around heuristics: their arguments depend on running them.
+    """
 
     def run(jit_run: Any, self: JITFunction, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> Any:
         log.launch(self, args, kwargs)
@@ -304,9 +314,15 @@ def record_launches(log: LaunchLog) -> Any:
             result = tuner_run(self, *args, **kwargs)
         finally:
             self.fn = inner
+        if every_candidate and isinstance(inner, JITFunction):
+            given = {name: value for name, value in kwargs.items() if name not in ("grid", "warmup")}
+            for number, extra in enumerate(configs):
+                with log.through(tuning, number):
+                    log.launch(inner, args, {**given, **extra})
         choice = self.cache.get(key)
-        if choice is not None:
+        if choice is not None and log.tunings[tuning]["choice"] is None:
             log.tunings[tuning]["choice"] = triton_jit.encoded_config(choice)
+            log.changed()
         return result
 
     with contextlib.ExitStack() as undo:
