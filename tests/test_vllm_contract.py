@@ -62,6 +62,15 @@ def test_the_worker_has_the_steps(source: Path) -> None:
 
 
 @vllm
+def test_the_size_of_the_cache_is_known_after_its_step(source: Path) -> None:
+    step = function(source, "v1/worker/gpu_worker.py", "Worker", "initialize_from_config")
+    order(step, "self.cache_config.num_gpu_blocks = kv_cache_config.num_blocks", "initialize_kv_cache(")
+    kernels = (source / "vllm/model_executor/layers/mamba/ops/causal_conv1d.py").read_text()
+    if "num_cache_lines: tl.constexpr" in kernels:  # 0.24; no constant any more in 0.33
+        assert "num_cache_lines = conv_states.size(0)" in kernels
+
+
+@vllm
 def test_captures_are_in_the_last_step(source: Path) -> None:
     text = (source / "vllm" / "v1" / "worker" / "gpu_worker.py").read_text()
     names = {"compile_or_warm_up_model", "_compile_or_warm_up_model"}

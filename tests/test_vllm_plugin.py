@@ -138,6 +138,6 @@ def test_whatever_our_part_raises_is_a_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "aot_cache", None)  # an import that fails
-    plugin._ready()
-    plugin._seal()
+    plugin._ready(None)
+    plugin._seal(None)
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -74,6 +74,23 @@ class KernelUnit:
     via: Sequence[Sequence[int]]
     reached: Reached
     ranks: Sequence[int] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartVariant:
+    """A specialization with constants that are known only when a server starts, see `artifact.at_start`.
+
+    Args:
+        kernel: number in `Manifest.kernels`.
+        arguments: name of each such constant → its position.
+        specialization: (type, value) pairs, encoded; the value of such a constant is None.
+        options: (name, value) launch options, in the order in which they were passed.
+    """
+
+    kernel: int
+    arguments: Mapping[str, int]
+    specialization: Sequence[Sequence[Any]]
+    options: Sequence[tuple[str, Encoded]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +288,7 @@ class Manifest:
         metadata: the part of Triton's metadata that all units have in common.
         graph_key: what all graphs depend on (`key.graph_parts`); empty without graphs.
         complete: whether nothing failed.
+        at_start: what the server compiles when it knows the values of some constants; left out of the JSON if empty.
         objects: digest → size in bytes of every object in the file; empty until it is written.
     """
 
@@ -293,10 +311,11 @@ class Manifest:
     graphs: Sequence[Graph]
     calls: Sequence[CallPlan]
     complete: bool
+    at_start: Sequence[StartVariant] = ()
     objects: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in plain(self).items() if name != "objects" or value}
+        return {name: value for name, value in plain(self).items() if name not in _LEFT_OUT or value}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
@@ -305,6 +324,7 @@ class Manifest:
         for name, part in _PARTS.items():
             parts[name] = [_known(part, one) for one in parts[name]]
         parts["graphs"] = [graph_from_json(Graph, one) for one in parts["graphs"]]
+        parts["at_start"] = [_known(StartVariant, one) for one in parts.get("at_start", ())]
         return _known(cls, parts)
 
 
@@ -360,6 +380,7 @@ class Served:
     graphs: Sequence[ServedGraph]
     complete: bool
     details: str
+    at_start: Sequence[StartVariant] = ()
     objects: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -380,6 +401,7 @@ class Served:
         parts["tunings"] = [_known(ServedTuning, one) for one in parts["tunings"]]
         parts["native"] = [_known(NativeModule, one) for one in parts["native"]]
         parts["graphs"] = [graph_from_json(ServedGraph, one) for one in parts["graphs"]]
+        parts["at_start"] = [_known(StartVariant, one) for one in parts.get("at_start", ())]
         return _known(cls, parts)
 
 
@@ -398,11 +420,13 @@ _IN_BOTH = tuple(one.name for one in fields(Manifest) if one.name in {part.name 
 _UNIT_DETAILS = ("key", "specialization", "options", "option_order", "via", "reached", "ranks")
 _TUNING_DETAILS = ("candidates", "default", "measured", "reached")
 _DETAILS = ("cases", "pruned", "failed", "calls")
+_LEFT_OUT = ("objects", "at_start")
+"""Fields that are not written if they are empty."""
 
 
 def lacking(header: Mapping[str, object]) -> list[str]:
     """Names of fields that this version needs and the header lacks."""
-    needed = [one.name for one in fields(Served) if one.default_factory is MISSING]
+    needed = [one.name for one in fields(Served) if one.name not in _LEFT_OUT]
     return [name for name in needed if name not in header]
 
 
@@ -447,6 +471,8 @@ def split(manifest: Manifest) -> tuple[dict[str, Any], bytes]:
     details["tunings"] = [{k: tuning[k] for k in _TUNING_DETAILS} for tuning in tunings]
     data = json.dumps(details, sort_keys=True, separators=(",", ":")).encode()
     header = {name: plain(getattr(manifest, name)) for name in _IN_BOTH if name not in ("objects", "units", "graphs")}
+    if not manifest.at_start:
+        del header["at_start"]
     header |= {
         "units": rows,
         "late": late,
@@ -482,7 +508,7 @@ def whole(bundle: Bundle) -> Manifest:
             for tuning, more in zip(header["tunings"], details["tunings"], strict=True)
         ]
         graphs = [{**graph, **more} for graph, more in zip(header["graphs"], details["graphs"], strict=True)]
-        both = {name: header[name] for name in _IN_BOTH}
+        both = {name: header[name] for name in _IN_BOTH if name in header or name not in _LEFT_OUT}
         rest = {name: details[name] for name in _DETAILS}
         found = Manifest.from_json({**both, **rest, "units": units, "tunings": tunings, "graphs": graphs})
         return _whole.setdefault(bundle, found)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from aot_cache.artifact import scan
+from aot_cache.artifact import at_start, scan
 from aot_cache.artifact.key import UNITS
 from aot_cache.artifact.manifest import KIND, Graph, Kernel, KernelUnit, Manifest, Pruned, TuningChoice
 from aot_cache.artifact.plan import Failure, Plan, Tuning, Unit
@@ -20,11 +20,17 @@ if TYPE_CHECKING:
     from aot_cache.builder.workers import BuildResult
 
 
-def assemble(target: Target, spec: str, result: BuildResult, store: Store) -> tuple[Manifest, dict[str, bytes]]:
+def assemble(
+    target: Target, spec: str, result: BuildResult, store: Store, marks: Sequence[at_start.Mark] = ()
+) -> tuple[Manifest, dict[str, bytes]]:
     """(manifest, objects by digest) of the bundle with everything in `result`, for `target`.
 
     Args:
         spec: text that loads the recipe.
+        marks: constants that are known only when the server starts.
+
+    Raises:
+        DeclarationError: no kernel has a marked constant.
     """
     plan = result.plan
     kernels = sorted({unit.kernel for unit in plan.units})
@@ -68,6 +74,10 @@ def assemble(target: Target, spec: str, result: BuildResult, store: Store) -> tu
         objects[native.object] = store.get(native.object)
     reached = {unit.id: unit.reached for unit in plan.units}
     common, units = _factor(units)
+    tunings = [_tuning(n, tuning, number, units, plan.units) for n, tuning in enumerate(plan.tunings)]
+    listed_kernels = [
+        Kernel(name=name, closure=plan.closures[name], ranks=ranks_of_kernel(plan, name)) for name in kernels
+    ]
     manifest = Manifest(
         kind=KIND,
         recipe=plan.recipe,
@@ -77,10 +87,10 @@ def assemble(target: Target, spec: str, result: BuildResult, store: Store) -> tu
         target=target.properties(),
         toolchain=result.toolchain or {"triton": ""},
         cases=plan.cases,
-        kernels=[Kernel(name=name, closure=plan.closures[name], ranks=ranks_of_kernel(plan, name)) for name in kernels],
+        kernels=listed_kernels,
         metadata=common,
         units=units,
-        tunings=[_tuning(n, tuning, number, units, plan.units) for n, tuning in enumerate(plan.tunings)],
+        tunings=tunings,
         pruned=pruned,
         failed=[one if one.reached is not None else replace(one, reached=reached.get(one.unit)) for one in failed],
         native=result.native,
@@ -88,8 +98,21 @@ def assemble(target: Target, spec: str, result: BuildResult, store: Store) -> tu
         graphs=graphs,
         calls=plan.calls,
         complete=not failed,
+        at_start=at_start.variants(marks, listed_kernels, [unit for unit in units if _is_served(unit, tunings)]),
     )
     return manifest, objects
+
+
+def _is_served(unit: KernelUnit, tunings: Sequence[TuningChoice]) -> bool:
+    """Whether a server launches a unit as long as nothing is tuned: not through a candidate that was not chosen."""
+    for number, candidate in unit.via:
+        if number < 0 or candidate < 0:
+            return True
+        tuning = tunings[number]
+        chosen = tuning.choice if tuning.choice is not None else tuning.served().first
+        if tuning.candidates[candidate] == chosen:
+            return True
+    return not unit.via
 
 
 def _for_servers(graphs: Sequence[Graph], store: Store, failed: list[Failure]) -> list[Graph]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from aot_cache import tested
 from aot_cache.artifact import key, plan_of_ranks
+from aot_cache.artifact.at_start import Mark
 from aot_cache.artifact.manifest import plain, split
 from aot_cache.artifact.plan import Plan
 from aot_cache.artifact.target import Target
@@ -46,6 +47,7 @@ class Request:
         workers: number of processes; default: one per core.
         misses: misses files of serving processes; what they list is built, too.
         ranks: the world size; graphs that depend on the rank are built for each rank (see `graphs_per_rank`). None: the recipe's.
+        at_start: constants of kernels that are known only when the server starts, see `artifact.at_start.Mark`.
     """
 
     target: Target
@@ -59,6 +61,7 @@ class Request:
     workers: int | None = None
     misses: tuple[Path, ...] = ()
     ranks: int | None = None
+    at_start: tuple[str, ...] = ()
 
 
 @dataclass(kw_only=True)
@@ -113,6 +116,8 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
     if request.model is not None:
         declaring.resolve(request.model)
     misses = miss_file.read(request.misses)
+    for text in request.at_start:
+        Mark.parse(text)  # a mistake in it is found before anything starts
     question = _question(request, misses)
     before = store.get_record(STAMPS, question)
     if before is not None and not fingerprint.changed(Inputs(**before["inputs"])):
@@ -179,6 +184,7 @@ def _question(request: Request, misses: Misses) -> str:
             "pythons": list(request.pythons),
             "misses": asdict(misses),
             "ranks": request.ranks,
+            "at_start": list(request.at_start),
             "environment": fingerprint.environment(),
         }
     )
@@ -220,7 +226,7 @@ def _became(misses: Misses, why: Mapping[int, str], target: Target) -> dict[str,
 
 def _finish(request: Request, store: Store, result: BuildResult, misses: Misses) -> Built:
     plan, spec = result.plan, options.published(result.spec)  # without options that have their default values
-    manifest, objects = assemble(request.target, spec, result, store)
+    manifest, objects = assemble(request.target, spec, result, store, [Mark.parse(text) for text in request.at_start])
     path = bundle_path(request, plan.recipe, spec, misses)
     header, details = split(manifest)
     objects[header["details"]] = details

@@ -99,6 +99,14 @@ Ranks = Annotated[
         help="World size: what depends on the rank is built once per rank. Default: what the recipe says.",
     ),
 ]
+AtStart = Annotated[
+    Texts,
+    typer.Option(
+        metavar="CONSTANT",
+        help="Constant of Triton kernels that is known only when the server starts, as `num_blocks` or "
+        "`module:kernel.num_blocks`. The server compiles them then, before captures. Repeatable.",
+    ),
+]
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes. Default: all cores.")]
 Rehearse = Annotated[
     bool,
@@ -128,6 +136,7 @@ def build(
     line_info: LineInfo = False,
     python: Pythons = None,
     ranks: Ranks = None,
+    at_start: AtStart = None,
     workers: Workers = None,
     rehearse: Rehearse = True,
     show_plan: ShowPlan = False,
@@ -158,6 +167,7 @@ def build(
         workers=workers,
         misses=tuple(misses or ()),
         ranks=ranks,
+        at_start=tuple(at_start or ()),
     )
     requests = [replace(asked, target=one) for one in targets]
     if not as_json:

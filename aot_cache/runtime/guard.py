@@ -41,6 +41,8 @@ _COUNTED = {
     "unsafe": "unsafe",
     "refused": "refused",
 }
+_LATE = {"compile": "late_compile", "disk_hit": "late_compile", "module_load": "primed"}
+"""Event → what it is counted as while constants that were not known before are compiled."""
 _HINT = "declare it (aot-cache build --misses FILE), or set another policy"
 
 
@@ -50,6 +52,7 @@ class Guard:
     Args:
         ledger, misses: receive counts and misses.
         late: called with (kernel, its name, device): installs what a bundle still has for it; true if it may have done so.
+        learn: called with a launch that would compile: takes from it what was not known before; true if its kernel is there now.
         reasons: returns why no graph fits a frame, and a function that returns the facts the next build needs.
         warn: shows one line to people.
     """
@@ -59,11 +62,12 @@ class Guard:
         ledger: Ledger,
         misses: Misses,
         late: Callable[[object, str, int], bool],
+        learn: Callable[[Launch], bool],
         reasons: Callable[[Frame], tuple[str, Facts]],
         warn: Callable[[str], None],
     ) -> None:
         self._ledger, self._misses = ledger, misses
-        self._late, self._reasons, self._warn = late, reasons, warn
+        self._late, self._learn, self._reasons, self._warn = late, learn, reasons, warn
         self._later: list[Callable[[], None]] = []
         self._here = threading.local()
         self._warned: set[str] = set()
@@ -72,6 +76,8 @@ class Guard:
 
     def count(self, kind: str, name: str) -> None:
         """Count an event of torch or Triton, and whether it was inside a capture."""
+        if getattr(self._here, "late", False):
+            kind = _LATE.get(kind, kind)
         self._ledger.note(kind, name, torch_capture.capturing())
 
     # --- Dynamo -------------------------------------------------------------------------------------------------------
@@ -104,6 +110,10 @@ class Guard:
                 if kernel is not None:
                     self.count("late_install", launch.name)
                     return kernel
+        if _or(False, lambda: self._learn(launch)):
+            kernel = launch.installed()
+            if kernel is not None:
+                return kernel
         place = policy.span_of(launch.function)
         in_capture, own = self._state(place)
         twin = policy.eager_impl_of(place) if in_capture and not launch.warmup else None
@@ -219,6 +229,17 @@ class Guard:
 
         with self._decided(), capture_mode.relaxed() if torch_capture.capturing() else contextlib.nullcontext():
             yield
+
+    @contextlib.contextmanager
+    def compiling_late(self) -> Iterator[None]:
+        """Count what compiles inside, on this thread, as late. It is no miss: somebody decided that it is compiled now."""
+        before = getattr(self._here, "late", False)
+        self._here.late = True
+        try:
+            with self._decided():
+                yield
+        finally:
+            self._here.late = before
 
     @contextlib.contextmanager
     def _decided(self) -> Iterator[None]:

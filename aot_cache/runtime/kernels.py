@@ -6,14 +6,16 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from aot_cache.artifact import at_start
 from aot_cache.artifact.key import function_of
 from aot_cache.artifact.manifest import ServedTuning, TuningChoice, UnitRow, served
-from aot_cache.artifact.plan import Config
+from aot_cache.artifact.plan import Config, Encoded
 from aot_cache.errors import one_line
+from aot_cache.runtime.late_compile import Work
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
 from aot_cache.upstream.codec import torch_ranks
@@ -176,6 +178,34 @@ class KernelSet:
             except Exception as error:
                 self.report.not_imported[name] = one_line(error)
         return came
+
+    def start_work(self, device: int, values: Mapping[str, Encoded]) -> list[Work]:
+        """The specializations with these values of constants that are known only now, as far as they are not installed."""
+        from aot_cache.upstream.codec import triton_jit, triton_kernel
+
+        out: dict[tuple[int, str], Work] = {}
+        for variant in self.manifest.at_start:
+            encoded = at_start.filled(variant, values)
+            if encoded is None or device not in self._devices or not self._mine(variant.kernel):
+                continue
+            pairs = [triton_jit.decode_pair(pair) for pair in encoded]
+            options = {name: triton_jit.decode(value) for name, value in variant.options}
+            key = triton_jit.memory_key(pairs, options)
+            for function in self._functions([variant.kernel]).get(variant.kernel, ()):
+                if not triton_kernel.has(function, device, key) and not self._differs(function, variant.kernel):
+                    out[id(function), key] = Work(self._names[variant.kernel], function, pairs, options, key)
+        return list(out.values())
+
+    def learn(self, name: str, unit: Callable[[], Mapping[str, Any]]) -> dict[str, Encoded]:
+        """The values of constants with which a launch of the kernel `name` is one of the declared specializations; empty if it
+        is none. `unit` gives the launch in the form that plans use; it is called only for kernels with such constants."""
+        named = [n for n, one in enumerate(self._names) if function_of(one) == name]
+        variants = [variant for variant in self.manifest.at_start if variant.kernel in named]
+        if not variants:
+            return {}
+        asked = unit()
+        pairs = [pair["t"] for pair in asked["specialization"]]
+        return next(at_start.learned(variants, pairs, asked["options"]), {})
 
     def adopt(self, function: object, name: str, device: int) -> bool:
         """Install units for a kernel object that a factory has just made. Returns whether there were any."""

@@ -20,6 +20,7 @@ KINDS = (
     "installed",
     "primed",
     "late_install",
+    "late_compile",
     "graph",
     "fallback",
     "unsafe",
@@ -28,8 +29,9 @@ KINDS = (
 )
 """What is counted. The first eight must never happen inside a capture: Triton's compiles, disk cache reads, tunings and their
 benchmarks, module loads, C compiler runs, frames traced by Dynamo, graphs compiled by a backend. The others are done by
-aot-cache: `graph` is a first call that found its graph in a bundle, `fallback` a call inside a capture that ran without
-compiling or tuning, `unsafe` one that compiled or loaded inside it, `refused` one that raised instead."""
+aot-cache: `late_compile` is a kernel compiled for constants that only the server knows, outside captures, `graph` a first
+call that found its graph in a bundle, `fallback` a call inside a capture that ran without compiling or tuning, `unsafe` one
+that compiled or loaded inside it, `refused` one that raised instead."""
 
 HARMFUL = ("compile", "disk_hit", "tuning", "benchmark", "module_load", "gcc", "frame", "graph_compile")
 _KEPT = 256

@@ -98,8 +98,13 @@ def prime() -> int:
     return SESSION.prime()
 
 
-def ready(*, strict: bool = False) -> list[Report]:
+def ready(*, strict: bool = False, at_start: Mapping[str, int | str | bool] | None = None) -> list[Report]:
     """Install and load everything that still waits. Call it after the model is created and before the first capture.
+
+    Args:
+        strict: raise if anything declared is not installed.
+        at_start: constants of kernels that are known only now (`aot-cache build --at-start`): name of the parameter → value.
+            Their kernels are compiled here, on all cores. It may be called again when more is known.
 
     Also imports the modules of declared kernels whose package is imported, because a library may import them only at their
     first launch.
@@ -108,7 +113,7 @@ def ready(*, strict: bool = False) -> list[Report]:
         NotReady: with `strict`, if a declared kernel is not installed: not imported, of other source, or no bundle.
     """
     try:
-        return SESSION.ready(strict)
+        return SESSION.ready(strict, at_start or {})
     finally:
         _publish()
 

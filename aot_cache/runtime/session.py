@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aot_cache.errors import Incompatible, NotReady
-from aot_cache.runtime import bundle_lookup, gc_pause, host_check, policy
+from aot_cache.runtime import bundle_lookup, gc_pause, host_check, late_compile, policy
 from aot_cache.runtime.guard import Guard
 from aot_cache.runtime.hooks import Hooks, Undo
 from aot_cache.runtime.kernels import KernelSet, Report
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.runtime.miss_log import Misses
+from aot_cache.store import JsonValue
 from aot_cache.upstream import after_import, patch
 from aot_cache.upstream.hooks import torch_capture
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from aot_cache.runtime.graph_lookup import Answers
     from aot_cache.runtime.graphs import GraphSet  # imports Dynamo
     from aot_cache.upstream.hooks.dynamo_frames import Frame
+    from aot_cache.upstream.hooks.triton_miss import Launch
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -55,7 +57,7 @@ class Session:
         self.ledger = Ledger()
         self.hooks = Hooks()
         self.misses = Misses(warn)
-        self.guard = Guard(self.ledger, self.misses, self._late, self._reasons, warn)
+        self.guard = Guard(self.ledger, self.misses, self._late, self._learn, self._reasons, warn)
         self._warn = warn
         self._lock = threading.RLock()
         self._kernels: list[KernelSet] = []
@@ -64,6 +66,8 @@ class Session:
         self._answers: Answers | None = None
         """None until Dynamo is imported."""
         self._folders: list[_Folder] = []
+        self._values: dict[str, JsonValue] = {}
+        """Constants of kernels that are known only since this process runs."""
         self._doubts: set[str] = set()
         """Doubts for which a warning was shown."""
 
@@ -127,13 +131,15 @@ class Session:
                     self.refuse(error, graphs.strict)
         return loaded
 
-    def ready(self, strict: bool) -> list[Report]:
+    def ready(self, strict: bool, constants: Mapping[str, JsonValue]) -> list[Report]:
         """See `loader.ready`."""
+        self._values |= constants
         self.prime()
         if torch_capture.cuda_is_up():  # before that, nothing is pending
             came = [kernels.import_pending() for kernels in self.kernels()]
             if any(came):
                 self.prime()
+            self._compile_at_start()
             self._prime_libraries()
         reports = [kernels.report for kernels in self._kernels]
         primed, units = sum(r.primed for r in reports), sum(r.units for r in reports)
@@ -147,6 +153,36 @@ class Session:
                     hint="see aot_cache.stats(), and build again if sources changed",
                 )
         return reports
+
+    def _compile_at_start(self) -> int:
+        """Compile what waits for constants that are known by now. Not inside a capture."""
+        if not self._values or not any(kernels.manifest.at_start for kernels in self._kernels):
+            return 0
+        from aot_cache.upstream.codec import triton_kernel
+
+        with self._lock:
+            device = triton_kernel.current_device()
+            work = [one for kernels in self._kernels for one in kernels.start_work(device, self._values)]
+            return late_compile.compile_all(work, device, self.guard.compiling_late, self._warn) if work else 0
+
+    def _learn(self, launch: Launch) -> bool:
+        """Take constants from a launch that is about to compile. Inside a capture, the others are compiled after it."""
+        if not any(kernels.manifest.at_start for kernels in self._kernels):
+            return False
+        found: dict[str, JsonValue] = {}
+        for kernels in self._kernels:
+            found |= kernels.learn(launch.name, launch.unit)
+        if not found:
+            return False
+        self._values |= found
+        if torch_capture.capturing():
+
+            def afterwards() -> None:
+                self._compile_at_start()
+
+            self.guard.later(afterwards)
+            return False
+        return self._compile_at_start() > 0
 
     def _missing(self, reports: Sequence[Report]) -> list[str]:
         """Declared kernels, choices and graphs that are not installed, each with the reason."""

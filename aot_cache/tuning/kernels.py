@@ -54,19 +54,23 @@ class _Times:
         }
 
 
-def ready(*, strict: bool = False, tune: bool = False) -> list[Report]:
+def ready(
+    *, strict: bool = False, tune: bool = False, at_start: Mapping[str, int | str | bool] | None = None
+) -> list[Report]:
     """Install and load what is still pending. Call it after the model is made and before the first capture.
 
     Args:
         strict: raise if anything declared is not installed.
         tune: also make the choices that the bundles leave open: benchmark the compiled candidates at points of the declared
             ranges. The bundles' recipes must be importable.
+        at_start: constants of kernels that are known only now (`aot-cache build --at-start`): name of the parameter → value.
+            Their kernels are compiled here, on all cores. `ready` may be called again when more is known.
 
     Raises:
         NotReady: with `strict`, if a declared kernel is not installed.
         TuneError: with `tune`, if CUDA is not initialised or a capture is active.
     """
-    reports = loader.ready(strict=strict)
+    reports = loader.ready(strict=strict, at_start=at_start)
     if tune:
         if not torch_capture.cuda_is_up() or torch_capture.capturing():
             raise TuneError(

@@ -73,6 +73,10 @@ def bundle(
             "properties": dict(m.target),
             "complete": m.complete,
             "pruned": len(m.pruned),
+            "at_start": {
+                "specializations": len(m.at_start),
+                "constants": sorted({name for variant in m.at_start for name in variant.arguments}),
+            },
             "key": dict(m.toolchain),
             **_common(inside, failures(m.failed), stamp),
             **stamp.facts(),

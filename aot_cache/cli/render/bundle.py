@@ -143,6 +143,9 @@ def _summary(facts: Facts) -> Iterator[tuple[str, object]]:
         yield "graphs for", ", ".join(f"{name} {value}" for name, value in facts["graph_key"].items() if value)
     if "pruned" in facts:
         yield "pruned", f"{facts['pruned']} that do not fit the target"
+    if facts.get("at_start", {}).get("specializations"):
+        waiting = facts["at_start"]
+        yield "at start", f"{waiting['specializations']} are compiled when {', '.join(waiting['constants'])} is known"
     yield "coverage", facts["coverage"]
     yield from stamp_lines(facts)
     for case in facts["cases"]:

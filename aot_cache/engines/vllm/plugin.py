@@ -15,6 +15,8 @@ from collections.abc import Callable
 from aot_cache.upstream.after_import import after_import
 
 WORKER = "vllm.v1.worker.gpu_worker"
+AT_START = ("num_cache_lines",)
+"""Constants of vLLM's kernels that are the number of blocks of the KV cache: in 0.24, of both causal-conv kernels."""
 _LOG = logging.getLogger("vllm.aot_cache")  # below vLLM's own logger: it is shown as vLLM is told to show its own
 _seconds = 0.0
 _done = False
@@ -48,19 +50,23 @@ def _load() -> None:
     import aot_cache.auto  # noqa: F401  # reads the environment
 
 
-def _ready() -> None:
-    """The model is loaded, or the KV cache made, whose size some kernels are compiled for."""
+def _ready(worker: object) -> None:
+    """The model is loaded, or the KV cache made, whose size some kernels are compiled for (`AT_START`)."""
 
     def install() -> None:
         import aot_cache
+        from aot_cache.upstream.hooks import vllm_worker
 
-        aot_cache.ready()
+        blocks = vllm_worker.cache_blocks(worker)
+        aot_cache.ready(at_start={} if blocks is None else dict.fromkeys(AT_START, blocks))
 
     _or_warn(lambda: _timed(install))
 
 
-def _seal() -> None:
+def _seal(worker: object) -> None:
     """The last step before requests: all graphs are captured."""
+
+    del worker
 
     def say() -> None:
         import aot_cache

@@ -319,6 +319,23 @@ def functions_in_memory(names: set[str]) -> dict[str, list[JITFunction]]:
     return found
 
 
+def compile_now(
+    function: JITFunction, pairs: Sequence[Any], options: Mapping[str, Any], key: str, device: int, target: GPUTarget
+) -> CompiledKernel:
+    """Compile a specialization as a launch on `device` would, and put it where launches find it, without loading it.
+
+    May be called from any thread (the current device is a thread's own, so it is given). Triton's disk cache is used.
+
+    Raises:
+        Exception: whatever Triton's compiler raises.
+    """
+    made, signature, constexprs, attrs = triton_jit.pack(function, list(pairs), dict(options), target)
+    cache = function.device_caches[device][0]  # gluon and plain kernels bind their own kind of source here
+    source = function.ASTSource(function, signature, constexprs, attrs)
+    kernel = triton.compile(source, target=target, options=made.__dict__)
+    return cache.setdefault(key, kernel)
+
+
 def has(function: JITFunction, device: int, key: str) -> bool:
     """Whether the kernel for `key` is installed."""
     return key in function.device_caches[device][0]

@@ -23,7 +23,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 }
 """What is counted here → the corresponding kinds of the ledger."""
 
-_ALSO: Mapping[str, tuple[str, ...]] = {KERNELS: ("late_install",)}
+_ALSO: Mapping[str, tuple[str, ...]] = {KERNELS: ("late_install", "late_compile")}
 """Ledger kinds that may explain an event of upstream, but need not cause one: modules may be loaded already."""
 
 _PROGRAMS = frozenset({"gcc", "g++", "cc", "c++", "clang", "clang++", "hipcc", "nvcc", "ptxas", "ld", "lld", "ninja"})

@@ -13,8 +13,14 @@ from typing import Any
 from aot_cache.upstream import patch
 
 
-def after_steps(steps: Mapping[str, Callable[[], None]]) -> patch.Undo:
-    """Call `steps[name]()` behind each call of that method of vLLM's GPU worker which did not raise.
+def cache_blocks(worker: Any) -> int | None:
+    """How many blocks the KV cache of a worker has; None if it is not known (yet)."""
+    found = getattr(getattr(worker, "cache_config", None), "num_gpu_blocks", None)
+    return found if isinstance(found, int) else None
+
+
+def after_steps(steps: Mapping[str, Callable[[Any], None]]) -> patch.Undo:
+    """Call `steps[name](worker)` behind each call of that method of vLLM's GPU worker which did not raise.
 
     Returns a function that takes the hooks out.
 
@@ -23,10 +29,10 @@ def after_steps(steps: Mapping[str, Callable[[], None]]) -> patch.Undo:
     """
     worker: Any = importlib.import_module("vllm.v1.worker.gpu_worker").Worker
 
-    def behind(action: Callable[[], None]) -> patch.Answer:
+    def behind(action: Callable[[Any], None]) -> patch.Answer:
         def step(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(self, *args, **kwargs)
-            action()
+            action(self)
             return result
 
         return step
