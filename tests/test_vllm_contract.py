@@ -132,4 +132,6 @@ def test_the_record_has_the_versions_that_are_supported() -> None:
         real = found["installed"]  # with vLLM itself in the process
         assert real["vllm"] == version and real["steps hooked"] == STEPS and real["entry point"]
         assert (real["bundles"], real["refused"]) == (1, 0)
+        calls = real["calls of update_num_computed_tokens_for_batch_change"]
+        assert calls["frames that Dynamo traced"] == 0 and calls["calls"] == calls["equal to eager"] > 0
         assert "aot_cache.runtime.session" not in real["imported before the worker"]

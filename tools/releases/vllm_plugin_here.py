@@ -7,6 +7,7 @@ Called by `tools/check_vllm --env VERSION=PYTHON` with AOT_CACHE set.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import sys
 import time
@@ -15,6 +16,7 @@ from importlib.metadata import version
 
 EXTENSIONS = ("_C", "_moe_C", "_C_stable_libtorch", "_moe_C_stable_libtorch")
 ATTENTION = ("_vllm_fa2_C", "_vllm_fa3_C")
+SEQS = 16
 STEPS = ("load_model", "initialize_from_config", "compile_or_warm_up_model")
 
 
@@ -31,6 +33,8 @@ def main() -> None:
     worker = importlib.import_module("vllm.v1.worker.gpu_worker").Worker
     import aot_cache
 
+    aot_cache.ready()
+    served = _correct_counts()
     stats = aot_cache.stats()
     prometheus = importlib.import_module("vllm.v1.metrics.prometheus")
     families = {family.name for family in prometheus.get_prometheus_registry().collect()}
@@ -42,11 +46,37 @@ def main() -> None:
         "seconds of load": round(plugin.seconds(), 3),
         "bundles": len(stats["bundles"]),
         "refused": stats["total"]["rejected_bundle"],
+        "calls of update_num_computed_tokens_for_batch_change": served,
+        "graphs found": stats["total"]["graph"],
         "steps hooked": [step for step in STEPS if hasattr(getattr(worker, step), "_aot_cache_patch")],
         "imported before the worker": idle,
         "on the page of metrics": sorted(name for name in families if name.startswith("aot_cache")),
     }
     print(json.dumps(found))
+
+
+def _correct_counts() -> dict[str, object]:
+    """Call vLLM's function as its model runner does (`_prepare_inputs`), and compare with the uncompiled one."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    name = "update_num_computed_tokens_for_batch_change"
+    compiled = getattr(importlib.import_module("vllm.v1.spec_decode.utils"), name)
+    calls = equal = 0
+    for before, batch in ((1, 1), (3, 2), (2, 5), (SEQS, SEQS), (7, SEQS)):
+        ours = [torch.randint(0, 9, (SEQS,), dtype=torch.int32) for _ in range(3)]
+        theirs = [buffer.clone() for buffer in ours]
+        positions = torch.randint(-1, before, (SEQS,))
+        with torch.inference_mode():
+            valid, computed = (torch.randint(0, 9, (size,)).to(torch.int32) for size in (before, batch))
+            for function, (counts, accepted, drafts) in (
+                (compiled, ours),
+                (inspect.unwrap(compiled), theirs),
+            ):
+                function(counts, accepted[:batch], positions[:batch], valid, drafts, computed)
+        calls += 1
+        equal += all(map(torch.equal, ours, theirs))
+    return {"calls": calls, "equal to eager": equal, "frames that Dynamo traced": counters["stats"]["unique_graphs"]}
 
 
 def _entry_points() -> list[object]:
