@@ -192,6 +192,36 @@ def test_an_operation(what: str, mode: Any) -> None:
     assert_values(virtual, real)
 
 
+def views(virtual: Any, real: Any, of: torch.Tensor) -> list[VirtualTensor]:
+    """The virtual tensors whose real ones share memory with `of`."""
+    if isinstance(virtual, (list, tuple)):
+        return [found for one, other in zip(virtual, real) for found in views(one, other, of)]
+    if not isinstance(virtual, VirtualTensor) or virtual.device.type == "cpu":  # a move to the CPU is a copy
+        return []
+    return [virtual] if real.untyped_storage().data_ptr() == of.untyped_storage().data_ptr() else []
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("what", OPS)
+def test_an_operation_in_inference_mode_on_what_was_made_before(what: str, known: bool) -> None:
+    """An engine's buffers are made at its start, outside of that mode: a view of one is no inference tensor."""
+
+    def made(device: str) -> torch.Tensor:
+        return base(device) if known else base(device) + torch.empty(4, 6, dtype=torch.int64, device=device).zero_()
+
+    real_base = made("cpu")
+    with torch.inference_mode():
+        real = OPS[what](real_base)
+    with virtual_gpu.tensors():
+        virtual_base = made("cuda")
+        with torch.inference_mode():
+            virtual = OPS[what](virtual_base)
+            again = OPS[what](virtual_base[:])
+    assert facts(virtual) == facts(again) == facts(real)
+    assert not any(view.is_inference() for view in views(virtual, real, real_base))
+    assert_values(virtual, real)
+
+
 @pytest.mark.parametrize("what", SCALARS)
 def test_reading(what: str, mode: Any) -> None:
     with mode():

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from aot_cache.upstream.virtual.torch_tensor import DEVICE, SHORT_CUTS, ShortCut, VirtualTensor
+from aot_cache.upstream.virtual.torch_tensor import DEVICE, SHORT_CUTS, ShortCut, VirtualTensor, view_of_normal
 
 _aten = torch.ops.aten
 
@@ -64,7 +64,10 @@ def _quick_view(func: Any) -> ShortCut:
         if not isinstance(source, VirtualTensor) or source.known is not None:
             return None
         try:
-            return VirtualTensor(func(source.meta_, *args[1:], **kwargs), None, source.device)
+            made = func(source.meta_, *args[1:], **kwargs)
+            if torch.is_inference_mode_enabled() and not source.is_inference():
+                return view_of_normal(made, None, source.device)
+            return VirtualTensor(made, None, source.device)
         except (IndexError, RuntimeError):
             return None  # the general path reports the error
 

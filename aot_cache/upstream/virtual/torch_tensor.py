@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -276,7 +277,12 @@ def _compute(
     out_device = torch.device(device) if device is not None else _device_of(tensors)
     if out_device.type == "cuda":
         out_device = DEVICE
-    return _wrap(out, known, tensors, out_device, func._schema.is_mutable)
+    return _wrap(out, known, tensors, out_device, func._schema.is_mutable, _is_view(func))
+
+
+@cache
+def _is_view(func: Any) -> bool:
+    return any(result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns)
 
 
 def _to(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -348,7 +354,18 @@ def _is_index_factory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return all(abs(a) <= KNOWN_LIMIT for a in args if isinstance(a, (int, float)))
 
 
-def _wrap(out: Any, known: Any, inputs: list[VirtualTensor], device: torch.device, mutable: bool) -> Any:
+def view_of_normal(
+    out: torch.Tensor, values: torch.Tensor | None, device: torch.device, shared: _Values | None = None
+) -> VirtualTensor:
+    """A view, made in inference mode, of a tensor that was not: it is no inference tensor either, and torch's C++ code, which
+    gives it the version counter of its base, requires that."""
+    with torch.inference_mode(False):
+        return VirtualTensor(out, values, device, shared)
+
+
+def _wrap(
+    out: Any, known: Any, inputs: list[VirtualTensor], device: torch.device, mutable: bool, aliases: bool
+) -> Any:
     if isinstance(out, torch.Tensor):
         if mutable:
             for tensor in inputs:  # in-place and out= operators return the given tensor
@@ -357,10 +374,13 @@ def _wrap(out: Any, known: Any, inputs: list[VirtualTensor], device: torch.devic
                         raise TraceError("an in-place operator that keeps the shape", f"one that resized {tensor!r}")
                     return tensor
         values = known if isinstance(known, torch.Tensor) and known.numel() <= _most(known) else None
-        return VirtualTensor(out, values, device, _shared_with(values, inputs))
+        shared = _shared_with(values, inputs)
+        if aliases and torch.is_inference_mode_enabled() and not any(tensor.is_inference() for tensor in inputs):
+            return view_of_normal(out, values, device, shared)
+        return VirtualTensor(out, values, device, shared)
     if isinstance(out, (list, tuple)):
         parts = known if isinstance(known, (list, tuple)) and len(known) == len(out) else [None] * len(out)
-        return type(out)(_wrap(o, k, inputs, device, mutable) for o, k in zip(out, parts))
+        return type(out)(_wrap(o, k, inputs, device, mutable, aliases) for o, k in zip(out, parts))
     return out
 
 
