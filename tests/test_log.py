@@ -37,7 +37,7 @@ def test_a_library_writes_nothing_to_stderr() -> None:
 
 @pytest.fixture
 def guard() -> Guard:
-    return Guard(Ledger(), Misses(), lambda *_: False, lambda _: ("", lambda: None), lambda _: None)
+    return Guard(Ledger(), Misses(), lambda *_: False, lambda _: False, lambda _: ("", lambda: None), lambda _: None)
 
 
 def test_the_first_miss_of_each_name_after_seal_is_a_warning(guard: Guard, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,8 @@ Json = Any
 def run(name: str, options: argparse.Namespace, folder: Path, bundle: str) -> Json:
     """Run one part on one GPU with empty caches, except for the Triton folder that some parts share."""
     variables = {"TRITON_CACHE_AUTOTUNING": "1"} | (NO_COMPILER if name in ("serve", "tuned") else {})
+    if name == "cold":  # `judge` and `eager` may have run before
+        shutil.rmtree(folder / "triton", ignore_errors=True)
     if name in ("cold", "mega", "eager", "judge"):
         variables["TRITON_CACHE_DIR"] = str(folder / "triton")
     return run_part(qwen_parts.__file__, name, qwen_parts.told(options, folder, bundle), 560, **variables)

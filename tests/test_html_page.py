@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from limits import HANGS
-from test_report import KERNEL, a_bundle, a_manifest, a_plan
+from test_inspect import KERNEL, a_bundle, a_manifest, a_plan
 
 from aot_cache.cli.facts import build as build_facts
 from aot_cache.cli.facts import bundle as bundle_facts
