@@ -63,7 +63,7 @@ class Served:
 
 @pytest.fixture
 def served(built: Built, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch_capture, "cuda_is_up", lambda: True)
     monkeypatch.setattr(cuda_libraries, "prime", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
