@@ -448,7 +448,7 @@ def test_the_cpu_has_no_kernels(bad: Project) -> None:
 def test_a_plan_of_kernels_for_the_cpu(bad: Project, tmp_path: Path) -> None:
     Plan(recipe="project", target="h200").write(tmp_path / "kernels.plan.json")
     with pytest.raises(AotCacheError) as caught:
-        bad.build(model=None, plan=tmp_path / "kernels.plan.json", target=targets.get("cpu"))
+        bad.build(model=None, plans=(tmp_path / "kernels.plan.json",), target=targets.get("cpu"))
     assert isinstance(caught.value, DeclarationError) and "aot-cache-" not in str(caught.value), (
         "a scratch folder's path says nothing to the user"
     )
@@ -460,7 +460,7 @@ def test_a_plan_with_calls_is_not_complete_without_their_graphs(bad: Project, tm
     )
     Plan(recipe="project", target="h200", calls=[call]).write(tmp_path / "calls.plan.json")
     try:
-        built, refused = bad.build(model=None, plan=tmp_path / "calls.plan.json"), ""
+        built, refused = bad.build(model=None, plans=(tmp_path / "calls.plan.json",)), ""
     except AotCacheError as error:  # to refuse it is right as well
         built, refused = None, str(error)
     assert refused or (built is not None and (built.graphs or built.failed))
@@ -711,7 +711,7 @@ def test_a_plan_of_kernels_that_changed_is_not_nothing_to_do(tmp_path: Path) -> 
     (tmp_path / "project.py").write_text(recipe)
     plan = project.build().path.with_suffix(".plan.json")
     (tmp_path / "one.plan.json").write_bytes(plan.read_bytes())
-    more: dict[str, Any] = {"model": None, "plan": tmp_path / "one.plan.json", "out": tmp_path / "out.safetensors"}
+    more: dict[str, Any] = {"model": None, "plans": (tmp_path / "one.plan.json",), "out": tmp_path / "out.safetensors"}
     assert not project.build(**more).failed
     assert project.build(**more).nothing_to_do
     project.kernels.write_text(KERNELS.replace("3.0", "3.5"))

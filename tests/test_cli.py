@@ -314,7 +314,7 @@ def test_a_plan_is_built_for_its_own_target(run: Run, sample: Sample, stub: Pipe
     said = run("build", "--plan", "recorded.plan.json")
     assert said.out.startswith("target: a100 (the plan's; choose with --target")
     (asked,) = stub.asked
-    assert (asked.target.id, asked.plan, asked.model) == ("a100", Path("recorded.plan.json"), None)
+    assert (asked.target.id, asked.plans, asked.model) == ("a100", (Path("recorded.plan.json"),), None)
 
 
 def test_every_option_arrives(run: Run, stub: Pipeline) -> None:
@@ -434,7 +434,7 @@ def test_control_c_ends_with_130(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         ("", ["--model", "--plan"]),
-        ("--model tiny:good --plan x", ["--model", "--plan", "both"]),
+        ("--model tiny:good --plan x", ["plan x", "No such file"]),
         ("--model no-such-model", ["no-such-model"]),
         ("--model tiny:good --target h2000", ["h2000", "did you mean 'h200'"]),
         ("--model tiny:good --target h200 --target a100 --out x", ["--out", "2 targets"]),
@@ -446,7 +446,7 @@ def test_control_c_ends_with_130(tmp_path: Path) -> None:
         ("--model tiny:good --range n=1 --range n=2", ["'n'", "two ranges"]),
         ("--plan no.json", ["no.json", "No such file"]),
         ("--plan tiny.py", ["tiny.py", "not JSON"]),
-        ("--plan no.json --range n=1", ["--range", "--plan"]),
+        ("--plan no.json --range n=1", ["--range", "--model"]),
         ("--plan no.json --misses m", ["no.json", "No such file"]),
         ("--model tiny:good --misses m", ["misses file m: ", "No such file"]),
         ("--model tiny:good --misses tiny.py", ["tiny.py, line 2", "not JSON"]),
