@@ -27,7 +27,7 @@ from serving_http import make_app
 
 import aot_cache
 from aot_cache.errors import DeclarationError, Incompatible
-from aot_cache.models.qwen3_5 import fits
+from aot_cache.models.qwen3_5 import check_bundle
 from aot_cache.models.qwen3_5.engine import Engine, make_engine
 from aot_cache.recipes import declare as declaring
 from aot_cache.runtime import loader
@@ -184,7 +184,7 @@ def test_bundles_that_fit(monkeypatch: pytest.MonkeyPatch, built: list[str], min
     loaded(monkeypatch, *built)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert fits.check(mine, strict=True) == ""
+        assert check_bundle.check(mine, strict=True) == ""
 
 
 @pytest.mark.parametrize(
@@ -209,11 +209,11 @@ def test_bundles_that_fit(monkeypatch: pytest.MonkeyPatch, built: list[str], min
 def test_a_bundle_of_other_options_is_one_line(monkeypatch: pytest.MonkeyPatch, built: str, words: str) -> None:
     loaded(monkeypatch, built)
     with pytest.raises(Incompatible) as caught:
-        fits.check(TINY, strict=True)
+        check_bundle.check(TINY, strict=True)
     for one in (words, f"bundle B.safetensors is for {built}, not for {TINY}", f"aot-cache build --model '{TINY}'"):
         assert one in str(caught.value)
     with pytest.warns(aot_cache.AotCacheWarning, match="aot-cache: bundle B.safetensors is for"):
-        said = fits.check(TINY)
+        said = check_bundle.check(TINY)
     assert said == str(caught.value) and "\n" not in said
 
 
@@ -227,9 +227,9 @@ def test_a_config_file_is_known_by_its_content(monkeypatch: pytest.MonkeyPatch, 
         (tmp_path / name / "config.json").write_text(json.dumps(text))
     specs = [serve.spec_of(options_of("--model", str(tmp_path / name))) for name in ("a", "b")]
     loaded(monkeypatch, options.published(specs[0]))
-    assert fits.check(specs[0], strict=True) == ""
+    assert check_bundle.check(specs[0], strict=True) == ""
     with pytest.raises(Incompatible, match="AOT_CACHE_CONFIG"):
-        fits.check(specs[1], strict=True)
+        check_bundle.check(specs[1], strict=True)
 
 
 def test_each_size_has_bundles_of_its_own() -> None:

@@ -83,7 +83,7 @@ def spec_of(options: argparse.Namespace) -> str:
 
 
 def start_engine(options: argparse.Namespace, clock: start_report.Clock) -> Engine:
-    from aot_cache.models.qwen3_5 import fits
+    from aot_cache.models.qwen3_5 import check_bundle
     from aot_cache.models.qwen3_5.engine import make_engine
 
     clock.mark("imported")
@@ -93,7 +93,7 @@ def start_engine(options: argparse.Namespace, clock: start_report.Clock) -> Engi
     engine = make_engine(settings, options.device, folder, options.layers, speculate=speculate)
     clock.mark("weights")
     aot_cache.ready()  # install the whole bundle and load it onto the device
-    fits.check(spec, strict=os.environ.get("AOT_CACHE_STRICT") == "1")
+    check_bundle.check(spec, strict=os.environ.get("AOT_CACHE_STRICT") == "1")
     clock.mark("bundle")
     for part, sizes in engine.capture().items():
         for one in sizes:

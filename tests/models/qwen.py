@@ -12,7 +12,7 @@ import torch
 from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
-from aot_cache.models.qwen3_5 import net, weights
+from aot_cache.models.qwen3_5 import modules, weights
 from aot_cache.models.qwen3_5.engine import Engine
 from aot_cache.models.qwen3_5.model import Model
 from aot_cache.models.qwen3_5.settings import DENSE, MOE, SIZES, Settings, settings
@@ -28,10 +28,10 @@ def tiny(drafts: int = 0, size: str = "tiny", **options: Any) -> Settings:
 
 
 @cache
-def weighted(size: str = "tiny") -> net.Net:
+def weighted(size: str = "tiny") -> modules.Net:
     """The one model of a size of which all are made."""
     torch.manual_seed(0)
-    return net.make(tiny(1, size), "cpu")
+    return modules.make(tiny(1, size), "cpu")
 
 
 def model(drafts: int = 0, size: str = "tiny", **options: Any) -> Model:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from aot_cache.models.qwen3_5 import steps
+from aot_cache.models.qwen3_5 import compiled_layers
 
 CALLS: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], Any]] = {
     "to 5.23": lambda cache, k, v: cache.update(k, v, 3),
@@ -23,7 +23,11 @@ CALLS: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], Any]] = {
 def test_what_an_update_is_handed(call: str, slot: bool) -> None:
     keys, values = torch.zeros(2, 4, 2, 8, 3)
     places = torch.tensor([[1, 2]])
-    cache: Any = steps._OneSlot(keys, values, places, torch.tensor([2])) if slot else steps._Slots(keys, values, places)
+    cache: Any = (
+        compiled_layers._OneSlot(keys, values, places, torch.tensor([2]))
+        if slot
+        else compiled_layers._Slots(keys, values, places)
+    )
     k, v = torch.randn(2, 1, 2, 2, 3)
     found_k, found_v = CALLS[call](cache, k, v)
     at = 2 if slot else 0

@@ -9,7 +9,7 @@ import qwen
 import torch
 from torch import Tensor
 
-from aot_cache.models.qwen3_5 import steps
+from aot_cache.models.qwen3_5 import compiled_layers
 
 VOCAB = 512
 HOT = {"temperature": 0.8, "seed": 1234}
@@ -19,7 +19,7 @@ def sampled(logits: Tensor, temperature: float, seeds: Tensor, position: int = 5
     """One token for each seed."""
     count = len(seeds)
     given = logits.expand(count, 1, -1), torch.full((count, 1), position), torch.full((count,), temperature)
-    return steps._sampled(*given, seeds)[:, 0]
+    return compiled_layers._sampled(*given, seeds)[:, 0]
 
 
 # --- of a request ---------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_frequencies_follow_softmax(first: int, temperature: float) -> None:
 def test_positions_are_independent() -> None:
     """One request, token after token, from logits that are all alike."""
     logits, places = torch.zeros(1, 8000, 8), torch.arange(8000)[None]
-    said = steps._sampled(logits, places, torch.ones(1), torch.tensor([3]))[0]
+    said = compiled_layers._sampled(logits, places, torch.ones(1), torch.tensor([3]))[0]
     pairs = torch.bincount(said[:-1] * 8 + said[1:], minlength=64)
     assert ((pairs - 125.0) ** 2 / 125.0).sum() < 130, "chi-square of 63 degrees of freedom: 130 once in 10**6 times"
 

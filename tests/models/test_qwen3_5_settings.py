@@ -65,7 +65,7 @@ def test_numbers_of_a_size(size: str) -> None:
 
 
 def test_every_fourth_layer_attends() -> None:
-    from aot_cache.models.qwen3_5.net import config_of
+    from aot_cache.models.qwen3_5.modules import config_of
 
     for size, (_, layers, *_) in RELEASED.items():
         kinds = config_of(settings(size=size)).layer_types
@@ -156,7 +156,7 @@ def test_what_transformers_writes(size: str, tmp_path: Path) -> None:
     from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5Config
     from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeConfig
 
-    from aot_cache.models.qwen3_5.net import config_of
+    from aot_cache.models.qwen3_5.modules import config_of
 
     fields, tiny = SIZES[size], settings(size=size)
     whole: Any = Qwen3_5MoeConfig if size == "tiny-moe" else Qwen3_5Config

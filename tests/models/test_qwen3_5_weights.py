@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aot_cache.errors import DeclarationError
-from aot_cache.models.qwen3_5 import net, weights
+from aot_cache.models.qwen3_5 import modules, weights
 from aot_cache.models.qwen3_5.engine import make_engine
 from aot_cache.models.qwen3_5.settings import SIZES
 
@@ -167,7 +167,7 @@ def test_a_file_that_is_no_safetensors(content: bytes, tmp_path: Path) -> None:
 def test_parts_make_the_whole(size: str) -> None:
     """Each rank has whole heads, and together they have each once."""
     parts, one = qwen.tiny(1, size, tp=2), qwen.tiny(1, size)
-    shapes = {name: value.shape for name, value in weights.wanted(net.make(parts, "cpu"))}
+    shapes = {name: value.shape for name, value in weights.wanted(modules.make(parts, "cpu"))}
     for name, value in weights.names(qwen.weighted(size)).items():
         shared = [weights.part(name, value, parts, rank) for rank in range(2)]
         assert shared[0].shape == shared[1].shape == shapes[name], name

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from harness import distance
 
-from aot_cache.models.qwen3_5.net import CLASSES, config_of
+from aot_cache.models.qwen3_5.modules import CLASSES, config_of
 from aot_cache.models.qwen3_5.settings import MOE
 
 Json = Any

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from aot_cache.models.qwen3_5 import net, weights
+from aot_cache.models.qwen3_5 import modules, weights
 from aot_cache.models.qwen3_5.model import Batch, Model
 from aot_cache.models.qwen3_5.settings import Settings
 from aot_cache.runtime import capture_loop, loader
@@ -235,7 +235,7 @@ def make_engine(
     Raises:
         DeclarationError: see `weights.read`.
     """
-    made = net.make(settings, device, layers)
+    made = modules.make(settings, device, layers)
     if folder:
         weights.read(made, settings, folder, rank)
     return Engine(Model(made, settings, device), speculate=speculate)

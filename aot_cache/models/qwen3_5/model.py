@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aot_cache.models.qwen3_5 import steps
-from aot_cache.models.qwen3_5.net import Net
+from aot_cache.models.qwen3_5 import compiled_layers
+from aot_cache.models.qwen3_5.modules import Net
 from aot_cache.models.qwen3_5.settings import Settings
 
 Pair = tuple[Tensor, Tensor]
@@ -96,53 +96,53 @@ class Model:
             from which it was sampled.
         """
         net = self.net
-        x, cos, sin = steps.begin(net.embed, net.rotary, tokens, starts)
+        x, cos, sin = compiled_layers.begin(net.embed, net.rotary, tokens, starts)
         for layer, (one, other) in zip(net.layers, self.caches, strict=True):
             if layer.block_type == "linear_attention":
-                x = steps.prompt_delta(layer, x, starts, slot, one, other, net.split)
+                x = compiled_layers.prompt_delta(layer, x, starts, slot, one, other, net.split)
             else:
-                x = steps.prompt_attention(layer, x, cos, sin, starts, slot, one, other, net.split)
-        first, hidden = steps.finish_prompt(net.norm, net.head, x, starts, temperature, seed)
+                x = compiled_layers.prompt_attention(layer, x, cos, sin, starts, slot, one, other, net.split)
+        first, hidden = compiled_layers.finish_prompt(net.norm, net.head, x, starts, temperature, seed)
         if self.draft_cache is not None:
             shifted = torch.cat([tokens[:, 1:], first if following is None else following], dim=1)
             parts = (net.mtp, net.embed, net.rotary)
-            steps.prompt_draft(*parts, shifted, hidden, starts, slot, *self.draft_cache, net.split)
+            compiled_layers.prompt_draft(*parts, shifted, hidden, starts, slot, *self.draft_cache, net.split)
         return first, hidden[:, -1:]
 
     def verify(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Run the pending token of each request and its drafts, and advance all caches by the accepted tokens.
 
         Returns:
-            The results of `steps.accept`: the target's tokens [b, t], of which the first count + 1 are the request's new
-            tokens; count [b]; hidden states [b, t, hidden].
+            The results of `compiled_layers.accept`: the target's tokens [b, t], of which the first count + 1 are new tokens of
+            the request; count [b]; hidden states [b, t, hidden].
         """
         net, kept = self.net, []
-        x, cos, sin = steps.begin(net.embed, net.rotary, batch.tokens, batch.lengths)
+        x, cos, sin = compiled_layers.begin(net.embed, net.rotary, batch.tokens, batch.lengths)
         for layer, (one, other) in zip(net.layers, self.caches, strict=True):
             if layer.block_type == "linear_attention":
-                x, inputs = steps.verify_delta(layer, x, one, other, net.split)
+                x, inputs = compiled_layers.verify_delta(layer, x, one, other, net.split)
                 kept.append((one, other, inputs))
             else:
-                x = steps.cached_attention(layer, x, cos, sin, batch.lengths, one, other, net.split)
+                x = compiled_layers.cached_attention(layer, x, cos, sin, batch.lengths, one, other, net.split)
         said, count, hidden = self._accept(x, batch)
         for conv, state, inputs in kept:
-            steps.commit(conv, state, *inputs, count)
+            compiled_layers.commit(conv, state, *inputs, count)
         return said, count, hidden
 
     def decode(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Run one token of each request: `verify` without drafts, which writes the state in the same pass."""
         net = self.net
-        x, cos, sin = steps.begin(net.embed, net.rotary, batch.tokens, batch.lengths)
+        x, cos, sin = compiled_layers.begin(net.embed, net.rotary, batch.tokens, batch.lengths)
         for layer, (one, other) in zip(net.layers, self.caches, strict=True):
             if layer.block_type == "linear_attention":
-                x = steps.decode_delta(layer, x, one, other, net.split)
+                x = compiled_layers.decode_delta(layer, x, one, other, net.split)
             else:
-                x = steps.cached_attention(layer, x, cos, sin, batch.lengths, one, other, net.split)
+                x = compiled_layers.cached_attention(layer, x, cos, sin, batch.lengths, one, other, net.split)
         return self._accept(x, batch)
 
     def _accept(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         args = (batch.tokens, batch.lengths, batch.temperature, batch.seed)
-        found: tuple[Tensor, Tensor, Tensor] = steps.accept(self.net.norm, self.net.head, x, *args)
+        found: tuple[Tensor, Tensor, Tensor] = compiled_layers.accept(self.net.norm, self.net.head, x, *args)
         return found
 
     def draft(self, batch: Batch) -> Tensor:
@@ -156,9 +156,11 @@ class Model:
         parts = (net.mtp, net.embed, net.rotary, net.head)
         starts = batch.lengths - 1 - batch.count
         found = [batch.tokens.gather(1, batch.count[:, None])]
-        token, hidden = steps.draft(*parts, batch.tokens, batch.hidden, starts, batch.count, *cache, net.split)
+        token, hidden = compiled_layers.draft(
+            *parts, batch.tokens, batch.hidden, starts, batch.count, *cache, net.split
+        )
         none = torch.zeros_like(batch.count)
         for ahead in range(self.settings.drafts - 1):
             found.append(token)
-            token, hidden = steps.draft(*parts, token, hidden, batch.lengths + ahead, none, *cache, net.split)
+            token, hidden = compiled_layers.draft(*parts, token, hidden, batch.lengths + ahead, none, *cache, net.split)
         return torch.cat([*found, token], dim=1)

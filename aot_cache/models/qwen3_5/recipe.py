@@ -7,7 +7,7 @@ from functools import cache, partial
 
 import torch
 
-from aot_cache.models.qwen3_5 import net
+from aot_cache.models.qwen3_5 import modules
 from aot_cache.models.qwen3_5.model import Batch, Model
 from aot_cache.models.qwen3_5.settings import CHUNK, SIZES, Settings, settings
 from aot_cache.recipes.declare import Call, Case, Recipe, declare, device
@@ -64,7 +64,7 @@ def of(found: Settings) -> Recipe:
 
     @cache
     def model() -> Model:
-        return Model(net.make(found, device(), LAYERS), found, device())
+        return Model(modules.make(found, device(), LAYERS), found, device())
 
     cases = [_prompt(found, model), _step(found, model, "decode", 1)]
     if found.drafts:

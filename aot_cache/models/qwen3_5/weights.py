@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from aot_cache.errors import DeclarationError
-from aot_cache.models.qwen3_5.net import Net
+from aot_cache.models.qwen3_5.modules import Net
 from aot_cache.models.qwen3_5.settings import Settings
 
 _DRAFT = {

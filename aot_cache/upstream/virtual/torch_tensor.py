@@ -363,9 +363,7 @@ def view_of_normal(
         return VirtualTensor(out, values, device, shared)
 
 
-def _wrap(
-    out: Any, known: Any, inputs: list[VirtualTensor], device: torch.device, mutable: bool, aliases: bool
-) -> Any:
+def _wrap(out: Any, known: Any, inputs: list[VirtualTensor], device: torch.device, mutable: bool, aliases: bool) -> Any:
     if isinstance(out, torch.Tensor):
         if mutable:
             for tensor in inputs:  # in-place and out= operators return the given tensor
