@@ -847,6 +847,26 @@ def test_a_graph_is_loaded_in_folders_of_this_thread_only(monkeypatch: pytest.Mo
     need(codecache.cache_dir() == ordinary["TORCHINDUCTOR_CACHE_DIR"], "the folders stay replaced")
 
 
+@pytest.mark.contract("inductor_artifact")
+def test_no_private_folder_becomes_triton_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An autotuner that is made where the variable is not set writes the folder that it is told into it."""
+    from torch._inductor.runtime import triton_heuristics
+
+    text = inspect.getsource(triton_heuristics.CachingAutotuner.__init__)
+    need('os.environ["TRITON_CACHE_DIR"] = triton_cache_dir(' in text, "autotuners do not set the variable any more")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    for fails in (False, True):
+        with contextlib.suppress(ZeroDivisionError), inductor_artifact._private_folders(b""):
+            os.environ["TRITON_CACHE_DIR"] = triton_heuristics.triton_cache_dir(0)
+            if fails:
+                raise ZeroDivisionError
+        need("TRITON_CACHE_DIR" not in os.environ, "a private folder stays in the variable")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "the user's")
+    with inductor_artifact._private_folders(b""):
+        pass
+    need(os.environ["TRITON_CACHE_DIR"] == "the user's", "the user's folder is lost")
+
+
 @pytest.mark.contract("inductor_target")
 def test_a_backend_can_be_answered_for() -> None:
     """`instead` answers for Inductor wherever it would compile; what it answers is what bytecode calls."""

@@ -216,7 +216,13 @@ def _private_folders(data: bytes) -> Iterator[None]:
             module = sys.modules.get(name)
             for function in functions if module else ():
                 replaced.enter_context(_folder_answer(module, function).replaced(answer))
-        yield
+        try:
+            yield
+        finally:
+            # `CachingAutotuner.__init__` writes the answer to the variable if that is not set: for a kernel of the graph that
+            # its artifact has not as an autotuner. It must not become everybody's folder, which is removed at the end.
+            if os.environ.get("TRITON_CACHE_DIR") == folder:
+                del os.environ["TRITON_CACHE_DIR"]
 
 
 @functools.cache
