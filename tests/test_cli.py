@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+from a_missed_call import MISS
 from limits import HANGS
 from printed import without_progress
 from stub_builds import a_built
@@ -353,28 +354,16 @@ def test_transformers_counts_where_the_recipe_imported_it(inputs: Inputs, found:
     assert pipeline._imported("transformers", inputs) is found
 
 
-MISS = {
-    "aot-cache miss": 1,
-    "kind": "graph",
-    "name": "m:layer",
-    "in_capture": True,
-    "sealed": True,
-    "action": "eager",
+STRANGE_MISS = {
+    **MISS,
     "why": "no graph\x1b[31m of it",
-    "pid": 1,
-    "seen": 12,
-    "place": "m.py:3",
-    "wrapping": {},
-    "mode": "inference",
-    "structure": "0123456789abcdef",
-    "sizes": {"L['x']": [600, 16]},
     "points": {"decode": {"batch": 600}},
     "declare": "decode: batch=Range(1, 600)",
 }
 
 
 def test_misses_go_with_a_model(run: Run, stub: Pipeline, sample: Sample) -> None:
-    Path("m").write_text(json.dumps(MISS))
+    Path("m").write_text(json.dumps(STRANGE_MISS))
     assert run("build", "--model", "tiny:good", "--misses", "m", "--misses", "m").code == 0
     assert stub.asked[0].misses == (Path("m"), Path("m"))
     assert run("build", "--plan", sample.plan, "--misses", "m").code == 0
@@ -595,7 +584,7 @@ def test_a_page_that_cannot_be_written(run: Run, sample: Sample) -> None:
     Path("folder").mkdir()
     assert_error(run("inspect", sample.bundle, "--html", "folder"), "folder")
     assert sorted(path.name for path in Path().iterdir()) == ["file", "folder"], "nothing is left behind"
-    Path("m").write_text(json.dumps(MISS))
+    Path("m").write_text(json.dumps(STRANGE_MISS))
     assert_error(run("inspect", "--misses", "m", "--html", "page.html"), "--html")
 
 
@@ -607,7 +596,11 @@ def test_inspecting_a_plan(run: Run, sample: Sample) -> None:
 
 def test_inspecting_misses(run: Run, sample: Sample) -> None:
     Path("m").write_text(
-        json.dumps(MISS) + "\n" + json.dumps({**MISS, "pid": 2, "seen": 3}) + "\n" + json.dumps(MISS)[:30]
+        json.dumps(STRANGE_MISS)
+        + "\n"
+        + json.dumps({**STRANGE_MISS, "pid": 2, "seen": 3})
+        + "\n"
+        + json.dumps(STRANGE_MISS)[:30]
     )
     said = run("inspect", "--misses", "m")
     assert (said.code, said.err) == (0, "")

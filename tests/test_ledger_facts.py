@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from a_missed_call import MISS
 
 from aot_cache.artifact.plan import CasePlan
 from aot_cache.cli.facts import coverage_grid
@@ -15,24 +16,6 @@ from aot_cache.cli.facts.coverage_grid import GRAPH, KERNEL, Served
 from aot_cache.errors import DeclarationError
 
 DIGEST, OTHER = "d" * 64, "e" * 64
-MISS: dict[str, Any] = {
-    "aot-cache miss": 1,
-    "kind": "graph",
-    "name": "m:layer",
-    "in_capture": True,
-    "sealed": True,
-    "action": "eager",
-    "why": "size 0 of x is 600",
-    "pid": 1,
-    "seen": 12,
-    "place": "m.py:3",
-    "wrapping": {},
-    "mode": "inference",
-    "structure": "0123456789abcdef",
-    "sizes": {"L['x']": [600, 16]},
-    "points": {"decode": {"n": 600}},
-    "declare": "decode: n=Range(1, 600)",
-}
 
 
 def stats(**more: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ these values. The server compiles them when it knows the values, before any capt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,9 +102,10 @@ def filled(variant: StartVariant, values: Mapping[str, JsonValue]) -> list[list[
 
 def learned(
     variants_of_kernel: Sequence[StartVariant], pairs: Sequence[Sequence[Any]], options: Mapping[str, Any]
-) -> Iterator[dict[str, JsonValue]]:
-    """The values with which one of the variants is a launch of these (type, value) pairs and options."""
+) -> dict[str, JsonValue]:
+    """The values with which one of the variants is a launch of these (type, value) pairs and options; empty if none is."""
     for variant in variants_of_kernel:
         values = {name: pairs[at][1] for name, at in variant.arguments.items() if at < len(pairs)}
         if filled(variant, values) == [list(pair) for pair in pairs] and dict(variant.options) == dict(options):
-            yield values
+            return values
+    return {}

@@ -300,6 +300,22 @@ class Plan:
             )
         return cls.from_json(data)
 
+    @classmethod
+    def read_kernels(cls, path: Path) -> Plan:
+        """Read a plan that has kernels only: compiled functions are traced from a recipe's own code.
+
+        Raises:
+            DeclarationError: the file is not a plan, or has call signatures of compiled functions.
+        """
+        plan = cls.read(path)
+        if plan.calls:
+            names = ", ".join(sorted({call.function for call in plan.calls})[:3])
+            raise DeclarationError(
+                f"plan {path} has call signatures of compiled functions ({len(plan.calls)}: {names}), which need the recipe",
+                hint="build from the recipe with --model: graphs are traced from its code",
+            )
+        return plan
+
     def without(self, cases: Collection[str]) -> tuple[Plan, list[int]]:
         """(the plan without what only these cases reach, the indices of the units that stay).
 
@@ -461,6 +477,12 @@ def extended(plan: Plan, parts: Iterable[Plan]) -> Plan:
         DeclarationError: they are for different targets.
     """
     return replace(merge([plan, *parts]), cases=plan.cases, calls=plan.calls, ranks=plan.ranks)
+
+
+def joined(plans: Sequence[Plan]) -> Plan:
+    """The plans of a build or a merge as one: `extended`, of which the first gives everything but units and tunings."""
+    first, *others = plans
+    return extended(first, others) if others else first
 
 
 def tuning_identity(tuning: Tuning, kernel: str) -> str:

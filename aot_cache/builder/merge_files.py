@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aot_cache.artifact.plan import Plan, merge
+from aot_cache.artifact.plan import Plan, joined
 from aot_cache.errors import DeclarationError
 from aot_cache.misses import file as miss_file
 
@@ -27,7 +27,7 @@ class Merged:
 
 
 def merge_files(paths: Sequence[Path]) -> Merged:
-    """Merge plans, and add the kernels that misses files list. Which file is which is told by its content.
+    """Merge plans, and add the kernels that misses files list. A file is recognised by its content.
 
     A missed kernel that no plan has is looked up in this environment: its package must be installed.
 
@@ -36,21 +36,18 @@ def merge_files(paths: Sequence[Path]) -> Merged:
             call signatures of compiled functions: those are traced from a recipe's code.
     """
     missed = [path for path in paths if miss_file.is_misses(path)]
-    plans = [Plan.read(path) for path in paths if path not in missed]
+    plans = [Plan.read_kernels(path) for path in paths if path not in missed]
     if not plans:
         raise DeclarationError("a plan among the files", "misses only", "record one, or build the misses with a recipe")
-    for path, plan in zip([path for path in paths if path not in missed], plans):
-        if plan.calls:
-            what = f"plan {path} has call signatures of compiled functions, which cannot be merged"
-            raise DeclarationError(what, hint="build its recipe with --model, and add the other plans with --plan")
-    plan = merge(plans) if len(plans) > 1 else plans[0]
+    plan = joined(plans)
     misses = miss_file.read(missed).found
     if not misses:
         return Merged(plan=plan, misses=0, uncovered=[])
     from aot_cache.builder.missed_kernels import MissedKernels  # imports Triton
 
     kernels = MissedKernels(misses, plan)
-    why = {n: "a recipe declares compiled functions" for n, miss in enumerate(misses) if miss.kind == miss_file.GRAPH}
+    graphs = [number for number, miss in enumerate(misses) if miss.kind == miss_file.GRAPH]
+    why = dict.fromkeys(graphs, "a compiled function needs a recipe (build --model)")
     why |= {number: reason for number, reason in kernels.uncovered.items() if reason}
     uncovered = [(misses[number].name, reason) for number, reason in sorted(why.items())]
     return Merged(plan=kernels.plan, misses=len(misses), uncovered=uncovered)

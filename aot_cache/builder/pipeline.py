@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,8 +116,7 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
     if request.model is not None:
         declaring.resolve(request.model)
     misses = miss_file.read(request.misses)
-    for text in request.at_start:
-        Mark.parse(text)  # a mistake in it is found before anything starts
+    marks = [Mark.parse(text) for text in request.at_start]
     question = _question(request, misses)
     before = store.get_record(STAMPS, question)
     if before is not None and not fingerprint.changed(Inputs(**before["inputs"])):
@@ -127,7 +126,7 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
             return same
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
         result = workers.run(request, Path(scratch), misses, progress)
-        built = _finish(request, store, result, misses)
+        built = _finish(request, store, result, misses, marks)
     built.misses = _became(misses, result.missed, request.target)
     built.seconds = time.perf_counter() - began
     if not built.failed:
@@ -224,9 +223,9 @@ def _became(misses: Misses, why: Mapping[int, str], target: Target) -> dict[str,
     }
 
 
-def _finish(request: Request, store: Store, result: BuildResult, misses: Misses) -> Built:
+def _finish(request: Request, store: Store, result: BuildResult, misses: Misses, marks: Sequence[Mark]) -> Built:
     plan, spec = result.plan, options.published(result.spec)  # without options that have their default values
-    manifest, objects = assemble(request.target, spec, result, store, [Mark.parse(text) for text in request.at_start])
+    manifest, objects = assemble(request.target, spec, result, store, marks)
     path = bundle_path(request, plan.recipe, spec, misses)
     header, details = split(manifest)
     objects[header["details"]] = details

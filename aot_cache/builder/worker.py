@@ -121,7 +121,7 @@ def _kernels(job: Job, send: Send, progress: Progress) -> None:
     virtual_gpu.become(job.target)
     _join(job)
 
-    from aot_cache.artifact.plan import Plan, extended
+    from aot_cache.artifact.plan import Plan, extended, joined
     from aot_cache.artifact.plan_of_ranks import of_ranks
     from aot_cache.builder import fingerprint, kernels_compile, kernels_trace
     from aot_cache.builder.missed_kernels import MissedKernels
@@ -142,8 +142,7 @@ def _kernels(job: Job, send: Send, progress: Progress) -> None:
         if job.plans and not job.rank:  # the first rank compiles for all
             plan = extended(plan, [replace(Plan.read(Path(path)), target=plan.target) for path in job.plans])
     else:
-        first, *others = [Plan.read(Path(path)) for path in job.plans]
-        plan = extended(first, others) if others else first
+        plan = joined([Plan.read(Path(path)) for path in job.plans])
     missed = MissedKernels(job.misses, plan)
     plan = missed.plan
     plan.write(Path(job.plan_out))

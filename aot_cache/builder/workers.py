@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from aot_cache.artifact.manifest import Graph, NativeModule
 from aot_cache.artifact.plan import FailedCase, Failure, Plan, each_once
-from aot_cache.artifact.target import Target
 from aot_cache.builder import fingerprint, graphs_per_rank
 from aot_cache.builder.fingerprint import NO_INPUTS, Inputs
 from aot_cache.builder.messages import (
@@ -123,8 +122,10 @@ class _Build:
     """`run` for the request's world size."""
 
     def __init__(self, request: Request, scratch: Path, misses: Misses, pool: WorkerPool, show_plan: bool) -> None:
-        for plan in request.plans:
-            _kernels_only(plan, request.target)
+        for path in request.plans:
+            Plan.read_kernels(path)
+        if request.plans and request.target.backend == "cpu":
+            raise DeclarationError("a GPU target for a plan", "cpu", "name a GPU with --target")
         self._request, self._pool = request, pool
         self._environment = _environment(request, scratch)
         self._job = Job(
@@ -359,23 +360,6 @@ def _without_failed(result: BuildResult, failed_cases: Sequence[FailedCase]) -> 
 
 def _ids(plan: Plan) -> set[str]:
     return {unit.id for unit in plan.units} | {call.id for call in plan.calls}
-
-
-def _kernels_only(path: Path, target: Target) -> None:
-    """Check that a plan file can be built: it may have kernels only, because graphs are traced from the recipe's own code.
-
-    Raises:
-        DeclarationError: the plan has calls of compiled functions, or the target is the CPU.
-    """
-    plan = Plan.read(path)
-    if plan.calls:
-        names = ", ".join(sorted({call.function for call in plan.calls})[:3])
-        raise DeclarationError(
-            f"plan {path} has call signatures of compiled functions ({len(plan.calls)}: {names}), which need the recipe",
-            hint="build from the recipe with --model: graphs are traced from its code",
-        )
-    if target.backend == "cpu":
-        raise DeclarationError("a GPU target for a plan", "cpu", "name a GPU with --target")
 
 
 def _environment(request: Request, scratch: Path) -> dict[str, str]:

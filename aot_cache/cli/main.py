@@ -20,6 +20,7 @@ from aot_cache.artifact import rehearsed
 from aot_cache.artifact import target as targets_table
 from aot_cache.artifact.key import Part
 from aot_cache.artifact.manifest import served
+from aot_cache.artifact.plan import Plan
 from aot_cache.artifact.specialization import parameter_names
 from aot_cache.cli.build import build
 from aot_cache.cli.command import (
@@ -302,10 +303,13 @@ def record(
     name = recipe_name or out.name.removesuffix(".json").removesuffix(".plan")
     code, plan = run_command(command, out, name, which)
     # On stderr, because stdout is the program's.
-    kernels = len({unit.kernel for unit in plan.units})
-    what = f"{len(plan.units)} specializations of {kernels} kernels, {len(plan.tunings)} choices"
-    print(f"aot-cache: recorded {what} for {terminal.clean(plan.target)} in {out}", file=sys.stderr)
+    print(f"aot-cache: recorded {_amount(plan)} for {terminal.clean(plan.target)} in {out}", file=sys.stderr)
     raise typer.Exit(code if code >= 0 else 128 - code)
+
+
+def _amount(plan: Plan) -> str:
+    kernels = len({unit.kernel for unit in plan.units})
+    return f"{len(plan.units)} specializations of {kernels} kernels, {len(plan.tunings)} choices"
 
 
 @_command(
@@ -321,12 +325,11 @@ def merge(
 
     merged = merge_files(files)
     merged.plan.write(out)
-    kernels = len({unit.kernel for unit in merged.plan.units})
     facts = {
         "plan": str(out),
         "target": merged.plan.target,
         "specializations": len(merged.plan.units),
-        "kernels": kernels,
+        "kernels": len({unit.kernel for unit in merged.plan.units}),
         "choices": len(merged.plan.tunings),
         "misses": merged.misses,
         "uncovered": [{"name": name, "why": why} for name, why in merged.uncovered],
@@ -334,8 +337,7 @@ def merge(
     if as_json:
         terminal.document(facts)
         return
-    what = f"{len(merged.plan.units)} specializations of {kernels} kernels, {len(merged.plan.tunings)} choices"
-    terminal.line(f"merged {what} for {merged.plan.target} in {out}")
+    terminal.line(f"merged {_amount(merged.plan)} for {merged.plan.target} in {out}")
     for name, why in merged.uncovered:
         terminal.line(f"not merged: {name}: {why}")
 

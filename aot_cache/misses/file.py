@@ -99,17 +99,19 @@ def identity(line: Mapping[str, Json]) -> str:
     return json.dumps([line["kind"], line["name"], list(own.items())])
 
 
-def is_misses(path: Path) -> bool:
-    """Whether a file is a misses file, and not a plan or another document, by its first bytes.
+def is_misses(path: Path, what: str = "file") -> bool:
+    """Whether a file is a misses file, and not a plan, `stats()` or another document, by its first bytes.
 
     Raises:
-        DeclarationError: it cannot be read.
+        DeclarationError: it cannot be read; `what` is what it was given as.
     """
     try:
         with path.open("rb") as file:
             return file.read(64).lstrip().startswith(_BEGINNING)
     except OSError as error:
-        raise DeclarationError(f"cannot read {path}: {error.strerror or error}", hint="correct the path") from error
+        raise DeclarationError(
+            f"cannot read {what} {path}: {error.strerror or error}", hint="correct the path"
+        ) from error
 
 
 def read(paths: Sequence[Path]) -> Misses:

@@ -125,7 +125,10 @@ class KernelSet:
 
     def functions_of(self, tuning: AnyTuning) -> list[object]:
         """The functions in this process that a tuning belongs to; several if a factory makes them."""
-        number = tuning.kernel
+        return self._built_from(tuning.kernel)
+
+    def _built_from(self, number: int) -> list[object]:
+        """The functions in this process that a kernel of the bundle was built from."""
         found = self._functions([number]).get(number, ())
         return [function for function in found if not self._differs(function, number)]
 
@@ -183,16 +186,20 @@ class KernelSet:
         """The specializations with these values of constants that are known only now, as far as they are not installed."""
         from aot_cache.upstream.codec import triton_jit, triton_kernel
 
+        if device not in self._devices:
+            return []
+        mine = {variant.kernel for variant in self.manifest.at_start if self._mine(variant.kernel)}
+        functions = {number: self._built_from(number) for number in mine}  # once: a factory's are looked for in memory
         out: dict[tuple[int, str], Work] = {}
         for variant in self.manifest.at_start:
             encoded = at_start.filled(variant, values)
-            if encoded is None or device not in self._devices or not self._mine(variant.kernel):
+            if encoded is None:
                 continue
             pairs = [triton_jit.decode_pair(pair) for pair in encoded]
             options = {name: triton_jit.decode(value) for name, value in variant.options}
             key = triton_jit.memory_key(pairs, options)
-            for function in self._functions([variant.kernel]).get(variant.kernel, ()):
-                if not triton_kernel.has(function, device, key) and not self._differs(function, variant.kernel):
+            for function in functions.get(variant.kernel, ()):
+                if not triton_kernel.has(function, device, key):
                     out[id(function), key] = Work(self._names[variant.kernel], function, pairs, options, key)
         return list(out.values())
 
@@ -205,7 +212,7 @@ class KernelSet:
             return {}
         asked = unit()
         pairs = [pair["t"] for pair in asked["specialization"]]
-        return next(at_start.learned(variants, pairs, asked["options"]), {})
+        return at_start.learned(variants, pairs, asked["options"])
 
     def adopt(self, function: object, name: str, device: int) -> bool:
         """Install units for a kernel object that a factory has just made. Returns whether there were any."""

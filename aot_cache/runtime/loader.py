@@ -184,8 +184,8 @@ def disarm() -> None:
 
 def _publish() -> None:
     """Write `stats()` where the process that answers `/metrics` reads it, if the environment names such a folder."""
-    if os.environ.get(stats_files.VARIABLE):
-        stats_files.write(SESSION.stats())
+    if folder := os.environ.get(stats_files.VARIABLE):
+        stats_files.write(folder, SESSION.stats())
 
 
 LEDGER.changed = _publish

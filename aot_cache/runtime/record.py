@@ -149,8 +149,8 @@ def start_from_environment() -> None:
 class _Writer:
     """Records this process, and its forked children, into one file per process.
 
-    The file is written by a thread, right after each new specialization, so that a process may be killed at any time: an
-    engine that hangs is. It is written once more when the process ends, however that is.
+    A thread writes the file within milliseconds of each new specialization, because engines that hang are killed: what was
+    launched in that moment may be lost. A process that ends in any other way writes it once more.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -163,7 +163,7 @@ class _Writer:
         self._start()
         atexit.register(self._write)
         process_end.before_exit(self._write)
-        lock = self._recording.lock  # not held by another thread at the moment of a fork: the child has only this one
+        lock = self._recording.lock  # taken for the fork: in the child, nobody would give back another thread's
         os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=self._start_in_child)
 
     def _start(self) -> None:

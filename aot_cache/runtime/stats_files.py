@@ -16,11 +16,8 @@ from typing import Any
 VARIABLE = "AOT_CACHE_STATS"
 
 
-def write(stats: Mapping[str, Any]) -> None:
-    """Replace this process's file, if there is a folder. A folder that cannot be written to is no error: these are metrics."""
-    folder = os.environ.get(VARIABLE)
-    if not folder:
-        return
+def write(folder: str, stats: Mapping[str, Any]) -> None:
+    """Replace this process's file. A folder that cannot be written to is no error: these are metrics."""
     path = Path(folder, f"{os.getpid()}.json")
     with contextlib.suppress(OSError):
         draft = path.with_suffix(".new")
@@ -28,7 +25,7 @@ def write(stats: Mapping[str, Any]) -> None:
         os.replace(draft, path)
 
 
-def read(folder: str | os.PathLike[str]) -> dict[int, dict[str, Any]]:
+def read(folder: str) -> dict[int, dict[str, Any]]:
     """Process id → what it counted last. A file that is not readable (yet) is passed over."""
     out = {}
     for path in sorted(Path(folder).glob("*.json")):

@@ -68,25 +68,13 @@ def read(paths: Sequence[Path], digest: str) -> Ledger:
         DeclarationError: a file cannot be read or is neither, or its process served another bundle.
     """
     out = Ledger(list(paths))
-    misses = [path for path in paths if not _is_stats(path)]
+    misses = [path for path in paths if miss_file.is_misses(path, "ledger")]
     for path in paths:
         if path not in misses:
             out.stats.append(_stats(path, digest))
     if misses:
         out.misses = miss_file.read(misses)
     return out
-
-
-def _is_stats(path: Path) -> bool:
-    """By content: a misses file is many lines, each marked as a miss; stats are one document, often over many lines."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise DeclarationError(
-            f"cannot read ledger {path}: {error.strerror or error}", hint="correct the path"
-        ) from error
-    return not head.lstrip().startswith(b'{"' + miss_file.MARK.encode())
 
 
 def _stats(path: Path, digest: str) -> Mapping[str, Json]:

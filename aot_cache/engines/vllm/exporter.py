@@ -35,7 +35,7 @@ def collect() -> Iterator[Any]:
     """`prometheus_client` families of all workers' ledgers, by process."""
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-    from aot_cache.runtime.metrics import COUNTERS
+    from aot_cache.runtime.metrics import COUNTERS, SEALED
 
     found = stats_files.read(os.environ[stats_files.VARIABLE])
     for key, metric, text in COUNTERS:
@@ -44,7 +44,7 @@ def collect() -> Iterator[Any]:
             for kind, count in stats[key].items():
                 family.add_metric([kind, str(pid)], count)
         yield family
-    sealed = GaugeMetricFamily("aot_cache_sealed", "Whether start-up is over.", labels=["pid"])
+    sealed = GaugeMetricFamily(*SEALED, labels=["pid"])
     for pid, stats in found.items():
         sealed.add_metric([str(pid)], int(stats["sealed"]))
     yield sealed

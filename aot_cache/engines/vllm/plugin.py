@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from aot_cache.upstream.after_import import after_import
 
-WORKER = "vllm.v1.worker.gpu_worker"
 AT_START = ("num_cache_lines",)
 """Constants of vLLM's kernels that are the number of blocks of the KV cache: in 0.24, of both causal-conv kernels."""
-_LOG = logging.getLogger("vllm.aot_cache")  # below vLLM's own logger: it is shown as vLLM is told to show its own
+_LOG = logging.getLogger("vllm.aot_cache")  # below vLLM's logger, so that vLLM's log settings apply
 _seconds = 0.0
 _done = False
 
@@ -33,8 +33,9 @@ def register() -> None:
 
 def _wait() -> None:
     from aot_cache.engines.vllm import exporter
+    from aot_cache.upstream.hooks import vllm_worker
 
-    after_import(WORKER, lambda: _or_warn(_begin))
+    after_import(vllm_worker.MODULE, lambda: _or_warn(_begin))
     exporter.publish()
 
 
@@ -63,10 +64,8 @@ def _ready(worker: object) -> None:
     _or_warn(lambda: _timed(install))
 
 
-def _seal(worker: object) -> None:
+def _seal(_worker: object) -> None:
     """The last step before requests: all graphs are captured."""
-
-    del worker
 
     def say() -> None:
         import aot_cache
@@ -82,30 +81,29 @@ def seconds() -> float:
     return _seconds
 
 
-def summary(stats: dict[str, object], seconds: float) -> str:
+def summary(stats: Mapping[str, Any], seconds: float) -> str:
     """One line for vLLM's log.
 
     Args:
         stats: of `aot_cache.stats()`.
         seconds: spent in loading and installing.
     """
-    bundles, graphs, total, captured = (stats[name] for name in ("bundles", "graphs", "total", "in_capture"))
-    assert isinstance(bundles, list) and isinstance(graphs, list)
-    assert isinstance(total, dict) and isinstance(captured, dict)
+    bundles, graphs, total = stats["bundles"], stats["graphs"], stats["total"]
     if not bundles:
         refused = total["rejected_bundle"]
         return f"aot-cache serves without a bundle ({refused} refused); {_events(total)} during start-up"
+    from aot_cache.runtime.ledger import HARMFUL
+
     primed, units = sum(one["primed"] for one in bundles), sum(one["units"] for one in bundles)
     loaded, declared = sum(one["primed"] for one in graphs), sum(one["graphs"] for one in graphs)
-    kinds = ("compile", "tuning", "module_load", "gcc", "frame", "graph_compile")
-    inside = sum(captured[kind] for kind in kinds)
+    inside = sum(stats["in_capture"][kind] for kind in HARMFUL)
     return (
         f"aot-cache is ready: {primed} of {units} kernel specializations and {loaded} of {declared} compiled graphs "
-        f"loaded in {seconds:.2f} s; {_events(total)} during start-up, {inside} of these inside captures"
+        f"loaded in {seconds:.2f} s; {_events(total)} during start-up; {inside} events inside captures"
     )
 
 
-def _events(total: dict[str, int]) -> str:
+def _events(total: Mapping[str, int]) -> str:
     names = {"compile": "compiles", "tuning": "tunings", "gcc": "C compiler runs", "frame": "frames traced by Dynamo"}
     return ", ".join(f"{total[kind]} {name}" for kind, name in names.items())
 

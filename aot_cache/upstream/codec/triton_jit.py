@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
-from triton.compiler import make_backend
+from triton.compiler import CompiledKernel, make_backend
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction, compute_cache_key
 
@@ -301,6 +302,20 @@ def pack(
     backend = make_backend(target)
     bound = {p.name: value for p, (_, value) in zip(function.params, specialization)}
     return function._pack_args(backend, dict(kwargs), bound, specialization, kwargs)  # type: ignore[no-any-return]
+
+
+def compile_for(
+    function: JITFunction, specialization: list[Any], kwargs: dict[str, Any], target: Any, device: int
+) -> CompiledKernel:
+    """Compile a specialization as a launch on `device` would, without installing or loading it.
+
+    Raises:
+        Exception: whatever Triton's compiler raises.
+    """
+    options, signature, constexprs, attrs = pack(function, specialization, kwargs, target)
+    _ = function.device_caches[device]  # gluon and plain kernels bind their own kind of source here
+    source = function.ASTSource(function, signature, constexprs, attrs)
+    return triton.compile(source, target=target, options=options.__dict__)
 
 
 def signature_of(function: JITFunction, specialization: list[Any]) -> dict[str, Any]:

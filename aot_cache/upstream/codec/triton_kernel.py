@@ -329,11 +329,8 @@ def compile_now(
     Raises:
         Exception: whatever Triton's compiler raises.
     """
-    made, signature, constexprs, attrs = triton_jit.pack(function, list(pairs), dict(options), target)
-    cache = function.device_caches[device][0]  # gluon and plain kernels bind their own kind of source here
-    source = function.ASTSource(function, signature, constexprs, attrs)
-    kernel = triton.compile(source, target=target, options=made.__dict__)
-    return cache.setdefault(key, kernel)
+    kernel = triton_jit.compile_for(function, list(pairs), dict(options), target, device)
+    return function.device_caches[device][0].setdefault(key, kernel)
 
 
 def has(function: JITFunction, device: int, key: str) -> bool:

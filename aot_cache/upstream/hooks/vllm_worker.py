@@ -12,6 +12,8 @@ from typing import Any
 
 from aot_cache.upstream import patch
 
+MODULE = "vllm.v1.worker.gpu_worker"
+
 
 def cache_blocks(worker: Any) -> int | None:
     """How many blocks the KV cache of a worker has; None if it is not known (yet)."""
@@ -27,7 +29,7 @@ def after_steps(steps: Mapping[str, Callable[[Any], None]]) -> patch.Undo:
     Raises:
         AttributeError: this vLLM's worker has no such method; nothing is hooked then.
     """
-    worker: Any = importlib.import_module("vllm.v1.worker.gpu_worker").Worker
+    worker: Any = importlib.import_module(MODULE).Worker
 
     def behind(action: Callable[[Any], None]) -> patch.Answer:
         def step(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import triton
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
+from aot_cache.upstream.codec import triton_jit
 from aot_cache.upstream.virtual.triton_driver import gpu_target
 
 if TYPE_CHECKING:
@@ -64,11 +64,8 @@ def compile_specialization(
         Exception: whatever Triton's compiler raises.
     """
     place = gpu_target(target)
-    options, signature, constexprs, attrs = _pack(function, specialization, kwargs, place)
-    _ = function.device_caches[0]  # gluon and plain kernels bind their own kind of source here
-    source = function.ASTSource(function, signature, constexprs, attrs)
     with _asking(known, place) as ir:
-        kernel = triton.compile(source, target=place, options=options.__dict__)
+        kernel = triton_jit.compile_for(function, specialization, kwargs, place, device=0)
     path = next(Path(p) for name, p in kernel.metadata_group.items() if name.endswith(".json"))
     metadata = json.loads(path.read_text())
     return Compiled(bytes(kernel.kernel), _portable(metadata), ir[0])
@@ -111,12 +108,6 @@ def _asking(known: Callable[[str], Any] | None, place: Any) -> Iterator[list[str
         yield ir
     finally:
         backend.add_stages = add_stages
-
-
-def _pack(function: JITFunction, specialization: list[Any], kwargs: dict[str, Any], place: Any) -> tuple[Any, ...]:
-    from aot_cache.upstream.codec import triton_jit
-
-    return triton_jit.pack(function, specialization, kwargs, place)
 
 
 def _portable(metadata: dict[str, Json]) -> dict[str, Json]:
