@@ -5,7 +5,9 @@ The bundle, Triton's compiler and its launch path are real; only the device is n
 
 from __future__ import annotations
 
+import ast
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,7 +149,26 @@ def test_a_value_that_does_not_compile_is_a_warning(served: Served) -> None:
     served.session.ready(True, {"num_lines": "no number"})
     assert len(served.warnings) == 4 and all("could not compile sample_at_start:" in text for text in served.warnings)
     served.session.ready(True, {"num_lines": 9})
-    assert served.total("late_compile") == [4]
+    assert served.total("late_compile") == [4] and len(served.warnings) == 4
+
+
+def test_threads_parse_one_at_a_time(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11's parser fails now and then when two threads are in it."""
+    inside, seen = 0, []
+
+    def parse(self: Any) -> Any:
+        nonlocal inside
+        inside += 1
+        seen.append(inside)
+        time.sleep(0.05)
+        inside -= 1
+        return ast.parse(self._src)
+
+    monkeypatch.setattr(JITFunction, "parse", parse)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    served.session.ready(True, {"num_lines": 10})
+    assert len(seen) >= 4 and set(seen) == {1}
+    assert served.total("late_compile") == [4] and served.warnings == []
 
 
 @pytest.mark.parametrize(

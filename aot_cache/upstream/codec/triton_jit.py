@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import math
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -312,10 +313,24 @@ def compile_for(
     Raises:
         Exception: whatever Triton's compiler raises.
     """
-    options, signature, constexprs, attrs = pack(function, specialization, kwargs, target)
-    _ = function.device_caches[device]  # gluon and plain kernels bind their own kind of source here
-    source = function.ASTSource(function, signature, constexprs, attrs)
+    with _front_end:
+        options, signature, constexprs, attrs = pack(function, specialization, kwargs, target)
+        _ = function.device_caches[device]  # gluon and plain kernels bind their own kind of source here
+        source = function.ASTSource(function, signature, constexprs, attrs)
+        _ = function.cache_key
+    make_ir = source.make_ir
+
+    def one_at_a_time(*args: Any, **kwargs: Any) -> Any:
+        with _front_end:
+            return make_ir(*args, **kwargs)
+
+    source.make_ir = one_at_a_time
     return triton.compile(source, target=target, options=options.__dict__)
+
+
+_front_end = threading.Lock()
+"""Held while Python source is parsed: in Python 3.11, `ast.parse` on two threads fails now and then with "AST constructor
+recursion depth mismatch" (https://github.com/python/cpython/issues/106905). The lowering, which takes the time, is outside."""
 
 
 def signature_of(function: JITFunction, specialization: list[Any]) -> dict[str, Any]:
