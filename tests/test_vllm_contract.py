@@ -123,6 +123,84 @@ def test_the_registry_of_metrics(source: Path) -> None:
     order(function(source, page, "attach_router"), "get_prometheus_registry()", "make_asgi_app(registry=registry)")
 
 
+@vllm
+def test_where_vllm_looks_for_a_compiled_model(source: Path) -> None:
+    file = "compilation/decorators.py"
+    load = function(source, file, "_try_load_aot_compiled_fn")
+    assert [argument.arg for argument in load.args.args] == ["model", "aot_compilation_path"]
+    order(load, "open(aot_compilation_path", "_verify_source_unchanged", "finalize_loading(", "return None")
+    call = [n for n in ast.walk(module(source, file)) if getattr(n, "name", "") == "__call__"][-1]
+    order(
+        call,
+        "aot_compile_hash_factors(self.vllm_config)",
+        "_model_hash_key(self.forward)",
+        "'torch_aot_compile'",
+        "os.environ['TORCHINDUCTOR_CACHE_DIR'] = inductor_cache",
+        "f'rank_{rank}_{dp_rank}'",
+        "os.path.join(cache_dir, 'model')",
+        "_try_load_aot_compiled_fn(self, aot_compilation_path)",
+        "self.aot_compile(*args, **kwargs)",
+        "self.save_aot_compiled_function()",
+    )
+    order(function(source, file, "_verify_source_unchanged"), "source_info.inlined_sources", "source.content")
+
+
+@vllm
+def test_what_vllm_s_key_is_made_from(source: Path) -> None:
+    """Each factor is one that `factors` reads; a new one must be added there."""
+    node = function(source, "compilation/caching.py", "aot_compile_hash_factors")
+    parts = ["hash_factors(envs.compile_factors())", "vllm_config.compute_hash()", "get_inductor_factors("]
+    order(node, *parts)
+    assert ast.unparse(node).count("factors.append(") + ast.unparse(node).count("factors.extend(") == len(parts)
+    key = function(source, "compilation/decorators.py", "_model_hash_key")
+    order(key, "vllm.__version__", "fn.__qualname__", "fn.__code__.co_firstlineno")
+    assert ast.unparse(key).count("sha256_hash.update(") == 3
+    assert function(source, "config/utils.py", "get_hash_factors").args.args[1].arg == "ignored_factors"
+    text = ast.unparse(function(source, "config/vllm.py", "VllmConfig", "compute_hash"))
+    assert "self.compilation_config.compute_hash()" in text and "self.cache_config.compute_hash()" in text
+
+
+@vllm
+def test_where_compiled_subgraphs_are(source: Path) -> None:
+    backend = function(source, "compilation/backends.py", "VllmBackend", "__call__")
+    order(
+        backend,
+        "if not self.compilation_config.cache_dir",
+        "f'rank_{rank}_{dp_rank}', self.prefix)",
+        "self.compiler_manager.initialize_cache(local_cache_dir",
+    )
+    order(
+        function(source, "compilation/backends.py", "CompilerManager", "initialize_cache"),
+        "'vllm_compile_cache.py'",
+        "literal_eval",
+    )
+    compiling = function(source, "compilation/compiler_interface.py", "InductorStandaloneAdaptor", "compile")
+    order(compiling, "path = os.path.join(self.cache_dir, key)", "return (compiled_graph, (key, path))")
+    order(function(source, "compilation/backends.py", "CompilerManager", "load"), "handle = value['graph_handle']")
+
+
+@vllm
+def test_where_vllm_keeps_what_a_class_can_do(source: Path) -> None:
+    steps = {
+        "_load_modelinfo_from_cache": ["self", "module_hash"],
+        "_save_modelinfo_to_cache": ["self", "mi", "module_hash"],
+    }
+    for name, arguments in steps.items():
+        node = function(source, "model_executor/models/registry.py", "_LazyRegisteredModel", name)
+        assert [argument.arg for argument in node.args.args] == arguments
+        order(node, "self._get_cache_filename()")
+    order(
+        function(source, "model_executor/models/registry.py", "_LazyRegisteredModel", "inspect_model_cls"),
+        "self._load_modelinfo_from_cache(module_hash)",
+        "_run_in_subprocess(",
+        "self._save_modelinfo_to_cache(mi, module_hash)",
+    )
+    loading = function(
+        source, "model_executor/models/registry.py", "_LazyRegisteredModel", "_load_modelinfo_from_cache"
+    )
+    order(loading, "mi_dict['hash'] != module_hash", "_ModelInfo(**mi_dict['modelinfo'])")
+
+
 def test_the_record_has_the_versions_that_are_supported() -> None:
     record = json.loads(RECORD.read_text())["vllm"]
     assert {".".join(version.split(".")[:2]) for version in record} == {"0.24", "0.33"}
@@ -135,3 +213,19 @@ def test_the_record_has_the_versions_that_are_supported() -> None:
         calls = real["calls of update_num_computed_tokens_for_batch_change"]
         assert calls["frames that Dynamo traced"] == 0 and calls["calls"] == calls["equal to eager"] > 0
         assert "aot_cache.runtime.session" not in real["imported before the worker"]
+        _compiled_models(found["compile cache"])
+
+
+def _compiled_models(found: Any) -> None:
+    """vLLM's own counts: with the bundle it loads its model and compiles nothing, and what it refuses is named."""
+    counts = {name: found[name]["vLLM's own counts"] for name in ("recorded", "same", "other option", "other source")}
+    assert all(found[name]["equal to eager"] for name in counts)
+    assert counts["recorded"]["num_aot_compiles"] == counts["recorded"]["num_inductor_compiles"] == 1
+    assert counts["same"]["num_aot_artifacts_loaded"] == 1
+    assert counts["same"]["num_aot_compiles"] == counts["same"]["num_inductor_compiles"] == 0
+    assert (
+        found["recorded"]["children that look at a class"] == 1 and found["same"]["children that look at a class"] == 0
+    )
+    for name, words in {"other option": "epilogue_fusion is False", "other source": "vllm_small_model.py"}.items():
+        (line,) = found[name]["our warnings"]
+        assert words in line and counts[name]["num_aot_compiles"] == 1

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
+from aot_cache.artifact import engine_cache
+from aot_cache.artifact.engine_cache import EngineCache
 from aot_cache.artifact.plan import CallPlan, CasePlan, Config, Encoded, Failure, Origin, Pair
 from aot_cache.artifact.reached import Reached
 from aot_cache.errors import BundleCorrupt
@@ -289,6 +291,7 @@ class Manifest:
         graph_key: what all graphs depend on (`key.graph_parts`); empty without graphs.
         complete: whether nothing failed.
         at_start: what the server compiles when it knows the values of some constants; left out of the JSON if empty.
+        engine_caches: entries of an engine's own compile cache; left out of the JSON if empty.
         objects: digest → size in bytes of every object in the file; empty until it is written.
     """
 
@@ -312,6 +315,7 @@ class Manifest:
     calls: Sequence[CallPlan]
     complete: bool
     at_start: Sequence[StartVariant] = ()
+    engine_caches: Sequence[EngineCache] = ()
     objects: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -325,6 +329,7 @@ class Manifest:
             parts[name] = [_known(part, one) for one in parts[name]]
         parts["graphs"] = [graph_from_json(Graph, one) for one in parts["graphs"]]
         parts["at_start"] = [_known(StartVariant, one) for one in parts.get("at_start", ())]
+        parts["engine_caches"] = [engine_cache.from_json(one) for one in parts.get("engine_caches", ())]
         return _known(cls, parts)
 
 
@@ -381,6 +386,7 @@ class Served:
     complete: bool
     details: str
     at_start: Sequence[StartVariant] = ()
+    engine_caches: Sequence[EngineCache] = ()
     objects: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -402,6 +408,7 @@ class Served:
         parts["native"] = [_known(NativeModule, one) for one in parts["native"]]
         parts["graphs"] = [graph_from_json(ServedGraph, one) for one in parts["graphs"]]
         parts["at_start"] = [_known(StartVariant, one) for one in parts.get("at_start", ())]
+        parts["engine_caches"] = [engine_cache.from_json(one) for one in parts.get("engine_caches", ())]
         return _known(cls, parts)
 
 
@@ -420,7 +427,7 @@ _IN_BOTH = tuple(one.name for one in fields(Manifest) if one.name in {part.name 
 _UNIT_DETAILS = ("key", "specialization", "options", "option_order", "via", "reached", "ranks")
 _TUNING_DETAILS = ("candidates", "default", "measured", "reached")
 _DETAILS = ("cases", "pruned", "failed", "calls")
-_LEFT_OUT = ("objects", "at_start")
+_LEFT_OUT = ("objects", "at_start", "engine_caches")
 """Fields that are not written if they are empty."""
 
 
@@ -471,8 +478,9 @@ def split(manifest: Manifest) -> tuple[dict[str, Any], bytes]:
     details["tunings"] = [{k: tuning[k] for k in _TUNING_DETAILS} for tuning in tunings]
     data = json.dumps(details, sort_keys=True, separators=(",", ":")).encode()
     header = {name: plain(getattr(manifest, name)) for name in _IN_BOTH if name not in ("objects", "units", "graphs")}
-    if not manifest.at_start:
-        del header["at_start"]
+    for name in ("at_start", "engine_caches"):
+        if not header[name]:
+            del header[name]
     header |= {
         "units": rows,
         "late": late,

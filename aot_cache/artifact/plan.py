@@ -238,9 +238,14 @@ class Plan:
     """The world size that it is for."""
     failed: Sequence[FailedCase] = field(default_factory=list)
     """Cases that failed, so that the plan has nothing of them. They are in `cases`, too, because they are declared."""
+    caches: str = ""
+    """Digest of the file beside a recorded plan, with entries of the engine's own compile cache (see `engine_cache.beside`)."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"aot-cache plan": SCHEMA, **asdict(self)}
+        found = {"aot-cache plan": SCHEMA, **asdict(self)}
+        if not self.caches:
+            del found["caches"]
+        return found
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
@@ -264,6 +269,7 @@ class Plan:
                 calls=[CallPlan(**c) for c in data.get("calls", [])],
                 ranks=data.get("ranks", 1),
                 failed=[FailedCase(**f) for f in data.get("failed", [])],
+                caches=data.get("caches", ""),
             )
         except (KeyError, TypeError) as error:
             raise DeclarationError(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from aot_cache.artifact import at_start, scan
+from aot_cache.artifact.engine_cache import NO_CACHES, Caches
 from aot_cache.artifact.key import UNITS
 from aot_cache.artifact.manifest import KIND, Graph, Kernel, KernelUnit, Manifest, Pruned, TuningChoice
 from aot_cache.artifact.plan import Failure, Plan, Tuning, Unit
@@ -21,13 +22,19 @@ if TYPE_CHECKING:
 
 
 def assemble(
-    target: Target, spec: str, result: BuildResult, store: Store, marks: Sequence[at_start.Mark] = ()
+    target: Target,
+    spec: str,
+    result: BuildResult,
+    store: Store,
+    marks: Sequence[at_start.Mark] = (),
+    caches: Caches = NO_CACHES,
 ) -> tuple[Manifest, dict[str, bytes]]:
     """(manifest, objects by digest) of the bundle with everything in `result`, for `target`.
 
     Args:
         spec: text that loads the recipe.
         marks: constants that are known only when the server starts.
+        caches: entries of an engine's compile cache, which go in as they are.
 
     Raises:
         DeclarationError: no kernel has a marked constant.
@@ -70,6 +77,7 @@ def assemble(
     graphs = _for_servers(result.graphs, store, failed)
     for digest in sorted({digest for graph in graphs for digest in graph.objects()}):
         objects[digest] = store.get(digest)
+    objects.update(caches.objects)
     for native in result.native:
         objects[native.object] = store.get(native.object)
     reached = {unit.id: unit.reached for unit in plan.units}
@@ -99,6 +107,7 @@ def assemble(
         calls=plan.calls,
         complete=not failed,
         at_start=at_start.variants(marks, listed_kernels, [unit for unit in units if _is_served(unit, tunings)]),
+        engine_caches=caches.entries,
     )
     return manifest, objects
 

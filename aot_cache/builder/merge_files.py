@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from aot_cache.artifact import engine_cache
+from aot_cache.artifact.engine_cache import Caches
 from aot_cache.artifact.plan import Plan, joined
 from aot_cache.errors import DeclarationError
 from aot_cache.misses import file as miss_file
@@ -17,11 +19,13 @@ class Merged:
 
     Args:
         plan: kernels of all plans, and of the misses.
+        caches: entries of the engine's compile cache that belong to the plans.
         misses: how many distinct misses were given.
         uncovered: (name of a function or kernel, why its miss is not in the plan).
     """
 
     plan: Plan
+    caches: Caches
     misses: int
     uncovered: list[tuple[str, str]]
 
@@ -39,10 +43,12 @@ def merge_files(paths: Sequence[Path]) -> Merged:
     plans = [Plan.read_kernels(path) for path in paths if path not in missed]
     if not plans:
         raise DeclarationError("a plan among the files", "misses only", "record one, or build the misses with a recipe")
-    plan = joined(plans)
+    with_kernels = [plan for plan in plans if plan.units or not plan.caches]
+    plan = joined(with_kernels or plans[:1])
+    caches = engine_cache.of_plans(path for path in paths if path not in missed)
     misses = miss_file.read(missed).found
     if not misses:
-        return Merged(plan=plan, misses=0, uncovered=[])
+        return Merged(plan=plan, caches=caches, misses=0, uncovered=[])
     from aot_cache.builder.missed_kernels import MissedKernels  # imports Triton
 
     kernels = MissedKernels(misses, plan)
@@ -50,4 +56,4 @@ def merge_files(paths: Sequence[Path]) -> Merged:
     why = dict.fromkeys(graphs, "a compiled function needs a recipe (build --model)")
     why |= {number: reason for number, reason in kernels.uncovered.items() if reason}
     uncovered = [(misses[number].name, reason) for number, reason in sorted(why.items())]
-    return Merged(plan=kernels.plan, misses=len(misses), uncovered=uncovered)
+    return Merged(plan=kernels.plan, caches=caches, misses=len(misses), uncovered=uncovered)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from aot_cache import tested
-from aot_cache.artifact import key, plan_of_ranks
+from aot_cache.artifact import engine_cache, key, plan_of_ranks
 from aot_cache.artifact.at_start import Mark
+from aot_cache.artifact.engine_cache import Caches
 from aot_cache.artifact.manifest import plain, split
 from aot_cache.artifact.plan import Plan
 from aot_cache.artifact.target import Target
@@ -124,9 +125,10 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
         if same is not None:
             same.seconds = time.perf_counter() - began
             return same
+    caches = engine_cache.of_plans(request.plans)
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
         result = workers.run(request, Path(scratch), misses, progress)
-        built = _finish(request, store, result, misses, marks)
+        built = _finish(request, store, result, misses, marks, caches)
     built.misses = _became(misses, result.missed, request.target)
     built.seconds = time.perf_counter() - began
     if not built.failed:
@@ -223,9 +225,11 @@ def _became(misses: Misses, why: Mapping[int, str], target: Target) -> dict[str,
     }
 
 
-def _finish(request: Request, store: Store, result: BuildResult, misses: Misses, marks: Sequence[Mark]) -> Built:
+def _finish(
+    request: Request, store: Store, result: BuildResult, misses: Misses, marks: Sequence[Mark], caches: Caches
+) -> Built:
     plan, spec = result.plan, options.published(result.spec)  # without options that have their default values
-    manifest, objects = assemble(request.target, spec, result, store, marks)
+    manifest, objects = assemble(request.target, spec, result, store, marks, caches)
     path = bundle_path(request, plan.recipe, spec, misses)
     header, details = split(manifest)
     objects[header["details"]] = details
@@ -233,7 +237,7 @@ def _finish(request: Request, store: Store, result: BuildResult, misses: Misses,
     if manifest.units or manifest.graphs:
         with store.writer():
             digest = write_bundle(path, header, objects)
-            plan.write(path.with_suffix(".plan.json"))
+            replace(plan, caches="").write(path.with_suffix(".plan.json"))  # the entries are in the bundle
     elif not manifest.failed:
         raise _nothing(plan, request.target)
     return Built(

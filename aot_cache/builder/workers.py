@@ -122,17 +122,19 @@ class _Build:
     """`run` for the request's world size."""
 
     def __init__(self, request: Request, scratch: Path, misses: Misses, pool: WorkerPool, show_plan: bool) -> None:
-        for path in request.plans:
-            Plan.read_kernels(path)
-        if request.plans and request.target.backend == "cpu":
+        # A plan without kernels has nothing to compile: an engine's compile cache goes into the bundle as it is.
+        plans = [path for path in request.plans if Plan.read_kernels(path).units]
+        if plans and request.target.backend == "cpu":
             raise DeclarationError("a GPU target for a plan", "cpu", "name a GPU with --target")
+        if not plans and request.model is None:
+            raise DeclarationError("a plan with kernels", "none in it", "name a recipe with --model, too")
         self._request, self._pool = request, pool
         self._environment = _environment(request, scratch)
         self._job = Job(
             stage="kernels",
             target=request.target,
             recipe=request.model,
-            plans=list(map(str, request.plans)),
+            plans=list(map(str, plans)),
             plan_out=str(scratch / "plan.json"),
             calls=str(scratch / "calls.json"),
             ranges=dict(request.ranges),

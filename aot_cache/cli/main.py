@@ -295,6 +295,7 @@ def record(
     ] = "launched",
 ) -> None:
     """Run a program and record the kernels that it launches; exits with the program's exit code."""
+    from aot_cache.artifact import engine_cache
     from aot_cache.runtime.record import CANDIDATES, run_command
 
     which = next((known for known in CANDIDATES if known == candidates), None)
@@ -304,6 +305,10 @@ def record(
     code, plan = run_command(command, out, name, which)
     # On stderr, because stdout is the program's.
     print(f"aot-cache: recorded {_amount(plan)} for {terminal.clean(plan.target)} in {out}", file=sys.stderr)
+    if plan.caches:
+        beside = engine_cache.beside(out)
+        size = f"{beside.stat().st_size / 1e6:.1f} MB"
+        print(f"aot-cache: recorded the engine's compile cache in {beside} ({size})", file=sys.stderr)
     raise typer.Exit(code if code >= 0 else 128 - code)
 
 
@@ -321,10 +326,11 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Merge recorded plans, and the kernels that servers missed, into one plan."""
+    from aot_cache.artifact import engine_cache
     from aot_cache.builder.merge_files import merge_files
 
     merged = merge_files(files)
-    merged.plan.write(out)
+    engine_cache.write_plan(merged.plan, merged.caches, out)
     facts = {
         "plan": str(out),
         "target": merged.plan.target,
@@ -332,6 +338,7 @@ def merge(
         "kernels": len({unit.kernel for unit in merged.plan.units}),
         "choices": len(merged.plan.tunings),
         "misses": merged.misses,
+        "engine_caches": len(merged.caches.entries),
         "uncovered": [{"name": name, "why": why} for name, why in merged.uncovered],
     }
     if as_json:

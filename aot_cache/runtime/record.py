@@ -11,10 +11,13 @@ import os
 import subprocess
 import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, cast, get_args
 
+from aot_cache.artifact import engine_cache
+from aot_cache.artifact.engine_cache import Caches
 from aot_cache.artifact.plan import Plan, Tuning, Unit, merge, named
 from aot_cache.errors import DeclarationError
 from aot_cache.upstream import after_import
@@ -133,9 +136,17 @@ def run_command(command: list[str], out: Path, name: str, candidates: Candidates
         except OSError as error:
             raise DeclarationError(f"cannot run {command[0]!r}: {error.strerror or error}") from error
         plans = [Plan.read(path) for path in sorted(Path(folder).glob("*.json"))]
-        plan = merge(plan for plan in plans if plan.units)
-    plan.write(out)
-    return code, plan
+        caches = engine_cache.merged(engine_cache.read(path) for path in sorted(Path(folder).glob("*.safetensors")))
+        if caches.entries and not any(plan.units for plan in plans):
+            plan = Plan(recipe=name, target="none", origin="recorded")
+        else:
+            plan = merge(plan for plan in plans if plan.units)
+    return code, engine_cache.write_plan(plan, caches, out)
+
+
+def keep_caches(caches: Caches) -> None:
+    """Called in a process of a recorded command: put entries of its engine's compile cache into the recording."""
+    engine_cache.write(Path(os.environ[FOLDER_VARIABLE], f"{uuid.uuid4().hex}.safetensors"), caches)
 
 
 def start_from_environment() -> None:

@@ -77,6 +77,16 @@ def bundle(
                 "specializations": len(m.at_start),
                 "constants": sorted({name for variant in m.at_start for name in variant.arguments}),
             },
+            "engine_caches": [
+                {
+                    "engine": entry.engine,
+                    "kind": entry.kind,
+                    "key": entry.key,
+                    "files": len(entry.files),
+                    "bytes": sum(m.objects[digest] for digest in set(entry.files.values())),
+                }
+                for entry in m.engine_caches
+            ],
             "key": dict(m.toolchain),
             **_common(inside, failures(m.failed), stamp),
             **stamp.facts(),

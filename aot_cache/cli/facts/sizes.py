@@ -38,6 +38,7 @@ def _kinds(manifest: Manifest, details: str) -> Iterator[tuple[str, Iterable[str
     yield "compiled graphs", (digest for graph in graphs for digest in graph.graphs.values())
     yield "libraries of graphs", (digest for graph in graphs for digest in graph.libraries.values())
     yield "guards and bytecode", (digest for graph in graphs for digest in graph.objects())
+    yield "engines' caches", (digest for entry in manifest.engine_caches for digest in entry.objects())
     yield "C launchers", (native.object for native in manifest.native)
     yield "details for people", [details]
     yield "other", manifest.objects

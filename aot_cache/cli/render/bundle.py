@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
@@ -146,6 +147,9 @@ def _summary(facts: Facts) -> Iterator[tuple[str, object]]:
     if facts.get("at_start", {}).get("specializations"):
         waiting = facts["at_start"]
         yield "at start", f"{waiting['specializations']} are compiled when {', '.join(waiting['constants'])} is known"
+    for engine in sorted({entry["engine"] for entry in facts.get("engine_caches", ())}):
+        kinds = Counter(entry["kind"] for entry in facts["engine_caches"] if entry["engine"] == engine)
+        yield f"cache of {engine}", ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     yield "coverage", facts["coverage"]
     yield from stamp_lines(facts)
     for case in facts["cases"]:

@@ -1,8 +1,9 @@
 """The entry point `vllm.general_plugins`: vLLM calls `register` in each of its processes before they do anything else.
 
-Without AOT_CACHE and AOT_CACHE_POLICY nothing happens. Else the bundle is loaded in the processes that import vLLM's GPU
-worker, right after that import. The API server and the children that look at a model's class import no worker, and pay only
-for this module. Nothing here raises: vLLM serves without us, and its log has one warning.
+Without AOT_CACHE and AOT_CACHE_POLICY nothing happens, but that `aot-cache record` also keeps what vLLM compiles. Else the bundle
+is loaded in the processes that import vLLM's GPU worker, right after that import. The API server and the children that look at a
+model's class import no worker, and pay only for this module. Nothing here raises: vLLM serves without us, and its log has one
+warning.
 """
 
 from __future__ import annotations
@@ -11,31 +12,41 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aot_cache.upstream.after_import import after_import
+
+if TYPE_CHECKING:
+    from aot_cache.engines.vllm.compile_cache import Served
 
 AT_START = ("num_cache_lines",)
 """Constants of vLLM's kernels that are the number of blocks of the KV cache: in 0.24, of both causal-conv kernels."""
 _LOG = logging.getLogger("vllm.aot_cache")  # below vLLM's logger, so that vLLM's log settings apply
 _seconds = 0.0
 _done = False
+_models: Served | None = None
 
 
 def register() -> None:
     """Load the bundle, and call `ready` and `seal`, at the right steps of vLLM's worker. May be called more than once."""
     global _done
-    if _done or not (os.environ.get("AOT_CACHE") or os.environ.get("AOT_CACHE_POLICY")):
+    serving = bool(os.environ.get("AOT_CACHE") or os.environ.get("AOT_CACHE_POLICY"))
+    recording = bool(os.environ.get("AOT_CACHE_RECORD_TO"))
+    if _done or not (serving or recording):
         return
     _done = True
-    _or_warn(_wait)
+    if serving:
+        _or_warn(_wait)
+    if recording:
+        _or_warn(_record)
 
 
 def _wait() -> None:
     from aot_cache.engines.vllm import exporter
-    from aot_cache.upstream.hooks import vllm_worker
+    from aot_cache.upstream.hooks import vllm_compile_cache, vllm_worker
 
     after_import(vllm_worker.MODULE, lambda: _or_warn(_begin))
+    after_import(vllm_compile_cache.REGISTRY, lambda: _or_warn(_give_model_info))
     exporter.publish()
 
 
@@ -45,10 +56,52 @@ def _begin() -> None:
     from aot_cache.upstream.hooks import vllm_worker
 
     vllm_worker.after_steps({"load_model": _ready, "initialize_from_config": _ready, "compile_or_warm_up_model": _seal})
+    _or_warn(_serve_models)
 
 
 def _load() -> None:
     import aot_cache.auto  # noqa: F401  # reads the environment
+
+
+def _serve_models() -> None:
+    from aot_cache.engines.vllm import compile_cache
+    from aot_cache.runtime import loader
+
+    def count(name: str) -> None:
+        loader.LEDGER.note("graph", name, in_capture=False)
+
+    global _models
+    _models = compile_cache.serve(lambda: [kernels.bundle for kernels in loader.loaded()], count)
+
+
+def _give_model_info() -> None:
+    from aot_cache.engines.vllm import compile_cache
+
+    compile_cache.serve_model_info()
+
+
+def _record() -> None:
+    from aot_cache.upstream.hooks import vllm_compile_cache, vllm_worker
+
+    after_import(vllm_worker.MODULE, lambda: _or_warn(_record_models))
+    after_import(vllm_compile_cache.REGISTRY, lambda: _or_warn(_record_model_info))
+
+
+def _record_models() -> None:
+    from aot_cache.engines.vllm import compile_cache
+    from aot_cache.runtime import record
+    from aot_cache.upstream.hooks import vllm_worker
+
+    recorder = compile_cache.Recorder(record.keep_caches)
+    recorder.start()
+    vllm_worker.after_steps({"compile_or_warm_up_model": lambda _: _or_warn(recorder.finish)})
+
+
+def _record_model_info() -> None:
+    from aot_cache.engines.vllm import compile_cache
+    from aot_cache.runtime import record
+
+    compile_cache.record_model_info(lambda caches: _or_warn(lambda: record.keep_caches(caches)))
 
 
 def _ready(worker: object) -> None:
@@ -71,7 +124,7 @@ def _seal(_worker: object) -> None:
         import aot_cache
 
         aot_cache.seal()
-        _LOG.info("%s", summary(aot_cache.stats(), _seconds))
+        _LOG.info("%s", summary(aot_cache.stats(), _seconds, _models))
 
     _or_warn(say)
 
@@ -81,12 +134,13 @@ def seconds() -> float:
     return _seconds
 
 
-def summary(stats: Mapping[str, Any], seconds: float) -> str:
+def summary(stats: Mapping[str, Any], seconds: float, models: Served | None = None) -> str:
     """One line for vLLM's log.
 
     Args:
         stats: of `aot_cache.stats()`.
         seconds: spent in loading and installing.
+        models: what became of the models that vLLM compiles itself.
     """
     bundles, graphs, total = stats["bundles"], stats["graphs"], stats["total"]
     if not bundles:
@@ -99,8 +153,14 @@ def summary(stats: Mapping[str, Any], seconds: float) -> str:
     inside = sum(stats["in_capture"][kind] for kind in HARMFUL)
     return (
         f"aot-cache is ready: {primed} of {units} kernel specializations and {loaded} of {declared} compiled graphs "
-        f"loaded in {seconds:.2f} s; {_events(total)} during start-up; {inside} events inside captures"
+        f"loaded in {seconds:.2f} s; {_models_found(models)}{_events(total)} during start-up; {inside} events inside captures"
     )
+
+
+def _models_found(models: Served | None) -> str:
+    if models is None or not models.asked:
+        return ""
+    return f"{models.found} of {models.asked} models that vLLM compiles were in the bundle; "
 
 
 def _events(total: Mapping[str, int]) -> str:

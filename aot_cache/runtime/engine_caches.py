@@ -1,0 +1,67 @@
+"""Entries of an engine's compile cache in the bundles of a process: found, and unpacked into a private folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from aot_cache.artifact.engine_cache import EngineCache
+from aot_cache.artifact.manifest import served
+from aot_cache.errors import AotCacheError
+from aot_cache.store import Bundle, read_bundle
+
+
+class Cached(NamedTuple):
+    """An entry, and the bundle that has its files."""
+
+    bundle: Bundle
+    entry: EngineCache
+
+
+def entries(bundles: Iterable[Bundle], engine: str, kind: str) -> list[Cached]:
+    """The entries of one kind, in the order of the bundles.
+
+    Raises:
+        BundleCorrupt: a header does not have the form that this version writes.
+    """
+    found = [Cached(bundle, entry) for bundle in bundles for entry in served(bundle).engine_caches]
+    return [one for one in found if (one.entry.engine, one.entry.kind) == (engine, kind)]
+
+
+def bundles_of_environment() -> Iterator[Bundle]:
+    """The bundles that AOT_CACHE names, for a process that loads none: read, and their digests checked if they are pinned.
+
+    Those that cannot be read are left out: the process that loads them says why.
+    """
+    paths = [Path(path) for path in os.environ.get("AOT_CACHE", "").split(os.pathsep) if path]
+    digests = [digest for digest in os.environ.get("AOT_CACHE_DIGEST", "").split(os.pathsep) if digest]
+    if digests and len(digests) != len(paths):
+        return
+    for number, path in enumerate(paths):
+        for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+            try:
+                bundle = read_bundle(file)
+            except AotCacheError:
+                continue
+            if not digests or bundle.digest == digests[number]:
+                yield bundle
+
+
+@contextlib.contextmanager
+def unpacked(cached: Cached) -> Iterator[Path]:
+    """A folder with the files of an entry, that only this user can read, until the block ends.
+
+    Raises:
+        BundleCorrupt: the bytes of a file do not hash.
+        OSError: no space, no permission, …
+    """
+    with tempfile.TemporaryDirectory(prefix=f"aot-cache-{cached.entry.engine}-", ignore_cleanup_errors=True) as folder:
+        for name, digest in cached.entry.files.items():
+            file = Path(folder, name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(cached.bundle.object(digest))
+        yield Path(folder)

@@ -1,0 +1,5 @@
+from typing import Any
+
+
+def get_inductor_factors() -> list[Any]:
+    return [{"device": "none"}, b"torch's key", {"epilogue_fusion": True}, {}]
