@@ -1,0 +1,468 @@
+#!/usr/bin/env python3
+"""Serve with an unmodified vLLM on a real GPU, without and with our bundle, and print one JSON record.
+
+    python tools/gpu/check_vllm.py --folder FOLDER [--rows cold,record,build,bundle,…] [--limit SECONDS] [--out RECORD.json]
+
+Each row is a start of vLLM in a fresh process, and the same requests. Rows of earlier calls stay in FOLDER/record.json, so that a
+series may take several calls. What happened is counted by `jit_trace`, which has no code of aot-cache in it, and beside it by the
+workers' ledgers. Exit code 0 when every claim holds for the rows that there are.
+
+| row | what |
+|---|---|
+| cold | empty caches, nothing of ours |
+| warm, warm2 | the caches of `cold`, nothing of ours |
+| record | empty caches, under `aot-cache record --candidates chosen` |
+| build | `aot-cache build` of what was recorded, with no GPU visible |
+| bundle | empty caches, the bundle, no C compiler |
+| memory | the same with less memory for the KV cache: another number of blocks |
+| steady, bundle-steady, … | long answers only, in turn without and with the bundle |
+| observe, error | with the bundle: nothing is prevented; each miss raises |
+| nodraft, nodraft-bundle | without drafts |
+| lacking | policy `error`, a bundle without one kernel: `CacheMiss` must be raised |
+| other | the bundle, another limit of sequences: vLLM serves, and the log names what differs |
+| killed | recorded, killed with SIGKILL as soon as it is ready: the plan has what was launched |
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness import NO_COMPILER, PATH, cli, commit, finish, machine
+
+HERE = Path(__file__).resolve().parent
+Json = Any
+SETTINGS: dict[str, Any] = {
+    "load_format": "dummy",
+    "skip_tokenizer_init": True,
+    "language_model_only": True,
+    "max_model_len": 4096,
+    "dtype": "bfloat16",
+    "gdn_prefill_backend": "triton",
+    "max_num_seqs": 64,
+    "gpu_memory_utilization": 0.5,
+    "disable_log_stats": True,
+    "seed": 0,
+    "compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"},
+}
+START: dict[str, Any] = {"settings": SETTINGS, "drafts": 2, "short": False, "windows": 0}
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "JIT_TRACE_WEIGHTS": "0.05",
+}
+COUNTED = ("jit", "compile", "disk hit", "inductor compile", "benchmark", "inductor benchmark", "module load", "load")
+COUNTED += ("inductor load", "gcc", "frame", "graph compile", "model load", "model missing", "capture")
+NEVER = ("compile", "inductor compile", "benchmark", "inductor benchmark", "gcc", "frame", "graph compile")
+"""What must not happen in a capture, or when vLLM is ready. A `disk hit` is covered by `load` and `module load`."""
+LOADS = ("module load", "load", "inductor load")
+NEEDS = {"cold": 260, "record": 300, "build": 90, "steady": 100}
+"""Seconds that a row may take; 120 for others. A row is not begun when less is left."""
+LACKS = "_causal_conv1d_update_kernel"
+
+
+class Series:
+    """The rows of one folder.
+
+    Args:
+        folder: caches, plans, bundles and logs.
+        until: time after which no row is begun that needs longer.
+    """
+
+    def __init__(self, folder: Path, until: float) -> None:
+        self.folder, self.until = folder, until
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / "record.json"
+        self.rows: dict[str, Json] = json.loads(self.file.read_text())["rows"] if self.file.exists() else {}
+        self.bundle, self.plan = folder / "bundle.safetensors", folder / "server.plan.json"
+
+    def run(self, name: str) -> None:
+        """Run a row, and keep its answer."""
+        if time.time() + NEEDS.get(name, 120) > self.until:
+            print(f"{name}: not begun, the time is over", file=sys.stderr)
+            return
+        began = time.time()
+        try:
+            self.rows[name] = self._row(name)
+        except Exception as error:
+            self.rows[name] = {"error": f"{type(error).__name__}: {error}"[:2000]}
+        self.rows[name]["row seconds"] = round(time.time() - began, 1)
+        self.file.write_text(json.dumps({"rows": self.rows}))
+        print(
+            name,
+            json.dumps({k: v for k, v in self.rows[name].items() if k != "tokens"})[:1500],
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _row(self, name: str) -> Json:
+        ours = {"AOT_CACHE": str(self.bundle), **NO_COMPILER}
+        if name == "build":
+            return self._build(self.plan, self.bundle)
+        if name == "cold":
+            return self._start(name, "of cold", windows=1)
+        if name in ("warm", "warm2"):
+            return self._start(name, "of cold", windows=1)
+        if name == "record":
+            prefix = [
+                sys.executable,
+                "-m",
+                "aot_cache",
+                "record",
+                "--candidates",
+                "chosen",
+                "--out",
+                str(self.plan),
+                "--",
+            ]
+            return {**self._start(name, "of record", prefix), **_planned(self.plan)}
+        if name in ("bundle", "bundle2"):
+            return self._start(name, name, windows=1, **ours)
+        if name == "memory":
+            return self._start(name, name, settings={**SETTINGS, "gpu_memory_utilization": 0.43}, **ours)
+        if name == "observe":
+            return self._start(name, name, short=True, AOT_CACHE_POLICY="observe", **ours)
+        if name == "error":
+            return self._start(name, name, AOT_CACHE_POLICY="error", **ours)
+        if name.startswith("steady"):
+            return self._start(name, "of cold", short=True, windows=4)
+        if name.startswith("bundle-steady"):
+            return self._start(name, name, short=True, windows=4, **ours)
+        if name == "nodraft":
+            return self._start(name, "of nodraft", drafts=0)
+        if name == "nodraft-bundle":
+            return self._start(name, name, drafts=0, **ours)
+        if name == "lacking":
+            return self._lacking(ours)
+        if name == "other":
+            return self._start(name, name, short=True, settings={**SETTINGS, "max_num_seqs": 32}, **ours)
+        if name == "killed":
+            return self._killed()
+        raise SystemExit(f"no row {name}")
+
+    def _start(self, name: str, caches: str, prefix: list[str] | None = None, /, **more: Any) -> Json:
+        """One start of vLLM, and what it did. Names in capitals are variables of the environment, others options of the start."""
+        variables = {key: value for key, value in more.items() if key.isupper()}
+        options = {**START, **{key: value for key, value in more.items() if not key.isupper()}}
+        out = self.folder / "out" / name
+        shutil.rmtree(out, ignore_errors=True)
+        environment = self._environment(out, caches, variables)
+        model = write_model(self.folder / "model")
+        answer = out / "answer.json"
+        began = time.time()
+        asked = {**options, "model": str(model), "began": began, "answer": str(answer)}
+        (out / "options.json").write_text(json.dumps(asked))
+        command = [*(prefix or []), sys.executable, str(HERE / "vllm_start.py"), str(out / "options.json")]
+        with open(out / "log.txt", "w") as log:
+            process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                code = process.wait(timeout=420)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                code = -9
+        text = (out / "log.txt").read_text(errors="replace")
+        said = [line[-700:] for line in text.splitlines() if "aot-cache" in line or "aot_cache" in line][:8]
+        if not answer.exists():
+            return {"code": code, "error": text.splitlines()[-25:], "said": said}
+        return {**_summary(json.loads(answer.read_text()), out / "trace"), "code": code, "said": said}
+
+    def _environment(self, out: Path, caches: str, variables: Mapping[str, str]) -> dict[str, str]:
+        home = self.folder / "caches" / caches
+        for folder in (home, out / "trace", out / "stats", home / "tmp"):
+            folder.mkdir(parents=True, exist_ok=True)
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("AOT_CACHE") or k == "AOT_CACHE_UNTESTED"}
+        found = {**kept, **OFFLINE, "HOME": str(home), "TMPDIR": str(home / "tmp"), "JIT_TRACE": str(out / "trace")}
+        found["PYTHONPATH"] = os.pathsep.join([str(HERE / "jit_trace"), PATH])
+        if "AOT_CACHE" in variables:
+            found |= {"AOT_CACHE_STATS": str(out / "stats"), "AOT_CACHE_MISSES": str(out / "misses.jsonl")}
+        return {**found, **variables}
+
+    def _build(self, plan: Path, out: Path) -> Json:
+        target = json.loads(plan.read_text())["target"]
+        asked = [
+            "build",
+            "--plan",
+            str(plan),
+            "--model",
+            "vllm-steps",
+            "--option",
+            f"max_num_seqs={SETTINGS['max_num_seqs']}",
+        ]
+        asked += ["--at-start", "num_cache_lines", "--target", target, "--store", str(self.folder / "store")]
+        done = cli(*asked, "--out", str(out), "--json", CUDA_VISIBLE_DEVICES="")
+        if done.returncode:
+            return {"error": done.stderr.splitlines()[-20:]}
+        (built,) = json.loads(done.stdout)["bundles"]
+        return {name: built[name] for name in ("units", "graphs", "size", "failed", "seconds", "untested")}
+
+    def _lacking(self, ours: Mapping[str, str]) -> Json:
+        """The bundle without one kernel. A graph of vLLM's captures cannot do without it."""
+        plan, out = self.folder / "lacking.plan.json", self.folder / "lacking.safetensors"
+        lines = [line for line in self.plan.read_text().splitlines() if f":{LACKS}" not in line or '"closures"' in line]
+        plan.write_text("\n".join(lines).replace(",\n]", "\n]") + "\n")
+        caches = self.plan.with_name("server.caches.safetensors")
+        if caches.exists():
+            shutil.copy(caches, self.folder / "lacking.caches.safetensors")
+        built = self._build(plan, out)
+        if "error" in built:
+            return built
+        return {
+            **self._start("lacking", "lacking", **{**ours, "AOT_CACHE": str(out), "AOT_CACHE_POLICY": "error"}),
+            "built": built,
+        }
+
+    def _killed(self) -> Json:
+        """Recorded, and all of its processes killed when it is ready."""
+        plan, out = self.folder / "killed.plan.json", self.folder / "out" / "killed"
+        shutil.rmtree(out, ignore_errors=True)
+        environment = self._environment(out, "of record", {})
+        asked = {
+            **START,
+            "model": str(write_model(self.folder / "model")),
+            "began": time.time(),
+            "answer": str(out / "answer.json"),
+        }
+        (out / "options.json").write_text(json.dumps(asked))
+        command = [sys.executable, "-m", "aot_cache", "record", "--out", str(plan), "--"]
+        command += [sys.executable, str(HERE / "vllm_start.py"), str(out / "options.json")]
+        with open(out / "log.txt", "w") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            ready = _wait_for(process, out / "trace", "capture_model", 200)
+            engines = [int(path.stem) for path in (out / "trace").glob("*.jsonl")]
+            for pid in engines:
+                if pid != process.pid:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            code = process.wait(timeout=60)
+        return {"code": code, "was ready": ready, "killed": len(engines), **_planned(plan)}
+
+
+def _wait_for(process: subprocess.Popen[bytes], trace: Path, phase: str, seconds: float) -> bool:
+    until = time.time() + seconds
+    while time.time() < until and process.poll() is None:
+        if any(f'"name": "{phase}"' in path.read_text() for path in trace.glob("*.jsonl")):
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def _planned(plan: Path) -> Json:
+    if not plan.exists():
+        return {"plan": None}
+    found = json.loads(plan.read_text())
+    kernels = sorted({unit["kernel"].rpartition(":")[2] for unit in found["units"]})
+    beside = plan.with_name(plan.name.removesuffix(".plan.json") + ".caches.safetensors")
+    size = beside.stat().st_size if beside.exists() else 0
+    return {
+        "plan": {"units": len(found["units"]), "tunings": len(found["tunings"]), "kernels": kernels, "caches": size}
+    }
+
+
+def _summary(answer: Json, trace: Path) -> Json:
+    """Seconds, and counts of events: in all, inside captures, and since vLLM was ready."""
+    events = [json.loads(line) for path in trace.glob("*.jsonl") for line in path.read_text().splitlines()]
+    ready = answer["ready_at"]
+    found = [event for event in events if event["kind"] in COUNTED]
+    counts = {
+        "all": Counter(event["kind"] for event in found),
+        "capturing": Counter(event["kind"] for event in found if event["capturing"]),
+        "after ready": Counter(event["kind"] for event in found if event["t"] > ready),
+    }
+    phases: dict[str, float] = {}
+    for event in events:
+        if event["kind"] == "phase":
+            phases[event["name"]] = max(phases.get(event["name"], 0.0), event["seconds"])
+    odd = [event for event in found if event["kind"] in (*NEVER, *LOADS) and (event["capturing"] or event["t"] > ready)]
+    tokens = {step["label"]: step.get("tokens") for step in answer["steps"]}
+    ledgers = answer.get("ledgers", [])
+    keys = ("total", "in_capture", "after_seal")
+    return {
+        "imported": round(answer["imported"], 2),
+        "ready": round(answer["ready"], 2),
+        "first token": round(answer["first_token"], 2),
+        "done": round(answer["done"], 2),
+        "phases": {name: round(seconds, 2) for name, seconds in phases.items()},
+        "counts": {name: dict(count) for name, count in counts.items()},
+        "odd": sorted({f"{e['kind']} {e['name']}{' capturing' if e['capturing'] else ''}" for e in odd})[:40],
+        "errors": [step["error"] for step in answer["steps"] if "error" in step][:3],
+        "steady": {
+            step["label"]: round(step["seconds"], 3) for step in answer["steps"] if step["label"].startswith("steady")
+        },
+        "not hooked": sorted({event["name"] for event in events if event["kind"] == "not hooked"}),
+        "ledgers": [{key: {k: v for k, v in one[key].items() if v} for key in keys} for one in ledgers],
+        "tokens": tokens,
+    }
+
+
+def write_model(folder: Path) -> Path:
+    """A small Qwen3.5 with one MTP layer: a config.json, no weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = 32000
+    text = {
+        "model_type": "qwen3_5_text",
+        "vocab_size": vocabulary,
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-6,
+        "use_cache": True,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_output_gate": True,
+        "full_attention_interval": 4,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "mamba_ssm_dtype": "float32",
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
+        "dtype": "bfloat16",
+        "eos_token_id": vocabulary - 1,
+        "layer_types": [*["linear_attention"] * 3, "full_attention"] * 2,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000000,
+            "partial_rotary_factor": 0.25,
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+        },
+    }
+    vision = {
+        "model_type": "qwen3_5",
+        "depth": 2,
+        "hidden_size": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "intermediate_size": 512,
+        "num_heads": 4,
+        "in_channels": 3,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 1024,
+        "num_position_embeddings": 2304,
+        "initializer_range": 0.02,
+        "deepstack_visual_indexes": [],
+    }
+    ends = {name: vocabulary - n for n, name in enumerate(("vision_end_token_id", "vision_start_token_id"), start=7)}
+    ends |= {"video_token_id": vocabulary - 9, "image_token_id": vocabulary - 10}
+    whole = {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps({**whole, **ends, "text_config": text, "vision_config": vision}))
+    return folder
+
+
+# --- claims -----------------------------------------------------------------------------------------------------------
+
+
+def claims(rows: Mapping[str, Json]) -> dict[str, bool]:
+    """What must hold, for the rows that there are."""
+    out: dict[str, bool] = {}
+    for name in ("bundle", "bundle2", "memory", "error", "nodraft-bundle"):
+        row = rows.get(name)
+        if row is None:
+            continue
+        if "counts" not in row:
+            out[f"{name}: vLLM started"] = False
+            continue
+        for when in ("capturing", "after ready"):
+            found = row["counts"][when]
+            out[f"{name}: nothing compiled or tuned {when}"] = not any(found.get(kind) for kind in NEVER)
+            out[f"{name}: nothing loaded {when}"] = not any(found.get(kind) for kind in LOADS)
+        out[f"{name}: no request failed"] = not row["errors"]
+    with_tokens = [
+        (name, row["tokens"]) for name, row in rows.items() if row.get("tokens") and not name.startswith("nodraft")
+    ]
+    greedy = [(name, _greedy(tokens)) for name, tokens in with_tokens]
+    if len(greedy) > 1:
+        first = greedy[0][1]
+        out["tokens of all greedy requests equal"] = all(_equal(first, other) for _, other in greedy[1:])
+        sequences = [tuple(sequence) for step in first.values() for sequence in step]
+        varying = sum(len(set(sequence)) > len(sequence) // 3 for sequence in sequences if len(sequence) > 1)
+        out["at least 200 greedy sequences vary"] = varying >= 200
+    if (
+        "nodraft" in rows
+        and "nodraft-bundle" in rows
+        and all("tokens" in rows[n] for n in ("nodraft", "nodraft-bundle"))
+    ):
+        pair = [_greedy(rows[name]["tokens"]) for name in ("nodraft", "nodraft-bundle")]
+        out["tokens equal without drafts"] = _equal(*pair)
+    for name in ("cold", "warm"):
+        if "counts" in rows.get(name, {}):
+            counts = rows[name]["counts"]
+            out[f"{name}: the trace sees what is compiled or loaded after ready"] = bool(
+                sum(counts["after ready"].get(kind, 0) for kind in (*NEVER, *LOADS))
+            )
+    if "warm" in rows and "bundle" in rows and all("ready" in rows[name] for name in ("warm", "bundle")):
+        ours, theirs = rows["bundle"], rows["warm"]
+        out["engine init at most 1.25 of vLLM's own warm start"] = _init(ours) <= 1.25 * _init(theirs)
+        out["ready at most 1.1 of vLLM's own warm start"] = ours["ready"] <= 1.1 * theirs["ready"]
+    if "lacking" in rows:
+        out["a kernel taken out: CacheMiss"] = "CacheMiss" in json.dumps(rows["lacking"])
+    if "other" in rows:
+        out["another option: named, and served"] = not rows["other"].get("errors", [1]) and any(
+            "vLLM compiles" in line for line in rows["other"].get("said", [])
+        )
+    if "killed" in rows:
+        out["killed while recording: the plan has kernels"] = bool((rows["killed"].get("plan") or {}).get("units"))
+    return out
+
+
+def _init(row: Json) -> float:
+    return float(row["phases"].get("__init__", 0.0))
+
+
+def _greedy(tokens: Mapping[str, Any]) -> dict[str, Any]:
+    sampled = ("temperature", "top-k", "min-p", "seed")
+    return {label: found for label, found in tokens.items() if found and not any(word in label for word in sampled)}
+
+
+def _equal(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
+    return all(left[label] == right[label] for label in left.keys() & right.keys())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="for caches, bundles, logs, and rows of earlier calls"
+    )
+    parser.add_argument("--rows", default="cold,warm,record,build,bundle", help="in this order, separated by commas")
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds in which the call must end")
+    parser.add_argument("--out", help="file for the record")
+    options = parser.parse_args()
+    series = Series(options.folder.absolute(), time.time() + options.limit)
+    for name in filter(None, options.rows.split(",")):
+        series.run(name)
+    rows = {name: {k: v for k, v in row.items() if k != "tokens"} for name, row in series.rows.items()}
+    record = {"what": "an unmodified vLLM, without and with a bundle", "commit": commit(), "machine": machine()}
+    return finish({**record, "rows": rows, "claims": claims(series.rows)}, options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
