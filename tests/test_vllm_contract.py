@@ -207,6 +207,7 @@ def test_the_record_has_the_versions_that_are_supported() -> None:
     own = sum(1 for name in globals() if name.startswith("test_")) - 1
     for version, found in record.items():
         assert found["failed"] == [] and found["passed"] == own, f"tools/check_vllm {version}"
+        assert len(found["other compilers"]) == 3 and all(found["other compilers"].values())
         real = found["installed"]  # with vLLM itself in the process
         assert real["vllm"] == version and real["steps hooked"] == STEPS and real["entry point"]
         assert (real["bundles"], real["refused"]) == (1, 0)

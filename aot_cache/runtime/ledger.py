@@ -17,6 +17,7 @@ KINDS = (
     "gcc",
     "frame",
     "graph_compile",
+    "other_compile",
     "installed",
     "primed",
     "late_install",
@@ -27,13 +28,23 @@ KINDS = (
     "refused",
     "rejected_bundle",
 )
-"""What is counted. The first eight must never happen inside a capture: Triton's compiles, disk cache reads, tunings and their
-benchmarks, module loads, C compiler runs, frames traced by Dynamo, graphs compiled by a backend. The others are done by
-aot-cache: `late_compile` is a kernel compiled for constants that only the server knows, outside captures, `graph` a first
-call that found its graph in a bundle, `fallback` a call inside a capture that ran without compiling or tuning, `unsafe` one
-that compiled or loaded inside it, `refused` one that raised instead."""
+"""What is counted. The first nine must never happen inside a capture: Triton's compiles, disk cache reads, tunings and their
+benchmarks, module loads, C compiler runs, frames traced by Dynamo, graphs compiled by a backend, kernels compiled by another
+compiler (FlashInfer, TileLang, CuTe DSL). The others are done by aot-cache: `late_compile` is a kernel compiled for constants
+that only the server knows, outside captures, `graph` a first call that found its graph in a bundle, `fallback` a call inside a capture
+that ran without compiling or tuning, `unsafe` one that compiled or loaded inside it, `refused` one that raised instead."""
 
-HARMFUL = ("compile", "disk_hit", "tuning", "benchmark", "module_load", "gcc", "frame", "graph_compile")
+HARMFUL = (
+    "compile",
+    "disk_hit",
+    "tuning",
+    "benchmark",
+    "module_load",
+    "gcc",
+    "frame",
+    "graph_compile",
+    "other_compile",
+)
 _KEPT = 256
 
 

@@ -23,7 +23,7 @@ from aot_cache.runtime.ledger import Ledger
 from aot_cache.runtime.miss_log import Misses
 from aot_cache.store import JsonValue
 from aot_cache.upstream import after_import, patch
-from aot_cache.upstream.hooks import torch_capture
+from aot_cache.upstream.hooks import torch_capture, vllm_compilers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -310,6 +310,7 @@ class Session:
         yield after_import.when_torch_comes(self._hook_captures)
         yield after_import.when_triton_comes(self._hook_triton)
         yield after_import.when_dynamo_comes(self._hook_dynamo)
+        yield vllm_compilers.listen(self.guard.count)
 
     def _hook_captures(self) -> None:
         def hook() -> list[Undo]:

@@ -1,8 +1,8 @@
-"""One start of an unmodified vLLM with a small random Qwen3.5 + MTP, and requests. Called by `check_vllm.py`.
+"""One start of an unmodified vLLM with a small random Qwen3.5 + MTP, and requests. Called by `check_vllm_serving.py`.
 
     python vllm_start.py OPTIONS.json    # writes `answer` of the options: seconds, tokens, what the workers' ledgers say
 
-Options: see `check_vllm.START`. Vocabulary and sizes of the model are in `check_vllm.write_model`.
+Options: see `check_vllm_serving.START`. Vocabulary and sizes of the model are in `check_vllm_serving.write_model`.
 """
 
 from __future__ import annotations

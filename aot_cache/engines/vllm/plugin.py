@@ -165,7 +165,9 @@ def _models_found(models: Served | None) -> str:
 
 def _events(total: Mapping[str, int]) -> str:
     names = {"compile": "compiles", "tuning": "tunings", "gcc": "C compiler runs", "frame": "frames traced by Dynamo"}
-    return ", ".join(f"{total[kind]} {name}" for kind, name in names.items())
+    other = total["other_compile"]
+    counted = [f"{total[kind]} {name}" for kind, name in names.items()]
+    return ", ".join([*counted, f"{other} kernels by other compilers"] if other else counted)
 
 
 def _timed(action: Callable[[], None]) -> None:

@@ -23,8 +23,9 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 }
 """What is counted here → the corresponding kinds of the ledger."""
 
-_ALSO: Mapping[str, tuple[str, ...]] = {KERNELS: ("late_install", "late_compile")}
-"""Ledger kinds that may explain an event of upstream, but need not cause one: modules may be loaded already."""
+_ALSO: Mapping[str, tuple[str, ...]] = {KERNELS: ("late_install", "late_compile"), COMPILERS: ("other_compile",)}
+"""Ledger kinds that may explain an event of upstream, but need not cause one: modules may be loaded already, and compilers may be
+libraries."""
 
 _PROGRAMS = frozenset({"gcc", "g++", "cc", "c++", "clang", "clang++", "hipcc", "nvcc", "ptxas", "ld", "lld", "ninja"})
 _STARTS = frozenset({"subprocess.Popen", "os.posix_spawn", "os.exec"})

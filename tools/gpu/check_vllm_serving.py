@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Serve with an unmodified vLLM on a real GPU, without and with our bundle, and print one JSON record.
 
-    python tools/gpu/check_vllm.py --folder FOLDER [--rows cold,record,build,bundle,…] [--limit SECONDS] [--out RECORD.json]
+    python tools/gpu/check_vllm_serving.py --folder FOLDER [--rows cold,record,build,bundle,…] [--limit SECONDS] [--out FILE]
 
 Each row is a start of vLLM in a fresh process, and the same requests. Rows of earlier calls stay in FOLDER/record.json, so that a
 series may take several calls. What happened is counted by `jit_trace`, which has no code of aot-cache in it, and beside it by the
