@@ -32,7 +32,7 @@ KINDS = (
 benchmarks, module loads, C compiler runs, frames traced by Dynamo, graphs compiled by a backend, kernels compiled by another
 compiler (FlashInfer, TileLang, CuTe DSL). The others are done by aot-cache: `late_compile` is a kernel compiled for constants
 that only the server knows, outside captures, `graph` a first call that found its graph in a bundle, `fallback` a call inside a
-capture that ran without compiling or tuning, `unsafe` one that compiled or loaded inside it, `refused` one that raised instead."""
+capture that ran without compiling or tuning, `unsafe` one that compiled or loaded inside it, `refused` one that raised."""
 
 HARMFUL = (
     "compile",
