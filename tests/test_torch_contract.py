@@ -663,6 +663,26 @@ def test_dimensions_are_dynamic_within_their_bounds() -> None:
     need(callable(run), "a graph cannot be answered")
 
 
+@pytest.mark.contract("dynamo_inputs")
+def test_a_virtual_tensor_s_size_can_be_unbacked() -> None:
+    """Left alone, some releases make a constant of it (`transfer_symbols_from_foreign_shape_env`)."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append([found for found in inputs if isinstance(found, torch.SymInt)])
+        return graph.forward
+
+    compiled = torch.compile(lambda x: x * 2, backend=backend, fullgraph=True)
+    with dynamo_inputs.session({}, 8):
+        for size in (1, 4, 7):
+            with FakeTensorMode():
+                x = torch.ones(size, 3)
+            torch._dynamo.decorators.mark_unbacked(x, 0)
+            need(tuple(compiled(x).shape) == (size, 3), "another shape")
+    need(len(graphs) == 1, f"{len(graphs)} graphs for sizes that are marked as unbacked")
+    need(len(graphs[0]) == 1, "the graph takes no size")
+
+
 def sized(x: torch.Tensor, k: int) -> torch.Tensor:
     return x * k
 

@@ -211,8 +211,9 @@ def test_the_record_has_the_versions_that_are_supported() -> None:
         real = found["installed"]  # with vLLM itself in the process
         assert real["vllm"] == version and real["steps hooked"] == STEPS and real["entry point"]
         assert (real["bundles"], real["refused"]) == (1, 0)
-        calls = real["calls of update_num_computed_tokens_for_batch_change"]
-        assert calls["frames that Dynamo traced"] == 0 and calls["calls"] == calls["equal to eager"] > 0
+        for name in ("update_num_computed_tokens_for_batch_change", "batched_count_greater_than"):
+            calls = real[f"calls of {name}"]
+            assert calls["frames that Dynamo traced"] == 0 and calls["calls"] == calls["equal to eager"] > 0
         assert "aot_cache.runtime.session" not in real["imported before the worker"]
         _compiled_models(found["compile cache"])
 

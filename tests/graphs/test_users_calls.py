@@ -17,6 +17,9 @@ import pytest
 import sample_calls
 from limits import HANGS
 
+from aot_cache.artifact.manifest import whole
+from aot_cache.store import read_bundle
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
@@ -41,9 +44,13 @@ def built(folder: Path, recipe: str, *arguments: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return built(tmp_path_factory.mktemp("calls"), "sample_calls:recipe")
+
+
+@pytest.fixture(scope="module")
+def calls(bundle: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Case → what its rehearsal found."""
-    bundle = built(tmp_path_factory.mktemp("calls"), "sample_calls:recipe")
     assert bundle["coverage"].startswith(f"proved {bundle['declared']} points on cpu")
     return {case["name"]: case for case in bundle["rehearsal"]["cases"]}
 
@@ -53,6 +60,12 @@ def test_a_call_hits_and_is_what_eager_gives(calls: dict[str, dict[str, Any]], n
     case = calls[name]
     assert (case["declared"], case["run"], case["hits"], case["events"]) == (3, 3, 3, {})
     assert case["distance"] is not None and case["distance"] < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mark_dynamic", "maybe_mark_dynamic", "mark_unbacked"])
+def test_one_graph_serves_all_sizes_that_the_program_marks(bundle: dict[str, Any], name: str) -> None:
+    graphs = [graph for graph in whole(read_bundle(bundle["path"])).graphs if name in graph.reached]
+    assert len(graphs) == 1
 
 
 def test_models_of_transformers_hit(tmp_path: Path) -> None:

@@ -206,6 +206,8 @@ class Series:
             "vllm-steps",
             "--option",
             f"max_num_seqs={SETTINGS['max_num_seqs']}",
+            "--option",
+            "vocab_size=32000",
         ]
         asked += ["--at-start", "num_cache_lines", "--target", target, "--store", str(self.folder / "store")]
         done = cli(*asked, "--out", str(out), "--json", CUDA_VISIBLE_DEVICES="")
@@ -397,7 +399,9 @@ def claims(rows: Mapping[str, Json]) -> dict[str, bool]:
             out[f"{name}: nothing loaded {when}"] = not any(found.get(kind) for kind in LOADS)
         out[f"{name}: no request failed"] = not row["errors"]
     with_tokens = [
-        (name, row["tokens"]) for name, row in rows.items() if row.get("tokens") and not name.startswith("nodraft")
+        (name, row["tokens"])
+        for name, row in rows.items()
+        if row.get("tokens") and not name.startswith(("nodraft", "other"))
     ]
     greedy = [(name, _greedy(tokens)) for name, tokens in with_tokens]
     if len(greedy) > 1:

@@ -16,7 +16,7 @@ from importlib.metadata import version
 
 EXTENSIONS = ("_C", "_moe_C", "_C_stable_libtorch", "_moe_C_stable_libtorch")
 ATTENTION = ("_vllm_fa2_C", "_vllm_fa3_C")
-SEQS = 16
+SEQS, VOCABULARY = 16, 512
 STEPS = ("load_model", "initialize_from_config", "compile_or_warm_up_model")
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     import aot_cache
 
     aot_cache.ready()
-    served = _correct_counts()
+    served, ranked = _correct_counts(), _rank_tokens()
     stats = aot_cache.stats()
     prometheus = importlib.import_module("vllm.v1.metrics.prometheus")
     families = {family.name for family in prometheus.get_prometheus_registry().collect()}
@@ -47,6 +47,7 @@ def main() -> None:
         "bundles": len(stats["bundles"]),
         "refused": stats["total"]["rejected_bundle"],
         "calls of update_num_computed_tokens_for_batch_change": served,
+        "calls of batched_count_greater_than": ranked,
         "graphs found": stats["total"]["graph"],
         "steps hooked": [step for step in STEPS if hasattr(getattr(worker, step), "_aot_cache_patch")],
         "imported before the worker": idle,
@@ -77,6 +78,26 @@ def _correct_counts() -> dict[str, object]:
         calls += 1
         equal += all(map(torch.equal, ours, theirs))
     return {"calls": calls, "equal to eager": equal, "frames that Dynamo traced": counters["stats"]["unique_graphs"]}
+
+
+def _rank_tokens() -> dict[str, object]:
+    """Have vLLM's sampler rank tokens, more of them than any that was built, too."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    gather = importlib.import_module("vllm.v1.sample.sampler").Sampler.gather_logprobs
+    calls = equal = 0
+    before = counters["stats"]["unique_graphs"]
+    for tokens in (1, 2, 3, 17, 300):
+        with torch.inference_mode():
+            logprobs = torch.randn(tokens, VOCABULARY).log_softmax(-1)
+            sampled = torch.randint(0, VOCABULARY, (tokens,))
+            ranks = gather(logprobs, 3, sampled)[2]
+            wanted = (logprobs >= logprobs.gather(-1, sampled.unsqueeze(-1))).sum(-1)
+        calls += 1
+        equal += torch.equal(ranks, wanted)
+    frames = counters["stats"]["unique_graphs"] - before
+    return {"calls": calls, "equal to eager": equal, "frames that Dynamo traced": frames}
 
 
 def _entry_points() -> list[object]:

@@ -1,7 +1,8 @@
 """Prepare Dynamo for a call before it traces the call.
 
-Upstream: `torch/_dynamo/decorators.py` (`mark_dynamic`), `torch.compiler.config.dynamic_sources`,
-`torch/fx/experimental/symbolic_shapes.py` (`StrictMinMaxConstraint`).
+Upstream: `torch/_dynamo/decorators.py` (`mark_dynamic`, `mark_unbacked`), `torch.compiler.config.dynamic_sources`,
+`torch/fx/experimental/symbolic_shapes.py` (`StrictMinMaxConstraint`; in newer releases
+`ShapeEnv.transfer_symbols_from_foreign_shape_env`, called for fake tensors by `torch/_subclasses/meta_utils.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 import torch._dynamo as dynamo
 from torch._dynamo import bytecode_transformation, config
 from torch._dynamo.output_graph import OutputGraph, get_builtins_dict
-from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, StrictMinMaxConstraint
 
 from aot_cache.upstream.hooks.dynamo_frames import Frame
 from aot_cache.upstream.virtual.torch_fake import HostMode
@@ -44,6 +45,7 @@ def session(dynamic: Dynamic, most_graphs: int) -> Iterator[None]:
     with (
         _lasting_names(),
         _ranges_may_split(),
+        _unbacked_sizes_of_virtual_tensors(),
         config.patch(
             recompile_limit=most_graphs,
             accumulated_recompile_limit=8 * most_graphs,
@@ -107,6 +109,30 @@ def _ranges_may_split() -> Iterator[None]:
         yield
     finally:
         constraint.__init__ = start
+
+
+@contextlib.contextmanager
+def _unbacked_sizes_of_virtual_tensors() -> Iterator[None]:
+    """Trace sizes that the program marks as unbacked as such. Upstream makes constants of a fake tensor's sizes, if they are
+    numbers, whatever the marks say: one graph for each size, which a server would not find with its real tensors."""
+    env: Any = ShapeEnv
+    original = getattr(env, "transfer_symbols_from_foreign_shape_env", None)
+    if original is None:  # this release does with them as with real tensors
+        yield
+        return
+
+    def transfer(self: Any, sizes: Any, strides: Any, offset: Any, source: Any, **more: Any) -> Any:
+        if any(isinstance(size, torch.SymInt) for size in (*sizes, *strides, offset)):
+            return original(self, sizes, strides, offset, source, **more)
+        return self._create_symbolic_sizes_strides_storage_offset(
+            sizes, strides, offset, [False] * len(sizes), source, **more
+        )
+
+    env.transfer_symbols_from_foreign_shape_env = transfer
+    try:
+        yield
+    finally:
+        env.transfer_symbols_from_foreign_shape_env = original
 
 
 def mark(frame: Frame, dynamic: Dynamic) -> None:
