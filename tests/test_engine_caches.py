@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from aot_cache.artifact import engine_cache
 from aot_cache.artifact import target as targets
-from aot_cache.artifact.engine_cache import Caches, EngineCache
+from aot_cache.artifact.engine_cache import Caches
 from aot_cache.artifact.manifest import served, whole
 from aot_cache.artifact.plan import Plan
 from aot_cache.builder import pipeline
@@ -34,11 +34,7 @@ Json = Any
 
 
 def entry(files: dict[str, bytes], key: str = "k", factors: dict[str, str] | None = None) -> Caches:
-    reasons = engine_cache.factors_bytes(factors or {})
-    objects = {hashlib.sha256(data).hexdigest(): data for data in [reasons, *files.values()]}
-    named = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    digest = hashlib.sha256(reasons).hexdigest()
-    return Caches([EngineCache(engine="vllm", kind="compiled model", key=key, factors=digest, files=named)], objects)
+    return engine_cache.one_entry("vllm", "compiled model", key, factors or {}, files)
 
 
 # --- the file beside a plan -------------------------------------------------------------------------------------------
@@ -244,3 +240,23 @@ def test_hostile_factors_are_a_damaged_bundle(tmp_path: Path) -> None:
     write_bundle(tmp_path / "b.safetensors", {"kind": "units"}, {digest: data})
     with pytest.raises(BundleCorrupt, match="factors"):
         engine_cache.factors_of(read_bundle(tmp_path / "b.safetensors"), replace(caches.entries[0], factors=digest))
+
+
+def test_what_cannot_be_recorded_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM goes on whatever is wrong with what we ask of its objects."""
+    from aot_cache.engines.vllm import compile_cache
+
+    hooked: list[Any] = []
+    monkeypatch.setattr(compile_cache.hook, "around_load", hooked.append)
+    monkeypatch.setattr(compile_cache.hook, "when_model_info_is_known", hooked.append)
+    kept: list[Caches] = []
+    recorder = compile_cache.Recorder(kept.append)
+    recorder.start()
+    compile_cache.record_model_info(kept.append)
+    answer, known = hooked
+    assert answer(object(), Path("root/key/rank_0_0/model"), lambda path: path.name) == "model"
+    known(Path("nowhere"))
+    recorder.finish()
+    assert kept == [] and [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]

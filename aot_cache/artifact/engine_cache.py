@@ -6,10 +6,11 @@ into one file beside the plan (`beside`), in the format of bundles. No torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from aot_cache.artifact.plan import Plan
 from aot_cache.errors import AotCacheError, BundleCorrupt, DeclarationError
@@ -42,8 +43,7 @@ class EngineCache:
     def __post_init__(self) -> None:
         """Raises ValueError for a path that leads out of the entry."""
         for path in self.files:
-            parts = PurePosixPath(path).parts
-            if not parts or path.startswith("/") or "\\" in path or {"..", "."} & set(path.split("/")):
+            if "\\" in path or {"", ".", ".."} & set(path.split("/")):
                 raise ValueError(f"a path within the entry was expected, found {path!r}")
 
     @property
@@ -66,9 +66,22 @@ class Caches:
 NO_CACHES = Caches()
 
 
-def factors_bytes(factors: Mapping[str, str]) -> bytes:
-    """The object that `EngineCache.factors` names."""
-    return json.dumps(factors, sort_keys=True).encode()
+def one_entry(engine: str, kind: str, key: str, factors: Mapping[str, str], files: Mapping[str, bytes]) -> Caches:
+    """An entry with its objects.
+
+    Raises:
+        ValueError: a path leads out of the entry.
+    """
+    objects: dict[str, bytes] = {}
+
+    def digest(data: bytes) -> str:
+        name = hashlib.sha256(data).hexdigest()
+        objects[name] = data
+        return name
+
+    reasons = digest(json.dumps(factors, sort_keys=True).encode())
+    digests = {path: digest(data) for path, data in files.items()}
+    return Caches([EngineCache(engine=engine, kind=kind, key=key, factors=reasons, files=digests)], objects)
 
 
 def factors_of(bundle: Bundle, entry: EngineCache) -> dict[str, str]:

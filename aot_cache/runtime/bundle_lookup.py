@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from aot_cache import tested
 from aot_cache.artifact.manifest import KIND, lacking, served
-from aot_cache.errors import BundleMissing, Incompatible
+from aot_cache.errors import BundleMissing, DeclarationError, Incompatible
 from aot_cache.runtime import host_check, host_gpu, rank_agreement
 from aot_cache.store import Bundle, read_bundle
 from aot_cache.tested import UNTESTED, installed
 from aot_cache.upstream.hooks import torch_capture
+
+
+def listed(paths: str, digests: str) -> list[tuple[Path, str | None]]:
+    """(bundle or folder, its digest) of what AOT_CACHE and AOT_CACHE_DIGEST list, as in PATH. Without digests none is pinned.
+
+    Raises:
+        DeclarationError: there are not as many digests as bundles: it is not known which of them are meant.
+    """
+    named = [Path(path) for path in paths.split(os.pathsep) if path]
+    pinned: list[str | None] = [digest for digest in digests.split(os.pathsep) if digest]
+    if pinned and len(pinned) != len(named):
+        expected = f"a digest in AOT_CACHE_DIGEST for each of the {len(named)} bundles in AOT_CACHE"
+        raise DeclarationError(expected, str(len(pinned)), "list them in the order of the bundles")
+    return list(zip(named, pinned or [None] * len(named)))
 
 
 def find(path: Path, digest: str | None) -> Bundle:

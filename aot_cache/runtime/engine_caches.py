@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from aot_cache.artifact.engine_cache import EngineCache
 from aot_cache.artifact.manifest import served
-from aot_cache.errors import AotCacheError
+from aot_cache.errors import AotCacheError, DeclarationError
+from aot_cache.runtime import bundle_lookup
 from aot_cache.store import Bundle, read_bundle
 
 
@@ -37,18 +38,14 @@ def bundles_of_environment() -> Iterator[Bundle]:
 
     Those that cannot be read are left out: the process that loads them says why.
     """
-    paths = [Path(path) for path in os.environ.get("AOT_CACHE", "").split(os.pathsep) if path]
-    digests = [digest for digest in os.environ.get("AOT_CACHE_DIGEST", "").split(os.pathsep) if digest]
-    if digests and len(digests) != len(paths):
+    try:
+        listed = bundle_lookup.listed(os.environ.get("AOT_CACHE", ""), os.environ.get("AOT_CACHE_DIGEST", ""))
+    except DeclarationError:
         return
-    for number, path in enumerate(paths):
+    for path, digest in listed:
         for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-            try:
-                bundle = read_bundle(file)
-            except AotCacheError:
-                continue
-            if not digests or bundle.digest == digests[number]:
-                yield bundle
+            with contextlib.suppress(AotCacheError):
+                yield read_bundle(file, digest)
 
 
 @contextlib.contextmanager

@@ -8,32 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-KINDS = (
-    "compile",
-    "disk_hit",
-    "tuning",
-    "benchmark",
-    "module_load",
-    "gcc",
-    "frame",
-    "graph_compile",
-    "other_compile",
-    "installed",
-    "primed",
-    "late_install",
-    "late_compile",
-    "graph",
-    "fallback",
-    "unsafe",
-    "refused",
-    "rejected_bundle",
-)
-"""What is counted. The first nine must never happen inside a capture: Triton's compiles, disk cache reads, tunings and their
-benchmarks, module loads, C compiler runs, frames traced by Dynamo, graphs compiled by a backend, kernels compiled by another
-compiler (FlashInfer, TileLang, CuTe DSL). The others are done by aot-cache: `late_compile` is a kernel compiled for constants
-that only the server knows, outside captures, `graph` a first call that found its graph in a bundle, `fallback` a call inside a
-capture that ran without compiling or tuning, `unsafe` one that compiled or loaded inside it, `refused` one that raised."""
-
 HARMFUL = (
     "compile",
     "disk_hit",
@@ -45,6 +19,26 @@ HARMFUL = (
     "graph_compile",
     "other_compile",
 )
+"""What must never happen inside a capture: Triton's compiles, disk cache reads, tunings and their benchmarks, module loads, C
+compiler runs, frames traced by Dynamo, graphs compiled by a backend, kernels compiled by another compiler (FlashInfer, TileLang,
+CuTe DSL)."""
+
+KINDS = (
+    *HARMFUL,
+    "installed",
+    "primed",
+    "late_install",
+    "late_compile",
+    "graph",
+    "fallback",
+    "unsafe",
+    "refused",
+    "rejected_bundle",
+)
+"""What is counted. All but `HARMFUL` are done by aot-cache: `late_compile` is a kernel compiled for constants that only the
+server knows, outside captures, `graph` a first call that found its graph in a bundle, `fallback` a call inside a capture that ran
+without compiling or tuning, `unsafe` one that compiled or loaded inside it, `refused` one that raised."""
+
 _KEPT = 256
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aot_cache.errors import DeclarationError
-from aot_cache.runtime import gc_pause, stats_files
+from aot_cache.runtime import bundle_lookup, gc_pause, stats_files
 from aot_cache.runtime import policy as policies
 from aot_cache.runtime.kernels import KernelSet, Report
 from aot_cache.runtime.session import Session
@@ -77,14 +77,13 @@ def load_all(paths: str, digests: str, *, strict: bool) -> list[Report | None]:
         AotCacheError: see `load`; with `strict` also DeclarationError, if there are not as many digests as bundles. Without it,
             that is a warning, and none of the bundles is loaded: it is not known which of them are meant.
     """
-    named = [path for path in paths.split(os.pathsep) if path]
-    pinned: list[str | None] = [digest for digest in digests.split(os.pathsep) if digest]
-    if pinned and len(pinned) != len(named):
-        expected = f"a digest in AOT_CACHE_DIGEST for each of the {len(named)} bundles in AOT_CACHE"
-        SESSION.refuse(DeclarationError(expected, str(len(pinned)), "list them in the order of the bundles"), strict)
+    try:
+        bundles = bundle_lookup.listed(paths, digests)
+    except DeclarationError as error:
+        SESSION.refuse(error, strict)
         arm()
         return []
-    return [load(path, digest=digest, strict=strict) for path, digest in zip(named, pinned or [None] * len(named))]
+    return [load(path, digest=digest, strict=strict) for path, digest in bundles]
 
 
 def prime() -> int:

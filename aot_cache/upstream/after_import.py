@@ -10,7 +10,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 
 
@@ -45,6 +45,17 @@ def hook_after_import(name: str, hook: Callable[[], Callable[[], None]]) -> Call
         cancel()
         while undo:
             undo.pop()()
+
+    return take_out
+
+
+def hook_each_after_import(hooks: Iterable[tuple[str, Callable[[], Callable[[], None]]]]) -> Callable[[], None]:
+    """`hook_after_import` for each (module, hook). Returns a function that takes all of them out."""
+    undo = [hook_after_import(name, hook) for name, hook in hooks]
+
+    def take_out() -> None:
+        for one in undo:
+            one()
 
     return take_out
 

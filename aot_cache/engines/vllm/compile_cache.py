@@ -7,7 +7,6 @@ factors, and pass over those that compiled code cannot depend on. If others diff
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from aot_cache.artifact import engine_cache
-from aot_cache.artifact.engine_cache import COMPILED, MODEL_INFO, Caches, EngineCache
+from aot_cache.artifact.engine_cache import COMPILED, MODEL_INFO, Caches
 from aot_cache.errors import one_line
 from aot_cache.runtime import engine_caches
 from aot_cache.runtime.engine_caches import Cached
@@ -170,7 +169,10 @@ class Recorder:
         """Raises AttributeError or ImportError if this vLLM has no such step; nothing is hooked then."""
 
         def answer(model: Any, path: Path, load: hook.Load) -> Any:
-            self._models.append((model, path, hook.factors(model)))
+            try:
+                self._models.append((model, path, hook.factors(model)))
+            except Exception as error:
+                _LOG.warning("aot-cache: not recorded what vLLM compiles: %s", one_line(error))
             return load(path)
 
         hook.around_load(answer)
@@ -182,7 +184,8 @@ class Recorder:
             if path.is_file():
                 sources = hook.traced_sources(model.aot_compiled_fn)
                 factors |= {f"{_SOURCE}{name}": digest for name, digest in sources.items()}
-                self._keep(_caches(COMPILED, hook.key_of(path), factors, dict(hook.files_of(model, path))))
+                files = dict(hook.files_of(model, path))
+                self._keep(engine_cache.one_entry(ENGINE, COMPILED, hook.key_of(path), factors, files))
 
 
 def record_model_info(keep: Callable[[Caches], None]) -> None:
@@ -193,16 +196,11 @@ def record_model_info(keep: Callable[[Caches], None]) -> None:
     """
 
     def known(path: Path) -> None:
-        content = path.read_bytes()
-        keep(_caches(MODEL_INFO, path.name, {"hash": str(json.loads(content)["hash"])}, {_FILE: content}))
+        try:
+            content = path.read_bytes()
+            factors = {"hash": str(json.loads(content)["hash"])}
+            keep(engine_cache.one_entry(ENGINE, MODEL_INFO, path.name, factors, {_FILE: content}))
+        except Exception as error:
+            _LOG.warning("aot-cache: not recorded what vLLM knows of a model's class: %s", one_line(error))
 
     hook.when_model_info_is_known(known)
-
-
-def _caches(kind: str, key: str, factors: Mapping[str, str], files: Mapping[str, bytes]) -> Caches:
-    """One entry with its objects."""
-    reasons = engine_cache.factors_bytes(factors)
-    objects = {hashlib.sha256(data).hexdigest(): data for data in [reasons, *files.values()]}
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    entry = EngineCache(engine=ENGINE, kind=kind, key=key, factors=hashlib.sha256(reasons).hexdigest(), files=digests)
-    return Caches([entry], objects)

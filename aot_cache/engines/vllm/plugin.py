@@ -101,7 +101,7 @@ def _record_model_info() -> None:
     from aot_cache.engines.vllm import compile_cache
     from aot_cache.runtime import record
 
-    compile_cache.record_model_info(lambda caches: _or_warn(lambda: record.keep_caches(caches)))
+    compile_cache.record_model_info(record.keep_caches)
 
 
 def _ready(worker: object) -> None:

@@ -25,13 +25,7 @@ def listen(note: Note) -> Callable[[], None]:
 
     Returns a function that stops it.
     """
-    undo = [after_import.hook_after_import(hook[0], partial(_wrap, *hook, note)) for hook in _HOOKS]
-
-    def stop() -> None:
-        for take_out in undo:
-            take_out()
-
-    return stop
+    return after_import.hook_each_after_import((hook[0], partial(_wrap, *hook, note)) for hook in _HOOKS)
 
 
 def _wrap(module: str, owner: str, method: str, kind: str, note: Note) -> Callable[[], None]:

@@ -52,13 +52,7 @@ def listen(note: Note) -> Callable[[], None]:
 
     A compiler of a release that has no such function is not counted. Returns a function that stops it.
     """
-    undo = [after_import.hook_after_import(one.module, partial(_hook, one, note)) for one in COMPILERS]
-
-    def stop() -> None:
-        for take_out in undo:
-            take_out()
-
-    return stop
+    return after_import.hook_each_after_import((one.module, partial(_hook, one, note)) for one in COMPILERS)
 
 
 def _hook(compiler: Compiler, note: Note) -> Callable[[], None]:
