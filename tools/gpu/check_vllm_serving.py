@@ -35,11 +35,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import NO_COMPILER, PATH, cli, commit, finish, machine
+from harness import NO_COMPILER, PATH, cli, commit, finish, machine, without_ours
+
+from aot_cache.artifact import engine_cache
+from aot_cache.runtime import stats_files
 
 HERE = Path(__file__).resolve().parent
 Json = Any
@@ -116,23 +119,13 @@ class Series:
         ours = {"AOT_CACHE": str(self.bundle), **NO_COMPILER}
         if name == "build":
             return self._build(self.plan, self.bundle)
-        if name == "cold":
-            return self._start(name, "of cold", windows=1)
-        if name in ("warm", "warm2"):
+        if name in ("cold", "warm", "warm2"):
             return self._start(name, "of cold", windows=1)
         if name == "record":
-            prefix = [
-                sys.executable,
-                "-m",
-                "aot_cache",
-                "record",
-                "--candidates",
-                "chosen",
-                "--out",
-                str(self.plan),
-                "--",
-            ]
-            return {**self._start(name, "of record", prefix), **_planned(self.plan)}
+            return {
+                **self._start(name, "of record", [*_recording(self.plan), "--candidates", "chosen"]),
+                **_planned(self.plan),
+            }
         if name in ("bundle", "bundle2"):
             return self._start(name, name, windows=1, **ours)
         if name == "memory":
@@ -157,40 +150,49 @@ class Series:
             return self._killed()
         raise SystemExit(f"no row {name}")
 
-    def _start(self, name: str, caches: str, prefix: list[str] | None = None, /, **more: Any) -> Json:
+    def _start(self, name: str, caches: str, prefix: Sequence[str] = (), /, **more: Any) -> Json:
         """One start of vLLM, and what it did. Names in capitals are variables of the environment, others options of the start."""
         variables = {key: value for key, value in more.items() if key.isupper()}
-        options = {**START, **{key: value for key, value in more.items() if not key.isupper()}}
+        out, began = self._begin(name, caches, prefix, variables, {k: v for k, v in more.items() if not k.isupper()})
+        try:
+            code = began.wait(timeout=420)
+        except subprocess.TimeoutExpired:
+            os.killpg(began.pid, signal.SIGKILL)
+            code = -9
+        text = (out / "log.txt").read_text(errors="replace")
+        said = [line[-700:] for line in text.splitlines() if "aot-cache" in line or "aot_cache" in line][:8]
+        answer = out / "answer.json"
+        if not answer.exists():
+            return {"code": code, "error": text.splitlines()[-25:], "said": said}
+        return {**_summary(json.loads(answer.read_text()), out), "code": code, "said": said}
+
+    def _begin(
+        self, name: str, caches: str, prefix: Sequence[str], variables: Mapping[str, str], options: Json
+    ) -> tuple[Path, subprocess.Popen[bytes]]:
+        """(folder of a row's files, the process, in a group of its own)."""
         out = self.folder / "out" / name
         shutil.rmtree(out, ignore_errors=True)
         environment = self._environment(out, caches, variables)
-        model = write_model(self.folder / "model")
-        answer = out / "answer.json"
-        began = time.time()
-        asked = {**options, "model": str(model), "began": began, "answer": str(answer)}
-        (out / "options.json").write_text(json.dumps(asked))
-        command = [*(prefix or []), sys.executable, str(HERE / "vllm_start.py"), str(out / "options.json")]
+        own = {
+            "model": str(write_model(self.folder / "model")),
+            "began": time.time(),
+            "answer": str(out / "answer.json"),
+        }
+        (out / "options.json").write_text(json.dumps({**START, **options, **own}))
+        command = [*prefix, "--"] if prefix else []
+        command += [sys.executable, str(HERE / "vllm_start.py"), str(out / "options.json")]
         with open(out / "log.txt", "w") as log:
             process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-            try:
-                code = process.wait(timeout=420)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                code = -9
-        text = (out / "log.txt").read_text(errors="replace")
-        said = [line[-700:] for line in text.splitlines() if "aot-cache" in line or "aot_cache" in line][:8]
-        if not answer.exists():
-            return {"code": code, "error": text.splitlines()[-25:], "said": said}
-        return {**_summary(json.loads(answer.read_text()), out / "trace"), "code": code, "said": said}
+        return out, process
 
     def _environment(self, out: Path, caches: str, variables: Mapping[str, str]) -> dict[str, str]:
         home = self.folder / "caches" / caches
         for folder in (home, out / "trace", out / "stats", home / "tmp"):
             folder.mkdir(parents=True, exist_ok=True)
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("AOT_CACHE") or k == "AOT_CACHE_UNTESTED"}
-        found = {**kept, **OFFLINE, "HOME": str(home), "TMPDIR": str(home / "tmp"), "JIT_TRACE": str(out / "trace")}
+        own = {"HOME": str(home), "TMPDIR": str(home / "tmp"), "JIT_TRACE": str(out / "trace")}
+        found = {**without_ours(), **OFFLINE, **own}
         found["PYTHONPATH"] = os.pathsep.join([str(HERE / "jit_trace"), PATH])
         if "AOT_CACHE" in variables:
             found |= {"AOT_CACHE_STATS": str(out / "stats"), "AOT_CACHE_MISSES": str(out / "misses.jsonl")}
@@ -198,17 +200,8 @@ class Series:
 
     def _build(self, plan: Path, out: Path) -> Json:
         target = json.loads(plan.read_text())["target"]
-        asked = [
-            "build",
-            "--plan",
-            str(plan),
-            "--model",
-            "vllm-steps",
-            "--option",
-            f"max_num_seqs={SETTINGS['max_num_seqs']}",
-            "--option",
-            "vocab_size=32000",
-        ]
+        asked = ["build", "--plan", str(plan), "--model", "vllm-steps", "--option", "vocab_size=32000"]
+        asked += ["--option", f"max_num_seqs={SETTINGS['max_num_seqs']}"]
         asked += ["--at-start", "num_cache_lines", "--target", target, "--store", str(self.folder / "store")]
         done = cli(*asked, "--out", str(out), "--json", CUDA_VISIBLE_DEVICES="")
         if done.returncode:
@@ -221,9 +214,8 @@ class Series:
         plan, out = self.folder / "lacking.plan.json", self.folder / "lacking.safetensors"
         lines = [line for line in self.plan.read_text().splitlines() if f":{LACKS}" not in line or '"closures"' in line]
         plan.write_text("\n".join(lines).replace(",\n]", "\n]") + "\n")
-        caches = self.plan.with_name("server.caches.safetensors")
-        if caches.exists():
-            shutil.copy(caches, self.folder / "lacking.caches.safetensors")
+        if engine_cache.beside(self.plan).exists():
+            shutil.copy(engine_cache.beside(self.plan), engine_cache.beside(plan))
         built = self._build(plan, out)
         if "error" in built:
             return built
@@ -233,29 +225,21 @@ class Series:
         }
 
     def _killed(self) -> Json:
-        """Recorded, and all of its processes killed when it is ready."""
-        plan, out = self.folder / "killed.plan.json", self.folder / "out" / "killed"
-        shutil.rmtree(out, ignore_errors=True)
-        environment = self._environment(out, "of record", {})
-        asked = {
-            **START,
-            "model": str(write_model(self.folder / "model")),
-            "began": time.time(),
-            "answer": str(out / "answer.json"),
-        }
-        (out / "options.json").write_text(json.dumps(asked))
-        command = [sys.executable, "-m", "aot_cache", "record", "--out", str(plan), "--"]
-        command += [sys.executable, str(HERE / "vllm_start.py"), str(out / "options.json")]
-        with open(out / "log.txt", "w") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            ready = _wait_for(process, out / "trace", "capture_model", 200)
-            engines = [int(path.stem) for path in (out / "trace").glob("*.jsonl")]
-            for pid in engines:
-                if pid != process.pid:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-            code = process.wait(timeout=60)
+        """Recorded, and all of its processes but the recorder killed when it is ready."""
+        plan = self.folder / "killed.plan.json"
+        out, process = self._begin("killed", "of record", _recording(plan), {}, {})
+        ready = _wait_for(process, out / "trace", "capture_model", 200)
+        engines = [int(path.stem) for path in (out / "trace").glob("*.jsonl") if path.stem != str(process.pid)]
+        for pid in engines:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        code = process.wait(timeout=60)
         return {"code": code, "was ready": ready, "killed": len(engines), **_planned(plan)}
+
+
+def _recording(plan: Path) -> list[str]:
+    """`aot-cache record`, to be put before a command."""
+    return [sys.executable, "-m", "aot_cache", "record", "--out", str(plan)]
 
 
 def _wait_for(process: subprocess.Popen[bytes], trace: Path, phase: str, seconds: float) -> bool:
@@ -272,16 +256,16 @@ def _planned(plan: Path) -> Json:
         return {"plan": None}
     found = json.loads(plan.read_text())
     kernels = sorted({unit["kernel"].rpartition(":")[2] for unit in found["units"]})
-    beside = plan.with_name(plan.name.removesuffix(".plan.json") + ".caches.safetensors")
+    beside = engine_cache.beside(plan)
     size = beside.stat().st_size if beside.exists() else 0
     return {
         "plan": {"units": len(found["units"]), "tunings": len(found["tunings"]), "kernels": kernels, "caches": size}
     }
 
 
-def _summary(answer: Json, trace: Path) -> Json:
-    """Seconds, and counts of events: in all, inside captures, and since vLLM was ready."""
-    events = [json.loads(line) for path in trace.glob("*.jsonl") for line in path.read_text().splitlines()]
+def _summary(answer: Json, out: Path) -> Json:
+    """Seconds, and counts of events: in all, inside captures, and since vLLM was ready. `out` has the row's files."""
+    events = [json.loads(line) for path in (out / "trace").glob("*.jsonl") for line in path.read_text().splitlines()]
     ready = answer["ready_at"]
     found = [event for event in events if event["kind"] in COUNTED]
     counts = {
@@ -295,7 +279,7 @@ def _summary(answer: Json, trace: Path) -> Json:
             phases[event["name"]] = max(phases.get(event["name"], 0.0), event["seconds"])
     odd = [event for event in found if event["kind"] in (*NEVER, *LOADS) and (event["capturing"] or event["t"] > ready)]
     tokens = {step["label"]: step.get("tokens") for step in answer["steps"]}
-    ledgers = answer.get("ledgers", [])
+    ledgers = stats_files.read(str(out / "stats")).values()
     keys = ("total", "in_capture", "after_seal")
     return {
         "imported": round(answer["imported"], 2),

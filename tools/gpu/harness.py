@@ -49,10 +49,8 @@ def ran(script: str, part: str, arguments: Sequence[str] = (), timeout: float = 
     """Run a part of `script` in a fresh process with empty caches. Of aot-cache's variables only those in `variables` are set."""
     with tempfile.TemporaryDirectory(prefix="part-") as folder:
         place = Path(folder, "answer.json")
-        environment = {
-            k: v for k, v in os.environ.items() if not k.startswith("AOT_CACHE") or k == "AOT_CACHE_UNTESTED"
-        }
-        environment |= {**empty_caches(folder), "PYTHONPATH": PATH, "ANSWER": str(place), **variables}
+        more = {"PYTHONPATH": PATH, "ANSWER": str(place), **variables}
+        environment = {**without_ours(), **empty_caches(folder), **more}
         command = [sys.executable, "-W", "ignore", script, "--part", part, *arguments]
         began = time.perf_counter()
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=timeout)
@@ -72,6 +70,11 @@ def hand_over(answer: Json) -> int:
     """Pass a part's answer to the process that started it."""
     Path(os.environ["ANSWER"]).write_text(json.dumps(answer))
     return 0
+
+
+def without_ours() -> dict[str, str]:
+    """The environment without aot-cache's variables, but for AOT_CACHE_UNTESTED."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("AOT_CACHE") or k == "AOT_CACHE_UNTESTED"}
 
 
 def empty_caches(folder: str | Path) -> dict[str, str]:

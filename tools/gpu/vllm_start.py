@@ -1,6 +1,6 @@
 """One start of an unmodified vLLM with a small random Qwen3.5 + MTP, and requests. Called by `check_vllm_serving.py`.
 
-    python vllm_start.py OPTIONS.json    # writes `answer` of the options: seconds, tokens, what the workers' ledgers say
+    python vllm_start.py OPTIONS.json    # writes `answer` of the options: seconds and tokens
 
 Options: see `check_vllm_serving.START`. Vocabulary and sizes of the model are in `check_vllm_serving.write_model`.
 """
@@ -8,7 +8,6 @@ Options: see `check_vllm_serving.START`. Vocabulary and sizes of the model are i
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 import time
@@ -76,9 +75,6 @@ def main(options: dict[str, Any]) -> None:
         for batch in (1, 32):
             ask(f"steady {window}: {batch}", [64] * batch, tokens=256)
     found["done"] = time.time() - began
-    folder = os.environ.get("AOT_CACHE_STATS")
-    if folder:
-        found["ledgers"] = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
     Path(options["answer"]).write_text(json.dumps(found))
 
 

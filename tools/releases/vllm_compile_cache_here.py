@@ -16,12 +16,9 @@ import logging
 import os
 import sys
 import time
-import types
 from importlib.metadata import version
 from typing import Any
 
-EXTENSIONS = ("_C", "_moe_C", "_C_stable_libtorch", "_moe_C_stable_libtorch")
-ATTENTION = ("_vllm_fa2_C", "_vllm_fa3_C")
 CLASS = ("vllm.model_executor.models.opt", "OPTForCausalLM")
 
 
@@ -36,9 +33,8 @@ class _Kept(logging.Handler):
 
 def main(what: str, other: bool) -> None:
     os.environ.update(VLLM_HOST_IP="127.0.0.1", VLLM_USE_AOT_COMPILE="1")
-    names = [f"vllm.{name}" for name in EXTENSIONS] + [f"vllm.vllm_flash_attn.{name}" for name in ATTENTION]
-    sys.modules.update((name, types.ModuleType(name)) for name in names)
-    platforms = importlib.import_module("vllm.platforms")  # first of all, because vLLM's defaults depend on it
+    importlib.import_module("vllm_without_extensions")  # first of all
+    platforms = importlib.import_module("vllm.platforms")  # before vLLM's configuration, whose defaults depend on it
     vars(platforms)["_current_platform"] = importlib.import_module("vllm.platforms.cpu").CpuPlatform()
     plugin = importlib.import_module("aot_cache.engines.vllm.plugin")
     if what == "serve":

@@ -11,18 +11,14 @@ import inspect
 import json
 import sys
 import time
-import types
 from importlib.metadata import version
 
-EXTENSIONS = ("_C", "_moe_C", "_C_stable_libtorch", "_moe_C_stable_libtorch")
-ATTENTION = ("_vllm_fa2_C", "_vllm_fa3_C")
 SEQS, VOCABULARY = 16, 512
 STEPS = ("load_model", "initialize_from_config", "compile_or_warm_up_model")
 
 
 def main() -> None:
-    names = [f"vllm.{name}" for name in EXTENSIONS] + [f"vllm.vllm_flash_attn.{name}" for name in ATTENTION]
-    sys.modules.update((name, types.ModuleType(name)) for name in names)
+    importlib.import_module("vllm_without_extensions")  # first of all
     plugins = importlib.import_module("vllm.plugins")
     started = time.perf_counter()
     plugin = importlib.import_module("aot_cache.engines.vllm.plugin")
