@@ -25,9 +25,10 @@ ENDS = {
 }
 
 
-def record(folder: Path, where: str, end: str, *options: str) -> Plan:
+def record(folder: Path, where: str, end: str, *options: str, first: Path | None = None) -> Plan:
+    """The plan of the program. `first` is put on its import path, before ours."""
     out = folder / "seen.plan.json"
-    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
+    paths = os.pathsep.join([*([str(first)] if first else []), str(HERE.parent), str(HERE)])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "aot_cache", "record", "--out", str(out), *options, "--"]
         + [sys.executable, "-W", "ignore", str(HERE / "recorded_program.py"), where, end],
@@ -62,3 +63,20 @@ def test_which_candidates_are_recorded(tmp_path: Path, which: str, expected: lis
         tuple(v) for unit in plan.units for v in unit.via if v[0] >= 0 and unit.specialization[-1]["t"][1] == 128
     }
     assert plan.tunings[number].choice == plan.tunings[number].candidates[candidate]
+
+
+@pytest.mark.parametrize("theirs", ["that runs the next one", "that ends"])
+def test_programs_with_a_sitecustomize_of_their_own(tmp_path: Path, theirs: str) -> None:
+    """One that runs the environment's own, as ours does: each finds the other. `tools/gpu/jit_trace` does so."""
+    site = tmp_path / "site"
+    site.mkdir()
+    lines = [f"import sys, pathlib; pathlib.Path({str(tmp_path)!r}, 'ran').open('a').write('x')"]
+    if theirs == "that runs the next one":
+        lines += ["import importlib.machinery, importlib.util"]
+        lines += [
+            f"spec = importlib.machinery.PathFinder.find_spec('sitecustomize', [p for p in sys.path if p != {str(site)!r}])"
+        ]
+        lines += ["if spec: spec.loader.exec_module(importlib.util.module_from_spec(spec))"]
+    (site / "sitecustomize.py").write_text("\n".join(lines))
+    assert blocks(record(tmp_path, "fork", "return", first=site)) == [16, 32]
+    assert (tmp_path / "ran").exists()
