@@ -142,3 +142,49 @@ def test_whatever_our_part_raises_is_a_warning(
     plugin._ready(None)
     plugin._seal(None)
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+
+
+STUB = """
+import sys
+from aot_cache.upstream.hooks import triton_launcher
+triton_launcher._stub_libcuda(sys.argv[1], triton_launcher.utils_source())
+"""
+API_SERVER = """
+import ctypes, sys
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+ctypes.CDLL(f"{sys.argv[1]}/libcuda.so.1", ctypes.RTLD_GLOBAL)
+from triton.backends.nvidia.driver import CudaUtils
+CudaUtils()
+assert "aot_cache.runtime.session" not in sys.modules
+"""
+
+
+def python(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", *arguments]
+    return subprocess.run(
+        command, env=environment(folder, **more), capture_output=True, text=True, timeout=HANGS, check=False
+    )
+
+
+def test_the_api_server_needs_no_c_compiler(tmp_path: Path) -> None:
+    """An API server whose model asks Triton for the GPU when it is imported, as Qwen3.5's does: seen on an H200.
+
+    There is no driver here: its library is one with the same names.
+    """
+    out = tmp_path / "bundle.safetensors"
+    asked = ["--model", "sample_at_start:recipe", "--target", "h200", "--store", str(tmp_path), "--out", str(out)]
+    paths = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
+    built = python(tmp_path, "-m", "aot_cache", "build", *asked, "--no-rehearse", PYTHONPATH=paths)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert python(tmp_path, "-c", STUB, str(tmp_path)).returncode == 0
+    server = ("-c", API_SERVER, str(tmp_path))
+    empty = {"TRITON_LIBCUDA_PATH": str(tmp_path), "TRITON_CACHE_DIR": f"{tmp_path}/empty"}
+    started = python(tmp_path, *server, AOT_CACHE=str(out), CC="/bin/false", **empty)
+    assert started.returncode == 0, started.stderr
+    without = python(tmp_path, *server, CC="/bin/false", **empty)
+    assert "CalledProcessError" in without.stderr
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(out.read_bytes()[:-1000])
+    compiled = python(tmp_path, *server, AOT_CACHE=str(broken), **empty)
+    assert compiled.returncode == 0, "a bundle that cannot be read: gcc is run"

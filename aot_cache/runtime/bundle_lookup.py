@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from aot_cache import tested
 from aot_cache.artifact.manifest import KIND, lacking, served
-from aot_cache.errors import BundleMissing, DeclarationError, Incompatible
+from aot_cache.errors import AotCacheError, BundleMissing, DeclarationError, Incompatible
 from aot_cache.runtime import host_check, host_gpu, rank_agreement
 from aot_cache.store import Bundle, read_bundle
 from aot_cache.tested import UNTESTED, installed
@@ -26,6 +28,21 @@ def listed(paths: str, digests: str) -> list[tuple[Path, str | None]]:
         expected = f"a digest in AOT_CACHE_DIGEST for each of the {len(named)} bundles in AOT_CACHE"
         raise DeclarationError(expected, str(len(pinned)), "list them in the order of the bundles")
     return list(zip(named, pinned or [None] * len(named)))
+
+
+def of_environment() -> Iterator[Bundle]:
+    """The bundles that AOT_CACHE names, for a process that loads none: read, and their digests checked if they are pinned.
+
+    Those that cannot be read are left out: the process that loads them says why.
+    """
+    try:
+        named = listed(os.environ.get("AOT_CACHE", ""), os.environ.get("AOT_CACHE_DIGEST", ""))
+    except DeclarationError:
+        return
+    for path, digest in named:
+        for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+            with contextlib.suppress(AotCacheError):
+                yield read_bundle(file, digest)
 
 
 def find(path: Path, digest: str | None) -> Bundle:

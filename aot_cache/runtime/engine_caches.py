@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,9 +10,7 @@ from typing import NamedTuple
 
 from aot_cache.artifact.engine_cache import EngineCache
 from aot_cache.artifact.manifest import served
-from aot_cache.errors import AotCacheError, DeclarationError
-from aot_cache.runtime import bundle_lookup
-from aot_cache.store import Bundle, read_bundle
+from aot_cache.store import Bundle
 
 
 class Cached(NamedTuple):
@@ -31,21 +28,6 @@ def entries(bundles: Iterable[Bundle], engine: str, kind: str) -> list[Cached]:
     """
     found = [Cached(bundle, entry) for bundle in bundles for entry in served(bundle).engine_caches]
     return [one for one in found if (one.entry.engine, one.entry.kind) == (engine, kind)]
-
-
-def bundles_of_environment() -> Iterator[Bundle]:
-    """The bundles that AOT_CACHE names, for a process that loads none: read, and their digests checked if they are pinned.
-
-    Those that cannot be read are left out: the process that loads them says why.
-    """
-    try:
-        listed = bundle_lookup.listed(os.environ.get("AOT_CACHE", ""), os.environ.get("AOT_CACHE_DIGEST", ""))
-    except DeclarationError:
-        return
-    for path, digest in listed:
-        for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-            with contextlib.suppress(AotCacheError):
-                yield read_bundle(file, digest)
 
 
 @contextlib.contextmanager

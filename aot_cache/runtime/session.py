@@ -363,13 +363,9 @@ class Session:
                     self.refuse(error, kernels.strict)
 
     def _native(self, source_key: str) -> bytes | None:
-        from aot_cache.upstream.hooks.triton_launcher import interpreter_tag
+        from aot_cache.runtime import c_modules
 
-        for kernels in self._kernels:
-            for native in kernels.manifest.native:
-                if native.source == source_key and native.suffix == interpreter_tag():
-                    return kernels.bundle.object(native.object)
-        return None
+        return c_modules.find(((kernels.manifest, kernels.bundle) for kernels in self._kernels), source_key)
 
     def _before_capture(self) -> None:
         """Load everything that still waits, and create the libraries' handles, unless another capture is active."""

@@ -28,6 +28,8 @@ SAMPLED: dict[str, dict[str, Any]] = {
     "penalties": {"presence_penalty": 0.5, "repetition_penalty": 1.1},
     "logprobs": {"logprobs": 3},
 }
+WITHOUT_DRAFTS = ("min-p",)
+"""vLLM refuses these beside speculative decoding."""
 VOCABULARY = 31000
 
 
@@ -70,6 +72,8 @@ def main(options: dict[str, Any]) -> None:
             for label, lengths in MIXED.items():
                 ask(f"mixed {again}: {label}", lengths)
             for label, sampling in SAMPLED.items():
+                if label in WITHOUT_DRAFTS and options["drafts"]:
+                    continue
                 ask(f"sampled {again}: {label}", [64] * 3, **sampling)
     for window in range(options["windows"]):
         for batch in (1, 32):

@@ -17,7 +17,7 @@ from typing import Any
 from aot_cache.artifact import engine_cache
 from aot_cache.artifact.engine_cache import COMPILED, MODEL_INFO, Caches
 from aot_cache.errors import one_line
-from aot_cache.runtime import engine_caches
+from aot_cache.runtime import bundle_lookup, engine_caches
 from aot_cache.runtime.engine_caches import Cached
 from aot_cache.store import Bundle
 from aot_cache.upstream.hooks import vllm_compile_cache as hook
@@ -139,7 +139,7 @@ def serve_model_info() -> None:
 
     def find(name: str, module_hash: str) -> Mapping[str, Any] | None:
         try:
-            for bundle, entry in engine_caches.entries(engine_caches.bundles_of_environment(), ENGINE, MODEL_INFO):
+            for bundle, entry in engine_caches.entries(bundle_lookup.of_environment(), ENGINE, MODEL_INFO):
                 if entry.key == name:
                     found = json.loads(bundle.object(entry.files[_FILE]))
                     if found["hash"] == module_hash:

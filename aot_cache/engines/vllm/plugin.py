@@ -2,8 +2,8 @@
 
 Without AOT_CACHE and AOT_CACHE_POLICY nothing happens, but that `aot-cache record` also keeps what vLLM compiles. Else the bundle
 is loaded in the processes that import vLLM's GPU worker, right after that import. The API server and the children that look at a
-model's class import no worker, and pay only for this module. Nothing here raises: vLLM serves without us, and its log has one
-warning.
+model's class import no worker, and pay only for this module; but models whose import asks Triton for the GPU make them start its
+driver, so they, too, get its C module from the bundle. Nothing here raises: vLLM serves without us, and its log has one warning.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from aot_cache.upstream.after_import import after_import
+from aot_cache.upstream.after_import import after_import, when_triton_comes
 
 if TYPE_CHECKING:
     from aot_cache.engines.vllm.compile_cache import Served
@@ -25,6 +25,8 @@ _LOG = logging.getLogger("vllm.aot_cache")  # below vLLM's logger, so that vLLM'
 _seconds = 0.0
 _done = False
 _models: Served | None = None
+_front: list[Callable[[], None]] = []
+"""Takes out what a process needs only until it loads the bundle."""
 
 
 def register() -> None:
@@ -47,11 +49,14 @@ def _wait() -> None:
 
     after_import(vllm_worker.MODULE, lambda: _or_warn(_begin))
     after_import(vllm_compile_cache.REGISTRY, lambda: _or_warn(_give_model_info))
+    when_triton_comes(lambda: _or_warn(_give_c_modules))
     exporter.publish()
 
 
 def _begin() -> None:
     """vLLM's worker is imported; no kernel was launched yet."""
+    while _front:
+        _front.pop()()
     _timed(_load)
     from aot_cache.upstream.hooks import vllm_worker
 
@@ -78,6 +83,22 @@ def _give_model_info() -> None:
     from aot_cache.engines.vllm import compile_cache
 
     compile_cache.serve_model_info()
+
+
+def _give_c_modules() -> None:
+    """Triton is imported. What is looked for is read from the bundle when Triton would run a C compiler."""
+    from aot_cache.upstream.hooks import triton_launcher
+
+    def find(source: str) -> bytes | None:
+        try:
+            from aot_cache.runtime import c_modules
+
+            return c_modules.of_environment(source)
+        except Exception as error:  # Triton builds it
+            _LOG.warning("aot-cache: no C module from the bundle: %s", error)
+            return None
+
+    _front.append(triton_launcher.serve(find))
 
 
 def _record() -> None:
