@@ -219,6 +219,15 @@ class CallPlan:
     follows: Mapping[str, Sequence[Mapping[str, Sequence[Any]]]] = field(default_factory=dict)
 
 
+Signature = tuple["str | Signature", ...]
+"""Triton's names of argument types, in order: `("*bf16", "i32", "constexpr")`. A tuple argument has a tuple."""
+
+
+def signature(data: Sequence[Any]) -> Signature:
+    """A signature from its JSON."""
+    return tuple(one if isinstance(one, str) else signature(one) for one in data)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """All units of a recipe for one target. `origin` is `traced` or `recorded`."""
@@ -240,11 +249,15 @@ class Plan:
     """Cases that failed, so that the plan has nothing of them. They are in `cases`, too, because they are declared."""
     caches: str = ""
     """Digest of the file beside a recorded plan, with entries of the engine's own compile cache (see `engine_cache.beside`)."""
+    launchers: Sequence[Signature] = ()
+    """Recorded: the argument types of each kernel for which Triton built a launcher in C (up to Triton 3.6). Kernels inside
+    compiled graphs need them, too, and are no units."""
 
     def to_json(self) -> dict[str, Any]:
         found = {"aot-cache plan": SCHEMA, **asdict(self)}
-        if not self.caches:
-            del found["caches"]
+        for name in ("caches", "launchers"):
+            if not found[name]:
+                del found[name]
         return found
 
     @classmethod
@@ -270,6 +283,7 @@ class Plan:
                 ranks=data.get("ranks", 1),
                 failed=[FailedCase(**f) for f in data.get("failed", [])],
                 caches=data.get("caches", ""),
+                launchers=[signature(one) for one in data.get("launchers", ())],
             )
         except (KeyError, TypeError) as error:
             raise DeclarationError(
@@ -281,7 +295,7 @@ class Plan:
         data = self.to_json()
         lines = ["{"]
         for name, value in data.items():
-            if name in ("units", "tunings", "cases", "calls", "failed") and value:
+            if name in ("units", "tunings", "cases", "calls", "failed", "launchers") and value:
                 body = ",\n  ".join(json.dumps(v) for v in value)
                 lines.append(f"{json.dumps(name)}: [\n  {body}\n],")
             else:
@@ -449,6 +463,7 @@ def merge(plans: Iterable[Plan]) -> Plan:
             tunings=list(tunings.values()),
             closures=closures,
             failed=each_once(failed for plan in parts for failed in plan.failed),
+            launchers=sorted({one for plan in parts for one in plan.launchers}, key=json.dumps),
         )
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -233,11 +233,10 @@ def _build_native(
 ) -> None:
     """The C modules that Triton would build with gcc when the kernels are loaded."""
     sources = {triton_launcher.source_key(s): (s, triton_launcher.UTILS) for s in [triton_launcher.utils_source()]}
-    for unit, unit_key in zip(plan.units, outcome.keys):
-        record = store.get_record(UNITS, unit_key)
-        if record is None or "pruned" in record:
-            continue
-        source = _launcher_source(unit, record["metadata"])
+    records = [(unit, store.get_record(UNITS, unit_key)) for unit, unit_key in zip(plan.units, outcome.keys)]
+    launchers = [_launcher_source(unit, r["metadata"]) for unit, r in records if r is not None and "pruned" not in r]
+    launchers += [triton_launcher.launcher_source(_numbered(types), None) for types in plan.launchers]
+    for source in launchers:
         if source is not None:
             sources.setdefault(triton_launcher.source_key(source), (source, triton_launcher.LAUNCHER))
     jobs = [_NativeJob(k, s, name, python) for k, (s, name) in sorted(sources.items()) for python in pythons]
@@ -267,7 +266,12 @@ def _build_native(
 
 def _launcher_source(unit: Unit, metadata: dict[str, Any]) -> str | None:
     types = [triton_jit.decode(pair)[0] for pair in unit.specialization]
-    return triton_launcher.launcher_source({str(n): t for n, t in enumerate(types)}, metadata.get("tensordesc_meta"))
+    return triton_launcher.launcher_source(_numbered(types), metadata.get("tensordesc_meta"))
+
+
+def _numbered(types: Sequence[Any]) -> dict[str, Any]:
+    """A signature as Triton has it; the names of the arguments are not in a launcher's source."""
+    return {str(n): t for n, t in enumerate(types)}
 
 
 def _native_key(job: _NativeJob) -> str:

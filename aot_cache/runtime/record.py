@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import os
 import subprocess
 import tempfile
@@ -76,13 +77,14 @@ class Recording:
             closures = {name: log.closures[name] for name in sorted(log.functions)}
             launched = [(dict(unit), sorted(via)) for unit, via in zip(log.units, log.via)]
             tunings = [Tuning(**tuning) for tuning in log.tunings]
+            launchers = sorted(log.launchers, key=json.dumps)
         digests = {name: triton_jit.closure_digest(document) for name, document in closures.items()}
         units = [
             Unit(source=digests[unit["kernel"]], via=[list(pair) for pair in via], **unit)
             for unit, via in launched
             if self._candidates != "chosen" or any(_is_chosen(tunings, *pair) for pair in via)
         ]
-        self._target = self._target or (_target_id() if units else "")
+        self._target = self._target or (_target_id() if units or launchers else "")
         plan = Plan(
             recipe=self._name,
             target=self._target or "none",
@@ -91,6 +93,7 @@ class Recording:
             units=units,
             tunings=tunings,
             closures=closures,
+            launchers=launchers,
         )
         return named(plan)
 
@@ -137,10 +140,8 @@ def run_command(command: list[str], out: Path, name: str, candidates: Candidates
             raise DeclarationError(f"cannot run {command[0]!r}: {error.strerror or error}") from error
         plans = [Plan.read(path) for path in sorted(Path(folder).glob("*.json"))]
         caches = engine_cache.merged(engine_cache.read(path) for path in sorted(Path(folder).glob("*.safetensors")))
-        if caches.entries and not any(plan.units for plan in plans):
-            plan = Plan(recipe=name, target="none", origin="recorded")
-        else:
-            plan = merge(plan for plan in plans if plan.units)
+        seen = [plan for plan in plans if plan.units or plan.launchers]
+        plan = merge(seen) if seen or not caches.entries else Plan(recipe=name, target="none", origin="recorded")
     return code, engine_cache.write_plan(plan, caches, out)
 
 

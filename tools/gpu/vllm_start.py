@@ -31,6 +31,8 @@ SAMPLED: dict[str, dict[str, Any]] = {
 WITHOUT_DRAFTS = ("min-p",)
 """vLLM refuses these beside speculative decoding."""
 VOCABULARY = 31000
+ALONE = 200
+"""Requests one at a time. In a batch tokens depend on how vLLM happens to put requests together, alone they do not."""
 
 
 def main(options: dict[str, Any]) -> None:
@@ -75,6 +77,9 @@ def main(options: dict[str, Any]) -> None:
                 if label in WITHOUT_DRAFTS and options["drafts"]:
                     continue
                 ask(f"sampled {again}: {label}", [64] * 3, **sampling)
+    if not options["short"]:
+        for number in range(ALONE):
+            ask(f"alone {number}", [generator.randrange(1, 1500)])
     for window in range(options["windows"]):
         for batch in (1, 32):
             ask(f"steady {window}: {batch}", [64] * batch, tokens=256)

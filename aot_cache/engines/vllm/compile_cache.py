@@ -23,8 +23,9 @@ from aot_cache.store import Bundle
 from aot_cache.upstream.hooks import vllm_compile_cache as hook
 
 ENGINE = "vllm"
-MOVES = ("env.VLLM_CONFIG_ROOT", "env.VLLM_XLA_CACHE_PATH")
-"""Factors of vLLM's key that differ from user to user, and that no compiled code depends on."""
+MOVES = ("env.VLLM_CONFIG_ROOT", "env.VLLM_XLA_CACHE_PATH", "inductor.cpp.cxx", "inductor.cuda.cuda_cxx")
+"""Factors of vLLM's key that differ from machine to machine, and that no compiled code depends on: folders, and the names of the
+compilers of C++, of which a server has none."""
 _SOURCE = "source."
 _FILE = "info.json"
 _MOST_NAMED = 5

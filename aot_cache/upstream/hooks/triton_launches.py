@@ -6,6 +6,7 @@ Upstream: `triton/runtime/jit.py` (`JITFunction.run`), `triton/runtime/autotuner
 from __future__ import annotations
 
 import contextlib
+import importlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,7 @@ class LaunchLog:
         self.functions: dict[str, JITFunction] = {}
         self.closures: dict[str, Json] = {}
         self.hidden: dict[str, set[tuple[tuple[str, int], ...]]] = {}
+        self.launchers: set[tuple[Any, ...]] = set()
         self._names: dict[int, tuple[weakref.ref[JITFunction], str]] = {}
         self.mark: Any = None
         self._unit_ids: dict[tuple[str, str], int] = {}
@@ -50,6 +52,13 @@ class LaunchLog:
         self.changed: Callable[[], None] = lambda: None
         """Called after each launch of a new unit, and when an autotuner has chosen."""
         self._thread = threading.local()
+
+    def launcher(self, signature: tuple[Any, ...]) -> None:
+        """Log that Triton makes a launcher for a kernel with these types of arguments."""
+        with self.lock:
+            if signature not in self.launchers:
+                self.launchers.add(signature)
+                self.changed()
 
     def launch(self, function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Log one launch; returns the id of its unit."""
@@ -325,7 +334,16 @@ def record_launches(log: LaunchLog, every_candidate: bool = False) -> Any:
             log.changed()
         return result
 
+    nvidia = importlib.import_module("triton.backends.nvidia.driver")
+
+    def make_launcher(original: Any, constants: Any, signature: dict[Any, Any], tensordesc_meta: Any) -> str:
+        if not tensordesc_meta:
+            log.launcher(tuple(signature.values()))
+        return str(original(constants, signature, tensordesc_meta))
+
     with contextlib.ExitStack() as undo:
         undo.callback(patch.replace(JITFunction, "run", run))
         undo.callback(patch.replace(Autotuner, "run", tune))
+        if hasattr(nvidia, "make_launcher"):  # up to Triton 3.6
+            undo.callback(patch.replace(nvidia, "make_launcher", make_launcher))
         return undo.pop_all().close
