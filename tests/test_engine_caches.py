@@ -29,6 +29,7 @@ from aot_cache.builder.pipeline import Request
 from aot_cache.cli.main import app
 from aot_cache.errors import BundleCorrupt, DeclarationError
 from aot_cache.store import read_bundle
+from aot_cache.upstream.hooks.inductor_choices import SUFFIX
 
 Json = Any
 
@@ -111,7 +112,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     given = environment(folder, VLLM_CACHE_ROOT=str(folder / "root"), VLLM_CONFIG_ROOT="/home/me")
     done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=HANGS, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["worker"]["models"] == {"compiled": 1, "loaded": 0}
+    assert json.loads(done.stdout)["worker"]["models"] == {"compiled": 1, "loaded": 0, "measured": 0}
     assert "recorded the engine's compile cache in" in done.stderr
     return out
 
@@ -137,8 +138,9 @@ def test_what_is_recorded(recorded: Path) -> None:
         "model info",
         "fake.models-Fake.json",
     )
+    (choice,) = [name for name in model.files if name.startswith("inductor_cache/ab/") and name.endswith(SUFFIX)]
     assert sorted(model.files) == [
-        "inductor_cache/ab/cab.best_config",
+        choice,
         "rank_0_0/model",
         "subgraphs/rank_0_0/backbone/artifact_compile_range_1_64_subgraph_0",
         "subgraphs/rank_0_0/backbone/vllm_compile_cache.py",
@@ -163,7 +165,7 @@ def test_what_is_in_the_bundle(bundle: Path) -> None:
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_vllm_compiles_nothing(bundle: Path, tmp_path: Path, method: str) -> None:
-    """Another user, with empty folders: vLLM's own counts. Into its folder go what Inductor chose, and nothing else."""
+    """Another user, with empty folders: vLLM's own counts. Inductor's choice is found, and nothing is put into vLLM's folder."""
     found, log = serve(
         tmp_path,
         method,
@@ -173,11 +175,11 @@ def test_vllm_compiles_nothing(bundle: Path, tmp_path: Path, method: str) -> Non
         TMPDIR=str(tmp_path),
     )
     worker = found["worker"]
-    assert worker["models"] == {"compiled": 0, "loaded": 1} and found["children"] == 0
+    assert worker["models"] == {"compiled": 0, "loaded": 1, "measured": 0} and found["children"] == 0
     assert worker["cache_dir"] == "", "where other models are kept is as it was"
     assert worker["stats"]["total"]["graph"] == 2 and worker["stats"]["total"]["rejected_bundle"] == 0
     assert any("1 of 1 models that vLLM compiles were in the bundle" in line for line in log)
-    assert [file.name for file in (tmp_path / "root").rglob("*") if file.is_file()] == ["cab.best_config"]
+    assert not [file for file in (tmp_path / "root").rglob("*") if file.is_file()]
     assert not list(tmp_path.glob("aot-cache-vllm-*"))
 
 
@@ -185,7 +187,7 @@ def test_what_vllm_has_itself_comes_first(bundle: Path, tmp_path: Path) -> None:
     for loaded in (0, 1):
         given = {"AOT_CACHE_POLICY": "observe"} if not loaded else {"AOT_CACHE": str(bundle)}
         found, log = serve(tmp_path, "spawn", VLLM_CACHE_ROOT=str(tmp_path / "root"), **given)
-        assert found["worker"]["models"] == {"compiled": 1 - loaded, "loaded": loaded}
+        assert found["worker"]["models"] == {"compiled": 1 - loaded, "loaded": loaded, "measured": 0}
     assert not any("models that vLLM compiles" in line for line in log)
 
 
@@ -199,7 +201,7 @@ def test_what_vllm_has_itself_comes_first(bundle: Path, tmp_path: Path) -> None:
 def test_another_configuration_is_named(bundle: Path, tmp_path: Path, given: dict[str, str], words: str) -> None:
     root = {"VLLM_CACHE_ROOT": str(tmp_path / "root"), "VLLM_CONFIG_ROOT": "/home/you"}
     found, log = serve(tmp_path, "spawn", AOT_CACHE=str(bundle), **root, **given)
-    assert found["worker"]["models"] == {"compiled": 1, "loaded": 0} and found["exit"] == 0
+    assert found["worker"]["models"] == {"compiled": 1, "loaded": 0, "measured": 0} and found["exit"] == 0
     (line,) = [line for line in log if "WARNING" in line]
     assert "vLLM compiles vllm.compilation.decorators:Model.forward itself" in line and words in line
     assert any("0 of 1 models that vLLM compiles were in the bundle" in line for line in log)
@@ -214,7 +216,7 @@ def test_changed_source_is_named(bundle: Path, tmp_path: Path) -> None:
     given["PYTHONPATH"] = f"{package}{os.pathsep}{ROOT}"
     command = [sys.executable, "-W", "ignore", str(package / "server.py"), "spawn"]
     ran = subprocess.run(command, env=given, capture_output=True, text=True, timeout=HANGS, check=False)
-    assert json.loads(ran.stdout)["worker"]["models"] == {"compiled": 1, "loaded": 0}, ran.stderr
+    assert json.loads(ran.stdout)["worker"]["models"] == {"compiled": 1, "loaded": 0, "measured": 0}, ran.stderr
     (line,) = [line for line in ran.stderr.splitlines() if "LOG vllm.aot_cache WARNING" in line]
     assert f"other source than it was compiled from: {package}/fake_vllm_model.py" in line
 
@@ -228,7 +230,7 @@ def test_another_class_is_looked_at_by_vllm(bundle: Path, tmp_path: Path) -> Non
 def test_a_digest_pins_what_the_api_server_reads(bundle: Path, tmp_path: Path) -> None:
     pinned = {"AOT_CACHE": str(bundle), "AOT_CACHE_DIGEST": "0" * 64, "VLLM_CACHE_ROOT": str(tmp_path / "root")}
     found, _ = serve(tmp_path, "spawn", **pinned)
-    assert found["children"] == 1 and found["worker"]["models"] == {"compiled": 1, "loaded": 0}
+    assert found["children"] == 1 and found["worker"]["models"] == {"compiled": 1, "loaded": 0, "measured": 0}
 
 
 def test_hostile_factors_are_a_damaged_bundle(tmp_path: Path) -> None:

@@ -66,6 +66,12 @@ calls = st.builds(
 )
 
 
+types = st.sampled_from(["*bf16", "i32", "constexpr"])
+signatures = st.recursive(
+    st.lists(types, max_size=3).map(tuple), lambda inner: st.lists(types | inner, max_size=3).map(tuple)
+)
+
+
 @st.composite
 def plans(draw: st.DrawFn, target: str | None = None) -> Plan:
     """A plan as the builder makes one: units and tunings once each, `via` within bounds."""
@@ -98,6 +104,7 @@ def plans(draw: st.DrawFn, target: str | None = None) -> Plan:
         units=list({u.id: u for u in draw(st.lists(units, max_size=4))}.values()),
         tunings=list(found.values()),
         closures=draw(st.dictionaries(kernels, json_values, max_size=2)),
+        launchers=tuple(draw(st.lists(signatures, max_size=2))),
         calls=draw(st.lists(calls, max_size=3)),
         ranks=draw(st.integers(1, 8)),
     )

@@ -37,6 +37,8 @@ from triton.runtime.jit import JITFunction, compute_cache_key
 
 from aot_cache import tested
 from aot_cache.artifact import target as targets
+from aot_cache.artifact.plan import Plan
+from aot_cache.builder import kernels_compile
 from aot_cache.upstream import versions
 from aot_cache.upstream.codec import triton_jit, triton_names
 from aot_cache.upstream.hooks import triton_launcher, triton_launches
@@ -376,6 +378,22 @@ def test_launching_goes_through_run(h200: Any, monkeypatch: pytest.MonkeyPatch) 
         seen == [(scale, {"grid": (1,), "warmup": False, "BLOCK": 64})],
         "kernel[grid](...) does not call JITFunction.run(grid=..., warmup=False, ...) on the class",
     )
+
+
+@pytest.mark.contract("triton_launches")
+def test_launchers_are_noted_by_signature(tmp_path: Path) -> None:
+    """Also of a kernel inside a compiled graph, that no JITFunction launches: a plan has what their C source is made of."""
+    if TRITON not in versions.LAUNCHER_PER_SIGNATURE:
+        return
+    log = triton_launches.LaunchLog()
+    stop = triton_launches.record_launches(log)
+    try:
+        text = nvidia.make_launcher({}, {"x": "*bf16", "pair": ("i32", "*fp32"), "BLOCK": "constexpr"}, None)
+    finally:
+        stop()
+    Plan(recipe="r", target="h200", launchers=tuple(log.launchers)).write(tmp_path / "a.plan.json")
+    (types,) = Plan.read(tmp_path / "a.plan.json").launchers
+    need(triton_launcher.launcher_source(kernels_compile._numbered(types), None) == text, "the types are not enough")
 
 
 @pytest.mark.contract("triton_miss")

@@ -228,6 +228,11 @@ def signature(data: Sequence[Any]) -> Signature:
     return tuple(one if isinstance(one, str) else signature(one) for one in data)
 
 
+def _lists(types: Sequence[Any]) -> list[Any]:
+    """Signatures as JSON has them."""
+    return [one if isinstance(one, str) else _lists(one) for one in types]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """All units of a recipe for one target. `origin` is `traced` or `recorded`."""
@@ -254,7 +259,7 @@ class Plan:
     compiled graphs need them, too, and are no units."""
 
     def to_json(self) -> dict[str, Any]:
-        found = {"aot-cache plan": SCHEMA, **asdict(self)}
+        found = {"aot-cache plan": SCHEMA, **asdict(self), "launchers": _lists(self.launchers)}
         for name in ("caches", "launchers"):
             if not found[name]:
                 del found[name]
@@ -283,7 +288,7 @@ class Plan:
                 ranks=data.get("ranks", 1),
                 failed=[FailedCase(**f) for f in data.get("failed", [])],
                 caches=data.get("caches", ""),
-                launchers=[signature(one) for one in data.get("launchers", ())],
+                launchers=tuple(signature(one) for one in data.get("launchers", ())),
             )
         except (KeyError, TypeError) as error:
             raise DeclarationError(
@@ -463,7 +468,7 @@ def merge(plans: Iterable[Plan]) -> Plan:
             tunings=list(tunings.values()),
             closures=closures,
             failed=each_once(failed for plan in parts for failed in plan.failed),
-            launchers=sorted({one for plan in parts for one in plan.launchers}, key=json.dumps),
+            launchers=tuple(sorted({one for plan in parts for one in plan.launchers}, key=json.dumps)),
         )
     )
 

@@ -77,7 +77,7 @@ class Recording:
             closures = {name: log.closures[name] for name in sorted(log.functions)}
             launched = [(dict(unit), sorted(via)) for unit, via in zip(log.units, log.via)]
             tunings = [Tuning(**tuning) for tuning in log.tunings]
-            launchers = sorted(log.launchers, key=json.dumps)
+            launchers = tuple(sorted(log.launchers, key=json.dumps))
         digests = {name: triton_jit.closure_digest(document) for name, document in closures.items()}
         units = [
             Unit(source=digests[unit["kernel"]], via=[list(pair) for pair in via], **unit)

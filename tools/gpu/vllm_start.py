@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-BATCHES, LENGTHS = (1, 3, 7, 32), (5, 63, 64, 700, 2000)
+BATCHES, LENGTHS = (1, 3, 7, 32), (1, 5, 63, 64, 700, 2000)
+"""A prompt of one token has kernels of its own: it is a decoding step without drafts."""
 MIXED = {
     "20 of 5 to 2000": [5, 63, 64, 700, 2000] * 4,
     "64 odd lengths": [(i * 97) % 1500 + 1 for i in range(64)],

@@ -7,6 +7,7 @@ factors, and pass over those that compiled code cannot depend on. If others diff
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -64,7 +65,7 @@ def serve(bundles: Callable[[], list[Bundle]], count: Callable[[str], None]) -> 
             if cached is None:
                 return load(path)
             with engine_caches.unpacked(cached) as folder:
-                loaded = hook.load_from(folder, model, path, load)
+                loaded = hook.load_from(folder, model, path, load, _moved_settings(cached))
             if loaded is None:
                 _say_why_not(cached)
                 return None
@@ -98,6 +99,17 @@ def _fitting(bundles: list[Bundle], model: Any, path: Path) -> Cached | None:
         return one
     _LOG.warning("aot-cache: vLLM compiles %s itself: %s", here["model"], _named(differing, here, there))
     return None
+
+
+def _moved_settings(cached: Cached) -> dict[str, Any]:
+    """The settings of Inductor in `MOVES`, as they were where the entry was compiled."""
+    factors = engine_cache.factors_of(*cached)
+    prefix = "inductor."
+    return {
+        name.removeprefix(prefix): ast.literal_eval(factors[name])
+        for name in MOVES
+        if name.startswith(prefix) and name in factors
+    }
 
 
 def _differing(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:

@@ -7,7 +7,8 @@ Upstream, all in vLLM:
 - `vllm/compilation/caching.py`: `aot_compile_hash_factors`; `vllm/compilation/compiler_interface.py`: `get_inductor_factors`;
   `vllm/config/utils.py`: `get_hash_factors`
 - `vllm/compilation/backends.py`: `VllmBackend.__call__`. Compiled subgraphs are below `compilation_config.cache_dir`, the rank
-  and the model's prefix, unless they are inside the file `model`
+  and the model's prefix, unless they are inside the file `model`. `CompilerManager.compile` recognises equal subgraphs by
+  AOTAutograd's key
 - `vllm/model_executor/models/registry.py`: `_LazyRegisteredModel`, what a model's class can do, found out in a child process
 """
 
@@ -34,7 +35,7 @@ _LOAD = "_try_load_aot_compiled_fn"
 _SUBGRAPHS = "vllm_compile_cache.py"
 """A table of the compiled subgraphs, a Python literal: where each file is."""
 _TUNED = "*.best_config"
-"""What Inductor's autotuners have chosen."""
+"""What Inductor's autotuners have chosen (`inductor_choices.SUFFIX`)."""
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 _LONGEST = 120
 WHOLE_CONFIG = "config.all"
@@ -178,26 +179,28 @@ def files_of(model: Any, path: Path) -> Iterator[tuple[str, bytes]]:
         yield f"inductor_cache/{file.relative_to(tuned)}", file.read_bytes()
 
 
-def load_from(folder: Path, model: Any, path: Path, load: Load) -> Any:
+def load_from(folder: Path, model: Any, path: Path, load: Load, settings: Mapping[str, Any]) -> Any:
     """Let vLLM load a model from a folder with the files of an entry, in place of `path`. The folder may be removed after it.
 
-    Where vLLM keeps compiled subgraphs is set for this load only. What Inductor's tuners chose goes where vLLM has told Inductor
-    to look: beside `path`.
+    Where vLLM keeps compiled subgraphs is set for this load only. What Inductor's tuners chose is served from memory, because
+    Inductor asks for it at the kernels' first run.
+
+    Args:
+        settings: settings of Inductor that differ here, with the values of the machine that compiled. Equal subgraphs are in the
+            entry once, and vLLM recognises the others by Inductor's key, which contains all settings.
     """
-    from aot_cache.store import write_atomic  # here: vLLM's API server imports this module, and reads no bundle
+    from aot_cache.upstream.hooks import inductor_choices, inductor_keys
 
     config = model.compilation_config
     before, subgraphs, tuned = config.cache_dir, folder / "subgraphs", folder / "inductor_cache"
     for table in subgraphs.rglob(_SUBGRAPHS):
         _relocate(table)
-    for choice in tuned.rglob(_TUNED):
-        here = path.parents[1] / choice.relative_to(folder)
-        if not here.exists():
-            write_atomic(here, choice.read_bytes())
+    inductor_choices.serve({choice.name: choice.read_bytes() for choice in tuned.rglob(_TUNED)})
     try:
         if subgraphs.is_dir():
             config.cache_dir = str(subgraphs)
-        return load(folder / rank_of(path) / "model")
+        with inductor_keys.with_settings(settings):
+            return load(folder / rank_of(path) / "model")
     finally:
         config.cache_dir = before
 

@@ -7,10 +7,12 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+from triton import Config
+
 from vllm import envs
 from vllm.config.utils import hash_factors
 
-counts = {"compiled": 0, "loaded": 0}
+counts = {"compiled": 0, "loaded": 0, "measured": 0}
 
 
 class Compiled:
@@ -39,9 +41,18 @@ def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any:
     with open(table) as file:
         (entry,) = ast.literal_eval(file.read()).values()
     with open(entry["graph_handle"][1]) as file:
-        assert file.read() == "subgraph"
+        kernel = file.read()
     counts["loaded"] += 1
+    if _choices_of(kernel).read_best({}, [Config({"XBLOCK": 32}), Config({"XBLOCK": 64})]) is None:
+        counts["measured"] += 1
     return found
+
+
+def _choices_of(kernel: str) -> Any:
+    """Inductor's own cache of what its tuner chose for the kernel in the file `kernel`."""
+    from torch._inductor.runtime.autotune_cache import AutotuneCache
+
+    return AutotuneCache.create({}, kernel, "digest of the configs")
 
 
 def _cache_dir(config: Any, path: str) -> str:
@@ -81,12 +92,14 @@ class Model:
         with open(sys.modules["fake_vllm_model"].__file__ or "") as file:
             text = file.read()
         contents = {
-            os.path.join(subgraphs, name): "subgraph",
+            os.path.join(subgraphs, name): os.path.join(
+                tuned, "cab.py"
+            ),  # the source's path at that time, as in Inductor's
             os.path.join(subgraphs, "vllm_compile_cache.py"): repr(handle),
-            os.path.join(tuned, "cab.best_config"): "{}",
             os.path.join(tuned, "cab.py"): "generated code, which is not kept",
             path: text,
         }
+        _choices_of(os.path.join(tuned, "cab.py")).save(Config({"XBLOCK": 64}), 1000)
         for file_name, content in contents.items():
             with open(file_name, "w") as out:
                 out.write(content)
