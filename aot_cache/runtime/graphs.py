@@ -24,7 +24,7 @@ from aot_cache.artifact.manifest import ServedGraph, graph_label, served
 from aot_cache.errors import Incompatible
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
-from aot_cache.upstream.codec import code_bytes, dynamo_globals, python_code, torch_ranks
+from aot_cache.upstream.codec import code_bytes, dynamo_globals, gpu_number, python_code, torch_ranks
 from aot_cache.upstream.hooks import torch_capture
 from aot_cache.upstream.hooks.dynamo_frames import Found, Frame
 
@@ -70,6 +70,7 @@ class GraphSet:
         self._changed: dict[str, str] | None = None
         self._numbers = itertools.count(1)
         self.on_cpu = self.manifest.on_cpu
+        self._number: int | None = None
         self._lock = threading.RLock()
 
     def waiting(self) -> bool:
@@ -135,20 +136,18 @@ class GraphSet:
         """Load all compiled graphs, and their kernels onto the current device. Returns how many graphs were loaded now.
 
         Raises:
-            Incompatible: the current GPU is not GPU 0 of the process.
+            Incompatible: a graph cannot run on the current GPU, because it is not GPU 0 of the process.
         """
         with self._lock:
-            self._check_device()
             new = [self._function(name, at) for name, at in self._artifacts.items() if name not in self._functions]
             return len(new)
 
-    def _check_device(self) -> None:
-        """Require GPU 0: Dynamo's guards and Inductor's code contain the device index, which is 0 in a build."""
-        if self.on_cpu or torch_capture.device_number() == 0:
-            return
-        expected = f"GPU 0 as the current GPU of the process, for the graphs of {self.bundle.path}"
-        hint = "start each rank with a GPU of its own in CUDA_VISIBLE_DEVICES"
-        raise Incompatible(expected, f"GPU {torch_capture.device_number()}", hint)
+    @property
+    def _gpu(self) -> int:
+        """The number of the GPU for which all graphs are loaded: the one that is current at the first load."""
+        if self._number is None and not self.on_cpu and torch_capture.cuda_is_up():
+            self._number = torch_capture.device_number()
+        return gpu_number.BUILT_FOR if self._number is None else self._number
 
     def _check(self, number: int, frame: Frame) -> tuple[object, str]:
         """(guard manager, "") if the call may run this graph, else (None, why not)."""
@@ -161,7 +160,8 @@ class GraphSet:
         dynamo_globals.install_modules(graph.imports, frame.f_globals)
         dynamo_globals.prepare_modules(module for module, _, _ in graph.inlined)
         data = self.bundle.object(graph.guard_state)
-        return dynamo_guards.build(data, graph.identities, graph.values, frame.code, frame.f_globals, frame.f_locals)
+        facts = (graph.identities, graph.values)
+        return dynamo_guards.build(data, *facts, frame.code, frame.f_globals, frame.f_locals, self._gpu)
 
     def _differs(self, number: int, graph: ServedGraph, frame: Frame) -> str:
         """How the call differs from what was built, checked without guards; empty if it does not."""
@@ -188,6 +188,15 @@ class GraphSet:
                 why = f"the source of {module}:{qualname} differs"
                 self.loaded.stale[graph.name] = why
                 return why
+        return self._names_a_gpu(graph, frame)
+
+    def _names_a_gpu(self, graph: ServedGraph, frame: Frame) -> str:
+        """Why a graph cannot run on another GPU than GPU 0: users' code names that one. Else empty."""
+        if self._gpu == gpu_number.BUILT_FOR:
+            return ""
+        inlined = [code for module, name, _ in graph.inlined for code in python_code.codes(module).get(name, ())]
+        if any(gpu_number.named_in(code) for code in (frame.code, *inlined)):
+            return f"its code names GPU {gpu_number.BUILT_FOR}, and this process uses GPU {self._gpu}"
         return ""
 
     def _changed_settings(self, wanted: str, found: str) -> str:
@@ -207,7 +216,7 @@ class GraphSet:
 
     def _code(self, digest: str) -> types.CodeType:
         if digest not in self._codes:
-            self._codes[digest] = code_bytes.load(self.bundle.object(digest))
+            self._codes[digest] = code_bytes.load(self.bundle.object(digest), self._gpu)
         return self._codes[digest]
 
     def _function(self, name: str, digest: str) -> object:
@@ -216,11 +225,23 @@ class GraphSet:
         return self._functions[name]
 
     def _load(self, name: str, digest: str, choices: Mapping[str, int] | None) -> list[Any]:
-        """Load a compiled graph. Returns those of its kernels that have several configs."""
+        """Load a compiled graph. Returns those of its kernels that have several configs.
+
+        Raises:
+            Incompatible: it cannot run on this GPU of the process.
+        """
         from aot_cache.upstream.hooks import inductor_artifact, inductor_cpp, inductor_tuning
 
-        with inductor_cpp.serving(self._library), inductor_tuning.choosing(choices) as several:
-            made = inductor_artifact.load_graph(self.bundle.object(digest))
+        data = self.bundle.object(digest)
+        with inductor_cpp.serving(self._library), inductor_tuning.choosing(choices, self._gpu) as several:
+            try:
+                made = inductor_artifact.load_graph(data, self._gpu)
+            except ValueError as error:
+                if self._gpu == gpu_number.BUILT_FOR:
+                    raise
+                expected = f"graph {name} of {self.bundle.path} to run on GPU {self._gpu} of the process"
+                hint = "start each rank with a GPU of its own in CUDA_VISIBLE_DEVICES"
+                raise Incompatible(expected, f"it was built for GPU {gpu_number.BUILT_FOR}: {error}", hint) from error
         self._functions[name] = dynamo_globals.not_traced(made)
         for names in self._users.get(name, {}).values():
             names[name] = self._functions[name]

@@ -18,7 +18,7 @@ from aot_cache.runtime import graphs
 from aot_cache.runtime.graphs import GraphSet
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import read_bundle
-from aot_cache.upstream.hooks import torch_capture
+from aot_cache.upstream.hooks import inductor_artifact, torch_capture
 
 RANKS = 3
 
@@ -76,23 +76,42 @@ def test_what_ranks_share_is_built_once_for_all_of_them(job: OfRanks) -> None:
     assert [(graph["function"], graph["rank"]) for graph in found["graphs"]] == [("half", None)]
 
 
-@pytest.mark.parametrize(("backend", "gpu", "fits"), [("cuda", 0, True), ("cuda", 1, False), ("cpu", 1, True)])
-def test_graphs_are_for_the_first_gpu_of_a_process(
-    backend: str, gpu: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("backend", "up", "gpu", "asked"),
+    [("cuda", True, 0, 0), ("cuda", True, 1, 1), ("cuda", False, 1, 0), ("cpu", True, 1, 0)],
+)
+def test_graphs_are_loaded_for_the_gpu_that_is_current(
+    backend: str, up: bool, gpu: int, asked: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their guards and code hold its number: a rank on another one would miss all of them, and say so by a device only."""
+    """At the first load, and from then on. One that cannot run there is refused in one line."""
+    loaded: list[int] = []
+
+    def load_graph(_data: bytes, number: int) -> object:
+        loaded.append(number)
+        if number:
+            raise ValueError("it holds a device")
+        return lambda: None
+
+    monkeypatch.setattr(torch_capture, "cuda_is_up", lambda: up)
     monkeypatch.setattr(torch_capture, "device_number", lambda: gpu)
-    header: Any = SimpleNamespace(graphs=[], on_cpu=backend == "cpu")
+    monkeypatch.setattr(inductor_artifact, "load_graph", load_graph)
+    graph = SimpleNamespace(code="c", graphs={"g": "d"}, libraries={}, choices={}, rank=None)
+    header: Any = SimpleNamespace(graphs=[graph], on_cpu=backend == "cpu")
     monkeypatch.setattr(graphs, "served", lambda bundle: header)
-    bundle: Any = SimpleNamespace(path=Path("B"), digest="d")
+    bundle: Any = SimpleNamespace(path=Path("B"), digest="d", object=lambda digest: b"")
     made = GraphSet(bundle, Ledger())
-    if fits:
-        assert made.prime() == 0
-        return
-    with pytest.raises(
-        Incompatible, match=r"expected GPU 0 .* graphs of B, found GPU 1; hint: start each rank .*CUDA_VISIBLE"
-    ):
-        made.prime()
+    if not asked:
+        assert made.prime() == 1
+    else:
+        expected = (
+            r"expected graph g of B to run on GPU 1 .*, found it was built for GPU 0: it holds a device; hint: .*CUDA_V"
+        )
+        with pytest.raises(Incompatible, match=expected):
+            made.prime()
+        monkeypatch.setattr(torch_capture, "device_number", lambda: 0)
+        with pytest.raises(Incompatible, match="on GPU 1"):
+            made.prime()
+    assert set(loaded) == {asked}
 
 
 SERVE = """

@@ -14,6 +14,7 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from aot_cache.upstream.codec import gpu_number
 from aot_cache.upstream.codec.python_code import identity
 
 _MARSHAL = 2
@@ -59,11 +60,11 @@ def _encoded(value: Any) -> Any:
     return value
 
 
-def _decoded(value: Any) -> Any:
+def _decoded(value: Any, number: int) -> Any:
     if type(value) is not tuple or not value:
         return value
     if value[0] != _STANDS_FOR:
-        return tuple(map(_decoded, value))
+        return tuple(_decoded(part, number) for part in value)
     _, kind, *rest = value
     if kind == "enum":
         owner: Any = importlib.import_module(rest[0])
@@ -71,7 +72,9 @@ def _decoded(value: Any) -> Any:
             owner = getattr(owner, step)
         return owner[rest[2]]
     torch: Any = importlib.import_module("torch")
-    return torch.device(rest[0]) if kind == "torch:device" else getattr(torch, rest[0].removeprefix("torch."))
+    if kind == "torch:device":
+        return torch.device(gpu_number.in_text(rest[0], number))
+    return getattr(torch, rest[0].removeprefix("torch."))
 
 
 def _portable(code: types.CodeType, names: Mapping[str, str], filename: str) -> types.CodeType:
@@ -91,15 +94,14 @@ def _renamed(value: Any, names: Mapping[str, str]) -> Any:
     return names.get(value, value) if isinstance(value, str) else _encoded(value)
 
 
-def load(data: bytes) -> types.CodeType:
-    """The code object in `data`. The caller must have checked the hash of `data`."""
+def load(data: bytes, number: int = gpu_number.BUILT_FOR) -> types.CodeType:
+    """The code object in `data`, for GPU `number` of the process. The caller must have checked the hash of `data`."""
     code = marshal.loads(data)  # noqa: S302  # hashed by the caller
     if not isinstance(code, types.CodeType):
         raise ValueError(f"bytes of a code object, not of a {type(code).__name__}")
-    return _restored(code)
+    return _restored(code, number)
 
 
-def _restored(code: types.CodeType) -> types.CodeType:
-    return code.replace(
-        co_consts=tuple(_restored(v) if isinstance(v, types.CodeType) else _decoded(v) for v in code.co_consts)
-    )
+def _restored(code: types.CodeType, number: int) -> types.CodeType:
+    consts = (_restored(v, number) if isinstance(v, types.CodeType) else _decoded(v, number) for v in code.co_consts)
+    return code.replace(co_consts=tuple(consts))

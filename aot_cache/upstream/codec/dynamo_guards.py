@@ -28,7 +28,7 @@ from torch._guards import Guard, GuardsSet, Source, TracingContext, tracing
 from torch._library import custom_ops
 from torch._subclasses.fake_tensor import FakeTensor
 
-from aot_cache.upstream.codec import guard_facts, guard_lookups
+from aot_cache.upstream.codec import gpu_number, guard_facts, guard_lookups
 from aot_cache.upstream.codec.guard_facts import LIVENESS, NAMELESS
 
 Json = Any
@@ -176,10 +176,11 @@ def build(
     code: types.CodeType,
     f_globals: dict[str, Any],
     f_locals: Mapping[str, Any],
+    number: int = gpu_number.BUILT_FOR,
 ) -> tuple[Any, str]:
     """Build the guards in `data` for an actual call: (guard manager, "") or (None, why the call fails them).
 
-    `data` is unpickled: the caller must have checked its hash.
+    `data` is unpickled: the caller must have checked its hash. `number` is the GPU on which the graph is to run.
     """
     state = _read(data)
     graph = state.output_graph
@@ -187,7 +188,7 @@ def build(
     _install_builtins(graph.name_of_builtins_dict_key_in_fglobals, f_globals)
     graph.local_scope, graph.global_scope = dict(f_locals), f_globals
     scope = _Scope({"L": graph.local_scope, "G": f_globals, "__builtins__": _builtins(f_globals)})
-    why = _first_difference(graph, scope, identities, values)
+    why = _first_difference(graph, scope, identities, values, number)
     if why:
         return None, why
     try:
@@ -206,7 +207,7 @@ def _read(data: bytes) -> Any:
 
 
 def _first_difference(
-    graph: Any, scope: _Scope, identities: Sequence[Sequence[str]], values: Sequence[Sequence[str]]
+    graph: Any, scope: _Scope, identities: Sequence[Sequence[str]], values: Sequence[Sequence[str]], number: int
 ) -> str:
     """The first guard whose text differs here from the one written by the builder, as a sentence; empty if none does."""
     by_identity = {(kind, name): text for kind, name, text in identities}
@@ -217,6 +218,7 @@ def _first_difference(
         was = by_identity.get(place, by_value.get(place))
         if was is None:
             continue
+        was = gpu_number.in_text(was, number)
         value = scope.value(guard)
         if place in by_identity:
             found = guard_facts.of_identity(value) or f"a {type(value).__name__}"

@@ -312,6 +312,15 @@ def digests(module: str) -> dict[str, set[str]]:
     return found
 
 
+def codes(module: str) -> dict[str, list[types.CodeType]]:
+    """Qualified name → the code of the functions with that name in `module`, as imported here."""
+    owner = sys.modules.get(module)
+    found: dict[str, list[types.CodeType]] = {}
+    for name, code in _places(owner).values() if owner is not None else ():
+        found.setdefault(name, []).append(code)
+    return found
+
+
 def _places(module: types.ModuleType) -> dict[types.CodeType, tuple[str, types.CodeType]]:
     """Every code object reachable from `module`'s functions and classes → (name, code) of its outermost function."""
     found: dict[types.CodeType, tuple[str, types.CodeType]] = {}

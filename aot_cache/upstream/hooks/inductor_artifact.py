@@ -32,7 +32,7 @@ from torch._inductor.output_code import CompiledFxGraph
 from torch._inductor.triton_bundler import TritonBundler
 
 from aot_cache.upstream import patch
-from aot_cache.upstream.codec import inductor_source
+from aot_cache.upstream.codec import gpu_number, inductor_source
 from aot_cache.upstream.hooks import inductor_later
 
 _SETTINGS: dict[str, Any] = {
@@ -156,23 +156,30 @@ def kernels_in(data: bytes) -> list[str]:
     return [name.decode() for name in dict.fromkeys(_KERNEL.findall(data))]
 
 
-def load_graph(data: bytes) -> Any:
-    """The function in `data`, whose hash the caller must have checked. Its kernels are loaded onto the current device.
+def load_graph(data: bytes, gpu: int = gpu_number.BUILT_FOR) -> Any:
+    """The function in `data`, whose hash the caller must have checked, for the GPU with this number.
 
     Upstream writes source and binaries into its cache folders, and reads them back. Here these folders are private, and
     removed when the process ends.
+
+    Raises:
+        ValueError: it can run only on the GPU for which it was built.
     """
-    with _one_at_a_time, _private_folders(data), _without_the_compiler():
+    if gpu != gpu_number.BUILT_FOR and gpu_number.holds_devices(data):
+        raise ValueError("its artifact holds a device")
+    with _one_at_a_time, _private_folders(data), _without_the_compiler(gpu):
         return Serializable.deserialize_compile_artifacts(data)
 
 
 @contextlib.contextmanager
-def _without_the_compiler() -> Iterator[None]:
+def _without_the_compiler(gpu: int) -> Iterator[None]:
     """Skip what upstream's cache does after loading a graph: import all of `torch._inductor.graph` for a hook of its own
     tests, and ask another cache for measurements."""
     inductor_later.call_without_debug()
 
     def cache_hit_post_compile(_: Any, graph: Any, cache_info: Any, constants: Any) -> Any:
+        if gpu != gpu_number.BUILT_FOR:
+            _move(graph, gpu)
         if graph._triton_bundle:
             TritonBundler.read_and_emit(graph._triton_bundle)
         graph.after_deserialization(constants)
@@ -180,6 +187,15 @@ def _without_the_compiler() -> Iterator[None]:
 
     with _post_compile.replaced(cache_hit_post_compile):
         yield
+
+
+def _move(graph: Any, gpu: int) -> None:
+    """The code of a graph that is just unpickled, for the GPU with this number. `inductor_tuning.choosing` moves its kernels."""
+    binaries = len(graph._triton_bundle.static_autotuners or ()) if graph._triton_bundle else 0
+    if gpu_number.kernels(graph.source_code) > binaries:
+        raise ValueError("it has a kernel that is compiled when it is loaded")
+    graph.source_code = gpu_number.in_module(graph.source_code, gpu)
+    graph.device_idxs = type(graph.device_idxs)([gpu])
 
 
 _post_compile = patch.OnThisThread(FxGraphCache, "cache_hit_post_compile")

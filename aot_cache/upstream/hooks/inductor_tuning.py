@@ -19,6 +19,7 @@ from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._inductor.triton_bundler import TritonBundler
 
 from aot_cache.upstream import patch
+from aot_cache.upstream.codec import gpu_number
 
 Json = Any
 _CACHES = ("autotune_local_cache", "autotune_remote_cache", "bundled_autotune_remote_cache")
@@ -60,16 +61,21 @@ def collecting() -> Iterator[dict[str, Json]]:
 
 
 @contextlib.contextmanager
-def choosing(choices: Mapping[str, int] | None) -> Iterator[list[Kernel]]:
+def choosing(choices: Mapping[str, int] | None, gpu: int = gpu_number.BUILT_FOR) -> Iterator[list[Kernel]]:
     """Load graphs inside with one config of each kernel: the one that `choices` (key → number) has, else the first.
 
     If `choices` is None, all configs are kept, and measured at the first run. Yields the kernels that have several configs.
+
+    Args:
+        gpu: the number of the GPU onto which kernels are loaded.
     """
     kernels: list[Kernel] = []
 
     def load_autotuners(original: Any, cls: Any, static_autotuners: Any) -> Any:
         for entry in static_autotuners or ():
             tuner = entry.kernel
+            if gpu != gpu_number.BUILT_FOR:
+                _move(tuner, gpu)
             # Upstream compiles one more config at load time if a reduction kernel uses the GPU poorly.
             tuner.inductor_meta = {**tuner.inductor_meta, "dynamic_scale_rblock": False}
             if len(tuner.compile_results) > 1:
@@ -83,6 +89,14 @@ def choosing(choices: Mapping[str, int] | None) -> Iterator[list[Kernel]]:
 
     with _load_autotuners.replaced(load_autotuners):
         yield kernels
+
+
+def _move(tuner: Any, gpu: int) -> None:
+    """A kernel of Inductor's is loaded onto the GPU with this number, and no other."""
+    tuner.device_props = tuner.device_props._replace(index=gpu)
+    tuner.triton_meta = {**tuner.triton_meta, "device": gpu}
+    for result in tuner.compile_results:
+        result.compile_meta = {**result.compile_meta, "device": gpu}
 
 
 _load_autotuners = patch.OnThisThread(TritonBundler, "load_autotuners")
