@@ -13,6 +13,7 @@ from aot_cache.errors import BundleMissing, Incompatible
 from aot_cache.runtime import session
 from aot_cache.runtime.session import Session
 from aot_cache.upstream.codec import triton_kernel
+from aot_cache.upstream.hooks import cuda_libraries
 
 
 @dataclass(eq=False)
@@ -88,3 +89,14 @@ def test_graphs_that_are_refused_are_counted_once(strict: bool, monkeypatch: pyt
         mine._hook_dynamo()
     assert len(seen) == 2 and mine.ledger.to_json()["total"]["rejected_bundle"] == 2
     assert len(said) == (1 if strict else 2)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_an_engine_may_make_the_libraries_ready_itself(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+    monkeypatch.setattr(cuda_libraries, "prime", lambda: done.append(1))
+    session = Session(lambda _: None)
+    assert session.primes_libraries
+    session.primes_libraries = asked
+    session._prime_libraries()
+    assert bool(done) == asked

@@ -70,6 +70,9 @@ class Session:
         """Constants of kernels that are known only since this process runs."""
         self._doubts: set[str] = set()
         """Doubts for which a warning was shown."""
+        self.primes_libraries = True
+        """Whether cuBLAS and cuDNN are made ready before a capture. Not for an engine that runs each size before it captures it:
+        loading cuDNN takes about a second, also for a model that never uses it."""
 
     # --- bundles ------------------------------------------------------------------------------------------------------
 
@@ -378,7 +381,7 @@ class Session:
 
     def _prime_libraries(self) -> None:
         """Create the handles of cuBLAS and cuDNN. Their first use inside a capture would break it, even in an eager fallback."""
-        if policy.default() == "observe":
+        if policy.default() == "observe" or not self.primes_libraries:
             return
         from aot_cache.upstream.hooks import cuda_libraries
 

@@ -269,7 +269,8 @@ def _planned(plan: Path) -> Json:
 
 def _summary(answer: Json, out: Path) -> Json:
     """Seconds, and counts of events: in all, inside captures, and since vLLM was ready. `out` has the row's files."""
-    events = [json.loads(line) for path in (out / "trace").glob("*.jsonl") for line in path.read_text().splitlines()]
+    each = [list(map(json.loads, path.read_text().splitlines())) for path in (out / "trace").glob("*.jsonl")]
+    events = [event for process in each for event in process]
     ready = answer["ready_at"]
     found = [event for event in events if event["kind"] in COUNTED]
     counts = {
@@ -277,10 +278,6 @@ def _summary(answer: Json, out: Path) -> Json:
         "capturing": Counter(event["kind"] for event in found if event["capturing"]),
         "after ready": Counter(event["kind"] for event in found if event["t"] > ready),
     }
-    phases: dict[str, float] = {}
-    for event in events:
-        if event["kind"] == "phase":
-            phases[event["name"]] = max(phases.get(event["name"], 0.0), event["seconds"])
     odd = [event for event in found if event["kind"] in (*NEVER, *LOADS) and (event["capturing"] or event["t"] > ready)]
     tokens = {step["label"]: step.get("tokens") for step in answer["steps"]}
     ledgers = stats_files.read(str(out / "stats")).values()
@@ -290,7 +287,7 @@ def _summary(answer: Json, out: Path) -> Json:
         "ready": round(answer["ready"], 2),
         "first token": round(answer["first_token"], 2),
         "done": round(answer["done"], 2),
-        "phases": {name: round(seconds, 2) for name, seconds in phases.items()},
+        "phases": _phases(each),
         "counts": {name: dict(count) for name, count in counts.items()},
         "odd": sorted({f"{e['kind']} {e['name']}{' capturing' if e['capturing'] else ''}" for e in odd})[:40],
         "errors": [step["error"] for step in answer["steps"] if "error" in step][:3],
@@ -301,6 +298,18 @@ def _summary(answer: Json, out: Path) -> Json:
         "ledgers": [{key: {k: v for k, v in one[key].items() if v} for key in keys} for one in ledgers],
         "tokens": tokens,
     }
+
+
+def _phases(processes: Sequence[Sequence[Json]]) -> dict[str, float]:
+    """Step of vLLM's or ours → seconds in all, of the process that spent most in it."""
+    found: dict[str, float] = {}
+    for events in processes:
+        here: Counter[str] = Counter()
+        for event in events:
+            if event["kind"] == "phase":
+                here[event["name"]] += event["seconds"]
+        found.update({name: round(seconds, 2) for name, seconds in here.items() if seconds > found.get(name, 0.0)})
+    return found
 
 
 def write_model(folder: Path) -> Path:
@@ -431,12 +440,8 @@ def tokens_equal(rows: Mapping[str, Json]) -> dict[str, dict[str, float]]:
 
 
 def _share(left: Json, right: Json, labels: tuple[str, ...]) -> float | None:
-    pairs = [
-        pair
-        for label in left.keys() & right.keys()
-        if label.startswith(labels)
-        for pair in zip(left[label], right[label])
-    ]
+    both = [label for label in left.keys() & right.keys() if label.startswith(labels) and left[label] and right[label]]
+    pairs = [pair for label in both for pair in zip(left[label], right[label])]
     return round(sum(a == b for a, b in pairs) / len(pairs), 4) if pairs else None
 
 

@@ -66,6 +66,9 @@ def _begin() -> None:
 
 def _load() -> None:
     import aot_cache.auto  # noqa: F401  # reads the environment
+    from aot_cache.runtime import loader
+
+    loader.SESSION.primes_libraries = False  # vLLM runs each size before it captures it
 
 
 def _serve_models() -> None:

@@ -231,6 +231,12 @@ def _weights(module: Any) -> None:
         module.initialize_dummy_weights = initialize_dummy_weights
 
 
+def _session(module: Any) -> None:
+    """Not counted: how long the steps of aot-cache take in a worker."""
+    steps = ("load", "_prime_kernels", "_prime_graphs", "_compile_at_start", "_prime_libraries")
+    _phase(module.Session, *steps)
+
+
 HOOKS: dict[str, Callable[[Any], None]] = {
     "triton.runtime.jit": _jit,
     "triton.knobs": _knobs,
@@ -243,6 +249,7 @@ HOOKS: dict[str, Callable[[Any], None]] = {
     "torch._inductor.runtime.triton_heuristics": _heuristics,
     "torch._inductor.runtime.static_triton_launcher": _static,
     "torch.cuda.graphs": _graphs,
+    "aot_cache.runtime.session": _session,
     "vllm.v1.worker.gpu_worker": _worker,
     "vllm.v1.worker.gpu_model_runner": _runner,
     "vllm.v1.engine.core": _core,
