@@ -164,7 +164,7 @@ class Series:
             os.killpg(began.pid, signal.SIGKILL)
             code = -9
         text = (out / "log.txt").read_text(errors="replace")
-        said = [line[-700:] for line in text.splitlines() if "aot-cache" in line or "aot_cache" in line][:8]
+        said = [line[-700:] for line in text.splitlines() if "] aot-cache" in line or line.startswith("aot-cache")][:8]
         answer = out / "answer.json"
         if not answer.exists():
             return {"code": code, "error": text.splitlines()[-25:], "said": said}
