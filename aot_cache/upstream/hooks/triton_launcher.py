@@ -15,6 +15,7 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import json
+import logging
 import os
 import re
 import subprocess
@@ -35,6 +36,7 @@ from aot_cache.tested import minor
 from aot_cache.upstream import patch
 from aot_cache.upstream.versions import LAUNCHER_PER_SIGNATURE
 
+_LOG = logging.getLogger("aot_cache")
 LAUNCHER = "__triton_launcher"
 UTILS = "cuda_utils"
 
@@ -134,6 +136,8 @@ _lookups: list[Lookup] = []
 _replaced: list[Callable[[], None]] = []
 """Undo functions of the patches in Triton."""
 _lock = threading.Lock()
+_types: dict[str, tuple[Any, ...]] = {}
+"""Source of a launcher → the types of the arguments that it is for."""
 
 
 def serve(lookup: Lookup) -> Callable[[], None]:
@@ -188,12 +192,32 @@ def _serving(text_of: Callable[[str], str]) -> Any:
         if module is None:
             module = _find(text_of(asked), name)
             if module is None:
-                built: ModuleType = original(asked, name, *args, **kwargs)
-                return built
+                try:
+                    built: ModuleType = original(asked, name, *args, **kwargs)
+                    return built
+                except Exception as error:
+                    module = _through_torch(asked, error)
             known[asked] = module
         return module
 
     return compile_module
+
+
+def _through_torch(source: str, error: Exception) -> Any:
+    """What launches instead, if the C module with this source cannot be built. Raises `error` if nothing can."""
+    from aot_cache.upstream.hooks.torch_launcher import TorchLauncher
+
+    types = _types.get(source)
+    if types is None:  # not a launcher
+        raise error
+    try:
+        launcher = TorchLauncher(types, error)
+    except (KeyError, ImportError):
+        raise error from None
+    _LOG.warning(
+        "no C compiler for Triton's launcher (%s): a kernel that was missed is launched through torch", one_line(error)
+    )
+    return launcher
 
 
 def _find(src: str, name: str) -> ModuleType | None:
@@ -216,6 +240,7 @@ def _remembering() -> Any:
         key = tuple(signature.items())
         if key not in texts:
             texts[key] = make_launcher(constants, signature, tensordesc_meta)
+            _types[texts[key]] = tuple(signature.values())
         return texts[key]
 
     return make
