@@ -73,7 +73,6 @@ print(json.dumps({
 """
 
 
-@pytest.mark.gpu
 def test_graphs_run_on_the_second_gpu(tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
