@@ -225,7 +225,10 @@ def _compiled_models(found: Any) -> None:
     counts = {name: found[name]["vLLM's own counts"] for name in ("recorded", "same", "other option", "other source")}
     assert all(found[name]["equal to eager"] for name in counts)
     lowered = {name: found[name]["graphs that Inductor lowered"] for name in counts}
-    assert lowered == {"recorded": 1, "same": 0, "other option": 1, "other source": 1}, "four equal layers"
+    assert lowered.pop("same") == 0, (
+        "also of the layers that are equal to one that is kept, though the compiler has another name"
+    )
+    assert all(lowered.values())
     assert counts["recorded"]["num_aot_compiles"] == counts["same"]["num_aot_artifacts_loaded"] == 1
     assert counts["same"]["num_aot_compiles"] == 0
     assert (
