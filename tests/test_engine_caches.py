@@ -27,6 +27,7 @@ from aot_cache.artifact.plan import Plan
 from aot_cache.builder import pipeline
 from aot_cache.builder.pipeline import Request
 from aot_cache.cli.main import app
+from aot_cache.engines.vllm import compile_cache
 from aot_cache.errors import BundleCorrupt, DeclarationError
 from aot_cache.store import read_bundle
 from aot_cache.upstream.hooks.inductor_choices import SUFFIX
@@ -262,3 +263,14 @@ def test_what_cannot_be_recorded_is_a_warning(
     known(Path("nowhere"))
     recorder.finish()
     assert kept == [] and [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+
+
+def test_settings_as_they_were_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    factors = {
+        "inductor.cpp.cxx": "(None, '/there/g++')",
+        "inductor.cuda.cuda_cxx": "'/a/very/long… 0123",
+        "model": "m",
+    }
+    monkeypatch.setattr(engine_cache, "factors_of", lambda *_: factors)
+    cached: Any = (None, None)
+    assert compile_cache._moved_settings(cached) == {"cpp.cxx": (None, "/there/g++")}

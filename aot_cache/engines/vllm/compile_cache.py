@@ -8,6 +8,7 @@ factors, and pass over those that compiled code cannot depend on. If others diff
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -102,14 +103,15 @@ def _fitting(bundles: list[Bundle], model: Any, path: Path) -> Cached | None:
 
 
 def _moved_settings(cached: Cached) -> dict[str, Any]:
-    """The settings of Inductor in `MOVES`, as they were where the entry was compiled."""
+    """The settings of Inductor in `MOVES`, as they were where the entry was compiled. A text that was shortened is left out."""
     factors = engine_cache.factors_of(*cached)
     prefix = "inductor."
-    return {
-        name.removeprefix(prefix): ast.literal_eval(factors[name])
-        for name in MOVES
-        if name.startswith(prefix) and name in factors
-    }
+    found: dict[str, Any] = {}
+    for name in MOVES:
+        if name.startswith(prefix) and name in factors:
+            with contextlib.suppress(ValueError, SyntaxError):
+                found[name.removeprefix(prefix)] = ast.literal_eval(factors[name])
+    return found
 
 
 def _differing(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
