@@ -122,7 +122,7 @@ def python(folder: Path, script: str, *arguments: str) -> Any:
 
 def without_kernels(source: str) -> list[str]:
     """The lines of a graph's module that are run, without the texts of its kernels. Streams' variables have one name."""
-    text = gpu_number._KERNEL.sub("KERNEL", gpu_number._without_comments(source))
+    text = gpu_number._COMMENT.sub("", gpu_number._KERNEL.sub("KERNEL", source))
     return [re.sub(r"stream\d\b", "stream", line) for line in text.splitlines() if line.strip()]
 
 
@@ -171,6 +171,14 @@ def test_devices_in_pickles() -> None:
         assert gpu_number.holds_devices(pickle.dumps(value, protocol=4))
     for value in ("torch", ["torch", "device"], {"torch": "device"}, [torch.float32, "device"]):
         assert not gpu_number.holds_devices(pickle.dumps(value, protocol=4))
+
+
+@pytest.mark.parametrize("size", range(65536 - 40, 65536 + 8))
+def test_a_device_at_the_end_of_a_pickle_s_frame(size: int) -> None:
+    """A pickle is cut into frames of 64 KiB, between any two texts."""
+    assert gpu_number.holds_devices(pickle.dumps(["x" * size, torch.device("cuda", 0)], protocol=4))
+    several = ["x" * 1000] + [f"{n:0{size // 66}}" for n in range(64)]
+    assert gpu_number.holds_devices(pickle.dumps([*several, torch.device("cuda", 0)], protocol=4))
 
 
 def test_devices_in_bytecode() -> None:

@@ -13,12 +13,14 @@ from __future__ import annotations
 import pickletools
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 BUILT_FOR = 0
 _NAME = re.compile(rf"\bcuda:{BUILT_FOR}\b")
 _KERNEL = re.compile(r"(async_compile\.triton\('\w+', '''.*?''', device_str='cuda'\))", re.DOTALL)
 """A kernel's definition. Its text is the key under which its binaries are found, so it stays as it is."""
+_COMMENT = re.compile(r"^[ \t]*#.*\n", re.MULTILINE)
+"""A line in which Inductor explains what a kernel is for; it shows devices, too."""
 _WRITTEN = re.compile(
     r"(?P<before>_DeviceGuard\(|set_device\(|get_raw_stream\(|device\(type='cuda', index=|'cuda:)"
     rf"{BUILT_FOR}(?P<after>\)|'| as )"
@@ -39,14 +41,15 @@ def in_module(source: str, number: int) -> str:
     Raises:
         ValueError: it names the GPU in a way that is not known here.
     """
-    if number == BUILT_FOR:
-        return source
-    parts = _KERNEL.split(_without_comments(source))
-    moved = [part if n % 2 else _WRITTEN.sub(rf"\g<before>{number}\g<after>", part) for n, part in enumerate(parts)]
-    left = next((found for part in moved[::2] if (found := _LEFT.search(part))), None)
-    if left:
-        raise ValueError(f"its code names the GPU as {left[0]!r}")
-    return "".join(moved)
+
+    def moved(part: str) -> str:
+        found = _WRITTEN.sub(rf"\g<before>{number}\g<after>", _COMMENT.sub("", part))
+        left = _LEFT.search(found)
+        if left:
+            raise ValueError(f"its code names the GPU as {left[0]!r}")
+        return found
+
+    return _outside_kernels(source, moved) if number != BUILT_FOR else source
 
 
 def kernels(source: str) -> int:
@@ -54,32 +57,27 @@ def kernels(source: str) -> int:
     return len(_KERNEL.findall(source))
 
 
-def _without_comments(source: str) -> str:
-    """`source` without the lines in which Inductor explains what a kernel is for. Kernels' texts keep theirs."""
-    parts = _KERNEL.split(source)
-    return "".join(
-        part if n % 2 else re.sub(r"^[ \t]*#.*\n", "", part, flags=re.MULTILINE) for n, part in enumerate(parts)
-    )
+def _outside_kernels(source: str, change: Callable[[str], str]) -> str:
+    return "".join(part if n % 2 else change(part) for n, part in enumerate(_KERNEL.split(source)))
 
 
 def holds_devices(data: bytes) -> bool:
-    """Whether a pickle holds a `torch.device`."""
+    """Whether a pickle (protocol 4 or later) holds a `torch.device`."""
     memo: list[str] = []
-    pushed = ["", ""]
+    pushed = ["", ""]  # the two last texts on the stack
     for operation, argument, _ in pickletools.genops(data):
-        name = operation.name
+        name, text = operation.name, ""
         if name == "MEMOIZE":
             memo.append(pushed[1])
             continue
+        if name in ("FRAME", "PROTO"):  # nothing of the stack; a frame may begin between any two texts
+            continue
         if name == "STACK_GLOBAL" and pushed == ["torch", "device"]:
             return True
-        text = (
-            str(argument)
-            if "UNICODE" in name
-            else memo[int(argument or 0)]
-            if name in ("BINGET", "LONG_BINGET")
-            else ""
-        )
+        if "UNICODE" in name:
+            text = str(argument)
+        elif name in ("BINGET", "LONG_BINGET"):
+            text = memo[int(argument or 0)]
         pushed = [pushed[1], text]
     return False
 
