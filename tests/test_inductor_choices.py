@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,21 @@ from triton import Config
 
 from aot_cache.upstream.hooks import inductor_choices, inductor_keys
 
+Serve = Callable[[dict[str, bytes]], None]
+_READ = AutotuneCache._read
 CONFIGS = [Config({"XBLOCK": size}) for size in (32, 64, 128)]
 
 
-@pytest.fixture(autouse=True)
-def _forgotten() -> Iterator[None]:
-    yield
-    inductor_choices.forget()
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """`inductor_choices.serve`, taken out after the test."""
+    with contextlib.ExitStack() as undo:
+
+        def serve(choices: dict[str, bytes]) -> None:
+            undo.callback(inductor_choices.serve(choices))
+
+        yield serve
+    assert AutotuneCache._read is _READ
 
 
 def cache(folder: Path, configs_hash: str = "configs") -> Any:
@@ -36,11 +45,11 @@ def chosen(folder: Path, size: int) -> dict[str, bytes]:
 
 
 @pytest.mark.contract("inductor_choices")
-def test_a_choice_made_in_another_folder_is_found(tmp_path: Path) -> None:
+def test_a_choice_made_in_another_folder_is_found(tmp_path: Path, serve: Serve) -> None:
     choices = chosen(tmp_path / "there", 64)
     gone = tmp_path / "gone"
     assert cache(gone).read_best({}, CONFIGS) is None
-    inductor_choices.serve(choices)
+    serve(choices)
     for _ in range(2):
         assert cache(gone).read_best({}, CONFIGS).kwargs == {"XBLOCK": 64}
     assert not gone.exists(), "nothing is written"
@@ -50,8 +59,8 @@ def test_a_choice_made_in_another_folder_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.contract("inductor_choices")
-def test_what_inductor_has_itself_comes_first(tmp_path: Path) -> None:
-    inductor_choices.serve(chosen(tmp_path / "there", 64))
+def test_what_inductor_has_itself_comes_first(tmp_path: Path, serve: Serve) -> None:
+    serve(chosen(tmp_path / "there", 64))
     chosen(tmp_path / "here", 128)
     assert cache(tmp_path / "here").read_best({}, CONFIGS).kwargs == {"XBLOCK": 128}
 

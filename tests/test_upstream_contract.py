@@ -38,7 +38,6 @@ from triton.runtime.jit import JITFunction, compute_cache_key
 from aot_cache import tested
 from aot_cache.artifact import target as targets
 from aot_cache.artifact.plan import Plan
-from aot_cache.builder import kernels_compile
 from aot_cache.upstream import versions
 from aot_cache.upstream.codec import triton_jit, triton_names
 from aot_cache.upstream.hooks import triton_launcher, triton_launches
@@ -396,7 +395,7 @@ def test_launchers_are_noted_by_signature(tmp_path: Path) -> None:
         stop()
     Plan(recipe="r", target="h200", launchers=tuple(log.launchers)).write(tmp_path / "a.plan.json")
     (types,) = Plan.read(tmp_path / "a.plan.json").launchers
-    need(triton_launcher.launcher_source(kernels_compile._numbered(types), None) == text, "the types are not enough")
+    need(triton_launcher.launcher_source(types, None) == text, "the types are not enough")
 
 
 @pytest.mark.contract("triton_miss")

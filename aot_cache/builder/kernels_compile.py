@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -235,7 +235,7 @@ def _build_native(
     sources = {triton_launcher.source_key(s): (s, triton_launcher.UTILS) for s in [triton_launcher.utils_source()]}
     records = [(unit, store.get_record(UNITS, unit_key)) for unit, unit_key in zip(plan.units, outcome.keys)]
     launchers = [_launcher_source(unit, r["metadata"]) for unit, r in records if r is not None and "pruned" not in r]
-    launchers += [triton_launcher.launcher_source(_numbered(types), None) for types in plan.launchers]
+    launchers += [triton_launcher.launcher_source(types, None) for types in plan.launchers]
     for source in launchers:
         if source is not None:
             sources.setdefault(triton_launcher.source_key(source), (source, triton_launcher.LAUNCHER))
@@ -266,12 +266,7 @@ def _build_native(
 
 def _launcher_source(unit: Unit, metadata: dict[str, Any]) -> str | None:
     types = [triton_jit.decode(pair)[0] for pair in unit.specialization]
-    return triton_launcher.launcher_source(_numbered(types), metadata.get("tensordesc_meta"))
-
-
-def _numbered(types: Sequence[Any]) -> dict[str, Any]:
-    """A signature as Triton has it; the names of the arguments are not in a launcher's source."""
-    return {str(n): t for n, t in enumerate(types)}
+    return triton_launcher.launcher_source(types, metadata.get("tensordesc_meta"))
 
 
 def _native_key(job: _NativeJob) -> str:

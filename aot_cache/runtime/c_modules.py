@@ -15,7 +15,7 @@ def find(bundles: Iterable[tuple[Served, Bundle]], source: str) -> bytes | None:
     Raises:
         BundleCorrupt: its bytes do not hash.
     """
-    from aot_cache.upstream.hooks.triton_launcher import interpreter_tag  # imports Triton, which asks for this
+    from aot_cache.upstream.hooks.triton_launcher import interpreter_tag  # here, because it imports Triton
 
     suffix = interpreter_tag()
     for manifest, bundle in bundles:

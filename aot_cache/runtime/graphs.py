@@ -70,7 +70,7 @@ class GraphSet:
         self._changed: dict[str, str] | None = None
         self._numbers = itertools.count(1)
         self.on_cpu = self.manifest.on_cpu
-        self._number: int | None = None
+        self._current_gpu: int | None = None
         self._lock = threading.RLock()
 
     def waiting(self) -> bool:
@@ -145,9 +145,9 @@ class GraphSet:
     @property
     def _gpu(self) -> int:
         """The number of the GPU for which all graphs are loaded: the one that is current at the first load."""
-        if self._number is None and not self.on_cpu and torch_capture.cuda_is_up():
-            self._number = torch_capture.device_number()
-        return gpu_number.BUILT_FOR if self._number is None else self._number
+        if self._current_gpu is None and not self.on_cpu and torch_capture.cuda_is_up():
+            self._current_gpu = torch_capture.device_number()
+        return gpu_number.BUILT_FOR if self._current_gpu is None else self._current_gpu
 
     def _check(self, number: int, frame: Frame) -> tuple[object, str]:
         """(guard manager, "") if the call may run this graph, else (None, why not)."""

@@ -2,8 +2,9 @@
 
 Without AOT_CACHE and AOT_CACHE_POLICY nothing happens, but that `aot-cache record` also keeps what vLLM compiles. Else the bundle
 is loaded in the processes that import vLLM's GPU worker, right after that import. The API server and the children that look at a
-model's class import no worker, and pay only for this module; but models whose import asks Triton for the GPU make them start its
-driver, so they, too, get its C module from the bundle. Nothing here raises: vLLM serves without us, and its log has one warning.
+model's class import no worker, and pay only for this module. Some models start Triton's driver when they are imported: these
+processes get the driver's C module from the bundle, too. Nothing here raises: vLLM serves without us, and its log has one
+warning.
 """
 
 from __future__ import annotations

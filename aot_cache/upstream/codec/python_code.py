@@ -305,11 +305,7 @@ def place(code: types.CodeType, module: str) -> tuple[str, types.CodeType] | Non
 
 def digests(module: str) -> dict[str, set[str]]:
     """Qualified name → digests of the functions with that name in `module`, as imported here."""
-    owner = sys.modules.get(module)
-    found: dict[str, set[str]] = {}
-    for name, code in _places(owner).values() if owner is not None else ():
-        found.setdefault(name, set()).add(digest(code))
-    return found
+    return {name: set(map(digest, found)) for name, found in codes(module).items()}
 
 
 def codes(module: str) -> dict[str, list[types.CodeType]]:

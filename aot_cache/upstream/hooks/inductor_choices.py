@@ -12,45 +12,30 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Mapping
 from typing import Any
 
 from aot_cache.upstream import patch
 
 SUFFIX = ".best_config"
-_choices: dict[str, bytes] = {}
-_undo: list[patch.Undo] = []
-_lock = threading.Lock()
+"""Ends the names of these files."""
 
 
-def serve(choices: Mapping[str, bytes]) -> None:
-    """Where Inductor finds no file, give it the one of the same name: name → content (JSON). Adds to earlier calls.
+def serve(choices: Mapping[str, bytes]) -> patch.Undo:
+    """Where Inductor finds no file, give it the one of the same name: name → content (JSON).
+
+    Returns a function that takes the hook out.
 
     Raises:
         AttributeError, ImportError: this torch has no such step; nothing is hooked then.
     """
-    if not choices:
-        return
     from torch._inductor.runtime.autotune_cache import AutotuneCache
 
-    with _lock:
-        _choices.update(choices)
-        if not _undo:
-            _undo.append(patch.replace(AutotuneCache, "_read", _read))
+    def _read(original: Any, self: Any) -> Any:
+        found = original(self)
+        if found is not None or not self.local_cache:
+            return found
+        content = choices.get(os.path.basename(self.local_cache[1]))
+        return json.loads(content) if content is not None else None
 
-
-def _read(original: Any, self: Any) -> Any:
-    found = original(self)
-    if found is not None or not self.local_cache:
-        return found
-    content = _choices.get(os.path.basename(self.local_cache[1]))
-    return json.loads(content) if content is not None else None
-
-
-def forget() -> None:
-    """Take the hook out, and forget all choices."""
-    with _lock:
-        _choices.clear()
-        while _undo:
-            _undo.pop()()
+    return patch.replace(AutotuneCache, "_read", _read)

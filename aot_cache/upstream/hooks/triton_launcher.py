@@ -23,7 +23,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -81,13 +81,14 @@ def utils_source() -> str:
     return (Path(driver.dirname) / "driver.c").read_text()
 
 
-def launcher_source(signature: dict[str, Any], tensordesc_meta: Any) -> str | None:
-    """The C source of a kernel's launcher; None if this Triton has a generic launcher."""
+def launcher_source(types: Sequence[Any], tensordesc_meta: Any) -> str | None:
+    """The C source of a kernel's launcher, by the types of its arguments; None if this Triton has a generic launcher."""
     if minor(triton.__version__) not in LAUNCHER_PER_SIGNATURE:
         return None
     from triton.backends.nvidia import driver
 
-    return str(driver.make_launcher({}, dict(signature), tensordesc_meta))
+    names_and_types = {str(n): t for n, t in enumerate(types)}  # the source does not depend on the names
+    return str(driver.make_launcher({}, names_and_types, tensordesc_meta))
 
 
 def build(source: str, name: str, python: Python) -> bytes:

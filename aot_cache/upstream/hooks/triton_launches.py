@@ -26,7 +26,8 @@ class LaunchLog:
 
     `units[id] = {"kernel", "specialization", "options", "overrides"}`, `tunings[id] = {"kernel", "tuner", "key",
     "candidates", "choice"}`; `seen_units[id]` and `seen_tunings[id]` are lists of marks in order, `via[id]` the set of
-    (tuning id, candidate) through which a unit was launched, with (-1, -1) for a launch without a tuner.
+    (tuning id, candidate) through which a unit was launched, with (-1, -1) for a launch without a tuner. `launchers` are the
+    types of arguments for which Triton made a launcher.
 
     Kernels are identified by `triton_jit.identity`, because the kernels of a factory share one name. It is the key of
     `functions`, `closures` and `hidden` (see `triton_names.hidden`; with more than one value the kernels cannot be told apart).

@@ -28,14 +28,15 @@ from pathlib import Path
 from typing import Any
 
 from aot_cache.upstream import patch
+from aot_cache.upstream.hooks import inductor_choices, inductor_keys
 
 MODULE = "vllm.compilation.decorators"
 REGISTRY = "vllm.model_executor.models.registry"
 _LOAD = "_try_load_aot_compiled_fn"
 _SUBGRAPHS = "vllm_compile_cache.py"
 """A table of the compiled subgraphs, a Python literal: where each file is."""
-_TUNED = "*.best_config"
-"""What Inductor's autotuners have chosen (`inductor_choices.SUFFIX`)."""
+_TUNED = f"*{inductor_choices.SUFFIX}"
+"""What Inductor's autotuners have chosen."""
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 _LONGEST = 120
 WHOLE_CONFIG = "config.all"
@@ -182,20 +183,20 @@ def files_of(model: Any, path: Path) -> Iterator[tuple[str, bytes]]:
 def load_from(folder: Path, model: Any, path: Path, load: Load, settings: Mapping[str, Any]) -> Any:
     """Let vLLM load a model from a folder with the files of an entry, in place of `path`. The folder may be removed after it.
 
-    Where vLLM keeps compiled subgraphs is set for this load only. What Inductor's tuners chose is served from memory, because
-    Inductor asks for it at the kernels' first run.
+    Where vLLM keeps compiled subgraphs is set for this load only. What Inductor's tuners chose is served from memory, and
+    stays there for kernels that Inductor loads later.
 
     Args:
         settings: settings of Inductor that differ here, with the values of the machine that compiled. Equal subgraphs are in the
             entry once, and vLLM recognises the others by Inductor's key, which contains all settings.
     """
-    from aot_cache.upstream.hooks import inductor_choices, inductor_keys
-
     config = model.compilation_config
     before, subgraphs, tuned = config.cache_dir, folder / "subgraphs", folder / "inductor_cache"
     for table in subgraphs.rglob(_SUBGRAPHS):
         _relocate(table)
-    inductor_choices.serve({choice.name: choice.read_bytes() for choice in tuned.rglob(_TUNED)})
+    choices = {choice.name: choice.read_bytes() for choice in tuned.rglob(_TUNED)}
+    if choices:
+        inductor_choices.serve(choices)
     try:
         if subgraphs.is_dir():
             config.cache_dir = str(subgraphs)

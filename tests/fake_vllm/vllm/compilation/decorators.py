@@ -91,15 +91,14 @@ class Model:
         handle = {((1, 64), 0, "inductor_standalone"): {"graph_handle": (name, os.path.join(subgraphs, name))}}
         with open(sys.modules["fake_vllm_model"].__file__ or "") as file:
             text = file.read()
+        kernel = os.path.join(tuned, "cab.py")
         contents = {
-            os.path.join(subgraphs, name): os.path.join(
-                tuned, "cab.py"
-            ),  # the source's path at that time, as in Inductor's
+            os.path.join(subgraphs, name): kernel,  # the path of its source at that time, as in Inductor's
             os.path.join(subgraphs, "vllm_compile_cache.py"): repr(handle),
-            os.path.join(tuned, "cab.py"): "generated code, which is not kept",
+            kernel: "generated code, which is not kept",
             path: text,
         }
-        _choices_of(os.path.join(tuned, "cab.py")).save(Config({"XBLOCK": 64}), 1000)
+        _choices_of(kernel).save(Config({"XBLOCK": 64}), 1000)
         for file_name, content in contents.items():
             with open(file_name, "w") as out:
                 out.write(content)
