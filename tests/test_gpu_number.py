@@ -14,38 +14,18 @@ from typing import Any
 import pytest
 import torch
 from one_module import ROOT, built_for_h200
+from two_gpus import MODULE
 
 from aot_cache.artifact import manifest
 from aot_cache.store import read_bundle
 from aot_cache.upstream.codec import code_bytes, gpu_number
 
-MODULE = """
-import torch, triton
-import triton.language as tl
-from aot_cache import Call, Range, Recipe, declare, device
-
-@triton.jit
-def scale(x, y, n, B: tl.constexpr):
-    at = tl.program_id(0) * B + tl.arange(0, B)
-    tl.store(y + at, tl.load(x + at, at < n) * 2, at < n)
-
+STEP = """
 @torch.compile
 def step(x, w, at):
-    y = torch.softmax(x @ w, -1)
-    z = torch.empty_like(y)
-    scale[(1,)](y, z, y.numel(), B=64)
-    places = torch.arange(x.shape[0], device=x.device) + at
+    z, places, ordered = body(x, w, at)
     noise = torch.rand(x.shape, device=x.device)
-    ordered = torch.full((3,), 2.0, device=x.device).sort()[0]
     return z.cumsum(-1), places, noise, ordered, (x @ w.t()).cpu(), torch.ops.aten.index_put(x, (places % 2,), x[0])
-
-@declare(n=Range(2, 64))
-def steps(n):
-    here = device()
-    at = torch.zeros(n, dtype=torch.int64, device=here)
-    return Call(step, torch.ones(n, 64, device=here), torch.ones(64, 64, device=here), at)
-
-recipe = Recipe("numbered", [steps])
 """
 
 # What Inductor writes for one function and two GPUs.
@@ -71,7 +51,7 @@ def noting(text, *more, **given):
     written.extend([text] if "def call(" in text else [])
     return write(text, *more, **given)
 codecache.PyCodeCache.write = noting
-numbered.scale = {(1,): lambda *args, **given: None}
+numbered.scale = {(8,): lambda *args, **given: None}
 function = numbered.step._torchdynamo_orig_callable
 for gpu in ("cuda:0", "cuda:1"):
     with FakeTensorMode():
@@ -128,7 +108,7 @@ def without_kernels(source: str) -> list[str]:
 
 @pytest.mark.contract("gpu_number")
 def test_a_moved_module_is_what_inductor_writes_for_that_gpu(tmp_path: Path) -> None:
-    (tmp_path / "numbered.py").write_text(MODULE)
+    (tmp_path / "numbered.py").write_text(MODULE + STEP)
     first, second = python(tmp_path, WRITES)
     assert without_kernels(first) != without_kernels(second)
     assert without_kernels(gpu_number.in_module(first, 1)) == without_kernels(second)
@@ -139,7 +119,7 @@ def test_a_moved_module_is_what_inductor_writes_for_that_gpu(tmp_path: Path) -> 
 @pytest.mark.contract("gpu_number", "inductor_tuning", "inductor_artifact")
 def test_an_artifact_is_loaded_onto_that_gpu(tmp_path: Path) -> None:
     """Built for GPU 0. Nothing that is loaded or run names it."""
-    built = built_for_h200(tmp_path, "numbered", MODULE)
+    built = built_for_h200(tmp_path, "numbered", MODULE + STEP)
     assert built.failed == []
     (graph,) = manifest.served(read_bundle(built.path)).graphs
     (digest,) = graph.graphs.values()

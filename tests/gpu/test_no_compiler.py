@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
-from limits import HANGS
-
-from aot_cache.builder.pipeline import Request, build
-
-TESTS = Path(__file__).resolve().parents[1]
+from on_gpu import served
 
 MODULE = """
 import torch, triton
@@ -52,24 +43,6 @@ print(json.dumps([float((built.cpu() - wanted - 3).norm()), float((missed.cpu() 
 
 
 def test_a_missed_kernel_is_launched(tmp_path: Path) -> None:
-    from aot_cache.runtime.host_gpu import native
-
-    (tmp_path / "missing.py").write_text(MODULE)
-    paths = os.pathsep.join([str(tmp_path), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", paths)
-        built = build(Request(target=native()[0], store=tmp_path / "store", model="missing:recipe"))
-    assert built.failed == []
-    given = {"PYTHONPATH": paths, "AOT_CACHE": str(built.path), "TRITON_CACHE_DIR": f"{tmp_path}/triton"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SERVE],
-        env={**os.environ, **given, "CC": "/bin/false", "CXX": "/bin/false"},
-        capture_output=True,
-        text=True,
-        timeout=HANGS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    built_differs, missed_differs, stats = json.loads(done.stdout.splitlines()[-1])
+    built_differs, missed_differs, stats = served(tmp_path, "missing", MODULE, SERVE, CC="/bin/false", CXX="/bin/false")
     assert built_differs == 0 and missed_differs == 0
     assert stats["after_seal"]["compile"] == 1
