@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from aot_cache.artifact import key
 from aot_cache.artifact.key import IR, NATIVE, UNITS
 from aot_cache.artifact.manifest import NativeModule
-from aot_cache.artifact.plan import Failure, Plan, Unit
+from aot_cache.artifact.plan import Failure, Pair, Plan, Unit
 from aot_cache.artifact.target import Target
 from aot_cache.builder import fork_map
 from aot_cache.builder.kernels_trace import functions_at
@@ -175,7 +175,13 @@ def made_by_host_code(unit: Unit, plan: Plan) -> bool:
     return function is None or bool(triton_jit.closure_differs(function, plan.closures[unit.kernel]))
 
 
-def _by_name(unit: Unit) -> object:
+def integer_classes(unit: Unit, at: int) -> list[Pair]:
+    """What Triton specializes a unit's parameter for, over integers of all classes. Empty if no module has the kernel."""
+    function = _by_name(unit)
+    return [] if function is None else triton_jit.integer_classes(function, at)
+
+
+def _by_name(unit: Unit) -> Any:
     name = key.function_of(unit.kernel)
     function = triton_jit.unwrap(triton_jit.find(name))
     return function if function is not None and triton_jit.name_of(function) == name else None

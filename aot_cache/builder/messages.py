@@ -52,6 +52,7 @@ class Job:
         rank: this process's rank.
         also: paths of plans of other ranks, to be compiled with this one's.
         cases: the cases that call compiled functions; None if not known yet.
+        neighbours: also build what is beside recorded specializations, see `builder.neighbours`.
     """
 
     stage: Stage
@@ -74,6 +75,7 @@ class Job:
     rank: int = 0
     also: Sequence[str] = field(default_factory=list)
     cases: Sequence[str] | None = None
+    neighbours: bool = True
 
     def written(self) -> str:
         return json.dumps({**plain(self), "target": self.target.properties()})
@@ -144,6 +146,8 @@ class Compiled:
         missed_kernels: number of each miss that asks for kernels → why it will miss again; empty if it will not.
         compiled: number of units that were compiled now, not found in the store.
         toolchain: what the bytes of all kernels depend on (`key.toolchain_parts`).
+        neighbours: number of units that were neither declared nor recorded, see `builder.neighbours`.
+        removed: ids of missed units and of neighbours that cannot be built; they are in none of the lists here.
     """
 
     keys: Sequence[str]
@@ -154,6 +158,8 @@ class Compiled:
     toolchain: JsonObject
     missed_kernels: Mapping[int, str]
     inputs: Inputs
+    neighbours: int
+    removed: Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,18 +1,20 @@
-"""Adds missed specializations and tunings of kernels to a plan, if their source is the installed one.
+"""Adds missed specializations and tunings of kernels to a plan, if their source is the installed one, and neighbours.
 
-A miss that cannot be covered does not fail the build, because it was not declared. Its reason is kept by the miss's number.
+Neither was declared, so that one that cannot be built does not fail the build. The reason is kept by the miss's number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from aot_cache.artifact.key import UNITS, function_of
 from aot_cache.artifact.plan import Plan, Unit, extended
 from aot_cache.artifact.target import Target
+from aot_cache.builder import neighbours
 from aot_cache.builder.assemble import misfit
 from aot_cache.builder.kernels_compile import Outcome
+from aot_cache.builder.neighbours import Classes
 from aot_cache.errors import TraceError, one_line
 from aot_cache.misses.file import LOAD, TUNING, Miss
 from aot_cache.store import JsonObject, Store
@@ -53,9 +55,17 @@ class MissedKernels:
             parts.append(Plan(recipe=plan.recipe, target=plan.target, units=units, tunings=tunings, closures=closures))
         self.plan = extended(plan, parts) if parts else plan
         """The plan, with every missed unit and tuning that can be built here."""
+        self.neighbours: list[str] = []
+        """Ids of the units that `add_neighbours` has added."""
 
-    def settle(self, outcome: Outcome, store: Store, target: Target) -> None:
-        """Remove missed specializations that failed or do not fit from the plan and from `outcome`, and set `uncovered`."""
+    def add_neighbours(self, recorded: Iterable[str], classes: Classes) -> None:
+        """Add what is beside recorded units (their ids are given) and missed ones, see `builder.neighbours`."""
+        missed = (unit for units in self._wanted.values() for unit in units)
+        self.plan, self.neighbours = neighbours.added(self.plan, {*recorded, *missed}, classes)
+
+    def settle(self, outcome: Outcome, store: Store, target: Target) -> list[str]:
+        """Remove missed specializations and neighbours that failed or do not fit from the plan and from `outcome`, and set
+        `uncovered`. Returns the ids of what was removed."""
         failed = {failure.unit: failure.error for failure in outcome.failed}
         unfit = {
             unit.id: failed.get(unit.id) or _unfit(key, store, target)
@@ -70,11 +80,13 @@ class MissedKernels:
             for number, unit in enumerate(self.plan.units)
             if unit.id in self._traced or not unfit[unit.id] or not (unit.id in failed or unit.launched_without_tuner())
         ]
+        self.neighbours = [one for one in self.neighbours if not unfit[one]]
         gone = {unit.id for unit in self.plan.units} - {self.plan.units[number].id for number in stay}
         self.plan = replace(self.plan, units=[self.plan.units[number] for number in stay])
         outcome.keys = [outcome.keys[number] for number in stay]
         outcome.memory_keys = [outcome.memory_keys[number] for number in stay]
         outcome.failed = [failure for failure in outcome.failed if failure.unit not in gone]
+        return sorted(gone)
 
 
 def _closure(unit: Unit, closures: Mapping[str, JsonObject]) -> JsonObject:

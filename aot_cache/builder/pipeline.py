@@ -49,6 +49,7 @@ class Request:
         misses: misses files of serving processes; what they list is built, too.
         ranks: the world size; graphs that depend on the rank are built for each rank (see `graphs_per_rank`). None: the recipe's.
         at_start: constants of kernels that are known only when the server starts, see `artifact.at_start.Mark`.
+        neighbours: also build what is beside recorded and missed specializations, see `builder.neighbours`.
     """
 
     target: Target
@@ -63,6 +64,7 @@ class Request:
     misses: tuple[Path, ...] = ()
     ranks: int | None = None
     at_start: tuple[str, ...] = ()
+    neighbours: bool = True
 
 
 @dataclass(kw_only=True)
@@ -97,6 +99,8 @@ class Built:
     declared: int = 0
     covered: int = 0
     ranks: int = 1
+    neighbours: int = 0
+    """Of the units, how many were neither declared nor recorded, see `builder.neighbours`."""
     untested: str = ""
     """Why the releases of torch, Triton and transformers that built it are doubtful; empty if they are fine."""
 
@@ -167,6 +171,13 @@ def bundle_path(request: Request, name: str, spec: str = "", misses: Misses | No
     return request.store / "bundles" / f"{file}-{request.target.id}.safetensors"
 
 
+def _write_plan(request: Request, plan: Plan, bundle: Path) -> None:
+    """Write what was built beside the bundle, but never over a plan that it was built from: the next build needs that one."""
+    beside = bundle.with_suffix(".plan.json")
+    if not (beside.exists() and any(given.samefile(beside) for given in request.plans)):
+        replace(plan, caches="").write(beside)  # the entries are in the bundle
+
+
 def _stem(plan: Path, target: Target) -> str:
     return plan.name.removesuffix(".json").removesuffix(".plan").removesuffix(f"-{target.id}")
 
@@ -186,6 +197,7 @@ def _question(request: Request, misses: Misses) -> str:
             "misses": asdict(misses),
             "ranks": request.ranks,
             "at_start": list(request.at_start),
+            "neighbours": request.neighbours,
             "environment": fingerprint.environment(),
         }
     )
@@ -237,7 +249,7 @@ def _finish(
     if manifest.units or manifest.graphs:
         with store.writer():
             digest = write_bundle(path, header, objects)
-            replace(plan, caches="").write(path.with_suffix(".plan.json"))  # the entries are in the bundle
+            _write_plan(request, plan, path)
     elif not manifest.failed:
         raise _nothing(plan, request.target)
     return Built(
@@ -257,6 +269,7 @@ def _finish(
         declared=sum(case.total for case in plan.cases),
         covered=covered(plan, manifest.failed),
         ranks=plan.ranks,
+        neighbours=result.neighbours,
         apart=plan_of_ranks.apart(plan),
         sets={case.name: list(case.sets) for case in plan.cases if case.sets},
         untested=tested.doubt_here(request.target.backend == "cpu", _imported("transformers", result.inputs)),

@@ -130,6 +130,7 @@ def _kernels(job: Job, send: Send, progress: Progress) -> None:
     from aot_cache.upstream.hooks import triton_launcher
 
     recipe, traced = None, None
+    files = [Plan.read(Path(path)) for path in job.plans] if not job.rank else []  # the first rank compiles for all
     if job.recipe is not None:
         with virtual_gpu.tensors():  # models may make tensors when they are imported
             recipe, _ = _recipe(job)
@@ -139,11 +140,15 @@ def _kernels(job: Job, send: Send, progress: Progress) -> None:
             Path(job.calls).write_text(written(traced.calls))
         if job.also:
             plan = of_ranks([plan, *(Plan.read(Path(path)) for path in job.also)])
-        if job.plans and not job.rank:  # the first rank compiles for all
-            plan = extended(plan, [replace(Plan.read(Path(path)), target=plan.target) for path in job.plans])
+        if files:
+            plan = extended(plan, [replace(file, target=plan.target) for file in files])
     else:
-        plan = joined([Plan.read(Path(path)) for path in job.plans])
+        plan = joined(files)
     missed = MissedKernels(job.misses, plan)
+    if job.neighbours and not job.rank:
+        recorded = [unit.id for file in files if file.origin == "recorded" for unit in file.units]
+        with virtual_gpu.tensors():  # the kernels of a plan file are imported here
+            missed.add_neighbours(recorded, kernels_compile.integer_classes)
     plan = missed.plan
     plan.write(Path(job.plan_out))
     send(
@@ -162,7 +167,7 @@ def _kernels(job: Job, send: Send, progress: Progress) -> None:
     pythons = [triton_launcher.this_python(), *map(triton_launcher.other_python, job.pythons)]
     pythons = list({p.suffix: p for p in pythons}.values())
     store = Store(job.store)
-    with virtual_gpu.tensors():  # the kernels of a plan file are imported here
+    with virtual_gpu.tensors():
         outcome = kernels_compile.compile_plan(
             plan,
             recipe,
@@ -174,8 +179,10 @@ def _kernels(job: Job, send: Send, progress: Progress) -> None:
             workers=job.workers,
             unclear=traced.unclear if traced is not None else {},
         )
-    if job.misses and not job.rank:
-        missed.settle(outcome, store, job.target)
+    removed: list[str] = []
+    if not job.rank:
+        removed = missed.settle(outcome, store, job.target)
+    if job.misses and not job.rank:  # without misses, the process that traces graphs may write it now
         missed.plan.write(Path(job.plan_out))
     send(
         Compiled(
@@ -186,6 +193,8 @@ def _kernels(job: Job, send: Send, progress: Progress) -> None:
             failed=outcome.failed,
             toolchain=outcome.toolchain,
             missed_kernels=missed.uncovered,
+            neighbours=len(missed.neighbours),
+            removed=removed,
             inputs=fingerprint.inputs(kernels_trace.late_modules),
         )
     )

@@ -54,6 +54,7 @@ class BuildResult:
         compiled: number of units and call signatures that were compiled now.
         per_rank: function whose graphs are built for each rank → why.
         missed: number of each miss that was handled → why it will miss again; empty if it will not.
+        neighbours: see `messages.Compiled`.
     """
 
     plan: Plan
@@ -69,6 +70,7 @@ class BuildResult:
     compiled: int = 0
     per_rank: Mapping[str, str] = field(default_factory=dict)
     missed: Mapping[int, str] = field(default_factory=dict)
+    neighbours: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +146,7 @@ class _Build:
             workers=request.workers,
             show_plan=show_plan,
             misses=misses.found,
+            neighbours=request.neighbours,
             ranks=request.ranks or 1,
             ranks_given=request.ranks is not None,
         )
@@ -301,8 +304,11 @@ def _result(plan: Plan, kernels: Mapping[int, _Kernels], graphs: _Graphs | None)
     if first is not None:
         result = replace(result, spec=first.traced.spec)
     if first is not None and first.compiled is not None:
+        removed = set(first.compiled.removed)
         result = replace(
             result,
+            plan=replace(plan, units=[unit for unit in plan.units if unit.id not in removed]),
+            neighbours=first.compiled.neighbours,
             keys=first.compiled.keys,
             memory_keys=first.compiled.memory_keys,
             failed=_failed_units(compiled),

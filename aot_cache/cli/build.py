@@ -107,6 +107,13 @@ AtStart = Annotated[
         "`module:kernel.num_blocks`. The server compiles them then, before captures. Repeatable.",
     ),
 ]
+Neighbours = Annotated[
+    bool,
+    typer.Option(
+        "--neighbours/--no-neighbours",
+        help="Of an integer that a recording has in two of Triton's classes (1, multiple of 16, other), also build the third.",
+    ),
+]
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes. Default: all cores.")]
 Rehearse = Annotated[
     bool,
@@ -137,6 +144,7 @@ def build(
     python: Pythons = None,
     ranks: Ranks = None,
     at_start: AtStart = None,
+    neighbours: Neighbours = True,
     workers: Workers = None,
     rehearse: Rehearse = True,
     show_plan: ShowPlan = False,
@@ -168,6 +176,7 @@ def build(
         misses=tuple(misses or ()),
         ranks=ranks,
         at_start=tuple(at_start or ()),
+        neighbours=neighbours,
     )
     requests = [replace(asked, target=one) for one in targets]
     if not as_json:

@@ -48,6 +48,9 @@ def builds(rows: Sequence[Facts]) -> None:
             line(f"{b['target']}: nothing to do: nothing has changed since the last build")
         if b["ranks"] > 1:
             line(f"{b['target']}: for a world size of {b['ranks']}")
+        if b["neighbours"]:
+            what = f"{many(b['neighbours'], 'specialization')} beside recorded ones, which differ in the class of one integer"
+            line(f"{b['target']}: built, too: {what}")
         if not b["complete"]:
             lost = f"without {many(len(b['failed']), 'part')} of the recipe"
             line(f"{b['target']}: {f'INCOMPLETE: {lost}' if b['written'] else 'FAILED: nothing could be built'}")

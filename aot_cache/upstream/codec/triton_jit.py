@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import importlib
+import inspect
 import json
 import math
 import threading
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.compiler import CompiledKernel, make_backend
 from triton.runtime.autotuner import Autotuner
-from triton.runtime.jit import JITFunction, compute_cache_key
+from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
 from aot_cache.artifact.key import variant
 from aot_cache.errors import TraceError
@@ -258,6 +259,19 @@ def bind(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return compute_cache_key(keys, specialization, options), specialization, options
 
 
+_OF_ALL_CLASSES = (1, 16, 3, 1 << 40, (1 << 40) + 1, 1 << 63, (1 << 63) + 1)
+"""An integer of each class that Triton compiles for: 1, multiples of 16 and others, of 32 and 64 bits, with and without sign."""
+
+
+def integer_classes(function: JITFunction, at: int) -> list[Json]:
+    """The encoded (type, value) pairs that Triton's own binder gives the parameter at position `at` for integers."""
+    parameter = function.params[at]
+    alone = inspect.Signature([function.signature.parameters[parameter.name].replace(default=inspect.Parameter.empty)])
+    specialize = create_function_from_signature(alone, [parameter], function.device_caches[0][3])
+    pairs = [encode(tuple(specialize(value)[1][0])) for value in _OF_ALL_CLASSES]
+    return [pair for number, pair in enumerate(pairs) if pair not in pairs[:number]]
+
+
 def memory_key(specialization: list[Any], options: dict[str, Any]) -> str:
     """Triton's in-memory key, computed by this process's Triton."""
     return str(compute_cache_key({}, specialization, options))
@@ -279,8 +293,6 @@ _run_sources: dict[str, bool] = {}
 
 def _run_adds(name: str) -> bool:
     if name not in _run_sources:
-        import inspect
-
         _run_sources[name] = f'kwargs["{name}"]' in inspect.getsource(_ORIGINAL_RUN)
     return _run_sources[name]
 
