@@ -509,6 +509,16 @@ def test_every_kind_of_guard_is_known() -> None:
 
 
 @pytest.mark.contract("guard_facts")
+@pytest.mark.parametrize("kind", sorted(guard_facts.KINDS))
+def test_a_value_of_another_type_is_a_difference_and_no_error(kind: str) -> None:
+    """A call may pass None where the call that was built passed a list."""
+    guard = types.SimpleNamespace(create_fn_name=lambda: kind, create_fn=None)
+    for value in (None, 3, "text", object(), [1], {"a": 1}, torch.ones(2)):
+        found = guard_facts.of_value(guard, value, in_order=True)  # type: ignore[arg-type]
+        need(found is None or isinstance(found, str), f"{kind} of {value!r} is no text")
+
+
+@pytest.mark.contract("guard_facts")
 def test_what_a_guard_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A guard HASATTR says which attribute: by a name that it is made with or, up to torch 2.11, by its expression."""
     kept = compiled_by_dynamo(asks_for_attributes, torch.ones(3))

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
+from aot_cache.artifact import compiled_function
+from aot_cache.artifact.compiled_function import CompiledFunction
 from aot_cache.artifact.key import function_of, told_apart, variant
 from aot_cache.artifact.reached import Reached, together
 from aot_cache.errors import DeclarationError
@@ -258,9 +260,12 @@ class Plan:
     """Recorded: the argument types of each kernel for which Triton built a launcher in C (up to Triton 3.6). Kernels inside
     compiled graphs need them, too, and are no units."""
 
+    functions: Sequence[CompiledFunction] = field(default_factory=list)
+    """Recorded: compiled functions and how they were called. The recipe `recorded` calls them again."""
+
     def to_json(self) -> dict[str, Any]:
         found = {"aot-cache plan": SCHEMA, **asdict(self), "launchers": _lists(self.launchers)}
-        for name in ("caches", "launchers"):
+        for name in ("caches", "launchers", "functions"):
             if not found[name]:
                 del found[name]
         return found
@@ -289,6 +294,7 @@ class Plan:
                 failed=[FailedCase(**f) for f in data.get("failed", [])],
                 caches=data.get("caches", ""),
                 launchers=tuple(signature(one) for one in data.get("launchers", ())),
+                functions=[compiled_function.from_json(one) for one in data.get("functions", [])],
             )
         except (KeyError, TypeError) as error:
             raise DeclarationError(
@@ -300,7 +306,7 @@ class Plan:
         data = self.to_json()
         lines = ["{"]
         for name, value in data.items():
-            if name in ("units", "tunings", "cases", "calls", "failed", "launchers") and value:
+            if name in ("units", "tunings", "cases", "calls", "failed", "launchers", "functions") and value:
                 body = ",\n  ".join(json.dumps(v) for v in value)
                 lines.append(f"{json.dumps(name)}: [\n  {body}\n],")
             else:
@@ -469,6 +475,7 @@ def merge(plans: Iterable[Plan]) -> Plan:
             closures=closures,
             failed=each_once(failed for plan in parts for failed in plan.failed),
             launchers=tuple(sorted({one for plan in parts for one in plan.launchers}, key=json.dumps)),
+            functions=compiled_function.merged(one for plan in parts for one in plan.functions),
         )
     )
 

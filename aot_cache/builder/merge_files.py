@@ -43,7 +43,7 @@ def merge_files(paths: Sequence[Path]) -> Merged:
     plans = [Plan.read_kernels(path) for path in paths if path not in missed]
     if not plans:
         raise DeclarationError("a plan among the files", "misses only", "record one, or build the misses with a recipe")
-    with_kernels = [plan for plan in plans if plan.units or not plan.caches]
+    with_kernels = [plan for plan in plans if plan.units or plan.functions or not plan.caches]
     plan = joined(with_kernels or plans[:1])
     caches = engine_cache.of_plans(path for path in paths if path not in missed)
     misses = miss_file.read(missed).found

@@ -20,7 +20,7 @@ from aot_cache.builder import fingerprint, workers
 from aot_cache.builder.assemble import assemble, covered
 from aot_cache.builder.fingerprint import Inputs
 from aot_cache.builder.workers import BuildResult
-from aot_cache.errors import AotCacheError, TraceError
+from aot_cache.errors import AotCacheError, DeclarationError, TraceError
 from aot_cache.misses import file as miss_file
 from aot_cache.misses.describe import asked
 from aot_cache.misses.file import GRAPH, Misses
@@ -30,6 +30,8 @@ from aot_cache.store import Store, read_bundle, write_bundle
 
 Progress = Callable[[str, int, int], None]
 STAMPS = "stamps"
+RECORDED = "recorded"
+"""The recipe that makes the calls of a recorded plan again; its option `config` is the plan's file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,8 @@ class Built:
     ranks: int = 1
     neighbours: int = 0
     """Of the units, how many were neither declared nor recorded, see `builder.neighbours`."""
+    not_built: list[str] = field(default_factory=list)
+    """Compiled functions that plans have recorded, and that the recipe beside them does not call."""
     untested: str = ""
     """Why the releases of torch, Triton and transformers that built it are doubtful; empty if they are fine."""
 
@@ -131,7 +135,7 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
             return same
     caches = engine_cache.of_plans(request.plans)
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
-        result = workers.run(request, Path(scratch), misses, progress)
+        result = workers.run(replace(request, model=model_of(request)), Path(scratch), misses, progress)
         built = _finish(request, store, result, misses, marks, caches)
     built.misses = _became(misses, result.missed, request.target)
     built.seconds = time.perf_counter() - began
@@ -141,9 +145,28 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
     return built
 
 
+def model_of(request: Request) -> str | None:
+    """The recipe of a request: the one that it names, else what its plans have recorded of compiled functions.
+
+    Raises:
+        DeclarationError: several plans have such functions.
+    """
+    if request.model is not None:
+        return request.model
+    recorded = [path for path in request.plans if any(not f.why for f in Plan.read(path).functions)]
+    if len(recorded) > 1:
+        raise DeclarationError(
+            "one plan with compiled functions",
+            f"{len(recorded)}: {', '.join(map(str, recorded))}",
+            "make one of them with `aot-cache merge`",
+        )
+    return options.text(RECORDED, {options.CONFIG: str(recorded[0])}) if recorded else None
+
+
 def plan_only(request: Request, progress: Progress = lambda *_: None) -> Plan:
     """Trace without compiling: the plan that `build` would compile."""
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
+        request = replace(request, model=model_of(request))
         return workers.run(request, Path(scratch), miss_file.read(request.misses), progress, show_plan=True).plan
 
 
@@ -169,6 +192,14 @@ def bundle_path(request: Request, name: str, spec: str = "", misses: Misses | No
             more["misses"] = key.digest(asdict(misses))[:12]
         file = options.file_name(name, spec, more)
     return request.store / "bundles" / f"{file}-{request.target.id}.safetensors"
+
+
+def _not_built(request: Request, plan: Plan) -> list[str]:
+    """Recorded functions of a request that names a recipe, without those that the recipe calls, too."""
+    if request.model is None:
+        return []
+    recorded = {f.function for path in request.plans for f in Plan.read(path).functions if not f.why}
+    return sorted(recorded - {call.function for call in plan.calls})
 
 
 def _write_plan(request: Request, plan: Plan, bundle: Path) -> None:
@@ -270,6 +301,7 @@ def _finish(
         covered=covered(plan, manifest.failed),
         ranks=plan.ranks,
         neighbours=result.neighbours,
+        not_built=_not_built(request, plan),
         apart=plan_of_ranks.apart(plan),
         sets={case.name: list(case.sets) for case in plan.cases if case.sets},
         untested=tested.doubt_here(request.target.backend == "cpu", _imported("transformers", result.inputs)),

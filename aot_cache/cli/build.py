@@ -311,7 +311,7 @@ def _build_all(requests: Sequence[Request], facts: dict[str, Any], as_json: bool
                 progress.target = request.target.id
                 done.append(pipeline.build(request, progress))
                 if rehearse:
-                    after[request.target.id] = after_build(done[-1], request.model, progress)
+                    after[request.target.id] = after_build(done[-1], pipeline.model_of(request), progress)
     except (AotCacheError, KeyboardInterrupt) as error:
         stopped = error  # what was built for the targets before this one is there, and is printed
     rows = [_facts_of(one, after.get(one.target)) for one in done]

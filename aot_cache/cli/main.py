@@ -305,6 +305,10 @@ def record(
     code, plan = run_command(command, out, name, which)
     # On stderr, because stdout is the program's.
     print(f"aot-cache: recorded {_amount(plan)} for {terminal.clean(plan.target)} in {out}", file=sys.stderr)
+    for function in plan.functions:
+        if function.why:
+            what = f"compiled function {function.function} needs a recipe: {function.why}"
+            print(f"aot-cache: {terminal.clean(what)}", file=sys.stderr)
     if plan.caches:
         beside = engine_cache.beside(out)
         size = f"{beside.stat().st_size / 1e6:.1f} MB"
@@ -314,7 +318,9 @@ def record(
 
 def _amount(plan: Plan) -> str:
     kernels = len({unit.kernel for unit in plan.units})
-    return f"{len(plan.units)} specializations of {kernels} kernels, {len(plan.tunings)} choices"
+    functions = len({function.function for function in plan.functions if not function.why})
+    found = f"{len(plan.units)} specializations of {kernels} kernels, {len(plan.tunings)} choices"
+    return f"{found}, {functions} compiled function{'' if functions == 1 else 's'}"
 
 
 @_command(

@@ -1,4 +1,4 @@
-"""Record what a real program launches on a real GPU, as a plan in the builder's format.
+"""Record what a real program launches and which compiled functions it calls, as a plan in the builder's format.
 
 `with recording(): …` records this process; `run_command` runs a program and every Python process that it starts.
 """
@@ -15,14 +15,15 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from aot_cache.artifact import engine_cache
 from aot_cache.artifact.engine_cache import Caches
 from aot_cache.artifact.plan import Plan, Tuning, Unit, merge, named
 from aot_cache.errors import DeclarationError
+from aot_cache.runtime.record_calls import CallLog
 from aot_cache.upstream import after_import
-from aot_cache.upstream.hooks import process_end, torch_capture
+from aot_cache.upstream.hooks import dynamo_calls, process_end, torch_capture
 
 FOLDER_VARIABLE = "AOT_CACHE_RECORD_TO"
 NAME_VARIABLE = "AOT_CACHE_RECORD_NAME"
@@ -42,25 +43,36 @@ class Recording:
 
         self._name, self._candidates = name, candidates
         self._log = LaunchLog()
-        self._undo = record_launches(self._log, every_candidate=candidates == "all")
+        self._calls = CallLog(lambda: self._log.changed())
+        self._undo = [
+            record_launches(self._log, every_candidate=candidates == "all"),
+            dynamo_calls.note_calls(self._calls.note),
+        ]
         self._target = ""
 
     @property
-    def lock(self) -> threading.RLock:
-        """Held while a launch is written down."""
-        return self._log.lock
+    def locks(self) -> tuple[threading.RLock, ...]:
+        """Held while a launch or a call is written down."""
+        return (self._log.lock, self._calls.lock)
 
     def when_changed(self, action: Callable[[], None]) -> None:
-        """Call `action()` after each launch of a new specialization, and each new choice of an autotuner."""
+        """Call `action()` after each launch of a new specialization, each new choice of an autotuner, and each call of a compiled
+        function with new sizes."""
         self._log.changed = action
+
+    def note_call(self, *call: Any) -> None:
+        """Record a call of a compiled function, see `CallLog.note`."""
+        self._calls.note(*call)
 
     def stop(self) -> None:
         """Stop recording: take the hooks out."""
-        self._undo()
+        while self._undo:
+            self._undo.pop()()
 
     def clear(self) -> None:
-        """Forget the launches so far (used between points, to compare each)."""
+        """Forget what was recorded so far (used between points, to compare each)."""
         self._log.forget()
+        self._calls.forget()
 
     def plan(self) -> Plan:
         """What was launched, as a plan.
@@ -84,7 +96,11 @@ class Recording:
             for unit, via in launched
             if self._candidates != "chosen" or any(_is_chosen(tunings, *pair) for pair in via)
         ]
-        self._target = self._target or (_target_id() if units or launchers else "")
+        functions = self._calls.functions()
+        if not self._target and (units or launchers):
+            self._target = _target_id()
+        elif not self._target and functions:
+            self._target = _target_id() if torch_capture.cuda_is_up() else "cpu"
         plan = Plan(
             recipe=self._name,
             target=self._target or "none",
@@ -94,6 +110,7 @@ class Recording:
             tunings=tunings,
             closures=closures,
             launchers=launchers,
+            functions=functions,
         )
         return named(plan)
 
@@ -140,9 +157,15 @@ def run_command(command: list[str], out: Path, name: str, candidates: Candidates
             raise DeclarationError(f"cannot run {command[0]!r}: {error.strerror or error}") from error
         plans = [Plan.read(path) for path in sorted(Path(folder).glob("*.json"))]
         caches = engine_cache.merged(engine_cache.read(path) for path in sorted(Path(folder).glob("*.safetensors")))
-        seen = [plan for plan in plans if plan.units or plan.launchers]
+        seen = _of_one_target([plan for plan in plans if plan.units or plan.launchers or plan.functions])
         plan = merge(seen) if seen or not caches.entries else Plan(recipe=name, target="none", origin="recorded")
     return code, engine_cache.write_plan(plan, caches, out)
+
+
+def _of_one_target(plans: list[Plan]) -> list[Plan]:
+    """The plans, without those of processes that used no GPU if others did."""
+    on_gpus = [plan for plan in plans if plan.target != "cpu"]
+    return on_gpus or plans
 
 
 def keep_caches(caches: Caches) -> None:
@@ -151,11 +174,32 @@ def keep_caches(caches: Caches) -> None:
 
 
 def start_from_environment() -> None:
-    """Called in each process of a recorded command: record from when Triton is imported."""
+    """Called in each process of a recorded command: record from when Triton is imported, or a compiled function called."""
     folder = os.environ.get(FOLDER_VARIABLE)
-    if folder:
-        to = Path(folder)
-        after_import.when_triton_comes(lambda: _Writer(to).start())
+    if not folder:
+        return
+    to = Path(folder)
+    once = threading.Lock()
+
+    def start() -> _Writer | None:
+        if not once.acquire(blocking=False):  # and never given back
+            return None
+        undo()
+        writer = _Writer(to)
+        writer.start()
+        return writer
+
+    def begin() -> None:
+        start()
+
+    def first_call(*call: Any) -> None:
+        writer = start()
+        if writer is not None:
+            writer.recording.note_call(*call)
+
+    # Started at a call and not at Dynamo's import, because nothing may be imported while torch is.
+    undo = dynamo_calls.note_calls(first_call)
+    after_import.when_triton_comes(begin)
 
 
 class _Writer:
@@ -168,23 +212,31 @@ class _Writer:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         chosen = os.environ.get(CANDIDATES_VARIABLE, "launched")
-        self._recording = Recording(os.environ.get(NAME_VARIABLE, "recorded"), cast(Candidates, chosen))
+        self.recording = Recording(os.environ.get(NAME_VARIABLE, "recorded"), cast(Candidates, chosen))
 
     def start(self) -> None:
         """Start the thread, and be called at the end of the process and in its forked children."""
         self._start()
         atexit.register(self._write)
         process_end.before_exit(self._write)
-        lock = self._recording.lock  # taken for the fork: in the child, nobody would give back another thread's
-        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=self._start_in_child)
+        # The locks are taken for the fork: in the child, nobody would give back another thread's.
+        os.register_at_fork(before=self._hold, after_in_parent=self._let_go, after_in_child=self._start_in_child)
+
+    def _hold(self) -> None:
+        for lock in self.recording.locks:
+            lock.acquire()
+
+    def _let_go(self) -> None:
+        for lock in self.recording.locks:
+            lock.release()
 
     def _start(self) -> None:
         self._changed, self._writing = threading.Event(), threading.Lock()
-        self._recording.when_changed(self._changed.set)
+        self.recording.when_changed(self._changed.set)
         threading.Thread(target=self._run, name="aot-cache record", daemon=True).start()
 
     def _start_in_child(self) -> None:
-        self._recording.lock.release()
+        self._let_go()
         self._start()
 
     def _run(self) -> None:
@@ -195,7 +247,7 @@ class _Writer:
 
     def _write(self) -> None:
         with self._writing, contextlib.suppress(DeclarationError):  # CUDA is not up: nothing has run
-            self._recording.plan().write(self._folder / f"{os.getpid()}.json")
+            self.recording.plan().write(self._folder / f"{os.getpid()}.json")
 
 
 def _target_id() -> str:

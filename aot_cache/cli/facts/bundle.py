@@ -115,6 +115,9 @@ def plan(found: Plan, path: Path, kernel: str | None = None, points: bool = Fals
         facts = {"kind": "plan", "path": str(path), **_common(found, failures(one.failure() for one in found.failed))}
         facts["kernels"] = _kernels(found, _chosen(found, kernel), [])
         facts["grids"] = _grids(found, CALL, facts["calls"])
+        facts["functions"] = [
+            {"function": one.function, "calls": len(one.calls), "why": one.why} for one in found.functions
+        ]
         if kernel is not None or points:
             facts["specializations"] = _specializations(found, _chosen(found, kernel), [], names)
     return facts

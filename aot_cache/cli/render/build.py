@@ -51,6 +51,8 @@ def builds(rows: Sequence[Facts]) -> None:
         if b["neighbours"]:
             what = f"{many(b['neighbours'], 'specialization')} beside recorded ones, which differ in the class of one integer"
             line(f"{b['target']}: built, too: {what}")
+        for name in b["not_built"]:
+            line(f"{b['target']}: recorded, but not built, because --model does not call it: {name}")
         if not b["complete"]:
             lost = f"without {many(len(b['failed']), 'part')} of the recipe"
             line(f"{b['target']}: {f'INCOMPLETE: {lost}' if b['written'] else 'FAILED: nothing could be built'}")

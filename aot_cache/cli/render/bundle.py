@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich.console import Console
 
 from aot_cache.artifact.plan_of_ranks import ranks_text
-from aot_cache.cli.facts.bundle import SHORT, reached_text
+from aot_cache.cli.facts.bundle import SHORT, many, reached_text
 from aot_cache.cli.facts.coverage_grid import signs
 from aot_cache.cli.render import grid as render_grid
 from aot_cache.cli.render.terminal import line, size, stamp_lines, table
@@ -140,6 +140,9 @@ def _summary(facts: Facts) -> Iterator[tuple[str, object]]:
     yield "kernels", f"{facts['kernel_count']}, in {facts['units']} specializations"
     if facts["calls"]:
         yield "graphs", len(facts["graphs"]) if "graphs" in facts else f"for {len(facts['calls'])} call signatures"
+    for one in facts.get("functions", ()):
+        what = f"needs a recipe: {one['why']}" if one["why"] else many(one["calls"], "kind") + " of call"
+        yield "recorded", f"{one['function']}: {what}"
     if facts.get("graph_key"):
         yield "graphs for", ", ".join(f"{name} {value}" for name, value in facts["graph_key"].items() if value)
     if "pruned" in facts:

@@ -98,11 +98,14 @@ def of_value(guard: Guard, value: Any, in_order: bool) -> str | None:
     if kind in BY_IDENTITY or kind == "BUILTIN_MATCH":
         return of_identity(value)
     if kind == "DICT_KEYS_MATCH":
-        return _keys(value, in_order)
+        return _keys(value, in_order) if isinstance(value, dict) else f"a {_type(value)}"
     if kind == "HASATTR":
         attribute = _attribute(guard)
         return str(not attribute or hasattr(value, attribute))
-    return _FACTS[kind](value)
+    try:
+        return _FACTS[kind](value)
+    except (TypeError, AttributeError):  # another type than where the guard was made, such as None instead of a list
+        return f"a {_type(value)}"
 
 
 def _attribute(guard: Guard) -> str:
