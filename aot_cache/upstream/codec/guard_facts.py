@@ -102,9 +102,10 @@ def of_value(guard: Guard, value: Any, in_order: bool) -> str | None:
     if kind == "HASATTR":
         attribute = _attribute(guard)
         return str(not attribute or hasattr(value, attribute))
+    of_this_kind = _FACTS[kind]
     try:
-        return _FACTS[kind](value)
-    except (TypeError, AttributeError):  # another type than where the guard was made, such as None instead of a list
+        return of_this_kind(value)
+    except Exception:  # another type than where the guard was made, such as None instead of a list
         return f"a {_type(value)}"
 
 
