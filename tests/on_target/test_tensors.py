@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aot_cache.builder import virtual_gpu
-from aot_cache.errors import DataDependent
-from aot_cache.upstream.virtual import torch_shortcuts
+from aot_cache.errors import DataDependent, TraceError
+from aot_cache.upstream.virtual import torch_shortcuts, torch_tensor
 from aot_cache.upstream.virtual.torch_tensor import VirtualTensor
 
 Op = Callable[[torch.Tensor], Any]
@@ -269,6 +269,12 @@ WRITES: dict[str, Op] = {
     "a row": lambda x: x[2].zero_(),
     "all": lambda x: x.fill_(9),
     "an index": lambda x: _set(x, 1, 5),
+    "indices": lambda x: _set(x, torch.tensor([2, 0]), 5),
+    "indices of a row": lambda x: _set(x, (1, torch.tensor([2, 0])), 5),
+    "indices, by a tensor": lambda x: _set(x, torch.tensor([2, 0]), x[1:3].clone()),
+    "a list": lambda x: _set(x, [2, 0], 5),
+    "a mask": lambda x: _set(x, x > 6, 5),
+    "a mask of rows": lambda x: _set(x, (x.sum(-1) > 30, ...), 5),
     "a transposed view": lambda x: x.t()[0].add_(1),
     "copy_": lambda x: x[0].copy_(x[1]),
     "a view of a view": lambda x: x.view(-1)[3:9].mul_(2),
@@ -300,6 +306,11 @@ UNKNOWN: dict[str, Op] = {
     "out=": lambda x: torch.add(x, unknown(x), out=x),
     "random_": lambda x: x.random_(0, 3),
     "random_ of a view": lambda x: x[0].random_(0, 3),
+    "setting indices": lambda x: _set(x, torch.tensor([2, 0]), unknown(x[1:3])),
+    "setting unknown indices": lambda x: _set(x, unknown(x[0]), 5),
+    "setting an unknown mask": lambda x: _set(x, unknown(x) > 0, 5),
+    "setting an unknown mask of rows": lambda x: _set(x, ((unknown(x[:, 0]) > 0), ...), 5),
+    "setting an unknown mask of a row": lambda x: _set(x, (1, unknown(x[0]) > 0), 5),
     "scatter_ by unknown indices": lambda x: x.scatter_(0, unknown(x), x),
 }
 
@@ -385,3 +396,33 @@ def test_an_operator_of_others_on_what_is_not_virtual_is_run_once(key: str) -> N
     library.impl("more", lambda x: called.append(1) or x + 1, key)
     assert torch.equal(getattr(torch.ops, library.ns).more(torch.ones(2)), torch.full((2,), 2.0))
     assert called == [1]
+
+
+def test_an_operator_without_code_for_the_cpu_keeps_no_values(mode: Any) -> None:
+    """A compiled operator of an engine has a shape rule and code for the GPU. Its arguments may be known, its result is not."""
+    library = torch.library.Library("compiled_for_gpus", "DEF")
+    library.define("doubled(Tensor x) -> Tensor")
+    torch.library.register_fake("compiled_for_gpus::doubled", lambda x: x.new_empty(2 * x.shape[0]), lib=library)
+    with mode(), virtual_gpu.tensors():
+        found = torch.ops.compiled_for_gpus.doubled(torch.tensor([1, 2, 3], device="cuda"))
+        assert isinstance(found, VirtualTensor) and found.shape == (6,)
+        with pytest.raises(DataDependent):
+            found.tolist()
+
+
+def test_compiled_code_without_a_shape_rule_is_named(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = torch.library.Library("compiled_without_a_rule", "DEF")
+    library.define("norm(Tensor x) -> Tensor")
+
+    def in_cpp(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("its data is not allocated yet")
+
+    library.impl("norm", in_cpp, "CUDA")
+    monkeypatch.setattr(torch_tensor, "is_python", lambda *_: False)  # as if it were registered from C++
+    with (
+        mode(),
+        virtual_gpu.tensors(),
+        pytest.raises(TraceError, match="is compiled code, and has no shape rule") as said,
+    ):
+        torch.ops.compiled_without_a_rule.norm(torch.ones(3, device="cuda"))
+    assert "torch.library.register_fake" in str(said.value)

@@ -87,13 +87,19 @@ def implementation_of(func: Any, key: str) -> Any:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     for name in (key, "CompositeExplicitAutograd", "CompositeImplicitAutograd"):
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), name):
-            if name == key and not _is_python(func, key) and _has_shape_rule(func):
+            if name == key and not is_python(func, key) and _has_shape_rule(func):
                 return None
             return lambda *args, **kwargs: func.redispatch(keys, *args, **kwargs)
     return None
 
 
-def _is_python(func: Any, key: str) -> bool:
+def runs_on(func: Any, key: str) -> bool:
+    """Whether an operator has code for a dispatch key, and not only a shape rule."""
+    names = (key, "CompositeExplicitAutograd", "CompositeImplicitAutograd")
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), name) for name in names)
+
+
+def is_python(func: Any, key: str) -> bool:
     """Whether the implementation for a dispatch key was registered from Python."""
     namespace, _, name = func.name().partition("::")
     return f"{namespace}/{name}/{key}" in torch.library._impls

@@ -21,7 +21,15 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aot_cache.errors import DataDependent, TraceError, one_line
-from aot_cache.upstream.virtual.torch_fake import implementation_of, leaves, only_for, run_of_others, written
+from aot_cache.upstream.virtual.torch_fake import (
+    implementation_of,
+    is_python,
+    leaves,
+    only_for,
+    run_of_others,
+    runs_on,
+    written,
+)
 
 DEVICE = torch.device("cuda", 0)
 KNOWN_LIMIT = 1 << 16
@@ -106,8 +114,15 @@ class VirtualTensor(torch.Tensor):
         return _index(self, index)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        view = _index(self, index)
-        if isinstance(value, torch.Tensor):
+        view, indices = _parts(self, index)
+        if any(_is_unknown_mask(one) for one in indices):
+            view.shared_.lost = True  # how many places are written to is not known, and no shape depends on it
+        elif indices:
+            value = (
+                value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=self.dtype, device=self.device)
+            )
+            _aten.index_put_.default(view, indices, value)
+        elif isinstance(value, torch.Tensor):
             view.copy_(value)
         else:
             view.fill_(value)
@@ -243,7 +258,7 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func.namespace not in _BUILTIN_NAMESPACES:
         implementation = implementation_of(func, "CUDA")
         if implementation is not None:
-            return implementation(*args, **kwargs)
+            return _run(func, implementation, args, kwargs)
         if found := only_for(func, "CUDA"):
             raise TraceError(
                 f"operator {func} has no CUDA kernel, only {found}", hint="check which device its library found"
@@ -256,6 +271,19 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if source.known is not None:
             return func(source.known, **kwargs)
     return _compute(func, args, kwargs, tensors, device)
+
+
+def _run(func: Any, implementation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operator's own implementation: Python, or C++ that may itself be made of operators."""
+    try:
+        return implementation(*args, **kwargs)
+    except (NotImplementedError, RuntimeError) as error:
+        if is_python(func, "CUDA") or not runs_on(func, "CUDA"):
+            raise
+        raise TraceError(
+            f"operator {func} is compiled code, and has no shape rule: {one_line(error)}",
+            hint="register one (torch.library.register_fake)",
+        ) from error
 
 
 def _compute(
@@ -322,6 +350,7 @@ def _known(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: li
     """The result's values if all inputs' values are known and few; else None."""
     others = [t for t in leaves(args) if isinstance(t, torch.Tensor) and not isinstance(t, VirtualTensor)]
     unknown = any(t.known is None for t in tensors) or any(t.numel() > KNOWN_LIMIT for t in others)
+    unknown = unknown or (func.namespace not in _BUILTIN_NAMESPACES and not runs_on(func, "CPU"))
     if unknown or torch.Tag.nondeterministic_seeded in func.tags:
         _forget(func, args, kwargs)
         return None
@@ -409,6 +438,21 @@ def _values(tensor: Any, what: str) -> torch.Tensor:
 
 def _index(tensor: torch.Tensor, index: Any) -> torch.Tensor:
     """`tensor[index]`, by operators that need no device guard."""
+    out, indices = _parts(tensor, index)
+    found: torch.Tensor = out
+    if indices:
+        found = _aten.index.Tensor(out, indices)
+    elif out is tensor:
+        found = _aten.alias.default(out)
+    return found
+
+
+def _is_unknown_mask(index: Any) -> bool:
+    return isinstance(index, VirtualTensor) and index.dtype == torch.bool and index.known is None
+
+
+def _parts(tensor: torch.Tensor, index: Any) -> tuple[Any, list[Any]]:
+    """(a view of `tensor` for numbers and slices in `index`, the tensors in it, by dimension of that view)"""
     items = list(index) if isinstance(index, tuple) else [index]
     taken = sum(1 for i in items if i is not None and i is not Ellipsis)
     if Ellipsis in [i for i in items if not isinstance(i, torch.Tensor)]:
@@ -430,7 +474,7 @@ def _index(tensor: torch.Tensor, index: Any) -> torch.Tensor:
             dim += 1
         else:
             out = _aten.select.int(out, dim, int(item))
-    return _aten.index.Tensor(out, indices) if indices else (_aten.alias.default(out) if out is tensor else out)
+    return out, indices
 
 
 def _swap(values: Any, swap: Any) -> Any:
