@@ -6,6 +6,7 @@ On a torch without CUDA each of these used to be a way into a device guard that 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,8 @@ from aot_cache.upstream.virtual import torch_shortcuts, torch_tensor
 from aot_cache.upstream.virtual.torch_tensor import VirtualTensor
 
 Op = Callable[[torch.Tensor], Any]
+NUMBERS = itertools.count()
+"""For names of libraries, which torch has only once in a process."""
 
 OPS: dict[str, Op] = {
     "~": lambda x: ~(x > 0),
@@ -400,18 +403,18 @@ def test_an_operator_of_others_on_what_is_not_virtual_is_run_once(key: str) -> N
 
 def test_an_operator_without_code_for_the_cpu_keeps_no_values(mode: Any) -> None:
     """A compiled operator of an engine has a shape rule and code for the GPU. Its arguments may be known, its result is not."""
-    library = torch.library.Library("compiled_for_gpus", "DEF")
+    library = torch.library.Library(f"compiled_for_gpus_{next(NUMBERS)}", "DEF")
     library.define("doubled(Tensor x) -> Tensor")
-    torch.library.register_fake("compiled_for_gpus::doubled", lambda x: x.new_empty(2 * x.shape[0]), lib=library)
+    torch.library.register_fake(f"{library.ns}::doubled", lambda x: x.new_empty(2 * x.shape[0]), lib=library)
     with mode(), virtual_gpu.tensors():
-        found = torch.ops.compiled_for_gpus.doubled(torch.tensor([1, 2, 3], device="cuda"))
+        found = getattr(torch.ops, library.ns).doubled(torch.tensor([1, 2, 3], device="cuda"))
         assert isinstance(found, VirtualTensor) and found.shape == (6,)
         with pytest.raises(DataDependent):
             found.tolist()
 
 
 def test_compiled_code_without_a_shape_rule_is_named(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = torch.library.Library("compiled_without_a_rule", "DEF")
+    library = torch.library.Library(f"compiled_without_a_rule_{next(NUMBERS)}", "DEF")
     library.define("norm(Tensor x) -> Tensor")
 
     def in_cpp(x: torch.Tensor) -> torch.Tensor:
@@ -424,5 +427,5 @@ def test_compiled_code_without_a_shape_rule_is_named(mode: Any, monkeypatch: pyt
         virtual_gpu.tensors(),
         pytest.raises(TraceError, match="is compiled code, and has no shape rule") as said,
     ):
-        torch.ops.compiled_without_a_rule.norm(torch.ones(3, device="cuda"))
+        getattr(torch.ops, library.ns).norm(torch.ones(3, device="cuda"))
     assert "torch.library.register_fake" in str(said.value)
