@@ -470,11 +470,20 @@ def _parts(tensor: torch.Tensor, index: Any) -> tuple[Any, list[Any]]:
                 out = _aten.slice.Tensor(out, dim, *bounds, item.step or 1)
             dim += 1
         elif isinstance(item, (torch.Tensor, list)):
-            indices += [None] * (dim - len(indices)) + [item if isinstance(item, torch.Tensor) else torch.tensor(item)]
-            dim += 1
+            item = item if isinstance(item, torch.Tensor) else torch.tensor(item)
+            indices += [None] * (dim - len(indices)) + _places(item)
+            dim += item.dim() if item.dtype == torch.bool else 1
         else:
             out = _aten.select.int(out, dim, int(item))
     return out, indices
+
+
+def _places(index: torch.Tensor) -> list[torch.Tensor]:
+    """An index as numbers: a mask of known values as the places where it is set, one tensor for each of its dimensions."""
+    known = index.known if isinstance(index, VirtualTensor) else index
+    if index.dtype != torch.bool or known is None:
+        return [index]
+    return list(known.nonzero(as_tuple=True))
 
 
 def _swap(values: Any, swap: Any) -> Any:
