@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -232,6 +234,49 @@ def test_reading(what: str, mode: Any) -> None:
         with virtual_gpu.tensors():
             virtual = SCALARS[what](base("cuda"))
     assert virtual == real
+
+
+NUMPY: dict[str, Op] = {
+    "cpu().numpy()": lambda x: x.cpu().numpy(),
+    "numpy(force=True)": lambda x: x.numpy(force=True),
+    "asarray": lambda x: np.asarray(x.cpu()),
+    "a mask": lambda x: x.cpu().numpy()[0][x.cpu().numpy()[0] > 2],
+}
+
+
+@pytest.mark.parametrize("what", NUMPY)
+def test_as_an_array(what: str, mode: Any) -> None:
+    with mode(), virtual_gpu.tensors():
+        assert NUMPY[what](base("cuda")).tolist() == NUMPY[what](base("cpu")).tolist()
+        with pytest.raises(DataDependent):
+            NUMPY[what](unknown(base("cuda")))
+        with pytest.raises(TypeError, match=re.escape("Use Tensor.cpu()")):
+            base("cuda").numpy()
+
+
+TO_THE_HOST: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "copy_": lambda x: torch.zeros(4, 6, dtype=torch.int64).copy_(x),
+    "copy_ into a view": lambda x: _copied_in(torch.zeros(9, 6, dtype=torch.int64), x),
+    "copy_ into pinned memory": lambda x: torch.zeros(4, 6, dtype=torch.int64, pin_memory=x.is_cuda).copy_(
+        x, non_blocking=True
+    ),
+    "setting a slice": lambda x: _set(torch.zeros(6, 6, dtype=torch.int64), slice(1, 5), x),
+}
+
+
+def _copied_in(buffer: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    buffer[2:6].copy_(x)
+    return buffer
+
+
+@pytest.mark.parametrize("what", TO_THE_HOST)
+def test_what_is_copied_to_the_host_is_known(what: str, mode: Any) -> None:
+    """A plain tensor has values, and host code reads them. Left as they were, they would be taken for the device's."""
+    with mode(), virtual_gpu.tensors():
+        found = TO_THE_HOST[what](base("cuda"))
+        assert type(found) is torch.Tensor and torch.equal(found, TO_THE_HOST[what](base("cpu")))
+        with pytest.raises(DataDependent, match="to a tensor on the CPU"):
+            TO_THE_HOST[what](unknown(base("cuda")))
 
 
 # Host code computes tables and masks on the CPU, too, and the short cuts are asked about every operator that there is.

@@ -135,6 +135,12 @@ class VirtualTensor(torch.Tensor):
     def item(self) -> Any:
         return _values(self, "item()").item()
 
+    def numpy(self, *, force: bool = False) -> Any:
+        # Inherited, it would give whatever lies where the tensor has no memory.
+        if self.device.type == "cuda" and not force:
+            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+        return _values(self, "numpy()").numpy()
+
     def __int__(self) -> int:
         return int(_values(self, "int()").item())
 
@@ -248,6 +254,8 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     wants_cuda = device is not None and torch.device(device).type == "cuda"
     if not tensors and not wants_cuda:
         return run_of_others(func, args, kwargs) if func.namespace not in _BUILTIN_NAMESPACES else func(*args, **kwargs)
+    if func._schema.is_mutable and any(type(to) is torch.Tensor for to in written(func, args, kwargs)):
+        return _write_to_host(func, args, kwargs)
     if func in _SCALARS:
         value = _values(args[0], "item()").item()
         return bool(value) if func is _aten.is_nonzero.default else value
@@ -271,6 +279,15 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if source.known is not None:
             return func(source.known, **kwargs)
     return _compute(func, args, kwargs, tensors, device)
+
+
+def _write_to_host(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Write to a plain tensor: host code will read it, so the values that are written must be known."""
+
+    def known(tensor: Any) -> Any:
+        return _values(tensor, f"{func._schema.name} to a tensor on the CPU")
+
+    return func(*_swap(args, known), **_swap(kwargs, known))
 
 
 def _run(func: Any, implementation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
