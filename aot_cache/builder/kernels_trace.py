@@ -174,7 +174,7 @@ def _fill(block: _Block, case: Case, every: Sequence[Point], mine: range, index:
     torch.set_num_threads(1)  # tensors with values are small, and there is a child per core
     log = LaunchLog()
     virtual_gpu.compiled_calls.clear()
-    with intercept_launch(log), virtual_gpu.tensors(), case.modes():
+    with intercept_launch(log, virtual_gpu.kernel_was_launched), virtual_gpu.tensors(), case.modes():
         for number in mine:
             log.mark = at[index] = number
             block.broken = one_point.run(case, every[number])
@@ -191,7 +191,7 @@ def _fill(block: _Block, case: Case, every: Sequence[Point], mine: range, index:
 def functions_at(case: Case, point: Point) -> dict[str, Any]:
     """The kernels that `case` launches at `point`, by identity. Finds kernels that are made inside functions."""
     log = LaunchLog()
-    with intercept_launch(log), virtual_gpu.tensors(), case.modes():
+    with intercept_launch(log, virtual_gpu.kernel_was_launched), virtual_gpu.tensors(), case.modes():
         broken = one_point.run(case, point)
     if broken is not None:
         raise broken.error

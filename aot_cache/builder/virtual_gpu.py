@@ -72,3 +72,20 @@ def tensors() -> Iterator[None]:
     mode: Any = VirtualMode  # torch's base class is untyped
     with mode():
         yield
+
+
+def kernel_was_launched(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forget the values of tensors that a Triton kernel may have written to."""
+    from aot_cache.upstream.codec import triton_writes
+    from aot_cache.upstream.virtual.torch_tensor import VirtualTensor
+
+    def known(value: Any) -> list[VirtualTensor]:
+        if isinstance(value, (list, tuple)):
+            return [tensor for one in value for tensor in known(one)]
+        return [value] if isinstance(value, VirtualTensor) and value.known is not None else []
+
+    given = {**dict(zip(function.arg_names, args)), **kwargs}
+    found = {name: tensors for name, value in given.items() if (tensors := known(value))}
+    for name in found.keys() & triton_writes.written_by(function) if found else ():
+        for tensor in found[name]:
+            tensor.shared_.lost = True

@@ -322,6 +322,8 @@ WRITES: dict[str, Op] = {
     "indices, by a tensor": lambda x: _set(x, torch.tensor([2, 0]), x[1:3].clone()),
     "a list": lambda x: _set(x, [2, 0], 5),
     "a mask": lambda x: _set(x, x > 6, 5),
+    "an array": lambda x: _set(x, np.array([2, 0]), 5),
+    "a mask as an array": lambda x: _set(x, np.array([True, False, False, True]), 5),
     "a mask of rows": lambda x: _set(x, (x.sum(-1) > 30, ...), 5),
     "a transposed view": lambda x: x.t()[0].add_(1),
     "copy_": lambda x: x[0].copy_(x[1]),

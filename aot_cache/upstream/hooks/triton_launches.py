@@ -262,18 +262,30 @@ def _tuners_among(function: JITFunction, values: Sequence[Any]) -> list[Autotune
     return found
 
 
+Launched = Callable[[JITFunction, tuple[Any, ...], dict[str, Any]], None]
+
+
 @contextlib.contextmanager
-def intercept_launch(log: LaunchLog) -> Iterator[None]:
-    """Inside, write launches to `log` instead of running them (virtual device)."""
+def intercept_launch(log: LaunchLog, launched: Launched = lambda *_: None) -> Iterator[None]:
+    """Inside, write launches to `log` instead of running them (virtual device).
+
+    Args:
+        launched: is called after each launch with the kernel and its arguments: whatever the kernel writes is written now.
+    """
     jit_run, tuner_run = JITFunction.run, Autotuner.run
 
     def run(self: JITFunction, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> LaunchedUnit:
         for hook in self.pre_run_hooks:
             hook(*args, **kwargs)
-        return LaunchedUnit(log.launch(self, args, kwargs))
+        unit = LaunchedUnit(log.launch(self, args, kwargs))
+        launched(self, args, kwargs)
+        return unit
 
     def tune(self: Autotuner, *args: Any, **kwargs: Any) -> None:
         log.expand(self, args, kwargs)
+        function = triton_jit.unwrap(self)
+        if function is not None:  # its candidates may be known from an earlier launch, and were not run
+            launched(function, args, kwargs)
 
     JITFunction.run, Autotuner.run = run, tune
     try:

@@ -470,7 +470,7 @@ def _is_unknown_mask(index: Any) -> bool:
 
 def _parts(tensor: torch.Tensor, index: Any) -> tuple[Any, list[Any]]:
     """(a view of `tensor` for numbers and slices in `index`, the tensors in it, by dimension of that view)"""
-    items = list(index) if isinstance(index, tuple) else [index]
+    items = [_of_array(item) for item in (index if isinstance(index, tuple) else (index,))]
     taken = sum(1 for i in items if i is not None and i is not Ellipsis)
     if Ellipsis in [i for i in items if not isinstance(i, torch.Tensor)]:
         at = next(n for n, i in enumerate(items) if i is Ellipsis)
@@ -493,6 +493,12 @@ def _parts(tensor: torch.Tensor, index: Any) -> tuple[Any, list[Any]]:
         else:
             out = _aten.select.int(out, dim, int(item))
     return out, indices
+
+
+def _of_array(item: Any) -> Any:
+    """An array of numpy as a tensor, as which torch takes it in an index."""
+    is_array = hasattr(item, "__array__") and hasattr(item, "ndim") and not isinstance(item, torch.Tensor)
+    return torch.as_tensor(item) if is_array and item.ndim else item
 
 
 def _places(index: torch.Tensor) -> list[torch.Tensor]:
