@@ -27,7 +27,7 @@ from aot_cache.cli.facts import bundle as bundle_facts
 from aot_cache.cli.render import bundle as render_bundle
 from aot_cache.errors import DeclarationError, TraceError
 from aot_cache.upstream.codec import call_arguments, torch_settings
-from aot_cache.upstream.hooks import dynamo_calls
+from aot_cache.upstream.hooks import dynamo_calls, dynamo_frames
 
 HERE = Path(__file__).parent
 PATHS = os.pathsep.join([str(HERE.parent), str(HERE)])
@@ -279,7 +279,9 @@ def test_each_call_is_told_once_with_what_was_passed() -> None:
     compiled = torch.compile(add, backend="eager", fullgraph=True)
 
     def note(function: object, args: tuple[object, ...], kwargs: dict[str, object], callback: object) -> None:
-        seen.append([dynamo_calls.is_compiled(compiled, function), len(args), kwargs, dynamo_calls.fullgraph(callback)])
+        seen.append(
+            [dynamo_calls.is_compiled(compiled, function), len(args), kwargs, dynamo_frames.is_fullgraph(callback)]
+        )
 
     stop = dynamo_calls.note_calls(note)
     for n in (1, 1):

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from aot_cache.artifact.plan import Encoded, Pair, Plan, Unit, extended
+from aot_cache.artifact.plan import Encoded, Pair, Plan, Unit
 
 Classes = Callable[[Unit, int], Sequence[Pair]]
 """(unit, position of a parameter) → what Triton specializes that parameter for, over integers of all classes."""
@@ -28,9 +28,7 @@ def added(plan: Plan, recorded: Iterable[str], classes: Classes) -> tuple[Plan, 
     known = {unit.id for unit in plan.units}
     found = beside([unit for unit in plan.units if unit.id in seen], classes)
     new = {unit.id: unit for unit in found if unit.id not in known}
-    if not new:
-        return plan, []
-    return extended(plan, [replace(plan, units=[*plan.units, *new.values()])]), list(new)
+    return replace(plan, units=[*plan.units, *new.values()]), list(new)
 
 
 def beside(units: Sequence[Unit], classes: Classes) -> list[Unit]:

@@ -180,7 +180,7 @@ def _kernels(job: Job, send: Send, progress: Progress) -> None:
             unclear=traced.unclear if traced is not None else {},
         )
     removed: list[str] = []
-    if not job.rank:
+    if (job.misses or missed.neighbours) and not job.rank:
         removed = missed.settle(outcome, store, job.target)
     if job.misses and not job.rank:  # without misses, the process that traces graphs may write it now
         missed.plan.write(Path(job.plan_out))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from aot_cache.artifact.plan import Plan
 from aot_cache.errors import DeclarationError
 from aot_cache.recipes.declare import Call, Case, Recipe, device
 from aot_cache.recipes.dimensions import Range
-from aot_cache.upstream.codec import call_arguments, torch_settings
+from aot_cache.upstream.codec import call_arguments, torch_settings, unwrapping
 from aot_cache.upstream.hooks import dynamo_calls
 
 
@@ -63,10 +62,7 @@ def _here(recorded: str) -> str:
 
 
 def _compiled(function: CompiledFunction) -> Any:
-    module, _, qualname = function.function.partition(":")
-    found: Any = importlib.import_module(module)
-    for part in qualname.split("."):
-        found = getattr(found, part)
+    found = unwrapping.named(function.function)
     by: dict[str, Any] = dict(function.compiled_by)
     if not by:
         return found

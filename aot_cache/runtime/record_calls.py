@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 from aot_cache.artifact.compiled_function import CompiledFunction
@@ -89,9 +89,9 @@ def _described(
         return CompiledFunction(function=repr(type(function)), why="what is compiled is no function"), []
     name = f"{inner.__module__}:{inner.__qualname__}"
     owner = getattr(function, "__self__", None)
-    if owner is not None and not isinstance(owner, type(importlib)) and not isinstance(owner, type):
+    if owner is not None and not isinstance(owner, (ModuleType, type)):
         return CompiledFunction(function=name, why=f"it is a method of a {_name(type(owner))}"), []
-    found = _by_name(inner)
+    found = _by_name(inner, name)
     if isinstance(found, str):
         return CompiledFunction(function=name, why=found), []
     config = dynamo_frames.compile_config_of(callback)
@@ -99,7 +99,11 @@ def _described(
         return CompiledFunction(function=name, why="it is compiled with another backend than Inductor"), []
     if not dynamo_calls.has_plain_options(callback):
         return CompiledFunction(function=name, why="an option of its torch.compile is no number and no text"), []
-    by = {} if dynamo_calls.is_compiled(found, function) else {**config, "fullgraph": dynamo_calls.fullgraph(callback)}
+    by = (
+        {}
+        if dynamo_calls.is_compiled(found, function)
+        else {**config, "fullgraph": dynamo_frames.is_fullgraph(callback)}
+    )
     try:
         code = inner.__code__
         arguments, sizes = call_arguments.written(args, kwargs, code.co_varnames[: code.co_argcount])
@@ -116,15 +120,13 @@ def _described(
     return about, sizes
 
 
-def _by_name(inner: Any) -> Any:
+def _by_name(inner: Any, name: str) -> Any:
     """What the function's module has under its name; a text why that is something else."""
     if inner.__module__ == "__main__":
         return "it is in the program's own file, which a build cannot import: move it to a module"
     if "<locals>" in inner.__qualname__:
         return "it is made inside a function"
-    found: Any = importlib.import_module(inner.__module__)
-    for part in inner.__qualname__.split("."):
-        found = getattr(found, part, None)
+    found = unwrapping.named(name)
     if unwrapping.function_of(found) is not inner:
         return "its module has something else under its name"
     return found

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from triton.runtime.driver import driver
+
+from aot_cache.upstream.hooks import cuda_libraries, torch_capture
 
 
 class Device:
@@ -44,3 +49,18 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     driver.active.utils.unload_module = found.unload_module
     monkeypatch.setattr(driver.active, "launcher_cls", found.launcher, raising=False)
     return found
+
+
+@contextlib.contextmanager
+def serving(monkeypatch: pytest.MonkeyPatch, folder: Path, kernels: Sequence[Any]) -> Iterator[None]:
+    """As in a server that has started CUDA and captures nothing, with Triton's disk cache in `folder`: no kernel is in memory."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    monkeypatch.setattr(torch_capture, "cuda_is_up", lambda: True)
+    monkeypatch.setattr(cuda_libraries, "prime", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for kernel in kernels:
+        kernel.device_caches.clear()
+    yield
+    for kernel in kernels:
+        kernel.device_caches.clear()

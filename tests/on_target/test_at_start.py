@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import sample_at_start as sample
 import torch
-from gpu_stub import Device
+from gpu_stub import Device, serving
 from pretend import capture
 from triton import knobs
 from triton.runtime.jit import JITFunction
@@ -29,7 +29,6 @@ from aot_cache.cli.render import bundle as render_bundle
 from aot_cache.errors import DeclarationError
 from aot_cache.runtime.session import Session
 from aot_cache.store import read_bundle
-from aot_cache.upstream.hooks import cuda_libraries, torch_capture
 
 ROOT = Path(__file__).parents[2]
 KERNELS: list[JITFunction[Any]] = [sample.conv, sample.update.fn, sample.other]
@@ -65,24 +64,18 @@ class Served:
 
 @pytest.fixture
 def served(built: Built, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch_capture, "cuda_is_up", lambda: True)
-    monkeypatch.setattr(cuda_libraries, "prime", lambda: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    for kernel in KERNELS:
-        kernel.device_caches.clear()
     sample.update.cache.clear()
     warnings: list[str] = []
-    session = Session(warnings.append)
-    found = Served(session, warnings)
-    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **about: found.compiled.append(about["fn"].name))
-    assert session.load(built.path, None, True, []) is not None
-    session.ready(True, {})
-    yield found
-    session.disarm()
-    for kernel in KERNELS:
-        kernel.device_caches.clear()
+    with serving(monkeypatch, tmp_path, KERNELS):
+        session = Session(warnings.append)
+        found = Served(session, warnings)
+        monkeypatch.setattr(
+            knobs.runtime, "jit_post_compile_hook", lambda **about: found.compiled.append(about["fn"].name)
+        )
+        assert session.load(built.path, None, True, []) is not None
+        session.ready(True, {})
+        yield found
+        session.disarm()
 
 
 def test_what_is_in_the_bundle(built: Built) -> None:

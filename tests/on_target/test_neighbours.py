@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import sample_neighbours as sample
 import torch
-from gpu_stub import Device
+from gpu_stub import Device, serving
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
@@ -24,7 +24,6 @@ from aot_cache.builder import pipeline
 from aot_cache.builder.pipeline import Built, Request
 from aot_cache.runtime.session import Session
 from aot_cache.upstream.codec import triton_jit
-from aot_cache.upstream.hooks import cuda_libraries, torch_capture
 
 ROOT = Path(__file__).parents[2]
 KERNELS: list[JITFunction[Any]] = [sample.plain, sample.typed, sample.unaligned, sample.not_of_one, sample.sized]
@@ -70,18 +69,10 @@ def names(units: list[Unit]) -> set[str]:
 
 @pytest.fixture
 def session(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch_capture, "cuda_is_up", lambda: True)
-    monkeypatch.setattr(cuda_libraries, "prime", lambda: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    for kernel in KERNELS:
-        kernel.device_caches.clear()
-    session = Session([].append)
-    yield session
-    session.disarm()
-    for kernel in KERNELS:
-        kernel.device_caches.clear()
+    with serving(monkeypatch, tmp_path, KERNELS):
+        session = Session([].append)
+        yield session
+        session.disarm()
 
 
 @pytest.mark.parametrize("two", [*itertools.combinations(OF_CLASS, 2)], ids=str)

@@ -97,12 +97,10 @@ def of_value(guard: Guard, value: Any, in_order: bool) -> str | None:
         return str(value)
     if kind in BY_IDENTITY or kind == "BUILTIN_MATCH":
         return of_identity(value)
-    if kind == "DICT_KEYS_MATCH":
-        return _keys(value, in_order) if isinstance(value, dict) else f"a {_type(value)}"
     if kind == "HASATTR":
         attribute = _attribute(guard)
         return str(not attribute or hasattr(value, attribute))
-    of_this_kind = _FACTS[kind]
+    of_this_kind = functools.partial(_keys, in_order=in_order) if kind == "DICT_KEYS_MATCH" else _FACTS[kind]
     try:
         return of_this_kind(value)
     except Exception:  # another type than where the guard was made, such as None instead of a list

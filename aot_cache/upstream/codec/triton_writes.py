@@ -42,12 +42,16 @@ def written_by(function: Any) -> Names:
 def _use(function: Any, callers: tuple[Any, ...]) -> Use:
     found = _known.get(function)
     if found is None:
-        names = list(function.signature.parameters) if hasattr(function, "signature") else list(function.arg_names)
+        names = _parameters(function)
         if function in callers:  # Triton refuses recursion
             return Use(frozenset(names), frozenset(names))
         found = _Reader(function, names, (*callers, function)).use()
         _known[function] = found
     return found
+
+
+def _parameters(function: Any) -> list[str]:
+    return list(function.signature.parameters) if hasattr(function, "signature") else list(function.arg_names)
 
 
 class _Reader:
@@ -151,7 +155,7 @@ class _Reader:
 
     def _passed(self, call: ast.Call, callee: Any) -> Iterator[tuple[str, ast.expr]]:
         """(parameter, argument) of a call; an argument whose place is not known belongs to each."""
-        names = list(callee.signature.parameters) if hasattr(callee, "signature") else list(callee.arg_names)
+        names = _parameters(callee)
         unclear = any(isinstance(one, ast.Starred) for one in call.args) or any(
             one.arg is None for one in call.keywords
         )

@@ -6,6 +6,7 @@ Upstream: `torch/_dynamo/eval_frame.py` (`OptimizedModule`; compiled functions a
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import types
 from typing import Any
@@ -17,6 +18,15 @@ def code_of(what: Any) -> types.CodeType | None:
     """The code of the function under `what`, see `function_of`."""
     function = function_of(what)
     return None if function is None else function.__code__
+
+
+def named(function: str) -> Any:
+    """What a module has as `module:qualname`; None if it has nothing there. Imports the module."""
+    module, _, qualname = function.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    return found
 
 
 def function_of(what: Any) -> types.FunctionType | None:

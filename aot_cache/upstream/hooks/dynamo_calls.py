@@ -47,12 +47,6 @@ def is_compiled(function: Any, as_what: Any = None) -> bool:
     return inner is not None and as_what in (None, inner)
 
 
-def fullgraph(callback: Any) -> bool:
-    """Whether a compiled call raises at a graph break."""
-    inner = getattr(callback, "_torchdynamo_orig_backend", callback)
-    return bool(getattr(getattr(inner, "_inner_convert", inner), "_one_graph", False))
-
-
 def has_plain_options(callback: Any) -> bool:
     """Whether all options of a call's `torch.compile` can be written down: none is a function, say."""
     from torch._dynamo.eval_frame import innermost_backend

@@ -77,6 +77,12 @@ def compile_config_of(backend: Any) -> dict[str, Json] | None:
     return {"backend": "inductor", "options": dict(sorted(options.items())), "dynamic": inner.dynamic}
 
 
+def is_fullgraph(callback: Any) -> bool:
+    """Whether a graph break is an error in calls for which Dynamo has this `callback`."""
+    inner = getattr(callback, "_torchdynamo_orig_backend", callback)
+    return bool(getattr(getattr(inner, "_inner_convert", inner), "_one_graph", False))
+
+
 _ARGUMENTS = ("code", "globals", "locals", "builtins", "closure", "compiler_fn", "one_graph")
 """The first parameters of `convert_frame._compile`, as a list, because another library's hook may hide its signature."""
 
@@ -187,9 +193,8 @@ def before_compiling(
             return None
         if _left_alone():
             return run_without_compiling()  # else upstream would skip this function in all later calls, too
-        inner = self._torchdynamo_orig_backend
-        fullgraph = bool(getattr(getattr(inner, "_inner_convert", inner), "_one_graph", False))
-        found = find(Frame(frame.f_code, frame.f_globals, frame.f_locals, compile_config_of(self), fullgraph))
+        config, fullgraph = compile_config_of(self), is_fullgraph(self)
+        found = find(Frame(frame.f_code, frame.f_globals, frame.f_locals, config, fullgraph))
         return None if found is None else as_compiled(found, frame.f_code)
 
     def __call__(original: Any, self: Any, frame: Any, cache_entry: Any, frame_state: Any) -> ConvertFrameReturn:
