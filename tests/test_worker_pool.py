@@ -150,6 +150,8 @@ EVENTS = (
         failed=[Failure(kernel="m:k", unit="u", error="no", reached={"decode": [{"n": "1"}]})],
         toolchain={"triton": "3.7.1"},
         missed_kernels={3: "why"},
+        neighbours=2,
+        removed=["k:1"],
         inputs=INPUTS,
     ),
     Surveyed(spec="m:r", inputs=INPUTS, failed_cases=[FAILED]),
