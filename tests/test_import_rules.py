@@ -29,6 +29,7 @@ LAYERS = (
     ("upstream.hooks",),
     ("upstream.virtual",),
     ("misses",),
+    ("recording",),
     ("builder", "runtime"),
     ("tuning", "rehearsal"),
     ("cli.facts",),

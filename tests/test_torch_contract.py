@@ -721,7 +721,9 @@ def test_the_moment_a_compiled_function_is_called() -> None:
     code = """
 from aot_cache.upstream.virtual import dynamo_off
 noted = []
-dynamo_off.run_as_python(lambda *call: noted.append(call))
+from aot_cache.upstream.hooks import dynamo_calls
+dynamo_off.run_as_python()
+dynamo_calls.note_calls(lambda *call: noted.append(call))
 import sys
 assert "torch" not in sys.modules, "it imports torch"
 import torch
@@ -736,7 +738,7 @@ class M(torch.nn.Module):
 m = torch.compile(M(), backend=backend)
 assert not noted
 assert f(torch.ones(2)).tolist() == [2, 2] and len(noted) == 1, noted
-function, args, kwargs = noted[0]
+function, args, kwargs, _ = noted[0]
 assert function.__name__ == 'f' and len(args) == 1 and kwargs == {}, noted
 assert m(torch.ones(2)).tolist() == [3, 3] and len(noted) >= 2, noted
 before = len(noted)
@@ -752,7 +754,7 @@ print("fine")
 def test_a_compiled_function_that_wants_its_whole_graph_runs_as_python() -> None:
     code = """
 from aot_cache.upstream.virtual import dynamo_off
-dynamo_off.run_as_python(lambda *_: None)
+dynamo_off.run_as_python()
 import torch
 print(torch.compile(lambda x: x * 2, fullgraph=True)(torch.ones(2)).tolist())
 """

@@ -43,12 +43,17 @@ class Inputs:
 NO_INPUTS = Inputs()
 
 
-def inputs(also: Mapping[str, str] | None = None) -> Inputs:
-    """What this process imported. `also`: module → file of what its children imported."""
+def inputs(also: Mapping[str, str] | None = None, read: Iterable[Path] = ()) -> Inputs:
+    """What this process imported.
+
+    Args:
+        also: module → file of what its children imported.
+        read: files that it has read, and on which what it made depends.
+    """
     roots = tuple({sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]})
     standard = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["platstdlib"])
     tops: set[str] = set()
-    files: dict[str, str] = {}
+    files = {str(path.absolute()): _file_digest(str(path)) for path in read}
     mine = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
     for name, path in {**(also or {}), **mine}.items():
         path = _on_disk(path)

@@ -19,6 +19,7 @@ from aot_cache.recipes.dimensions import Point
 from aot_cache.store import JsonObject
 
 Stage = Literal["kernels", "graphs"]
+Part = Literal["kernels", "models"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +84,47 @@ class Job:
     @classmethod
     def read(cls, text: str) -> Job:
         data = json.loads(text)
-        target = {**data["target"], "capability": tuple(data["target"]["capability"])}
         data |= {
-            "target": Target(**target),
+            "target": _target(data["target"]),
             "misses": [Miss(**one) for one in data["misses"]],
             "refused": [Refused(**one) for one in data["refused"]],
             "failed_cases": [FailedCase(**one) for one in data["failed_cases"]],
         }
         return cls(**data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartJob:
+    """The job of a worker process in which an engine starts on the virtual device, see `builder.engine_worker`.
+
+    Args:
+        part: log what it launches, or let it compile its own models.
+        engine: the adapter's name, a package in `aot_cache.engines`.
+        arguments: the engine's own command line.
+        target: the target that the process becomes.
+        out: path for what is found: a plan, or the file with the engine's caches.
+    """
+
+    part: Part
+    engine: str
+    arguments: Sequence[str]
+    target: Target
+    out: str
+
+    def written(self) -> str:
+        return json.dumps({**plain(self), "target": self.target.properties()})
+
+
+def read_job(text: str) -> Job | StartJob:
+    """The job of a worker process."""
+    data = json.loads(text)
+    if "stage" in data:
+        return Job.read(text)
+    return StartJob(**{**data, "target": _target(data["target"])})
+
+
+def _target(found: Mapping[str, Any]) -> Target:
+    return Target(**{**found, "capability": tuple(found["capability"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,17 +236,42 @@ class GraphsMade:
     missed_calls: Mapping[int, str]
 
 
-Answer: TypeAlias = Traced | Compiled | Surveyed | GraphsMade
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """An engine was started on the virtual device, and what was found is written.
+
+    Args:
+        version: the engine's.
+        unreached: what it could not be made to do, in words.
+        assumed: place in code → the values that it read there and that nobody knows; it read ones.
+        at_start: constants of its kernels that are known only when a server starts, see `artifact.at_start`.
+        launchers: see `Plan.launchers`.
+        models: names of the classes that the engine compiled itself.
+        inputs: the packages and files that the process has imported, and the model's configuration.
+    """
+
+    version: str
+    unreached: Sequence[str]
+    assumed: Mapping[str, str]
+    at_start: Sequence[str]
+    launchers: Sequence[Sequence[Any]]
+    models: Sequence[str]
+    inputs: Inputs
+
+
+Answer: TypeAlias = Traced | Compiled | Surveyed | GraphsMade | Started
 Event: TypeAlias = Answer | Progressed | NeedsRanks | Raised
 T = TypeVar("T")
 
 _EVENTS: Mapping[str, type[Event]] = {
-    kind.__name__: kind for kind in (Progressed, NeedsRanks, Raised, Traced, Compiled, Surveyed, GraphsMade)
+    kind.__name__: kind for kind in (Progressed, NeedsRanks, Raised, Traced, Compiled, Surveyed, GraphsMade, Started)
 }
 
 
-def last_of(job: Job) -> type[Answer]:
+def last_of(job: Job | StartJob) -> type[Answer]:
     """The type of the last answer of a worker."""
+    if isinstance(job, StartJob):
+        return Started
     if job.stage == "kernels":
         return Traced if job.show_plan else Compiled
     return Surveyed if job.show_plan else GraphsMade

@@ -16,8 +16,9 @@ from aot_cache.artifact.engine_cache import Caches
 from aot_cache.artifact.manifest import plain, split
 from aot_cache.artifact.plan import Plan
 from aot_cache.artifact.target import Target
-from aot_cache.builder import fingerprint, workers
+from aot_cache.builder import engine_start, fingerprint, workers
 from aot_cache.builder.assemble import assemble, covered
+from aot_cache.builder.engine_start import NO_START, Engine, EngineStart
 from aot_cache.builder.fingerprint import Inputs
 from aot_cache.builder.workers import BuildResult
 from aot_cache.errors import AotCacheError, DeclarationError, TraceError
@@ -52,6 +53,7 @@ class Request:
         ranks: the world size; graphs that depend on the rank are built for each rank (see `graphs_per_rank`). None: the recipe's.
         at_start: constants of kernels that are known only when the server starts, see `artifact.at_start.Mark`.
         neighbours: also build what is beside recorded and missed specializations, see `builder.neighbours`.
+        engine: an engine with its own command line, which is started on the virtual device (see `builder.engine_start`).
     """
 
     target: Target
@@ -67,6 +69,7 @@ class Request:
     ranks: int | None = None
     at_start: tuple[str, ...] = ()
     neighbours: bool = True
+    engine: Engine | None = None
 
 
 @dataclass(kw_only=True)
@@ -105,6 +108,9 @@ class Built:
     """Of the units, how many were neither declared nor recorded, see `builder.neighbours`."""
     not_built: list[str] = field(default_factory=list)
     """Compiled functions that plans have recorded, and that the recipe beside them does not call."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    """Of an engine that was started on the virtual device: its `version`, the `models` that it compiled itself, what is
+    `unreached`, and where it read values that nobody knows (`assumed`: place → what)."""
     untested: str = ""
     """Why the releases of torch, Triton and transformers that built it are doubtful; empty if they are fine."""
 
@@ -133,16 +139,41 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
         if same is not None:
             same.seconds = time.perf_counter() - began
             return same
-    caches = engine_cache.of_plans(request.plans)
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
+        started = _start(request, store, Path(scratch), progress)
+        request, marks = _with(request, started), [*marks, *(Mark.parse(text) for text in started.at_start)]
+        caches = engine_cache.of_plans(request.plans)
         result = workers.run(replace(request, model=model_of(request)), Path(scratch), misses, progress)
         built = _finish(request, store, result, misses, marks, caches)
+    built.engine = _told(started)
+    inputs = fingerprint.together([result.inputs, started.inputs])
     built.misses = _became(misses, result.missed, request.target)
     built.seconds = time.perf_counter() - began
     if not built.failed:
         with store.writer():
-            store.put_record(STAMPS, question, {"inputs": asdict(result.inputs), "built": built.to_json()})
+            store.put_record(STAMPS, question, {"inputs": asdict(inputs), "built": built.to_json()})
     return built
+
+
+def _start(request: Request, store: Store, scratch: Path, progress: Progress) -> EngineStart:
+    """What the request's engine launches and compiles; nothing without an engine."""
+    if request.engine is None:
+        return NO_START
+    folder = scratch / "engine"
+    folder.mkdir()
+    return engine_start.start(request.engine, request.target, store, folder, progress)
+
+
+def _with(request: Request, started: EngineStart) -> Request:
+    """The request, with the plan of its engine's start."""
+    return request if started is NO_START else replace(request, plans=(started.plan, *request.plans))
+
+
+def _told(started: EngineStart) -> dict[str, Any]:
+    if started is NO_START:
+        return {}
+    names = ("version", "models", "unreached", "assumed")
+    return {name: getattr(started, name) for name in names}
 
 
 def model_of(request: Request) -> str | None:
@@ -166,6 +197,8 @@ def model_of(request: Request) -> str | None:
 def plan_only(request: Request, progress: Progress = lambda *_: None) -> Plan:
     """Trace without compiling: the plan that `build` would compile."""
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
+        store = Store(request.store)
+        request = _with(request, _start(request, store, Path(scratch), progress))
         request = replace(request, model=model_of(request))
         return workers.run(request, Path(scratch), miss_file.read(request.misses), progress, show_plan=True).plan
 
@@ -229,6 +262,7 @@ def _question(request: Request, misses: Misses) -> str:
             "ranks": request.ranks,
             "at_start": list(request.at_start),
             "neighbours": request.neighbours,
+            "engine": [request.engine.name, *request.engine.arguments] if request.engine is not None else None,
             "environment": fingerprint.environment(),
         }
     )

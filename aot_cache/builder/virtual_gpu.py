@@ -8,7 +8,7 @@ set at every point on the device and here, and the same `IS_*` flags of fla (art
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from aot_cache.builder import cuda_driver, nvml
@@ -20,16 +20,27 @@ if TYPE_CHECKING:
 
 compiled_calls: list[Any] = []
 """Calls of `torch.compile`d functions (`recorded_calls.call_of`). They ran as plain Python; `builder.graphs` traces them."""
+Note = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]
 
 
-def become(target: Target) -> None:
-    """Turn this process into one with `target` as its only GPU.
+def _note(function: Any, args: Any, kwargs: Any, _callback: Any) -> None:
+    from aot_cache.builder import recorded_calls
+
+    compiled_calls.append(recorded_calls.call_of(function, args, kwargs))
+
+
+def become(target: Target, note: Note = _note) -> None:
+    """Turn this process into one with `target` as its only GPU. Compiled functions run as plain Python.
+
+    Args:
+        note: called before each call of a compiled function, see `dynamo_calls.note_calls`.
 
     Raises:
         TargetError: the target is `cpu`, for which Triton has no backend.
     """
     if target.backend == "cpu":
         raise TargetError("a GPU target for Triton kernels", "cpu", "name a GPU target (see `aot-cache targets`)")
+    from aot_cache.upstream.hooks import dynamo_calls
     from aot_cache.upstream.virtual import (
         dynamo_off,
         torch_cuda,
@@ -39,13 +50,9 @@ def become(target: Target) -> None:
         triton_driver,
     )
 
-    def note(function: Any, args: Any, kwargs: Any) -> None:
-        from aot_cache.builder import recorded_calls
-
-        compiled_calls.append(recorded_calls.call_of(function, args, kwargs))
-
     libraries(target)
-    dynamo_off.run_as_python(note)
+    dynamo_off.run_as_python()
+    dynamo_calls.note_calls(note)
     with contextlib.suppress(TargetError):  # without a compiler, only ops that need a guard (`~x`) fail
         torch_guard.ensure()
     torch_shortcuts.install()
@@ -71,6 +78,19 @@ def tensors() -> Iterator[None]:
 
     mode: Any = VirtualMode  # torch's base class is untyped
     with mode():
+        yield
+
+
+@contextlib.contextmanager
+def assuming(note: Callable[[str, str], None]) -> Iterator[None]:
+    """Inside, host code that reads values which nobody knows (sampled tokens) reads ones.
+
+    Args:
+        note: called with what is read, and with the place that reads it.
+    """
+    from aot_cache.upstream.virtual import torch_tensor
+
+    with torch_tensor.assuming(note):
         yield
 
 

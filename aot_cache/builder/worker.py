@@ -23,6 +23,7 @@ from aot_cache.builder.messages import (
     NeedsRanks,
     Progressed,
     Raised,
+    StartJob,
     Surveyed,
     Traced,
 )
@@ -45,20 +46,25 @@ class _OtherRanks(Exception):
 
 
 def main() -> int:
-    job = Job.read(sys.stdin.readline())
+    job = messages.read_job(sys.stdin.readline())
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
     def send(event: Event) -> None:
         events.write(messages.written(event))
 
-    of_rank = f", rank {job.rank}" if job.ranks > 1 else ""
+    of_rank = f", rank {job.rank}" if isinstance(job, Job) and job.ranks > 1 else ""
 
     def progress(stage: str, done: int, total: int) -> None:
         send(Progressed(stage=stage + of_rank, done=done, total=total))
 
     try:
-        (_graphs if job.stage == "graphs" else _kernels)(job, send, progress)
+        if isinstance(job, StartJob):
+            from aot_cache.builder import engine_worker
+
+            send(engine_worker.started(job, progress))
+        else:
+            (_graphs if job.stage == "graphs" else _kernels)(job, send, progress)
     except _OtherRanks as other:
         send(NeedsRanks(ranks=other.ranks))
     except AotCacheError as error:

@@ -13,7 +13,7 @@ from typing import IO, TypeVar
 
 from aot_cache import errors
 from aot_cache.builder import messages
-from aot_cache.builder.messages import Answer, Event, Job, NeedsRanks, Progressed, Raised
+from aot_cache.builder.messages import Answer, Event, Job, NeedsRanks, Progressed, Raised, StartJob
 from aot_cache.errors import TargetError
 from aot_cache.process_group import ProcessGroup
 
@@ -61,7 +61,7 @@ class WorkerPool:
         return self._threads.submit(function)
 
     def run(
-        self, job: Job, environment: Mapping[str, str], then: Callable[[Answer], None] | None = None
+        self, job: Job | StartJob, environment: Mapping[str, str], then: Callable[[Answer], None] | None = None
     ) -> list[Answer]:
         """Run one worker until it is done; returns its answers in order.
 
@@ -88,7 +88,7 @@ class WorkerPool:
                     then(event)
         return answers
 
-    def _talk(self, job: Job, environment: Mapping[str, str]) -> Iterator[Event]:
+    def _talk(self, job: Job | StartJob, environment: Mapping[str, str]) -> Iterator[Event]:
         """Start a worker, send it the job, and yield its events."""
         group = self._start(environment)
         worker = group.process

@@ -16,6 +16,7 @@ from aot_cache.artifact.plan import Plan
 from aot_cache.artifact.specialization import parameter_names
 from aot_cache.artifact.target import Target
 from aot_cache.builder import pipeline
+from aot_cache.builder.engine_start import Engine
 from aot_cache.builder.pipeline import Built, Request
 from aot_cache.cli.command import AsJson, Unfinished
 from aot_cache.cli.facts import build as build_facts
@@ -125,7 +126,27 @@ Rehearse = Annotated[
 ShowPlan = Annotated[bool, typer.Option("--show-plan", help="Print what would be built and why, without compiling.")]
 
 
+EngineName = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        metavar="NAME",
+        help="Build what an engine (vllm) launches and compiles from its own command line, which follows `--`.",
+    ),
+]
+EngineArguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[-- MODEL OPTIONS]",
+        help="With --engine: the model, and any options of the engine's own command (`vllm serve`).",
+        show_default=False,
+    ),
+]
+
+
 def build(
+    engine_arguments: EngineArguments = None,
+    engine: EngineName = None,
     model: Model = None,
     spec: Spec = None,
     num_speculative_tokens: Drafts = None,
@@ -157,7 +178,8 @@ def build(
     own = {"spec": spec, "num_speculative_tokens": num_speculative_tokens, "max_batch": max_batch}
     own |= {"max_model_len": max_model_len, "tp": tp, "dtype": dtype}
     named = _named(model, _options(own, option or []))
-    given = _check_inputs(named, plan or [], ranges or [])
+    started = _engine(engine, engine_arguments or [])
+    given = _check_inputs(named, plan or [], ranges or [], started)
     miss_file.read(misses or [])  # a mistake in it is found before the seconds that starting the worker takes
     targets, facts = _targets(target or [], given)
     if out is not None and len(targets) > 1:
@@ -177,6 +199,7 @@ def build(
         ranks=ranks,
         at_start=tuple(at_start or ()),
         neighbours=neighbours,
+        engine=started,
     )
     requests = [replace(asked, target=one) for one in targets]
     if not as_json:
@@ -213,10 +236,25 @@ def _named(model: str | None, given: Mapping[str, str]) -> str | None:
     return from_config.spec_of(model, given)
 
 
-def _check_inputs(model: str | None, plans: Sequence[Path], ranges: Sequence[str]) -> list[Plan]:
+def _engine(name: str | None, arguments: Sequence[str]) -> Engine | None:
+    """The engine that --engine names, with its own command line."""
+    if name is None and arguments:
+        hint = "name a recipe with --model, or write --engine vllm before `--`"
+        raise DeclarationError(f"no arguments without --engine, found {' '.join(arguments)}", hint=hint)
+    if name is None:
+        return None
+    if not arguments:
+        raise DeclarationError(
+            "a model behind `--`", "none", f"write --engine {name} -- MODEL, and the engine's options"
+        )
+    return Engine(name, tuple(arguments))
+
+
+def _check_inputs(model: str | None, plans: Sequence[Path], ranges: Sequence[str], engine: Engine | None) -> list[Plan]:
     """Find mistakes before the seconds that starting the worker takes; returns the plans."""
-    if model is None and not plans:
-        raise DeclarationError("--model or --plan", "neither", "name a recipe (see `aot-cache models`) or a plan file")
+    if model is None and not plans and engine is None:
+        hint = "name a recipe (see `aot-cache models`), a plan file or an engine"
+        raise DeclarationError("--model, --plan or --engine", "none of them", hint)
     if model is not None:
         declaring.resolve(model)
     elif ranges:

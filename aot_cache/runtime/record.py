@@ -7,32 +7,28 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
 import subprocess
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 from aot_cache.artifact import engine_cache
 from aot_cache.artifact.engine_cache import Caches
-from aot_cache.artifact.plan import Plan, Tuning, Unit, merge, named
+from aot_cache.artifact.plan import Plan, merge
 from aot_cache.errors import DeclarationError
-from aot_cache.runtime.record_calls import CallLog
+from aot_cache.recording import plans
+from aot_cache.recording.calls import CallLog
+from aot_cache.recording.plans import Candidates
 from aot_cache.upstream import after_import
 from aot_cache.upstream.hooks import dynamo_calls, process_end, torch_capture
 
 FOLDER_VARIABLE = "AOT_CACHE_RECORD_TO"
 NAME_VARIABLE = "AOT_CACHE_RECORD_NAME"
 CANDIDATES_VARIABLE = "AOT_CACHE_RECORD_CANDIDATES"
-
-
-Candidates = Literal["launched", "all", "chosen"]
-"""Which candidates of an autotuner a plan has: those that ran, all of them, or only the choice."""
-CANDIDATES: tuple[Candidates, ...] = get_args(Candidates)
 
 
 class Recording:
@@ -80,39 +76,14 @@ class Recording:
         Raises:
             DeclarationError: a kernel was launched, but CUDA is not initialised.
         """
-        import triton
 
-        from aot_cache.upstream.codec import triton_jit
+        def target(kernels: bool) -> str:
+            if not kernels and not torch_capture.cuda_is_up():
+                return "cpu"
+            self._target = self._target or _target_id()
+            return self._target
 
-        log = self._log
-        with log.lock:
-            closures = {name: log.closures[name] for name in sorted(log.functions)}
-            launched = [(dict(unit), sorted(via)) for unit, via in zip(log.units, log.via)]
-            tunings = [Tuning(**tuning) for tuning in log.tunings]
-            launchers = tuple(sorted(log.launchers, key=json.dumps))
-        digests = {name: triton_jit.closure_digest(document) for name, document in closures.items()}
-        units = [
-            Unit(source=digests[unit["kernel"]], via=[list(pair) for pair in via], **unit)
-            for unit, via in launched
-            if self._candidates != "chosen" or any(_is_chosen(tunings, *pair) for pair in via)
-        ]
-        functions = self._calls.functions()
-        if not self._target and (units or launchers):
-            self._target = _target_id()
-        elif not self._target and functions:
-            self._target = _target_id() if torch_capture.cuda_is_up() else "cpu"
-        plan = Plan(
-            recipe=self._name,
-            target=self._target or "none",
-            origin="recorded",
-            triton=triton.__version__,
-            units=units,
-            tunings=tunings,
-            closures=closures,
-            launchers=launchers,
-            functions=functions,
-        )
-        return named(plan)
+        return plans.of_logs(self._log, self._calls, self._name, target, self._candidates)
 
 
 @contextlib.contextmanager
@@ -123,14 +94,6 @@ def recording(name: str = "recorded") -> Iterator[Recording]:
         yield started
     finally:
         started.stop()
-
-
-def _is_chosen(tunings: Sequence[Tuning], number: int, candidate: int) -> bool:
-    """Whether a launch was made without a tuner, or with the tuner's choice (or its choice is not known)."""
-    if number < 0 or candidate < 0:
-        return True
-    tuning = tunings[number]
-    return tuning.choice is None or tuning.candidates[candidate] == tuning.choice
 
 
 def run_command(command: list[str], out: Path, name: str, candidates: Candidates = "launched") -> tuple[int, Plan]:

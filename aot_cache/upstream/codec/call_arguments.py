@@ -20,6 +20,8 @@ _MARKS = {
     "mark_static": "_dynamo_static_indices",
 }
 _PLAIN = (bool, float, str, type(None))
+STAND_FOR_TENSORS: set[type] = set()
+"""Subclasses of a tensor that stand for a plain one in this process: the virtual device's."""
 
 
 class _Writer:
@@ -60,7 +62,7 @@ class _Writer:
         if id(value) in self._tensors:
             return {"same": self._tensors[id(value)]["tensor"]}
         parameter = type(value) is torch.nn.Parameter
-        if type(value) is not torch.Tensor and not parameter:
+        if type(value) is not torch.Tensor and not parameter and type(value) not in STAND_FOR_TENSORS:
             raise TraceError(f"{place} is a {type(value).__module__}.{type(value).__qualname__}")
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
             raise TraceError(f"{place} is a tensor with layout {value.layout}, quantized, or without memory")

@@ -1,4 +1,4 @@
-"""Run compiled functions as plain Python and report their calls, for runs that trace something else (kernels).
+"""Run compiled functions as plain Python, for runs that trace something else (kernels).
 
 Upstream: `torch/_dynamo/eval_frame.py` (`_callback_from_stance`, called at each call of a compiled function; what
 `torch.compiler.set_stance("force_eager")` answers is None).
@@ -7,28 +7,19 @@ Upstream: `torch/_dynamo/eval_frame.py` (`_callback_from_stance`, called at each
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from aot_cache.upstream import after_import
 
-Note = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 
-
-def run_as_python(note: Note) -> None:
-    """Compile nothing in this process from now on, and call `note(function, args, kwargs)` at each call of a compiled function.
-
-    `function` is None if upstream has moved the variable that holds it. Imports nothing: a process that compiles nothing does
-    not import Dynamo.
-    """
+def run_as_python() -> None:
+    """Compile nothing in this process from now on. Imports nothing: a process that compiles nothing does not import Dynamo."""
 
     def patch() -> None:
         module: Any = sys.modules["torch._dynamo.eval_frame"]
 
         def _callback_from_stance(callback: Any) -> None:
             if callback not in (None, False):
-                caller = sys._getframe(1).f_locals
-                note(caller.get("fn"), caller.get("args", ()), caller.get("kwargs", {}))
                 from aot_cache.upstream.hooks import dynamo_stance  # imports Dynamo, which is imported by now
 
                 dynamo_stance.count_as_compiled()

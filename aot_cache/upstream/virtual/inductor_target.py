@@ -1,7 +1,7 @@
 """Make this process's Inductor compile for a GPU that is absent. Not undone: only for worker processes of the builder.
 
-Upstream: `torch/_inductor` (`compile_fx`, `runtime/triton_heuristics.py`, `fx_passes`), `torch/_dynamo/device_interface.py`,
-`torch/_subclasses/fake_tensor.py`.
+Upstream: `torch/_inductor` (`compile_fx`, `runtime/triton_heuristics.py`, `fx_passes`, `scheduler.py`, `codegen/wrapper.py`),
+`torch/_dynamo/device_interface.py`, `torch/_subclasses/fake_tensor.py`.
 
 What had to be replaced, and why, is in design.md
 section 5 and below.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +24,16 @@ if TYPE_CHECKING:
     from aot_cache.artifact.target import Target
 
 
-def become(target: Target) -> None:
-    """Make Inductor compile for `target` in this process. Inductor must not have been imported before."""
+Launcher = Callable[[tuple[Any, ...]], None]
+
+
+def become(target: Target, launcher: Launcher | None = None) -> None:
+    """Make Inductor compile for `target` in this process. Inductor must not have been imported before.
+
+    Args:
+        launcher: called with the types of the arguments of each kernel for which Triton will make a launcher in C where the graph
+            is loaded. Without it, a graph with such a kernel fails.
+    """
     if target.backend != "cpu":
         from aot_cache.upstream.virtual import torch_cuda, torch_guard, triton_driver
 
@@ -38,7 +47,8 @@ def become(target: Target) -> None:
     config.compile_threads = 1  # one forked child compiles a whole graph, without further processes
     config.worker_suppress_logging = True
     if target.backend != "cpu":
-        _compile_kernels_only(target)
+        _compile_kernels_only(target, launcher)
+        _measure_nothing()
         _constants_on_the_cpu()
         _patterns_on_the_cpu()
         inductor_attention.choose_for(target)
@@ -60,7 +70,7 @@ def _stay_off_the_driver() -> None:
         module.init_gpu_context = lambda *_: None
 
 
-def _compile_kernels_only(target: Target) -> None:
+def _compile_kernels_only(target: Target, launcher: Launcher | None) -> None:
     from torch._inductor.runtime import triton_helpers, triton_heuristics
     from torch._inductor.triton_bundler import TritonBundler
 
@@ -75,6 +85,10 @@ def _compile_kernels_only(target: Target) -> None:
     ) -> None:
         """Compile all configs without making launchers; keep the kernel for upstream's static launcher."""
         self._precompile_worker()
+        if not self.is_statically_launchable() and launcher is not None:
+            for result in self.compile_results:
+                launcher(tuple(result.kernel.src.signature.values()))
+            return
         if not self.is_statically_launchable():
             name = getattr(self.fn, "__name__", "a kernel")
             raise RuntimeError(f"{name} cannot be launched without compiling a C launcher where it is loaded")
@@ -96,6 +110,21 @@ def _compile_kernels_only(target: Target) -> None:
         return name, folder, os.path.basename(path)  # only a comment in the artifact: no folder of this build
 
     module.get_path = get_path
+
+
+def _measure_nothing() -> None:
+    """Decide without a measurement where Inductor would run kernels while it compiles.
+
+    Kernels that may be combined are combined, as without `benchmark_combo_kernel`. Each autotuner keeps all of its configs, and
+    chooses at the first launch, as where kernels are not tuned at compile time (vLLM's compiles set that).
+    """
+    from torch._inductor import scheduler
+    from torch._inductor.codegen import wrapper
+
+    combining: Any = scheduler.Scheduler
+    combining.speedup_by_combo_kernel = lambda self, nodes: True
+    writing: Any = wrapper.PythonWrapperCodegen
+    writing.generate_and_run_autotune_block = lambda self: None
 
 
 def _keep_what_fits(target: Target, autotuner: Any) -> None:

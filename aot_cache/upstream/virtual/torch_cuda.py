@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aot_cache.upstream.virtual import torch_factories, torch_random, torch_streams
+from aot_cache.upstream.virtual import torch_factories, torch_graphs, torch_random, torch_streams
 
 if TYPE_CHECKING:
     from aot_cache.artifact.target import Target
@@ -69,7 +69,6 @@ def pretend(target: Target, tensors: bool = True) -> None:
         "mem_get_info": lambda _device=None: (target.memory_bytes, target.memory_bytes),
         "synchronize": lambda _device=None: None,
         "empty_cache": lambda: None,
-        "is_current_stream_capturing": lambda: False,
         "init": lambda: None,
         "_lazy_init": lambda: None,
         "device": torch_streams.Context,
@@ -93,6 +92,7 @@ def pretend(target: Target, tensors: bool = True) -> None:
     c: Any = torch._C
     c._cuda_getDevice = lambda: 0
     torch_streams.pretend()
+    torch_graphs.pretend()
     _be_the_accelerator(target)
     torch_random.pretend()
     if tensors:

@@ -28,8 +28,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 _aten: Any = torch.ops.aten
-_PINNING = (_aten._pin_memory.default, _aten.pin_memory.default)
+PINNING = (_aten._pin_memory.default, _aten.pin_memory.default)
 _TO = tuple(getattr(_aten.to, name) for name in _aten.to.overloads())
+VIEWS_OF_HOST: set[Any] = set()
+"""Operators of others that give a CUDA tensor in the memory of a pinned CPU tensor."""
 BUILTIN = frozenset({"aten", "prim", "prims", "_c10d_functional", "profiler", "inductor", "higher_order"})
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 """Errors that torch raises when host code reads the values of a tensor without memory."""
@@ -61,7 +63,7 @@ class HostMode(_base):  # type: ignore[misc]  # torch's class is untyped
             return None
         if func is _aten.detach_.default and not isinstance(args[0], FakeTensor):
             return args[0]  # a new `torch.tensor(..., device="meta")`, in inference mode
-        if func in _PINNING:  # no memory to pin
+        if func in PINNING:  # no memory to pin
             func, args, kwargs = _aten.clone.default, args[:1], {}
         elif kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}

@@ -5,6 +5,8 @@ Upstream: `torch/testing/_internal/distributed/fake_pg.py` (backend `fake`: coll
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def join(rank: int, size: int) -> None:
     """Join a fake process group as rank `rank` of world size `size`. Not undone."""
@@ -12,3 +14,20 @@ def join(rank: int, size: int) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+
+
+def only_fake(rank: int, size: int) -> None:
+    """Join a fake process group, and make every further group of this process a fake one, whatever backend is asked for."""
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    join(rank, size)
+    module: Any = distributed_c10d
+    new_group = module.new_group
+
+    def fake(ranks: Any = None, timeout: Any = None, backend: Any = None, pg_options: Any = None, **more: Any) -> Any:
+        return new_group(ranks, backend="fake", **{**more, "device_id": None})
+
+    public: Any = dist
+    for owner in (public, module):
+        owner.new_group = fake

@@ -11,17 +11,21 @@ Upstream: `torch/_tensor.py` (`Tensor._make_wrapper_subclass`), `torch/_C` (its 
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+import os
+import traceback
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from aot_cache.errors import DataDependent, TraceError, one_line
 from aot_cache.upstream.virtual.torch_fake import (
+    VIEWS_OF_HOST,
     implementation_of,
     is_python,
     leaves,
@@ -37,7 +41,7 @@ KNOWN_LIMIT = 1 << 16
 KNOWN_FLOATS = 1 << 10
 """The same limit for float tensors: host code reads a scale or a threshold, not the table of a rotary embedding."""
 
-_ALLOCATION = 1 << 21  # any address aligned to 512 bytes, as blocks of torch's CUDA allocator are
+_FIRST, _ALIGNED = 1 << 21, 512  # blocks of torch's CUDA allocator are aligned to 512 bytes
 _BUILTIN_NAMESPACES = frozenset({"aten", "prim", "prims", "_c10d_functional", "profiler"})
 
 _aten = torch.ops.aten
@@ -54,6 +58,21 @@ _RECORD_STREAM = _aten.record_stream.default
 ShortCut = Callable[[tuple[Any, ...], dict[str, Any]], "VirtualTensor | None"]
 SHORT_CUTS: dict[Any, ShortCut] = {}
 """Operator → a fast path to its result; it returns None if the general path is needed. See `torch_shortcuts`."""
+
+
+_addresses: dict[tuple[int, int], int] = {}
+_next = _FIRST
+
+
+def _address(storage: torch.UntypedStorage) -> int:
+    """Where a storage begins. Two that exist at the same time do not overlap: host code tells tensors apart by it."""
+    global _next
+    size = storage.nbytes()
+    found = _addresses.get((storage._cdata, size))
+    if found is None:
+        found = _addresses[storage._cdata, size] = _next
+        _next += -(-max(size, 1) // _ALIGNED) * _ALIGNED
+    return found
 
 
 class _Values:
@@ -100,7 +119,7 @@ class VirtualTensor(torch.Tensor):
         # Pointer alignment is part of a Triton key: return an address as from torch's allocator, plus the offset.
         if self.numel() == 0:
             return 0
-        return _ALLOCATION + int(self.storage_offset()) * self.element_size()
+        return _address(self.meta_.untyped_storage()) + int(self.storage_offset()) * self.element_size()
 
     def untyped_storage(self) -> torch.UntypedStorage:
         # Triton's AMD backend needs the storage's size (2 GiB buffer addressing).
@@ -253,6 +272,8 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     device = args[1] if func in _TO_DEVICE and len(args) > 1 else kwargs.get("device")
     wants_cuda = device is not None and torch.device(device).type == "cuda"
     if not tensors and not wants_cuda:
+        if func in VIEWS_OF_HOST:
+            return _view_of_host(args[0])
         return run_of_others(func, args, kwargs) if func.namespace not in _BUILTIN_NAMESPACES else func(*args, **kwargs)
     if func._schema.is_mutable and any(type(to) is torch.Tensor for to in written(func, args, kwargs)):
         return _write_to_host(func, args, kwargs)
@@ -279,6 +300,12 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if source.known is not None:
             return func(source.known, **kwargs)
     return _compute(func, args, kwargs, tensors, device)
+
+
+def _view_of_host(tensor: torch.Tensor) -> VirtualTensor:
+    """A CUDA tensor in a CPU tensor's memory: it has the values that host code writes there."""
+    known = tensor if tensor.numel() <= KNOWN_LIMIT else None
+    return VirtualTensor(tensor.to("meta"), known, DEVICE)
 
 
 def _write_to_host(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -442,9 +469,35 @@ def _shared_with(values: torch.Tensor | None, inputs: list[VirtualTensor]) -> _V
     return None
 
 
+_assumed: list[Callable[[str, str], None]] = []
+"""The callback of `assuming`, if host code that reads unknown values reads ones."""
+
+
+@contextlib.contextmanager
+def assuming(note: Callable[[str, str], None]) -> Iterator[None]:
+    """Inside, host code that reads unknown values reads ones. `note` is called with what is read, and where."""
+    _assumed.append(note)
+    try:
+        yield
+    finally:
+        _assumed.remove(note)
+
+
+def _ones(tensor: VirtualTensor, what: str) -> torch.Tensor:
+    """Values for a tensor of which none are known."""
+    inside = (__file__, os.path.dirname(torch.__file__) + os.sep)
+    frame = next((f for f, _ in traceback.walk_stack(None) if not f.f_code.co_filename.startswith(inside)), None)
+    place = f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "?"
+    _assumed[-1](f"{what} of {tensor!r}", place)
+    with _disable_current_modes():
+        return torch.ones(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
 def _values(tensor: Any, what: str) -> torch.Tensor:
     if not isinstance(tensor, VirtualTensor):
         return tensor  # type: ignore[no-any-return]
+    if tensor.known is None and _assumed:
+        return _ones(tensor, what)
     if tensor.known is None:
         raise DataDependent(
             f"{what} reads the values of {tensor!r}, which are not declared",

@@ -1,0 +1,162 @@
+"""What a worker process does for `build --engine`: it starts the engine on the virtual device, and writes down what it found.
+
+An adapter is a module `aot_cache.engines.NAME.virtual_start` with what `Adapter` has. It goes the engine's own way, in one
+process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, cast
+
+from aot_cache.artifact import engine_cache
+from aot_cache.artifact.engine_cache import Caches
+from aot_cache.artifact.plan import Plan
+from aot_cache.artifact.specialization import parameter_names
+from aot_cache.builder import fingerprint
+from aot_cache.builder.messages import Started, StartJob
+from aot_cache.errors import DeclarationError
+
+Progress = Callable[[str, int, int], None]
+_ROOM = "aot_cache.engines"
+_CONFIGURATION = ("*.json", "*.py", "*.yaml")
+"""Files of a model's folder that decide what an engine does. Weights do not."""
+
+
+class Adapter(Protocol):
+    """An engine.
+
+    Args:
+        PACKAGE: the package that must be installed.
+        ENVIRONMENT: variables that are set for `run`.
+        AT_START: constants of kernels that are known only when a server starts.
+    """
+
+    PACKAGE: str
+    ENVIRONMENT: Mapping[str, str]
+    AT_START: Sequence[str]
+
+    def version(self) -> str:
+        """The engine's version. Raises ImportError if it is not installed."""
+
+    def run(self, arguments: Sequence[str], folder: Path, progress: Progress) -> list[str]:
+        """Start the engine, and use it; its own caches belong into `folder`. Returns what could not be reached, in words."""
+
+    def compile_models(
+        self, arguments: Sequence[str], folder: Path, keep: Callable[[Caches], None], progress: Progress
+    ) -> list[str]:
+        """Let the engine compile its models, into `folder`, and keep its caches. Returns the models' names."""
+
+    def model_folder(self, arguments: Sequence[str]) -> Path | None:
+        """The folder with the model's configuration."""
+
+
+def adapter(name: str) -> Adapter:
+    """The adapter of the engine `name`.
+
+    Raises:
+        DeclarationError: there is none, or the engine is not installed.
+    """
+    try:
+        found = cast(Adapter, importlib.import_module(f"{_ROOM}.{name}.virtual_start"))
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith(f"{_ROOM}.{name}"):
+            raise
+        raise DeclarationError("the name of an engine (vllm)", repr(name)) from None
+    try:
+        found.version()
+    except ImportError:
+        package = found.PACKAGE
+        raise DeclarationError(f"{package} beside aot-cache", "none", f"install {package} here") from None
+    return found
+
+
+def started(job: StartJob, progress: Progress) -> Started:
+    """Do the job.
+
+    Raises:
+        AotCacheError: the engine cannot be started so.
+    """
+    return _kernels(job, progress) if job.part == "kernels" else _models(job, progress)
+
+
+def _kernels(job: StartJob, progress: Progress) -> Started:
+    from aot_cache.builder import virtual_gpu
+
+    log_calls: list[Callable[..., None]] = []
+    virtual_gpu.become(job.target, lambda *call: log_calls[0](*call))
+
+    from aot_cache.recording import plans
+    from aot_cache.recording.calls import CallLog
+    from aot_cache.upstream.codec import call_arguments
+    from aot_cache.upstream.hooks import triton_launches
+    from aot_cache.upstream.virtual.torch_tensor import VirtualTensor
+
+    engine = adapter(job.engine)
+    os.environ.update(engine.ENVIRONMENT)
+    log = triton_launches.LaunchLog()
+    call_arguments.STAND_FOR_TENSORS.add(VirtualTensor)
+    calls = CallLog(lambda: None)
+    log_calls.append(calls.note)
+    assumed: dict[str, str] = {}
+
+    def assume(what: str, place: str) -> None:
+        assumed.setdefault(place, what)
+
+    with (
+        virtual_gpu.tensors(),
+        virtual_gpu.assuming(assume),
+        triton_launches.intercept_launch(log, virtual_gpu.kernel_was_launched),
+    ):
+        unreached = engine.run(job.arguments, Path(job.out).parent / job.part, progress)
+    plan = plans.of_logs(log, calls, Path(job.out).name.removesuffix(".plan.json"), lambda _: job.target.id)
+    plan.write(Path(job.out))
+    return Started(
+        version=engine.version(),
+        unreached=unreached,
+        assumed=assumed,
+        at_start=_marked(plan, engine.AT_START),
+        launchers=(),
+        models=(),
+        inputs=_inputs(engine, job),
+    )
+
+
+def _marked(plan: Plan, names: Sequence[str]) -> list[str]:
+    """Those of `names` that kernels of the plan have."""
+    parameters = {
+        name for kernel in {u.kernel for u in plan.units} for name in parameter_names(kernel, plan.closures[kernel])
+    }
+    return [name for name in names if name in parameters]
+
+
+def _models(job: StartJob, progress: Progress) -> Started:
+    from aot_cache.builder import virtual_gpu
+    from aot_cache.upstream.virtual import inductor_target
+
+    launchers: set[tuple[object, ...]] = set()
+    virtual_gpu.libraries(job.target)
+    inductor_target.become(job.target, launchers.add)
+
+    engine = adapter(job.engine)
+    kept: list[Caches] = []
+    models = engine.compile_models(job.arguments, Path(job.out).parent / job.part, kept.append, progress)
+    engine_cache.write(Path(job.out), engine_cache.merged(kept))
+    return Started(
+        version=engine.version(),
+        unreached=(),
+        assumed={},
+        at_start=(),
+        launchers=sorted(map(list, launchers), key=repr),
+        models=models,
+        inputs=_inputs(engine, job),
+    )
+
+
+def _inputs(engine: Adapter, job: StartJob) -> fingerprint.Inputs:
+    folder = engine.model_folder(job.arguments)
+    found = [path for pattern in _CONFIGURATION for path in (folder.glob(pattern) if folder is not None else ())]
+    return fingerprint.inputs(read=[path for path in found if path.is_file()])
