@@ -580,7 +580,8 @@ def test_a_plan_that_is_shown_says_each_thing_once(capsys: pytest.CaptureFixture
     ]
     tunings[0] = replace(tunings[0], choice={"num_warps": 1})
     cases = [replace(a_plan().cases[0], doc="One token each.")]
-    render_build.plan(build_facts.plan(a_plan(cases=cases, calls=calls, tunings=tunings), Path("p")))
+    shown = build_facts.plan(a_plan(cases=cases, calls=calls, tunings=tunings), Path("p"))
+    render_build.plan({**shown, "engine": {}})
     lines = capsys.readouterr().out.splitlines()
     assert "case:      decode: batch=1..4 tokens=1 (4 points, inference): One token each." in lines
     (row,) = [line.split() for line in lines if "m:f " in line]

@@ -283,7 +283,7 @@ class Manifest:
     Args:
         kind: `KIND`.
         recipe: the recipe's name; `spec` is the text that loads it.
-        origin: `traced` or `recorded`.
+        origin: see `plan.Origin`.
         ranks: the world size that the bundle is for.
         target: the target's properties (`target.Target.properties`).
         toolchain: what the bytes of all kernels depend on (`key.toolchain_parts`).

@@ -1,6 +1,7 @@
 """The plan: every unit that a recipe can launch, with the points that reach it. Readable, diffable JSON; no torch.
 
-The builder makes it on the virtual device, `aot-cache record` on a real GPU; the format is the same.
+The builder makes it on the virtual device, from a recipe or an engine's start, `aot-cache record` on a real GPU; the format is
+the same.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 T = TypeVar("T")
-Origin = Literal["traced", "recorded"]
+Origin = Literal["traced", "recorded", "started"]
+"""By a recipe's points, by a program on a GPU, or by an engine on the virtual device."""
 Encoded: TypeAlias = JsonValue
 """An argument of a kernel launch as JSON, see `upstream.codec.triton_jit.encode`."""
 Pair: TypeAlias = Mapping[str, Sequence[Any]]
@@ -237,7 +239,7 @@ def _lists(types: Sequence[Any]) -> list[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All units of a recipe for one target. `origin` is `traced` or `recorded`."""
+    """All units of a recipe for one target, or of a program or an engine, see `Origin`."""
 
     recipe: str
     target: str

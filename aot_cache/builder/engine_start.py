@@ -54,11 +54,12 @@ class EngineStart:
     """What was found. `plan` is the path of the plan, with the engine's caches beside it.
 
     Args:
-        unreached, assumed, at_start, models: see `messages.Started`.
+        version, requests, unreached, assumed, at_start, models: see `messages.Started`.
     """
 
     plan: Path
     version: str = ""
+    requests: int = 0
     unreached: Sequence[str] = ()
     assumed: Mapping[str, str] = field(default_factory=dict)
     at_start: Sequence[str] = ()
@@ -136,6 +137,7 @@ def _started(engine: Engine, target: Target, path: Path, scratch: Path, progress
     return EngineStart(
         plan=path,
         version=launched.version,
+        requests=launched.requests,
         unreached=list(launched.unreached),
         assumed=dict(launched.assumed),
         at_start=list(launched.at_start),

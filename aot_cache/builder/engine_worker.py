@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -24,6 +25,19 @@ Progress = Callable[[str, int, int], None]
 _ROOM = "aot_cache.engines"
 _CONFIGURATION = ("*.json", "*.py", "*.yaml")
 """Files of a model's folder that decide what an engine does. Weights do not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How far an engine could be used.
+
+    Args:
+        requests: how many kinds of requests it answered.
+        unreached: what it could not be made to do, in words.
+    """
+
+    requests: int
+    unreached: Sequence[str]
 
 
 class Adapter(Protocol):
@@ -42,8 +56,8 @@ class Adapter(Protocol):
     def version(self) -> str:
         """The engine's version. Raises ImportError if it is not installed."""
 
-    def run(self, arguments: Sequence[str], folder: Path, progress: Progress) -> list[str]:
-        """Start the engine, and use it; its own caches belong into `folder`. Returns what could not be reached, in words."""
+    def run(self, arguments: Sequence[str], folder: Path, progress: Progress) -> Run:
+        """Start the engine, and use it; its own caches belong into `folder`."""
 
     def compile_models(
         self, arguments: Sequence[str], folder: Path, keep: Callable[[Caches], None], progress: Progress
@@ -111,12 +125,15 @@ def _kernels(job: StartJob, progress: Progress) -> Started:
         virtual_gpu.assuming(assume),
         triton_launches.intercept_launch(log, virtual_gpu.kernel_was_launched),
     ):
-        unreached = engine.run(job.arguments, Path(job.out).parent / job.part, progress)
-    plan = plans.of_logs(log, calls, Path(job.out).name.removesuffix(".plan.json"), lambda _: job.target.id)
+        run = engine.run(job.arguments, Path(job.out).parent / job.part, progress)
+    plan = plans.of_logs(
+        log, calls, Path(job.out).name.removesuffix(".plan.json"), lambda _: job.target.id, origin="started"
+    )
     plan.write(Path(job.out))
     return Started(
         version=engine.version(),
-        unreached=unreached,
+        requests=run.requests,
+        unreached=run.unreached,
         assumed=assumed,
         at_start=_marked(plan, engine.AT_START),
         launchers=(),
@@ -147,6 +164,7 @@ def _models(job: StartJob, progress: Progress) -> Started:
     engine_cache.write(Path(job.out), engine_cache.merged(kept))
     return Started(
         version=engine.version(),
+        requests=0,
         unreached=(),
         assumed={},
         at_start=(),

@@ -242,7 +242,7 @@ class Started:
 
     Args:
         version: the engine's.
-        unreached: what it could not be made to do, in words.
+        requests, unreached: see `engine_worker.Run`.
         assumed: place in code → the values that it read there and that nobody knows; it read ones.
         at_start: constants of its kernels that are known only when a server starts, see `artifact.at_start`.
         launchers: see `Plan.launchers`.
@@ -251,6 +251,7 @@ class Started:
     """
 
     version: str
+    requests: int
     unreached: Sequence[str]
     assumed: Mapping[str, str]
     at_start: Sequence[str]

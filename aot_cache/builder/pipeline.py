@@ -109,8 +109,9 @@ class Built:
     not_built: list[str] = field(default_factory=list)
     """Compiled functions that plans have recorded, and that the recipe beside them does not call."""
     engine: dict[str, Any] = field(default_factory=dict)
-    """Of an engine that was started on the virtual device: its `version`, the `models` that it compiled itself, what is
-    `unreached`, and where it read values that nobody knows (`assumed`: place → what)."""
+    """Of an engine that was started on the virtual device: its `name` and `version`, the `models` that it compiled itself, how
+    many kinds of `requests` it answered, what is `unreached`, and where it read values that nobody knows (`assumed`: place →
+    what)."""
     untested: str = ""
     """Why the releases of torch, Triton and transformers that built it are doubtful; empty if they are fine."""
 
@@ -145,7 +146,7 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
         caches = engine_cache.of_plans(request.plans)
         result = workers.run(replace(request, model=model_of(request)), Path(scratch), misses, progress)
         built = _finish(request, store, result, misses, marks, caches)
-    built.engine = _told(started)
+    built.engine = _told(request.engine, started)
     inputs = fingerprint.together([result.inputs, started.inputs])
     built.misses = _became(misses, result.missed, request.target)
     built.seconds = time.perf_counter() - began
@@ -169,11 +170,11 @@ def _with(request: Request, started: EngineStart) -> Request:
     return request if started is NO_START else replace(request, plans=(started.plan, *request.plans))
 
 
-def _told(started: EngineStart) -> dict[str, Any]:
-    if started is NO_START:
+def _told(engine: Engine | None, started: EngineStart) -> dict[str, Any]:
+    if engine is None:
         return {}
-    names = ("version", "models", "unreached", "assumed")
-    return {name: getattr(started, name) for name in names}
+    names = ("version", "models", "requests", "unreached", "assumed")
+    return {"name": engine.name, **{name: getattr(started, name) for name in names}}
 
 
 def model_of(request: Request) -> str | None:
@@ -194,13 +195,24 @@ def model_of(request: Request) -> str | None:
     return options.text(RECORDED, {options.CONFIG: str(recorded[0])}) if recorded else None
 
 
-def plan_only(request: Request, progress: Progress = lambda *_: None) -> Plan:
-    """Trace without compiling: the plan that `build` would compile."""
+@dataclass(frozen=True)
+class Planned:
+    """The plan that a build would compile, and of an engine what `Built.engine` says."""
+
+    plan: Plan
+    engine: Mapping[str, Any]
+
+
+def plan_only(request: Request, progress: Progress = lambda *_: None) -> Planned:
+    """Trace without compiling. An engine compiles its own models all the same: what it has compiled is kept for the build."""
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
         store = Store(request.store)
-        request = _with(request, _start(request, store, Path(scratch), progress))
+        started = _start(request, store, Path(scratch), progress)
+        told = _told(request.engine, started)
+        request = _with(request, started)
         request = replace(request, model=model_of(request))
-        return workers.run(request, Path(scratch), miss_file.read(request.misses), progress, show_plan=True).plan
+        misses = miss_file.read(request.misses)
+        return Planned(workers.run(request, Path(scratch), misses, progress, show_plan=True).plan, told)
 
 
 def bundle_path(request: Request, name: str, spec: str = "", misses: Misses | None = None) -> Path:

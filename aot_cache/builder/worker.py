@@ -152,7 +152,7 @@ def _kernels(job: Job, send: Send, progress: Progress) -> None:
         plan = joined(files)
     missed = MissedKernels(job.misses, plan)
     if job.neighbours and not job.rank:
-        recorded = [unit.id for file in files if file.origin == "recorded" for unit in file.units]
+        recorded = [unit.id for file in files if file.origin != "traced" for unit in file.units]
         with virtual_gpu.tensors():  # the kernels of a plan file are imported here
             missed.add_neighbours(recorded, kernels_compile.integer_classes)
     plan = missed.plan

@@ -316,7 +316,8 @@ def _show_plans(requests: Sequence[Request], facts: dict[str, Any], as_json: boo
         for request in requests:
             progress.target = request.target.id
             found = pipeline.plan_only(request, progress)
-            plans.append(build_facts.plan(found, (*request.plans, Path(found.recipe))[0], parameter_names))
+            path = (*request.plans, Path(found.plan.recipe))[0]
+            plans.append({**build_facts.plan(found.plan, path, parameter_names), "engine": found.engine})
     failed = _cannot_run(plans)
     if as_json and failed is not None:
         raise Unfinished({**facts, "plans": plans}) from failed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from aot_cache.artifact.rehearsed import NO_STAMP, Stamp
 from aot_cache.artifact.specialization import Names, no_names
 from aot_cache.artifact.target import Difference, Target
 from aot_cache.cli.facts import bundle as bundle_facts
+from aot_cache.cli.facts.bundle import many
 from aot_cache.store import Json
 
 if TYPE_CHECKING:
@@ -61,7 +62,15 @@ def built(result: Built, stamp: Stamp = NO_STAMP, rehearsal: Facts | None = None
 def _coverage(result: Built, stamp: Stamp, rehearsal: Facts | None) -> str:
     if not result.failed and rehearsal is not None and not rehearsal["passed"]:
         return str(rehearsal["verdict"])
+    if result.engine and not result.failed:
+        return engine_coverage(result.engine)
     return bundle_facts.coverage("", result.points, result.sampled, failed=len(result.failed), stamp=stamp)
+
+
+def engine_coverage(engine: Mapping[str, Json]) -> str:
+    """How far an engine that was started on the virtual device could be used, in words."""
+    lost = f", {len(engine['unreached'])} not reached" if engine["unreached"] else ""
+    return f"{many(engine['requests'], 'kind')} of requests to {engine['name']}{lost}"
 
 
 def dockerfile(bundle: Path, digest: str) -> list[str]:

@@ -182,6 +182,8 @@ def coverage(origin: str, points: int, sampled: Sequence[str], *, failed: int = 
         return "; ".join(filter(None, (f"sampled: {', '.join(sampled)}", rehearsals)))
     if rehearsals:
         return rehearsals
+    if origin == "started":
+        return "started: what an engine launched on the virtual device"
     if origin == "recorded" or not points:
         return "recorded: only what ran"
     return f"enumerated {points} point{'s' if points > 1 else ''}"

@@ -48,6 +48,7 @@ def builds(rows: Sequence[Facts]) -> None:
             line(f"{b['target']}: nothing to do: nothing has changed since the last build")
         if b["ranks"] > 1:
             line(f"{b['target']}: for a world size of {b['ranks']}")
+        _engine(b["target"], b["engine"])
         if b["neighbours"]:
             what = f"{many(b['neighbours'], 'specialization')} beside recorded ones, which differ in the class of one integer"
             line(f"{b['target']}: built, too: {what}")
@@ -77,6 +78,21 @@ def builds(rows: Sequence[Facts]) -> None:
             line(f"server: {b['server']}")
 
 
+def _engine(target: str, engine: Facts) -> None:
+    """Print what became of an engine that was started on the virtual device."""
+    if not engine:
+        return
+    name = f"{engine['name']} {engine['version']}"
+    line(f"{target}: {name} answered {many(engine['requests'], 'kind')} of requests on the virtual device")
+    models = ", ".join(engine["models"]) or "none"
+    line(f"{target}: models that {engine['name']} compiles itself: {models}")
+    for what in engine["unreached"]:
+        line(f"{target}: not reached: {what}")
+    if engine["assumed"]:
+        read = f"{many(len(engine['assumed']), 'place')} in {engine['name']} read values that nobody knows (sampled tokens)"
+        line(f"{target}: {read}, and got ones: see --json")
+
+
 def _rehearsal(built: Facts) -> None:
     """Print the result of the rehearsal at the end of a build."""
     found = built["rehearsal"]
@@ -102,6 +118,7 @@ def _became(built: Facts) -> None:
 def plan(facts: Facts) -> None:
     """Print `build --show-plan`: an overview, then which points reach each compiled call and each kernel."""
     overview(facts)
+    _engine(facts["target"], facts["engine"])
     if facts["calls"]:
         line("Each compiled call gets one graph, or one per code path:")
         line()

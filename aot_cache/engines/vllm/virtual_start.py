@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from aot_cache.artifact.engine_cache import Caches
+from aot_cache.builder.engine_worker import Run
 from aot_cache.engines.vllm import compile_cache
 from aot_cache.engines.vllm.plugin import AT_START
 from aot_cache.errors import AotCacheError, DeclarationError, one_line
@@ -28,7 +29,7 @@ PACKAGE = "vllm"
 ENVIRONMENT = {"VLLM_USE_AOT_COMPILE": "0", "VLLM_DISABLE_COMPILE_CACHE": "1"}
 """For `run`: there vLLM's models run as plain Python."""
 _STEPS = 4
-_GIVEN_UP = 3
+_GIVEN_UP = 8
 """How many waves in a row may fail before the rest is not tried."""
 
 
@@ -138,8 +139,8 @@ def model_folder(arguments: Sequence[str]) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def run(arguments: Sequence[str], folder: Path, progress: Progress) -> list[str]:
-    """Start vLLM with its caches in `folder`, and send it requests. Returns what could not be reached, in words.
+def run(arguments: Sequence[str], folder: Path, progress: Progress) -> Run:
+    """Start vLLM with its caches in `folder`, and send it requests.
 
     Raises:
         DeclarationError: vLLM does not take the command line.
@@ -156,13 +157,13 @@ def run(arguments: Sequence[str], folder: Path, progress: Progress) -> list[str]
         raise AotCacheError(f"vLLM cannot be started on the virtual device: {_with_place(error)}") from error
     progress("start", 1, 1)
     wanted, lost = waves(_limits(config)), []
-    number, failed = itertools.count(), 0
+    number, answered, failed = itertools.count(), 0, 0
     random.seed(0)
     for done, wave in enumerate(wanted):
         progress("requests", done, len(wanted))
         try:
             _send(engine, wave, config.model_config.get_vocab_size(), number)
-            failed = 0
+            answered, failed = answered + 1, 0
         except Exception as error:
             lost.append(f"requests {wave.label}: {_with_place(error)}")
             failed += 1
@@ -174,7 +175,7 @@ def run(arguments: Sequence[str], folder: Path, progress: Progress) -> list[str]
     progress("requests", len(wanted), len(wanted))
     if config.lora_config is not None:
         lost.append("requests with a LoRA adapter were not sent")
-    return lost
+    return Run(requests=answered, unreached=lost)
 
 
 def _send(engine: Any, wave: Wave, vocabulary: int, number: Iterator[int]) -> None:

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
+import mmap
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -51,6 +53,10 @@ _TO_COPY = _aten._to_copy.default
 _TO_DEVICE = {_aten.to.device, _aten.to.prim_Device}
 """`Tensor.to(device)`, which inference mode does not decompose from torch 2.15 on."""
 _COPY_ = _aten.copy_.default
+_EMPTY = _aten.empty.memory_format
+_HUGE = 1 << 28
+"""Tensors on the CPU with this many elements take no memory before they are written to."""
+_NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python's module does not name before 3.14
 _PRIM_DEVICE = torch.ops.prim.device.default
 _RECORD_STREAM = _aten.record_stream.default
 
@@ -274,6 +280,8 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not tensors and not wants_cuda:
         if func in VIEWS_OF_HOST:
             return _view_of_host(args[0])
+        if func is _EMPTY and math.prod(args[0]) >= _HUGE:
+            return _reserved(args[0], kwargs.get("dtype") or torch.get_default_dtype())
         return run_of_others(func, args, kwargs) if func.namespace not in _BUILTIN_NAMESPACES else func(*args, **kwargs)
     if func._schema.is_mutable and any(type(to) is torch.Tensor for to in written(func, args, kwargs)):
         return _write_to_host(func, args, kwargs)
@@ -300,6 +308,14 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if source.known is not None:
             return func(source.known, **kwargs)
     return _compute(func, args, kwargs, tensors, device)
+
+
+def _reserved(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor on the CPU whose memory is taken when it is written to: a server's host code makes ones that this machine has no
+    memory for, and asks only for their strides."""
+    size = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+    return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
 
 
 def _view_of_host(tensor: torch.Tensor) -> VirtualTensor:
@@ -441,8 +457,8 @@ def _wrap(out: Any, known: Any, inputs: list[VirtualTensor], device: torch.devic
         if mutable:
             for tensor in inputs:  # in-place and out= operators return the given tensor
                 if tensor.meta_ is out:
-                    if tuple(tensor.shape) != tuple(out.shape):
-                        raise TraceError("an in-place operator that keeps the shape", f"one that resized {tensor!r}")
+                    if tuple(tensor.shape) != tuple(out.shape):  # `unsqueeze_`: so have its values
+                        become(tensor, VirtualTensor(out, tensor.values_, tensor.device, tensor.shared_))
                     return tensor
         values = known if isinstance(known, torch.Tensor) and known.numel() <= _most(known) else None
         shared = _shared_with(values, inputs)
