@@ -35,7 +35,7 @@ class Engine:
     """An engine, and its own command line.
 
     Args:
-        name: the adapter's name, a package in `aot_cache.engines`.
+        name: the adapter's name, see `engine_worker.adapter`.
         arguments: what the engine's own command takes: the model, and options.
     """
 
@@ -54,11 +54,12 @@ class EngineStart:
     """What was found. `plan` is the path of the plan, with the engine's caches beside it.
 
     Args:
-        version, requests, unreached, assumed, at_start, models: see `messages.Started`.
+        version, untested, requests, unreached, assumed, at_start, models: see `messages.Started`.
     """
 
     plan: Path
     version: str = ""
+    untested: str = ""
     requests: int = 0
     unreached: Sequence[str] = ()
     assumed: Mapping[str, str] = field(default_factory=dict)
@@ -137,6 +138,7 @@ def _started(engine: Engine, target: Target, path: Path, scratch: Path, progress
     return EngineStart(
         plan=path,
         version=launched.version,
+        untested=launched.untested,
         requests=launched.requests,
         unreached=list(launched.unreached),
         assumed=dict(launched.assumed),

@@ -1,7 +1,7 @@
 """What a worker process does for `build --engine`: it starts the engine on the virtual device, and writes down what it found.
 
-An adapter is a module `aot_cache.engines.NAME.virtual_start` with what `Adapter` has. It goes the engine's own way, in one
-process.
+An adapter is a module with what `Adapter` has: `aot_cache.engines.NAME.virtual_start`, or one of the user's own. It goes the
+engine's own way, in one process.
 """
 
 from __future__ import annotations
@@ -45,11 +45,13 @@ class Adapter(Protocol):
 
     Args:
         PACKAGE: the package that must be installed.
+        TRIED: its versions with which the adapter was tried.
         ENVIRONMENT: variables that are set for `run`.
         AT_START: constants of kernels that are known only when a server starts.
     """
 
     PACKAGE: str
+    TRIED: Sequence[str]
     ENVIRONMENT: Mapping[str, str]
     AT_START: Sequence[str]
 
@@ -69,23 +71,31 @@ class Adapter(Protocol):
 
 
 def adapter(name: str) -> Adapter:
-    """The adapter of the engine `name`.
+    """The adapter of the engine `name`: one of ours, or, with a dot in it, a module of the user's.
 
     Raises:
         DeclarationError: there is none, or the engine is not installed.
     """
+    module = name if "." in name else f"{_ROOM}.{name}.virtual_start"
     try:
-        found = cast(Adapter, importlib.import_module(f"{_ROOM}.{name}.virtual_start"))
+        found = cast(Adapter, importlib.import_module(module))
     except ModuleNotFoundError as error:
-        if not (error.name or "").startswith(f"{_ROOM}.{name}"):
+        if not f"{module}.".startswith(f"{error.name}."):
             raise
-        raise DeclarationError("the name of an engine (vllm)", repr(name)) from None
+        raise DeclarationError("an engine (vllm), or a module with an adapter", repr(name)) from None
     try:
         found.version()
     except ImportError:
         package = found.PACKAGE
         raise DeclarationError(f"{package} beside aot-cache", "none", f"install {package} here") from None
     return found
+
+
+def doubt(engine: Adapter) -> str:
+    """Why the engine's version is doubtful; empty if it was tried."""
+    if not engine.TRIED or engine.version() in engine.TRIED:
+        return ""
+    return f"{engine.PACKAGE} {engine.version()} was not tried on the virtual device; {', '.join(engine.TRIED)} were"
 
 
 def started(job: StartJob, progress: Progress) -> Started:
@@ -132,6 +142,7 @@ def _kernels(job: StartJob, progress: Progress) -> Started:
     plan.write(Path(job.out))
     return Started(
         version=engine.version(),
+        untested=doubt(engine),
         requests=run.requests,
         unreached=run.unreached,
         assumed=assumed,
@@ -164,6 +175,7 @@ def _models(job: StartJob, progress: Progress) -> Started:
     engine_cache.write(Path(job.out), engine_cache.merged(kept))
     return Started(
         version=engine.version(),
+        untested="",
         requests=0,
         unreached=(),
         assumed={},
@@ -177,4 +189,4 @@ def _models(job: StartJob, progress: Progress) -> Started:
 def _inputs(engine: Adapter, job: StartJob) -> fingerprint.Inputs:
     folder = engine.model_folder(job.arguments)
     found = [path for pattern in _CONFIGURATION for path in (folder.glob(pattern) if folder is not None else ())]
-    return fingerprint.inputs(read=[path for path in found if path.is_file()])
+    return fingerprint.inputs(read=[path for path in found if path.is_file()], made=Path(job.out).parent)

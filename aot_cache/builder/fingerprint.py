@@ -43,12 +43,13 @@ class Inputs:
 NO_INPUTS = Inputs()
 
 
-def inputs(also: Mapping[str, str] | None = None, read: Iterable[Path] = ()) -> Inputs:
+def inputs(also: Mapping[str, str] | None = None, read: Iterable[Path] = (), made: Path | None = None) -> Inputs:
     """What this process imported.
 
     Args:
         also: module → file of what its children imported.
         read: files that it has read, and on which what it made depends.
+        made: a folder with modules that it has generated itself.
     """
     roots = tuple({sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]})
     standard = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["platstdlib"])
@@ -57,7 +58,7 @@ def inputs(also: Mapping[str, str] | None = None, read: Iterable[Path] = ()) -> 
     mine = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
     for name, path in {**(also or {}), **mine}.items():
         path = _on_disk(path)
-        if path is None:
+        if path is None or (made is not None and Path(path).is_relative_to(made)):
             continue
         if path.startswith(roots):
             tops.add(name.partition(".")[0])

@@ -99,7 +99,7 @@ class StartJob:
 
     Args:
         part: log what it launches, or let it compile its own models.
-        engine: the adapter's name, a package in `aot_cache.engines`.
+        engine: the adapter's name, see `engine_worker.adapter`.
         arguments: the engine's own command line.
         target: the target that the process becomes.
         out: path for what is found: a plan, or the file with the engine's caches.
@@ -242,6 +242,7 @@ class Started:
 
     Args:
         version: the engine's.
+        untested: why that version is doubtful.
         requests, unreached: see `engine_worker.Run`.
         assumed: place in code → the values that it read there and that nobody knows; it read ones.
         at_start: constants of its kernels that are known only when a server starts, see `artifact.at_start`.
@@ -251,6 +252,7 @@ class Started:
     """
 
     version: str
+    untested: str
     requests: int
     unreached: Sequence[str]
     assumed: Mapping[str, str]

@@ -147,6 +147,7 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
         result = workers.run(replace(request, model=model_of(request)), Path(scratch), misses, progress)
         built = _finish(request, store, result, misses, marks, caches)
     built.engine = _told(request.engine, started)
+    built.untested = "; ".join(filter(None, (built.untested, started.untested)))
     inputs = fingerprint.together([result.inputs, started.inputs])
     built.misses = _became(misses, result.missed, request.target)
     built.seconds = time.perf_counter() - began

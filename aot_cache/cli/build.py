@@ -240,7 +240,7 @@ def _engine(name: str | None, arguments: Sequence[str]) -> Engine | None:
     """The engine that --engine names, with its own command line."""
     if name is None and arguments:
         hint = "name a recipe with --model, or write --engine vllm before `--`"
-        raise DeclarationError(f"no arguments without --engine, found {' '.join(arguments)}", hint=hint)
+        raise DeclarationError("no arguments without --engine", " ".join(arguments), hint)
     if name is None:
         return None
     if not arguments:

@@ -23,9 +23,10 @@ from aot_cache.engines.vllm.plugin import AT_START
 from aot_cache.errors import AotCacheError, DeclarationError, one_line
 from aot_cache.upstream.virtual import torch_fake_host, vllm_engine, vllm_operators
 
-__all__ = ["AT_START", "ENVIRONMENT", "PACKAGE", "compile_models", "model_folder", "run", "version"]
+__all__ = ["AT_START", "ENVIRONMENT", "PACKAGE", "TRIED", "compile_models", "model_folder", "run", "version"]
 Progress = Callable[[str, int, int], None]
 PACKAGE = "vllm"
+TRIED = ("0.24.0", "0.33.0")
 ENVIRONMENT = {"VLLM_USE_AOT_COMPILE": "0", "VLLM_DISABLE_COMPILE_CACHE": "1"}
 """For `run`: there vLLM's models run as plain Python."""
 _STEPS = 4
@@ -110,7 +111,7 @@ def waves(limits: Limits) -> list[Wave]:
             if n + more <= limits.requests:
                 label = f"{n}, then {more} of {late}"
                 out.append(Wave(label=label, lengths=[short] * n, tokens=tokens, later=[late] * more))
-    return out
+    return list({wave.label: wave for wave in out}.values())
 
 
 def _split(total: int, most: int) -> list[int]:

@@ -49,6 +49,8 @@ class LaunchLog:
         self._tuning_ids: dict[Any, int] = {}
         self._expansions: dict[Any, list[tuple[int, int]]] = {}
         self._ordinals: dict[int, tuple[int, Autotuner]] = {}
+        self._chosen: dict[int, tuple[JITFunction, list[dict[str, Any]]]] = {}
+        """Kernel → the configs of which host code was told one, as its tuner's choice; the one it was told is first."""
         self.lock = threading.RLock()
         self.changed: Callable[[], None] = lambda: None
         """Called after each launch of a new unit, and when an autotuner has chosen."""
@@ -181,6 +183,7 @@ class LaunchLog:
         else:
             configs = list(tuner.prune_configs(kwargs))
             tuning = self.tuning(tuner, key, configs)
+        self._choose(tuner, configs)
         memo = self._memo_key(tuner, args, kwargs, configs, tuning)
         known = self._expansions.get(memo) if memo is not None else None
         if known is not None:
@@ -198,6 +201,23 @@ class LaunchLog:
                 launched.append((unit.unit, number))
         if memo is not None and len(launched) == len(configs):
             self._expansions[memo] = launched
+
+    def _choose(self, tuner: Autotuner, configs: list[Any]) -> None:
+        """Tell host code what the tuner has chosen, as it does after a launch. Which one that is, only a device knows."""
+        tuner.best_config = configs[0]
+        function = triton_jit.unwrap(tuner)
+        if function is not None and len(configs) > 1:
+            self._chosen[id(function)] = function, [triton_jit.config_kwargs(config) for config in configs]
+
+    def launch_chosen(self, function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Host code launches `function` itself. Where it does that with a tuner's choice, every candidate may be the choice."""
+        kept = self._chosen.get(id(function))
+        if kept is None or kept[0] is not function or getattr(self._thread, "via", (-1, -1)) != (-1, -1):
+            return
+        first, *others = kept[1]
+        if all(name in kwargs and kwargs[name] == value for name, value in first.items()):
+            for other in others:
+                self.launch(function, args, {**kwargs, **other})
 
     def _memo_key(
         self, tuner: Autotuner, args: tuple[Any, ...], kwargs: dict[str, Any], configs: list[Any], tuning: int
@@ -278,6 +298,7 @@ def intercept_launch(log: LaunchLog, launched: Launched = lambda *_: None) -> It
         for hook in self.pre_run_hooks:
             hook(*args, **kwargs)
         unit = LaunchedUnit(log.launch(self, args, kwargs))
+        log.launch_chosen(self, args, kwargs)
         launched(self, args, kwargs)
         return unit
 

@@ -115,14 +115,18 @@ def _compile_kernels_only(target: Target, launcher: Launcher | None) -> None:
 def _measure_nothing() -> None:
     """Decide without a measurement where Inductor would run kernels while it compiles.
 
-    Kernels that may be combined are combined, as without `benchmark_combo_kernel`. Each autotuner keeps all of its configs, and
-    chooses at the first launch, as where kernels are not tuned at compile time (vLLM's compiles set that).
+    Kernels that may be combined are combined, as without `benchmark_combo_kernel`. Matrix products are not padded, unless that is
+    forced. Each autotuner keeps all of its configs, and chooses at the first launch, as where kernels are not tuned at compile
+    time (vLLM's compiles set that).
     """
-    from torch._inductor import scheduler
+    from torch._inductor import config, scheduler
     from torch._inductor.codegen import wrapper
+    from torch._inductor.fx_passes import pad_mm
 
     combining: Any = scheduler.Scheduler
     combining.speedup_by_combo_kernel = lambda self, nodes: True
+    padding: Any = pad_mm
+    padding.should_pad = lambda *_args, **_kwargs: bool(config.force_shape_pad)
     writing: Any = wrapper.PythonWrapperCodegen
     writing.generate_and_run_autotune_block = lambda self: None
 

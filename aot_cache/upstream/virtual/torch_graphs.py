@@ -1,7 +1,7 @@
 """CUDA graphs of the virtual device: what is captured runs as host code, and a replay does nothing.
 
 Upstream: `torch/cuda/graphs.py` (`CUDAGraph`, `graph`, `graph_pool_handle`, `is_current_stream_capturing`), which takes the class
-and the functions from its own names.
+and the functions from its own names, and calls `torch._C._host_emptyCache`.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ def pretend() -> None:
     """Give this process the graphs of one CUDA device. Not undone."""
     graphs: Any = torch.cuda.graphs
     cuda: Any = torch.cuda
+    c: Any = torch._C
+    c._host_emptyCache = lambda: None  # called before a capture; a CPU build has none
     for module in (graphs, cuda):
         module.CUDAGraph = CUDAGraph
         module.graph_pool_handle = new_pool

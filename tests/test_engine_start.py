@@ -1,0 +1,203 @@
+"""`build --engine`: an engine starts on the virtual device, and what it launches and compiles is built.
+
+The engine is `small_engine`. That the real vLLM goes this way to its end is checked by `tools/check_vllm`, beside a record of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from aot_cache.artifact import engine_cache
+from aot_cache.artifact import target as targets
+from aot_cache.artifact.manifest import Manifest, whole
+from aot_cache.artifact.plan import Plan
+from aot_cache.builder import pipeline
+from aot_cache.builder.engine_start import Engine
+from aot_cache.builder.pipeline import Built, Request
+from aot_cache.cli.main import app
+from aot_cache.engines.vllm import virtual_start
+from aot_cache.engines.vllm.virtual_start import Limits
+from aot_cache.errors import AotCacheError, DeclarationError
+from aot_cache.store import read_bundle
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("engine")
+    model = made / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "weights.bin").write_bytes(b"1")
+    return made
+
+
+@pytest.fixture(scope="module")
+def build(folder: Path) -> Callable[..., Built]:
+    def run(*options: str, engine: str = "tests.small_engine", target: str = "h200") -> Built:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+            patch.setenv("AOT_CACHE_STRICT", "1")
+            asked = Engine(engine, (str(folder / "model"), *options))
+            return pipeline.build(Request(target=targets.get(target), store=folder / "store", engine=asked))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def built(build: Callable[..., Built]) -> Built:
+    return build()
+
+
+def manifest_of(built: Built) -> Manifest:
+    return whole(read_bundle(built.path, built.digest))
+
+
+def test_all_of_it_is_in_the_bundle(built: Built) -> None:
+    """Kernels of all candidates, compiled functions, the engine's caches, and what waits for the start."""
+    manifest = manifest_of(built)
+    assert not built.failed and built.units == len(manifest.units)
+    assert {kernel.name.partition("@")[0] for kernel in manifest.kernels} == {
+        f"sample_at_start:{name}" for name in ("conv", "update", "other")
+    }
+    assert [graph.function for graph in manifest.graphs] == ["step"] and built.neighbours >= 0
+    (entry,) = manifest.engine_caches
+    assert (entry.engine, entry.kind) == ("small", engine_cache.COMPILED)
+    assert b"triton_poi_fused" in read_bundle(built.path).object(entry.files["model"]), (
+        "Inductor's kernel for the target"
+    )
+    assert {name for variant in manifest.at_start for name in variant.arguments} == {"num_lines"}
+
+
+def test_what_it_says_of_the_engine(built: Built) -> None:
+    told = built.engine
+    assert told["name"] == "tests.small_engine" and told["requests"] == 2 and told["models"] == ["small:Model"]
+    assert told["unreached"] == ["requests with two heads: no second head (small_engine.py:1)"]
+    ((place, what),) = told["assumed"].items()
+    assert "small_engine.py" in place and "tolist()" in what
+    assert "was not tried" in built.untested and "0.0.1 were" in built.untested
+
+
+def test_the_start_is_a_plan_like_a_recording(folder: Path, built: Built) -> None:
+    (path,) = (folder / "store" / "starts").glob("*.plan.json")
+    plan = Plan.read(path)
+    assert plan.origin == "started" and plan.target == "h200" and plan.caches
+    assert [function.function for function in plan.functions] == ["recorded_steps:step"]
+    batches = [call[0][0] for call in plan.functions[0].calls]
+    assert batches == [2, 6], "two rows for each request, because each sampled token is taken for 1"
+    assert {tuning.kernel.partition("@")[0] for tuning in plan.tunings} == {"sample_at_start:update"}
+
+
+def test_nothing_to_do_and_what_changes_it(folder: Path, build: Callable[..., Built], built: Built) -> None:
+    again = build()
+    assert again.nothing_to_do and again.engine == built.engine
+    (folder / "model" / "weights.bin").write_bytes(b"2")
+    assert build().nothing_to_do, "weights decide nothing"
+    (folder / "model" / "config.json").write_text('{"a": 1}')
+    changed = build()
+    assert not changed.nothing_to_do and changed.compiled == 0, "another start that launches the same"
+
+
+def test_another_option_compiles_only_what_it_adds(build: Callable[..., Built], built: Built) -> None:
+    more = build("--batches=1,3,16,5")
+    assert more.compiled == 1 and more.units == built.units, (
+        "16 and 5 are in known classes: only the graph has other calls"
+    )
+    assert read_bundle(more.path).object(manifest_of(more).engine_caches[0].files["batch"]) == b"16"
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "said"),
+    [
+        (
+            "tests.no_such_engine",
+            (),
+            "expected an engine (vllm), or a module with an adapter, found 'tests.no_such_engine'",
+        ),
+        ("nothing", (), "expected an engine (vllm), or a module with an adapter, found 'nothing'"),
+        ("vllm", (), "expected vllm beside aot-cache, found none"),
+        ("tests.small_engine", ("--depth=3",), "expected the option batches, found ['depth']"),
+    ],
+)
+def test_what_cannot_start(build: Callable[..., Built], engine: str, options: Sequence[str], said: str) -> None:
+    with pytest.raises(DeclarationError) as error:
+        build(*options, engine=engine)
+    assert str(error.value).partition("; hint")[0] == said
+
+
+def test_an_engine_needs_a_gpu_target(build: Callable[..., Built]) -> None:
+    with pytest.raises(DeclarationError, match="expected a GPU target for an engine, found cpu"):
+        build(target="cpu")
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["build", *arguments])
+    return done.exit_code, done.stdout if not isinstance(done.exception, AotCacheError) else str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--engine", "vllm"], "expected a model behind `--`, found none"),
+        (["--", "model"], "expected no arguments without --engine, found model"),
+        ([], "expected --model, --plan or --engine, found none of them"),
+    ],
+)
+def test_a_wrong_command_line(arguments: list[str], said: str) -> None:
+    code, text = run(*arguments)
+    assert code and said in text
+
+
+def test_a_command_line(folder: Path, built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options behind `--` are the engine's own; what is printed names what was not reached."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+    given = ["--engine", "tests.small_engine", "--target", "h200", "--store", str(folder / "store")]
+    code, text = run(*given, "--", str(folder / "model"), "--batches=1,3")
+    assert code == 0, text
+    assert "2 kinds of requests to tests.small_engine, 1 not reached" in " ".join(text.split())
+    assert "not reached: requests with two heads" in text and "compiles itself: small:Model" in text
+    code, text = run(*given, "--show-plan", "--json", "--", str(folder / "model"), "--batches=1,3")
+    (plan,) = json.loads(text)["plans"]
+    assert code == 0 and plan["engine"]["unreached"] and plan["units"] == built.units
+
+
+# --- vLLM's requests --------------------------------------------------------------------------------------------------
+
+
+@given(
+    limits=st.builds(
+        Limits,
+        requests=st.integers(1, 2048),
+        batched_tokens=st.integers(16, 1 << 15),
+        length=st.integers(2, 1 << 18),
+        vocabulary=st.just(1000),
+        drafts=st.integers(0, 5),
+    )
+)
+def test_requests_stay_within_the_limits(limits: Limits) -> None:
+    waves = virtual_start.waves(limits)
+    assert waves and len({wave.label for wave in waves}) == len(waves)
+    for wave in waves:
+        lengths = [*wave.lengths, *wave.later]
+        assert 0 < len(lengths) <= limits.requests and min(lengths) >= 1
+        assert max(lengths) + wave.tokens <= limits.length
+        assert _takes(limits, wave.sampling)
+    assert any(len(wave.lengths) == limits.requests for wave in waves)
+    assert max(max(wave.lengths) + wave.tokens for wave in waves) <= limits.length
+
+
+def _takes(limits: Limits, sampling: Mapping[str, Any]) -> bool:
+    return not limits.drafts or not {"min_p", "logit_bias"} & set(sampling)
