@@ -14,10 +14,12 @@ workers' ledgers. Exit code 0 when every claim holds for the rows that there are
 | record | empty caches, under `aot-cache record --candidates chosen` |
 | build | `aot-cache build` of what was recorded, with no GPU visible |
 | bundle | empty caches, the bundle, no C compiler |
+| engine-build | `aot-cache build --engine vllm` of the same command line, with no GPU visible: nothing recorded goes into it |
+| engine | empty caches, that bundle, no C compiler |
 | memory | the same with less memory for the KV cache: another number of blocks |
 | steady, bundle-steady, … | long answers only, in turn without and with the bundle |
 | observe, error | with the bundle: nothing is prevented; each miss raises |
-| nodraft, nodraft-bundle | without drafts |
+| nodraft, nodraft-record, nodraft-build, nodraft-bundle | without drafts: vLLM alone, recorded, built, served |
 | lacking | policy `error`, a bundle without one kernel: `CacheMiss` must be raised |
 | other | the bundle, another limit of sequences: vLLM serves, and the log names what differs |
 | killed | recorded, killed with SIGKILL as soon as it is ready: the plan has what was launched |
@@ -42,6 +44,10 @@ from typing import Any
 from harness import NO_COMPILER, PATH, cli, commit, finish, machine, without_ours
 
 from aot_cache.artifact import engine_cache
+from aot_cache.artifact.plan import Plan, Unit
+from aot_cache.artifact.specialization import parameter_names
+from aot_cache.cli.facts import files as file_facts
+from aot_cache.engines.vllm.plugin import AT_START
 from aot_cache.runtime import stats_files
 
 HERE = Path(__file__).resolve().parent
@@ -76,7 +82,7 @@ COUNTED += ("inductor load", "gcc", "frame", "graph compile", "model load", "mod
 NEVER = ("compile", "inductor compile", "benchmark", "inductor benchmark", "gcc", "frame", "graph compile")
 """What must not happen in a capture, or when vLLM is ready. A `disk hit` is covered by `load` and `module load`."""
 LOADS = ("module load", "load", "inductor load")
-NEEDS = {"cold": 260, "record": 300, "build": 110, "steady": 100}
+NEEDS = {"cold": 260, "record": 300, "nodraft-record": 300, "build": 110, "nodraft-build": 110, "engine-build": 200}
 """Seconds that a row may take; 120 for others. A row is not begun when less is left."""
 LACKS = "_causal_conv1d_update_kernel"
 
@@ -119,6 +125,16 @@ class Series:
         ours = {"AOT_CACHE": str(self.bundle), **NO_COMPILER}
         if name == "build":
             return self._build(self.plan, self.bundle)
+        if name == "nodraft-build":
+            return self._build(self._plan_of("nodraft"), self.folder / "nodraft.safetensors")
+        if name == "nodraft-record":
+            plan = self._plan_of("nodraft")
+            prefix = [*_recording(plan), "--candidates", "chosen"]
+            return {**self._start(name, "of nodraft record", prefix, drafts=0), **_planned(plan)}
+        if name == "engine-build":
+            return self._engine_build()
+        if name == "engine":
+            return self._start(name, name, windows=1, **{**ours, "AOT_CACHE": str(self.folder / "engine.safetensors")})
         if name in ("cold", "warm", "warm2"):
             return self._start(name, "of cold" if name == "cold" else self._filled(), windows=1)
         if name == "record":
@@ -141,6 +157,7 @@ class Series:
         if name == "nodraft":
             return self._start(name, "of nodraft", drafts=0)
         if name == "nodraft-bundle":
+            ours["AOT_CACHE"] = str(self.folder / "nodraft.safetensors")
             return self._start(name, name, drafts=0, **ours)
         if name == "lacking":
             return self._lacking(ours)
@@ -149,6 +166,24 @@ class Series:
         if name == "killed":
             return self._killed()
         raise SystemExit(f"no row {name}")
+
+    def _plan_of(self, name: str) -> Path:
+        return self.folder / f"{name}.plan.json"
+
+    def _engine_build(self) -> Json:
+        """The bundle of the command line alone, and what of the recording is not in it."""
+        out = self.folder / "engine.safetensors"
+        target = json.loads(self.plan.read_text())["target"]
+        asked = ["build", "--engine", "vllm", "--target", target, "--store", str(self.folder / "engine-store")]
+        model = write_model(self.folder / "model")
+        done = cli(
+            *asked, "--out", str(out), "--json", "--", str(model), *served(2), CUDA_VISIBLE_DEVICES="", **OFFLINE
+        )
+        if done.returncode:
+            return {"error": done.stderr.splitlines()[-20:]}
+        (built,) = json.loads(done.stdout)["bundles"]
+        found = {name: built[name] for name in ("units", "graphs", "size", "failed", "seconds", "engine")}
+        return {**found, "recorded and not built": not_built(self.plan, out)}
 
     def _filled(self) -> str:
         """Caches that vLLM itself has filled."""
@@ -239,6 +274,36 @@ class Series:
                 os.kill(pid, signal.SIGKILL)
         code = process.wait(timeout=60)
         return {"code": code, "was ready": ready, "killed": len(engines), **_planned(plan)}
+
+
+def served(drafts: int) -> list[str]:
+    """`SETTINGS` as options of `vllm serve`. Class `LLM` has a default of its own for the tokens of a step."""
+    out = ["--max-num-batched-tokens", "16384"]
+    settings = dict(SETTINGS)
+    if drafts:
+        settings["speculative_config"] = {"method": "mtp", "num_speculative_tokens": drafts}
+    for name, value in settings.items():
+        if name in ("load_format", "skip_tokenizer_init", "disable_log_stats"):
+            continue
+        option = f"--{name.replace('_', '-')}"
+        out += [option] if value is True else [option, json.dumps(value) if isinstance(value, dict) else str(value)]
+    return out
+
+
+def not_built(recorded: Path, bundle: Path) -> list[str]:
+    """Specializations of a recording that a bundle does not have, constants that are known only at start aside."""
+    there, here = ({_text(unit, plan) for unit in plan.units} for plan in map(_plan_in, (recorded, bundle)))
+    return sorted(there - here)
+
+
+def _plan_in(path: Path) -> Plan:
+    return file_facts.side(path).plan
+
+
+def _text(unit: Unit, plan: Plan) -> str:
+    names = parameter_names(unit.kernel, plan.closures[unit.kernel])
+    pairs = [pair for name, pair in zip(names, unit.specialization, strict=True) if name not in AT_START]
+    return json.dumps([unit.kernel.partition("@")[0], pairs, list(unit.options.items())])
 
 
 def _recording(plan: Path) -> list[str]:
@@ -383,7 +448,7 @@ def write_model(folder: Path) -> Path:
 def claims(rows: Mapping[str, Json]) -> dict[str, bool]:
     """What must hold, for the rows that there are."""
     out: dict[str, bool] = {}
-    for name in ("bundle", "bundle2", "memory", "error", "nodraft-bundle"):
+    for name in ("bundle", "bundle2", "engine", "memory", "error", "nodraft-bundle"):
         row = rows.get(name)
         if row is None:
             continue
@@ -406,6 +471,10 @@ def claims(rows: Mapping[str, Json]) -> dict[str, bool]:
         ours, theirs = rows["bundle"], rows["warm"]
         out["engine init at most 1.25 of vLLM's own warm start"] = _init(ours) <= 1.25 * _init(theirs)
         out["ready at most 1.1 of vLLM's own warm start"] = ours["ready"] <= 1.1 * theirs["ready"]
+    if "recorded and not built" in rows.get("engine-build", {}):
+        out["all that was recorded is built from the command line alone"] = not rows["engine-build"][
+            "recorded and not built"
+        ]
     if "lacking" in rows:
         out["a kernel taken out: CacheMiss"] = "CacheMiss" in json.dumps(rows["lacking"])
     if "other" in rows:
