@@ -174,6 +174,85 @@ def test_a_job_that_is_not_there() -> None:
     need(said(RANKS) == [1, 3, [1.0, 1.0]], "a fake group is no job of 3 whose collectives return at once")
 
 
+FAKE_GROUPS = """
+import datetime
+import json
+import torch
+import torch.distributed as dist
+from aot_cache.upstream.virtual import torch_fake_group
+torch_fake_group.only_fake(1, 3)
+groups = [dist.new_group([0, 1, 2], backend="nccl", timeout=datetime.timedelta(seconds=1)), dist.new_group([1], backend="gloo")]
+x = torch.ones(2)
+for group in groups:
+    dist.all_reduce(x, group=group)
+print(json.dumps([dist.get_backend(group) for group in groups] + [dist.get_world_size(groups[0]), x.tolist()]))
+"""
+
+
+@pytest.mark.contract("torch_fake_group")
+def test_groups_of_any_backend_are_fake() -> None:
+    need(said(FAKE_GROUPS) == ["fake", "fake", 3, [1.0, 1.0]], "a group with a backend of its own is not fake")
+
+
+CAPTURE = """
+import json
+import torch
+from aot_cache.artifact import target
+from aot_cache.builder import virtual_gpu
+virtual_gpu.become(target.get("h200"))
+pools = [torch.cuda.graph_pool_handle() for _ in range(2)]
+graph, seen = torch.cuda.CUDAGraph(), []
+with virtual_gpu.tensors():
+    x = torch.ones(4, device="cuda")
+    with torch.cuda.graph(graph, pool=pools[0]):
+        seen.append(torch.cuda.is_current_stream_capturing())
+        y = x * 2
+    seen.append(torch.cuda.is_current_stream_capturing())
+    graph.replay()
+    graph.reset()
+print(json.dumps([seen, list(y.shape), graph.pool() == pools[0], pools[0] != pools[1]]))
+"""
+
+
+@pytest.mark.contract("torch_graphs")
+def test_a_capture_that_runs_nothing() -> None:
+    """`torch.cuda.graph` takes the class from its own module, and all that it calls around it is there without a GPU."""
+    need(said(CAPTURE) == [[True, False], [4], True, True], "a capture on the virtual device does not run as host code")
+
+
+FAKE_HOST = """
+import json
+import torch
+from aot_cache.artifact import target
+from aot_cache.upstream.virtual import inductor_target, torch_fake_host
+inductor_target.become(target.get("h200"))
+from torch._subclasses.fake_tensor import FakeTensor
+traced = []
+def backend(graph, inputs):
+    traced.append([type(one).__name__ for one in inputs])
+    return graph.forward
+with torch_fake_host.running():
+    host = torch.zeros(4, pin_memory=True)
+    host.numpy()[1] = 5
+    made = [torch.tensor([1, 2], device="cuda"), host.to("cuda"), host.pin_memory().cuda()]
+    made += [made[1].new_tensor([3.0]), torch.empty(2, device="cuda", pin_memory=False), torch.randn(2).to("cuda:0")]
+    host.copy_(torch.arange(4.0))
+    with torch_fake_host.compiling():
+        torch.compile(lambda x: x * 2, backend=backend, fullgraph=True)(made[1])
+    kinds = [isinstance(one, FakeTensor) and one.device.type == "cuda" for one in made]
+    print(json.dumps([kinds, type(host).__name__, host.tolist(), len(traced)]))
+"""
+
+
+@pytest.mark.contract("torch_fake_host")
+def test_host_code_with_fake_tensors_on_the_device_only() -> None:
+    found = said(FAKE_HOST)
+    need(
+        found == [[True] * 6, "Tensor", [0.0, 1.0, 2.0, 3.0], 1],
+        f"host code of an engine with fake CUDA tensors: {found}",
+    )
+
+
 # --- memory that nobody has set ---------------------------------------------------------------------------------------
 
 UNSET = {

@@ -914,6 +914,26 @@ def test_a_backend_can_be_answered_for() -> None:
     need(made.tolist() == [50] * 3, "the answer is not what runs")
 
 
+@pytest.mark.contract("inductor_target")
+def test_where_inductor_would_measure() -> None:
+    """Each is looked up where it is called, and its answer without a measurement is the one that is given here."""
+    from torch._inductor import scheduler
+    from torch._inductor.codegen import wrapper
+    from torch._inductor.fx_passes import pad_mm
+
+    combine = inspect.getsource(scheduler.Scheduler.speedup_by_combo_kernel)
+    need("if not config.benchmark_combo_kernel:" in combine, "another setting measures combined kernels")
+    need(
+        combine.index("return True") > combine.index("if not config.benchmark_combo_kernel:"), "unmeasured is not True"
+    )
+    creating = inspect.getsource(scheduler.Scheduler.create_combo_kernel_nodes)
+    need("self.speedup_by_combo_kernel(" in creating, "it is not asked")
+    generating = inspect.getsource(wrapper.PythonWrapperCodegen._generate)
+    need("self.generate_and_run_autotune_block()" in generating, "kernels are tuned elsewhere at compile time")
+    for check in ("should_pad_addmm", "should_pad_mm", "should_pad_bmm"):
+        need("should_pad(" in inspect.getsource(getattr(pad_mm, check)), f"pad_mm.{check} asks something else")
+
+
 @pytest.mark.contract("inductor_target", "inductor_tuning")
 def test_how_a_kernel_is_compiled() -> None:
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner

@@ -15,9 +15,12 @@ from typing import Any
 
 import pytest
 
+from aot_cache.upstream.virtual.vllm_engine import SETTINGS
+
 ROOT = Path(__file__).parents[1]
 SOURCES = [Path(folder) for folder in os.environ.get("AOT_TESTS_VLLM", "").split(os.pathsep) if folder]
 RECORD = ROOT / "artifacts" / "measurements" / "check_vllm.json"
+RUNNERS = ("v1/worker/gpu_model_runner.py", "v1/worker/gpu/model_runner.py")
 STEPS = ["load_model", "initialize_from_config", "compile_or_warm_up_model"]
 
 vllm = pytest.mark.parametrize(
@@ -201,6 +204,79 @@ def test_where_vllm_keeps_what_a_class_can_do(source: Path) -> None:
         source, "model_executor/models/registry.py", "_LazyRegisteredModel", "_load_modelinfo_from_cache"
     )
     order(loading, "mi_dict['hash'] != module_hash", "_ModelInfo(**mi_dict['modelinfo'])")
+
+
+# --- an engine in one process, without a GPU ----------------------------------------------------------------------------
+
+
+@vllm
+def test_the_options_of_vllm_serve(source: Path) -> None:
+    """`vllm_engine.options_of` goes the way of `vllm serve`."""
+    init = function(source, "entrypoints/cli/serve.py", "ServeSubcommand", "subparser_init")
+    assert [argument.arg for argument in init.args.args] == ["self", "subparsers"]
+    order(function(source, "entrypoints/cli/serve.py", "ServeSubcommand", "cmd"), "args.model = args.model_tag")
+    assert "class FlexibleArgumentParser" in (source / "vllm/utils/argparse_utils.py").read_text()
+    arguments = "engine/arg_utils.py"
+    assert function(source, arguments, "EngineArgs", "from_cli_args").args.args[1].arg == "args"
+    assert function(source, arguments, "EngineArgs", "create_engine_config").args.args[1].arg == "usage_context"
+    text = (source / "vllm" / arguments).read_text()
+    for field in ("load_format", "skip_tokenizer_init", "disable_log_stats"):
+        assert f"    {field}: " in text, f"vLLM moved: no option {field}"
+    assert "OPENAI_API_SERVER" in (source / "vllm/usage/usage_lib.py").read_text()
+
+
+@vllm
+def test_an_engine_in_one_process(source: Path) -> None:
+    init = function(source, "v1/engine/llm_engine.py", "LLMEngine", "__init__")
+    assert {"vllm_config", "executor_class", "log_stats", "multiprocess_mode"} <= {one.arg for one in init.args.args}
+    for name, first in (("add_request", ["self", "request_id", "prompt", "params"]), ("step", ["self"])):
+        found = function(source, "v1/engine/llm_engine.py", "LLMEngine", name)
+        assert [one.arg for one in found.args.args][: len(first)] == first
+    for name in ("has_unfinished_requests", "abort_request"):
+        function(source, "v1/engine/llm_engine.py", "LLMEngine", name)
+    text = (source / "vllm/v1/executor/uniproc_executor.py").read_text()
+    assert "class UniProcExecutor" in text
+    (look,) = function(source, "model_executor/models/registry.py", "_run_in_subprocess").args.args
+    assert look.arg == "fn"
+
+
+@vllm
+def test_our_settings_are_not_in_vllm_s_key(source: Path) -> None:
+    node = function(source, "envs.py", "compile_factors")
+    ignored = next(n for n in ast.walk(node) if isinstance(n, ast.AnnAssign) and "ignored" in ast.unparse(n.target))
+    assert isinstance(ignored.value, ast.Set)
+    names = {one.value for one in ignored.value.elts if isinstance(one, ast.Constant)}
+    assert {*SETTINGS, "VLLM_CACHE_ROOT"} <= names
+
+
+@vllm
+def test_where_all_models_are_compiled(source: Path) -> None:
+    """Both runners run all models before the sampler, and vLLM saves a model that it has compiled before it runs it."""
+    for file in RUNNERS:
+        node = function(source, file, "GPUModelRunner", "profile_run")
+        order(node, "self._dummy_run(", "self._dummy_sampler_run(")
+    calls = [n for n in ast.walk(module(source, "compilation/decorators.py")) if getattr(n, "name", "") == "__call__"]
+    order(
+        calls[-1],
+        "get_forward_context().skip_compiled",
+        "self.aot_compiled_fn = self.aot_compile(*args, **kwargs)",
+        "self.save_aot_compiled_function()",
+    )
+    assert "TorchCompileWithNoGuardsWrapper.__call__(self, *args, **kwargs)" in ast.unparse(calls[-1])
+    function(source, "compilation/wrapper.py", "TorchCompileWithNoGuardsWrapper", "aot_compile")
+
+
+@vllm
+def test_what_attention_returns(source: Path) -> None:
+    """`vllm_operators` has rules for what these give."""
+    text = ast.unparse(module(source, "vllm_flash_attn/flash_attn_interface.py"))
+    assert "out, softmax_lse, _, _ = torch.ops._vllm_fa3_C.fwd(" in text
+    assert "out, softmax_lse = torch.ops._vllm_fa2_C.varlen_fwd(" in text
+    node = function(source, "vllm_flash_attn/flash_attn_interface.py", "get_scheduler_metadata")
+    (call,) = [
+        n for n in ast.walk(node) if isinstance(n, ast.Call) and "fa3_C.get_scheduler_metadata" in ast.unparse(n)
+    ]
+    assert ast.unparse(call.args[0]) == "batch_size" and ast.unparse(call.args[8]) == "cache_seqlens"
 
 
 def test_the_record_has_the_versions_that_are_supported() -> None:
