@@ -57,6 +57,7 @@ CONDITIONAL = {
     "torch._dynamo.guards._try_is_cow_tensor": "from 2.14, with the kind of guard that asks for it",
     "torch._dynamo.guards._stream_is_current": "from 2.15, with the kind of guard that asks for it",
     "torch.fx.experimental.symbolic_shapes.ShapeEnv.transfer_symbols_from_foreign_shape_env": "from 2.13",
+    "torch._C._host_emptyCache": "where torch is built with CUDA; where not, ours is the only one",
     "torch._C._cuda_getCurrentRawStream": "where torch is built with CUDA; where not, ours is the only one",
     "torch._C._StaticCudaLauncher": "where torch is built with CUDA; where not, no kernel is launched",
     "torch._C._StaticCudaLauncher._launch_kernel": "where torch is built with CUDA; where not, no kernel is launched",
