@@ -628,3 +628,24 @@ def test_tracing_launches_and_compiles_nothing() -> None:
         traced_host(sample.run_scale, 3)
         tracing.functions_at(Case("case", lambda n: Call(sample.run_scale, n, "cuda"), {}), {"n": 3})
     assert not missed
+
+
+# --- host code that reads a tuner's choice ----------------------------------------------------------------------------
+
+
+def direct(n: int, place: str) -> None:
+    """As vLLM launches kernels of its Mamba layers: the tuner once, and from then on the kernel itself with its choice."""
+    x = torch.zeros(256, device=place)
+    sample.tuned[(1,)](x, 64, n)
+    config = sample.tuned.best_config
+    sample.tuned.fn[(1,)](x, 64, n + 1, **config.all_kwargs())
+
+
+def test_a_choice_that_host_code_reads_may_be_any_candidate() -> None:
+    """Which config is best only a GPU knows: what is launched with it is planned with each of them."""
+    plan = traced_host(direct, 16)
+    (tuning,) = plan.tunings
+    blocks = {json.dumps(config, sort_keys=True) for config in tuning.candidates}
+    by_tuner = [unit for unit in plan.units if unit.via != [[-1, -1]]]
+    alone = [unit for unit in plan.units if [-1, -1] in unit.via]
+    assert len(by_tuner) == len(blocks) > 1 and len(alone) == len(blocks), "n is a multiple of 16, and then it is not"

@@ -47,6 +47,12 @@ OPS: dict[str, Op] = {
     "zero_": lambda x: x.clone().zero_(),
     "add_": lambda x: x.clone().add_(1),
     "in place operator": lambda x: _iadd(x.clone()),
+    "unsqueeze_": lambda x: x.clone().unsqueeze_(1),
+    "squeeze_": lambda x: x.clone().unsqueeze_(0).squeeze_(0),
+    "t_": lambda x: x.clone().t_(),
+    "transpose_": lambda x: x.clone().transpose_(0, 1),
+    "unsqueeze_ of a view": lambda x: x.clone()[1:].unsqueeze_(-1),
+    "written after unsqueeze_": lambda x: x.clone().unsqueeze_(0).add_(1),
     "t": lambda x: x.t(),
     "T": lambda x: x.T,
     "transpose": lambda x: x.transpose(0, 1),
@@ -476,3 +482,63 @@ def test_compiled_code_without_a_shape_rule_is_named(mode: Any, monkeypatch: pyt
     ):
         getattr(torch.ops, library.ns).norm(torch.ones(3, device="cuda"))
     assert "torch.library.register_fake" in str(said.value)
+
+
+# --- what engines do --------------------------------------------------------------------------------------------------
+
+
+@given(sizes=st.lists(st.integers(1, 5000), min_size=2, max_size=8))
+def test_tensors_that_exist_at_once_do_not_overlap(sizes: list[int]) -> None:
+    """Host code tells buffers apart by their address (vLLM counts the segments of its KV cache so)."""
+    with virtual_gpu.tensors():
+        made = [torch.empty(size, device="cuda", dtype=torch.uint8) for size in sizes]
+        places = sorted((one.data_ptr(), one.data_ptr() + one.numel()) for one in made)
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(places))
+        assert all(start % 512 == 0 for start, _ in places)
+        assert made[0][1:].data_ptr() == made[0].data_ptr() + 1 if sizes[0] > 1 else True
+        assert made[1].view(-1).data_ptr() == made[1].data_ptr()
+
+
+def test_what_nobody_knows_is_ones_if_that_is_asked_for(mode: Any) -> None:
+    noted = []
+    with mode(), virtual_gpu.tensors():
+        sampled = torch.rand(3, 5, device="cuda").argmax(-1)
+        with virtual_gpu.assuming(lambda what, place: noted.append((what, place))):
+            assert sampled.tolist() == [1, 1, 1] and int(sampled[0]) == 1
+            assert sampled.cpu().numpy().tolist() == [1, 1, 1]
+            host = torch.zeros(3, dtype=torch.int64)
+            host.copy_(sampled)
+            assert host.tolist() == [1, 1, 1]
+            known = torch.tensor([4, 5], device="cuda")
+            assert known.tolist() == [4, 5], "what is known stays known"
+        with pytest.raises(DataDependent):
+            sampled.tolist()
+    assert len(noted) == 4 and all(place.startswith(__file__) for _, place in noted)
+    assert "tolist() of VirtualTensor(shape=(3,)" in noted[0][0]
+
+
+def test_a_view_of_host_memory_has_what_the_host_writes(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = torch.library.Library(f"of_an_engine_{next(NUMBERS)}", "DEF")
+    library.define("gpu_view(Tensor x) -> Tensor")
+    operator = getattr(torch.ops, library.ns).gpu_view
+    monkeypatch.setattr(torch_tensor, "VIEWS_OF_HOST", {operator.default})
+    with mode(), virtual_gpu.tensors():
+        host = torch.zeros(4, dtype=torch.int32)
+        view = operator(host)
+        assert isinstance(view, VirtualTensor) and view.is_cuda and view.tolist() == [0, 0, 0, 0]
+        host[2] = 7
+        assert view.tolist() == [0, 0, 7, 0] and view[2:].tolist() == [7, 0]
+
+
+def test_a_host_tensor_larger_than_memory(mode: Any) -> None:
+    """vLLM makes one to ask for its strides."""
+    with mode(), virtual_gpu.tensors():
+        huge = torch.empty(1 << 14, 3, 1 << 20, dtype=torch.float32)  # 192 GiB
+        assert huge.stride() == (3 << 20, 1 << 20, 1) and huge.device.type == "cpu"
+        huge[5, 1, 2] = 4.0
+        assert huge[5, 1].sum() == 4.0
+
+
+def test_operators_on_host_tensors_of_any_size_are_torch_s_own() -> None:
+    with virtual_gpu.tensors():
+        assert torch.empty(3, dtype=torch.float16).untyped_storage().nbytes() == 6
