@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def build(folder: Path) -> Callable[..., Built]:
-    def run(*options: str, engine: str = "tests.small_engine", target: str = "h200") -> Built:
+    def run(
+        *options: str, engine: str = "tests.small_engine", target: str = "h200", plans: tuple[Path, ...] = ()
+    ) -> Built:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
             patch.setenv("AOT_CACHE_STRICT", "1")
             asked = Engine(engine, (str(folder / "model"), *options))
-            return pipeline.build(Request(target=targets.get(target), store=folder / "store", engine=asked))
+            return pipeline.build(
+                Request(target=targets.get(target), store=folder / "store", engine=asked, plans=plans)
+            )
 
     return run
 
@@ -114,6 +119,23 @@ def test_another_option_compiles_only_what_it_adds(build: Callable[..., Built], 
         "16 and 5 are in known classes: only the graph has other calls"
     )
     assert read_bundle(more.path).object(manifest_of(more).engine_caches[0].files["batch"]) == b"16"
+
+
+def test_a_recording_beside_it_adds_choices_and_functions(
+    folder: Path, build: Callable[..., Built], built: Built, tmp_path: Path
+) -> None:
+    """A GPU has chosen between the configs, and met calls of the same function."""
+    label = Engine("tests.small_engine", (str(folder / "model"),)).label
+    plan = Plan.read(folder / "store" / "starts" / f"{label}-h200.plan.json")
+    tunings = [replace(tuning, choice=tuning.candidates[1]) for tuning in plan.tunings]
+    functions = [replace(one, calls=[[[96, 8, 8, 1, 0], [8, 4, 4, 1, 0]]]) for one in plan.functions]
+    recorded = tmp_path / "server.plan.json"
+    replace(plan, origin="recorded", caches="", tunings=tunings, functions=functions).write(recorded)
+    both = build(plans=(recorded,))
+    manifest = manifest_of(both)
+    assert [tuning.choice for tuning in manifest.tunings] == [tuning.choice for tuning in tunings]
+    assert both.units == built.units and both.points == built.points + 1
+    assert manifest.engine_caches, "of the start: the recording has none"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aot_cache.artifact import engine_cache, key
-from aot_cache.artifact.plan import Plan
+from aot_cache.artifact.plan import Plan, merge
 from aot_cache.artifact.target import Target
 from aot_cache.builder import fingerprint
 from aot_cache.builder.fingerprint import NO_INPUTS, Inputs
@@ -99,6 +99,22 @@ def start(engine: Engine, target: Target, store: Store, scratch: Path, progress:
     with store.writer():
         store.put_record(STARTS, question, {**asdict(found), "plan": ""})
     return found
+
+
+def together(start: Path, plans: Sequence[Path]) -> Path:
+    """The plan of a start with other plans in it, such as recordings of the same engine; its path.
+
+    Raises:
+        DeclarationError: a file is no plan, is for another target, or its caches are missing.
+    """
+    if not plans:
+        return start
+    every = [start, *plans]
+    texts = key.digest([path.read_text() for path in every])
+    out = start.with_name(f"{start.name.removesuffix('.plan.json')}-with-{texts[:8]}.plan.json")
+    caches = engine_cache.of_plans(every)
+    engine_cache.write_plan(merge([Plan.read(path) for path in every]), caches, out)
+    return out
 
 
 def _from_json(record: Mapping[str, Any], path: Path) -> EngineStart:

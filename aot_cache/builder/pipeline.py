@@ -167,8 +167,10 @@ def _start(request: Request, store: Store, scratch: Path, progress: Progress) ->
 
 
 def _with(request: Request, started: EngineStart) -> Request:
-    """The request, with the plan of its engine's start."""
-    return request if started is NO_START else replace(request, plans=(started.plan, *request.plans))
+    """The request, with the plan of its engine's start: one of all plans, because recordings of it have the same functions."""
+    if started is NO_START:
+        return request
+    return replace(request, plans=(engine_start.together(started.plan, request.plans),))
 
 
 def _told(engine: Engine | None, started: EngineStart) -> dict[str, Any]:

@@ -111,6 +111,10 @@ def waves(limits: Limits) -> list[Wave]:
             if n + more <= limits.requests:
                 label = f"{n}, then {more} of {late}"
                 out.append(Wave(label=label, lengths=[short] * n, tokens=tokens, later=[late] * more))
+    for n, more in ((1, 1), (3, 2), (16, 8)):  # in one step, some that generate without drafts and some that do not
+        if n + more <= limits.requests:
+            lengths = [1] * n + [min(300, longest)] * more
+            out.append(Wave(label=f"{n} of 1 beside {more} longer", lengths=lengths, tokens=tokens))
     return list({wave.label: wave for wave in out}.values())
 
 
