@@ -154,11 +154,13 @@ def _kernels(job: StartJob, progress: Progress) -> Started:
 
 
 def _marked(plan: Plan, names: Sequence[str]) -> list[str]:
-    """Those of `names` that kernels of the plan have."""
-    parameters = {
-        name for kernel in {u.kernel for u in plan.units} for name in parameter_names(kernel, plan.closures[kernel])
-    }
-    return [name for name in names if name in parameters]
+    """Those of `names` that are constants of kernels of the plan. In another release one may be an ordinary argument."""
+    constants: set[str] = set()
+    others: set[str] = set()
+    for unit in plan.units:
+        for name, pair in zip(parameter_names(unit.kernel, plan.closures[unit.kernel]), unit.specialization):
+            (constants if pair["t"][0] == "constexpr" else others).add(name)
+    return [name for name in names if name in constants - others]
 
 
 def _models(job: StartJob, progress: Progress) -> Started:

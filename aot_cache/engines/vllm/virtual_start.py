@@ -154,7 +154,7 @@ def run(arguments: Sequence[str], folder: Path, progress: Progress) -> Run:
     vllm_engine.settle(folder)
     vllm_operators.register()
     vllm_engine.run_models_as_python()
-    config = _checked(vllm_engine.configuration(vllm_engine.options_of(arguments)))
+    config = _configuration(arguments)
     progress("start", 0, 1)
     try:
         engine = vllm_engine.engine_of(config)
@@ -220,12 +220,17 @@ def _limits(config: Any) -> Limits:
     )
 
 
-def _checked(config: Any) -> Any:
-    """Raises DeclarationError for what cannot be started in one process, or without a GPU."""
-    parallel = config.parallel_config
-    size = parallel.world_size_across_dp
-    if size != 1:
-        raise DeclarationError("one GPU", f"{size} of them", "record the server on its GPUs (`aot-cache record`)")
+_SPLITS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+
+
+def _configuration(arguments: Sequence[str]) -> Any:
+    """vLLM's configuration. Raises DeclarationError for what cannot be started in one process."""
+    options = vllm_engine.options_of(arguments)
+    split = {name: getattr(options, name) for name in _SPLITS if getattr(options, name, 1) > 1}
+    if split:
+        found = ", ".join(f"{name} {size}" for name, size in split.items())
+        raise DeclarationError("one GPU", found, "record the server on its GPUs (`aot-cache record`)")
+    config = vllm_engine.configuration(options)
     if config.model_config.runner_type != "generate":
         found = f"{config.model_config.runner_type} ({config.model_config.model})"
         raise DeclarationError(
@@ -261,7 +266,7 @@ def compile_models(
     recorder.start()
     progress("models", 0, 1)
     with torch_fake_host.running():
-        config = _checked(vllm_engine.configuration(vllm_engine.options_of(arguments)))
+        config = _configuration(arguments)
         try:
             vllm_engine.engine_of(config)
         except vllm_engine.EnoughSeen:

@@ -51,12 +51,8 @@ def options_of(arguments: Sequence[str]) -> Any:
     Raises:
         DeclarationError: vLLM does not take them.
     """
-    serve = importlib.import_module("vllm.entrypoints.cli.serve")
     engine = importlib.import_module("vllm.engine.arg_utils")
-    utils = importlib.import_module("vllm.utils.argparse_utils")
-    parser = utils.FlexibleArgumentParser(prog="vllm")
-    serve.ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
-    said = io.StringIO()
+    parser, said = _parser(), io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             found: argparse.Namespace = parser.parse_args(["serve", *arguments])
@@ -70,9 +66,29 @@ def options_of(arguments: Sequence[str]) -> Any:
         raise DeclarationError(f"vllm serve does not take these arguments: {one_line(error)}") from error
     if getattr(found, "model_tag", None) is not None:
         found.model = found.model_tag
-    options = engine.AsyncEngineArgs.from_cli_args(found)
+    try:
+        options = engine.AsyncEngineArgs.from_cli_args(found)
+    except Exception as error:  # of pydantic, of transformers, of the hub's client
+        raise _cannot_serve(found.model, error) from error
     options.load_format, options.skip_tokenizer_init, options.disable_log_stats = "dummy", True, True
     return options
+
+
+def _parser() -> Any:
+    """The parser of `vllm serve`.
+
+    Raises:
+        DeclarationError: this build of vLLM has no code for the target.
+    """
+    serve = importlib.import_module("vllm.entrypoints.cli.serve")
+    utils = importlib.import_module("vllm.utils.argparse_utils")
+    parser: Any = utils.FlexibleArgumentParser(prog="vllm")
+    try:
+        serve.ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
+    except RuntimeError as error:  # its defaults depend on the device
+        hint = "build with the wheel of vLLM for the target"
+        raise DeclarationError(f"this vLLM cannot serve on the target: {one_line(error)}", hint=hint) from error
+    return parser
 
 
 def configuration(options: Any) -> Any:
@@ -85,7 +101,11 @@ def configuration(options: Any) -> Any:
     try:
         return options.create_engine_config(context)
     except Exception as error:  # of pydantic, of transformers, of the hub's client
-        raise DeclarationError(f"vLLM cannot serve {options.model} so: {_reason(error)}") from error
+        raise _cannot_serve(options.model, error) from error
+
+
+def _cannot_serve(model: str, error: Exception) -> DeclarationError:
+    return DeclarationError(f"vLLM cannot serve {model} so: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:
