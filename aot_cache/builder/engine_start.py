@@ -95,13 +95,13 @@ def start(engine: Engine, target: Target, store: Store, scratch: Path, progress:
         found = _from_json(before, path)
         if not fingerprint.changed(found.inputs) and _is_whole(path):
             return found
-    found = _started(engine, target, path, scratch, progress)
+    found = _started(engine, target, store, path, scratch, progress)
     with store.writer():
         store.put_record(STARTS, question, {**asdict(found), "plan": ""})
     return found
 
 
-def together(start: Path, plans: Sequence[Path]) -> Path:
+def together(start: Path, plans: Sequence[Path], store: Store) -> Path:
     """The plan of a start with other plans in it, such as recordings of the same engine; its path.
 
     Raises:
@@ -113,7 +113,8 @@ def together(start: Path, plans: Sequence[Path]) -> Path:
     texts = key.digest([path.read_text() for path in every])
     out = start.with_name(f"{start.name.removesuffix('.plan.json')}-with-{texts[:8]}.plan.json")
     caches = engine_cache.of_plans(every)
-    engine_cache.write_plan(merge([Plan.read(path) for path in every]), caches, out)
+    with store.writer():
+        engine_cache.write_plan(merge([Plan.read(path) for path in every]), caches, out)
     return out
 
 
@@ -130,7 +131,9 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _started(engine: Engine, target: Target, path: Path, scratch: Path, progress: Progress) -> EngineStart:
+def _started(
+    engine: Engine, target: Target, store: Store, path: Path, scratch: Path, progress: Progress
+) -> EngineStart:
     plan_file, caches_file = scratch / path.name, scratch / "caches.safetensors"
 
     def job(part: Part, out: Path) -> StartJob:
@@ -149,8 +152,10 @@ def _started(engine: Engine, target: Target, path: Path, scratch: Path, progress
         kernels, models = run("kernels", plan_file), run("models", caches_file)
         launched, compiled = kernels.result(), models.result()
     plan = replace(Plan.read(plan_file), launchers=tuple(map(tuple, compiled.launchers)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    engine_cache.write_plan(plan, engine_cache.read(caches_file), path)
+    caches = engine_cache.read(caches_file)
+    with store.writer():  # another build of the same engine would write the one file between this one's two
+        path.parent.mkdir(parents=True, exist_ok=True)
+        engine_cache.write_plan(plan, caches, path)
     return EngineStart(
         plan=path,
         version=launched.version,
@@ -174,6 +179,7 @@ def _environment(folder: Path) -> dict[str, str]:
     environment.update(
         CUDA_VISIBLE_DEVICES="",
         HIP_VISIBLE_DEVICES="",
+        PYTHONHASHSEED="0",
         TRITON_CACHE_DIR=str(folder / "triton"),
         TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"),
         PYTHONPATH=os.pathsep.join(p for p in (here, environment.get("PYTHONPATH", "")) if p),

@@ -142,7 +142,7 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
             return same
     with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
         started = _start(request, store, Path(scratch), progress)
-        request, marks = _with(request, started), [*marks, *(Mark.parse(text) for text in started.at_start)]
+        request, marks = _with(request, started, store), [*marks, *(Mark.parse(text) for text in started.at_start)]
         caches = engine_cache.of_plans(request.plans)
         result = workers.run(replace(request, model=model_of(request)), Path(scratch), misses, progress)
         built = _finish(request, store, result, misses, marks, caches)
@@ -166,11 +166,11 @@ def _start(request: Request, store: Store, scratch: Path, progress: Progress) ->
     return engine_start.start(request.engine, request.target, store, folder, progress)
 
 
-def _with(request: Request, started: EngineStart) -> Request:
+def _with(request: Request, started: EngineStart, store: Store) -> Request:
     """The request, with the plan of its engine's start: one of all plans, because recordings of it have the same functions."""
     if started is NO_START:
         return request
-    return replace(request, plans=(engine_start.together(started.plan, request.plans),))
+    return replace(request, plans=(engine_start.together(started.plan, request.plans, store),))
 
 
 def _told(engine: Engine | None, started: EngineStart) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def plan_only(request: Request, progress: Progress = lambda *_: None) -> Planned
         store = Store(request.store)
         started = _start(request, store, Path(scratch), progress)
         told = _told(request.engine, started)
-        request = _with(request, started)
+        request = _with(request, started, store)
         request = replace(request, model=model_of(request))
         misses = miss_file.read(request.misses)
         return Planned(workers.run(request, Path(scratch), misses, progress, show_plan=True).plan, told)

@@ -138,6 +138,7 @@ _command(
     "aot-cache build --model my_package.recipes:decode --range batch=1..64 --target h200 --target b200",
     "aot-cache build --model ./Qwen3.5-4B/config.json --tp 2 --max-batch 64 --show-plan",
     "aot-cache build --model qwen3.5-4b --misses misses.jsonl",
+    "aot-cache build --engine vllm --target h100 -- MODEL --max-num-seqs 64",
 )(build)
 _command(
     "aot-cache rehearse artifacts/bundles/qwen3.5-4b-h200.safetensors",
