@@ -194,6 +194,8 @@ def test_a_command_line(folder: Path, built: Built, monkeypatch: pytest.MonkeyPa
     code, text = run(*given, "--show-plan", "--json", "--", str(folder / "model"), "--batches=1,3")
     (plan,) = json.loads(text)["plans"]
     assert code == 0 and plan["engine"]["unreached"] and plan["units"] == built.units
+    why = {row["kernel"].partition("@")[0]: row["reached_by"] for row in plan["kernels"]}
+    assert all(first == ["start"] for first in why.values()) and len(why) == 3, "the capture comes before the requests"
 
 
 # --- vLLM's requests --------------------------------------------------------------------------------------------------

@@ -54,13 +54,14 @@ class EngineStart:
     """What was found. `plan` is the path of the plan, with the engine's caches beside it.
 
     Args:
-        version, untested, requests, unreached, assumed, at_start, models: see `messages.Started`.
+        version, untested, requests, first, unreached, assumed, at_start, models: see `messages.Started`.
     """
 
     plan: Path
     version: str = ""
     untested: str = ""
     requests: int = 0
+    first: Mapping[str, str] = field(default_factory=dict)
     unreached: Sequence[str] = ()
     assumed: Mapping[str, str] = field(default_factory=dict)
     at_start: Sequence[str] = ()
@@ -161,6 +162,7 @@ def _started(
         version=launched.version,
         untested=launched.untested,
         requests=launched.requests,
+        first=dict(launched.first),
         unreached=list(launched.unreached),
         assumed=dict(launched.assumed),
         at_start=list(launched.at_start),

@@ -11,15 +11,19 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from aot_cache.artifact import engine_cache
 from aot_cache.artifact.engine_cache import Caches
+from aot_cache.artifact.key import function_of
 from aot_cache.artifact.plan import Plan
 from aot_cache.artifact.specialization import parameter_names
 from aot_cache.builder import fingerprint
 from aot_cache.builder.messages import Started, StartJob
 from aot_cache.errors import DeclarationError
+
+if TYPE_CHECKING:
+    from aot_cache.upstream.hooks.triton_launches import LaunchLog
 
 Progress = Callable[[str, int, int], None]
 _ROOM = "aot_cache.engines"
@@ -32,11 +36,13 @@ class Run:
     """How far an engine could be used.
 
     Args:
-        requests: how many kinds of requests it answered.
+        requests: the kinds of requests that were sent, in words, in the order in which `progress("requests", …)` was called.
+        answered: how many of them were answered.
         unreached: what it could not be made to do, in words.
     """
 
-    requests: int
+    requests: Sequence[str]
+    answered: int
     unreached: Sequence[str]
 
 
@@ -130,12 +136,16 @@ def _kernels(job: StartJob, progress: Progress) -> Started:
     def assume(what: str, place: str) -> None:
         assumed.setdefault(place, what)
 
+    def noted(stage: str, done: int, total: int) -> None:
+        log.mark = (stage, done)
+        progress(stage, done, total)
+
     with (
         virtual_gpu.tensors(),
         virtual_gpu.assuming(assume),
         triton_launches.intercept_launch(log, virtual_gpu.kernel_was_launched),
     ):
-        run = engine.run(job.arguments, Path(job.out).parent / job.part, progress)
+        run = engine.run(job.arguments, Path(job.out).parent / job.part, noted)
     plan = plans.of_logs(
         log, calls, Path(job.out).name.removesuffix(".plan.json"), lambda _: job.target.id, origin="started"
     )
@@ -143,7 +153,8 @@ def _kernels(job: StartJob, progress: Progress) -> Started:
     return Started(
         version=engine.version(),
         untested=doubt(engine),
-        requests=run.requests,
+        requests=run.answered,
+        first=_first(log, run),
         unreached=run.unreached,
         assumed=assumed,
         at_start=_marked(plan, engine.AT_START),
@@ -151,6 +162,16 @@ def _kernels(job: StartJob, progress: Progress) -> Started:
         models=(),
         inputs=_inputs(engine, job),
     )
+
+
+def _first(log: LaunchLog, run: Run) -> dict[str, str]:
+    """`module:qualname` of a kernel → the stage, or the kind of requests, that launched it first."""
+    found: dict[str, str] = {}
+    for unit, marks in zip(log.units, log.seen_units):
+        stage, number = marks[0] or ("start", 0)
+        kind = run.requests[number] if stage == "requests" and number < len(run.requests) else ""
+        found.setdefault(function_of(str(unit["kernel"])), f"{stage}: {kind}" if kind else stage)
+    return found
 
 
 def _marked(plan: Plan, names: Sequence[str]) -> list[str]:
@@ -179,6 +200,7 @@ def _models(job: StartJob, progress: Progress) -> Started:
         version=engine.version(),
         untested="",
         requests=0,
+        first={},
         unreached=(),
         assumed={},
         at_start=(),

@@ -243,7 +243,9 @@ class Started:
     Args:
         version: the engine's.
         untested: why that version is doubtful.
-        requests, unreached: see `engine_worker.Run`.
+        requests: how many kinds of requests it answered.
+        first: kernel → the stage, or the kind of requests, that launched it first.
+        unreached: see `engine_worker.Run`.
         assumed: place in code → the values that it read there and that nobody knows; it read ones.
         at_start: constants of its kernels that are known only when a server starts, see `artifact.at_start`.
         launchers: see `Plan.launchers`.
@@ -254,6 +256,7 @@ class Started:
     version: str
     untested: str
     requests: int
+    first: Mapping[str, str]
     unreached: Sequence[str]
     assumed: Mapping[str, str]
     at_start: Sequence[str]

@@ -317,7 +317,7 @@ def _show_plans(requests: Sequence[Request], facts: dict[str, Any], as_json: boo
             progress.target = request.target.id
             found = pipeline.plan_only(request, progress)
             path = (*request.plans, Path(found.plan.recipe))[0]
-            plans.append({**build_facts.plan(found.plan, path, parameter_names), "engine": found.engine})
+            plans.append(build_facts.of_engine(build_facts.plan(found.plan, path, parameter_names), found.engine))
     failed = _cannot_run(plans)
     if as_json and failed is not None:
         raise Unfinished({**facts, "plans": plans}) from failed

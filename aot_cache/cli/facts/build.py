@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aot_cache.artifact.key import function_of
 from aot_cache.artifact.plan import Plan
 from aot_cache.artifact.reached import together
 from aot_cache.artifact.rehearsed import NO_STAMP, Stamp
@@ -36,6 +37,15 @@ def plan(found: Plan, path: Path, names: Names = no_names) -> Facts:
     for row in [*facts["kernels"], *facts["calls"]]:
         row["reached_by"] = bundle_facts.reached_text(row["reached"]) or ["no declared point"]
     return facts
+
+
+def of_engine(facts: Facts, engine: Mapping[str, Json]) -> Facts:
+    """The facts of a plan, with those of the engine that was started for it, and what launched each kernel first."""
+    for row in facts["kernels"]:
+        first = engine.get("first", {}).get(function_of(row["kernel"]))
+        if first is not None and not row["reached"]:
+            row["reached_by"] = [first]
+    return {**facts, "engine": engine}
 
 
 def built(result: Built, stamp: Stamp = NO_STAMP, rehearsal: Facts | None = None) -> Facts:

@@ -180,7 +180,7 @@ def run(arguments: Sequence[str], folder: Path, progress: Progress) -> Run:
     progress("requests", len(wanted), len(wanted))
     if config.lora_config is not None:
         lost.append("requests with a LoRA adapter were not sent")
-    return Run(requests=answered, unreached=lost)
+    return Run(requests=[wave.label for wave in wanted], answered=answered, unreached=lost)
 
 
 def _send(engine: Any, wave: Wave, vocabulary: int, number: Iterator[int]) -> None:
