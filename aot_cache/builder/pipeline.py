@@ -109,9 +109,9 @@ class Built:
     not_built: list[str] = field(default_factory=list)
     """Compiled functions that plans have recorded, and that the recipe beside them does not call."""
     engine: dict[str, Any] = field(default_factory=dict)
-    """Of an engine that was started on the virtual device: its `name` and `version`, the `models` that it compiled itself, how many
-    kinds of `requests` it answered, what launched each kernel `first`, what is `unreached`, and where it read values that nobody
-    knows (`assumed`: place → what)."""
+    """Of an engine that was started on the virtual device: its `name` and `version`, the `models` that it compiled itself, how
+    many kinds of `requests` it answered, what launched each kernel `first`, what is `unreached`, and where it read values that
+    nobody knows (`assumed`: place → what)."""
     untested: str = ""
     """Why the releases of torch, Triton and transformers that built it are doubtful; empty if they are fine."""
 
