@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm_starts_page
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -225,3 +226,22 @@ def test_requests_stay_within_the_limits(limits: Limits) -> None:
 
 def _takes(limits: Limits, sampling: Mapping[str, Any]) -> bool:
     return not limits.drafts or not {"min_p", "logit_bias"} & set(sampling)
+
+
+def test_the_page_has_the_record_s_table() -> None:
+    record = json.loads(vllm_starts_page.RECORD.read_text())
+    assert vllm_starts_page.in_page(vllm_starts_page.PAGE.read_text()) == vllm_starts_page.table(record)
+
+
+def test_what_is_said_of_the_record() -> None:
+    """docs/vllm.md: both versions, every family to its end, a second build in seconds, and all that a GPU has recorded."""
+    record = json.loads(vllm_starts_page.RECORD.read_text())["vllm"]
+    assert set(record) == set(virtual_start.TRIED)
+    for models in record.values():
+        assert "qwen3.5 + mtp" in models
+        for row in models.values():
+            assert not row.get("error") and row["failed"] == [] and row["unreached"] == [] and row["models"]
+            assert row["largest process, GiB"] < 8
+        again = models["qwen3.5 + mtp"]["again"]
+        assert again["nothing to do"] and again["seconds"] <= 5
+    assert record["0.24.0"]["qwen3.5 + mtp"]["recorded on a GPU and not built here"] == []
