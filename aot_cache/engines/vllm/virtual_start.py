@@ -30,6 +30,7 @@ TRIED = ("0.24.0", "0.33.0")
 ENVIRONMENT = {"VLLM_USE_AOT_COMPILE": "0", "VLLM_DISABLE_COMPILE_CACHE": "1"}
 """For `run`: there vLLM's models run as plain Python."""
 _STEPS = 4
+_MOST_STEPS = 10_000
 _GIVEN_UP = 8
 """How many waves in a row may fail before the rest is not tried."""
 
@@ -50,13 +51,14 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Wave:
-    """Requests that are sent at once; those in `later` a few steps after them.
+    """Requests that are sent at once; those in `later` a few steps after them; with `again`, the first once more at the end.
 
     Args:
         label: what it is for.
         lengths: tokens of each prompt.
         tokens: how many are generated.
         sampling: fields of vLLM's `SamplingParams`.
+        again: the same prompts, which a prefix cache has by then.
     """
 
     label: str
@@ -64,6 +66,7 @@ class Wave:
     tokens: int = 12
     sampling: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0.0})
     later: Sequence[int] = ()
+    again: bool = False
 
 
 _SAMPLED = {"temperature": 0.8}
@@ -115,6 +118,9 @@ def waves(limits: Limits) -> list[Wave]:
         if n + more <= limits.requests:
             lengths = [1] * n + [min(300, longest)] * more
             out.append(Wave(label=f"{n} of 1 beside {more} longer", lengths=lengths, tokens=tokens))
+    for n in several:  # prompts of several blocks
+        length = min(2048, longest)
+        out.append(Wave(label=f"{n} of {length}, twice", lengths=[length] * n, tokens=tokens, again=True))
     return list({wave.label: wave for wave in out}.values())
 
 
@@ -184,18 +190,37 @@ def run(arguments: Sequence[str], folder: Path, progress: Progress) -> Run:
 
 
 def _send(engine: Any, wave: Wave, vocabulary: int, number: Iterator[int]) -> None:
-    def add(lengths: Sequence[int]) -> None:
-        for length in lengths:
-            prompt = {"prompt_token_ids": [random.randrange(5, vocabulary) for _ in range(length)]}
-            engine.add_request(str(next(number)), prompt, vllm_engine.sampling(wave.tokens, wave.sampling))
+    """Send requests, and let the engine answer them.
 
-    add(wave.lengths)
-    if wave.later:
+    Raises:
+        AotCacheError: they have no end.
+    """
+
+    def add(prompts: Sequence[Sequence[int]]) -> None:
+        for prompt in prompts:
+            wanted = vllm_engine.sampling(wave.tokens, wave.sampling)
+            engine.add_request(str(next(number)), {"prompt_token_ids": list(prompt)}, wanted)
+
+    def answer() -> None:
+        for _ in range(_MOST_STEPS):
+            if not engine.has_unfinished_requests():
+                return
+            engine.step()
+        raise AotCacheError(f"the requests have no end within {_MOST_STEPS} steps")
+
+    first, later = (
+        [[random.randrange(5, vocabulary) for _ in range(length)] for length in lengths]
+        for lengths in (wave.lengths, wave.later)
+    )
+    add(first)
+    if later:
         for _ in range(_STEPS):
             engine.step()
-        add(wave.later)
-    while engine.has_unfinished_requests():
-        engine.step()
+        add(later)
+    answer()
+    if wave.again:
+        add(first)
+        answer()
 
 
 def _with_place(error: Exception) -> str:
