@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -689,6 +690,21 @@ def test_what_changed_is_named(tmp_path: Path) -> None:
     assert fingerprint.changed(replace(inputs, packages={"pytest": "0.1 other"})) == "package pytest"
     assert fingerprint.changed(replace(inputs, packages={"not-here": "1"})) == "package not-here"
     assert fingerprint.changed(replace(inputs, python="2.7")) == "Python's version"
+
+
+def test_what_another_package_brings_along_is_a_part_of_that(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """setuptools puts its `_vendor` on the path of a process that imports it: packages are there that the next process lacks."""
+    vendor = tmp_path / "site" / "_vendor"
+    info = vendor / "brought_along-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: brought-along\nVersion: 1.0\n")
+    (info / "top_level.txt").write_text("pytest\n")
+    (info / "RECORD").write_text("")
+    monkeypatch.syspath_prepend(str(vendor))
+    assert "brought-along" in metadata.packages_distributions()["pytest"], "it claims a module that is imported"
+    inputs = fingerprint.inputs()
+    monkeypatch.undo()
+    assert "pytest" in inputs.packages and fingerprint.changed(inputs) == ""
 
 
 def test_what_this_process_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -65,8 +65,16 @@ def inputs(also: Mapping[str, str] | None = None, read: Iterable[Path] = (), mad
         elif not path.startswith(standard):
             files[path] = _file_digest(path)
     owners = metadata.packages_distributions()
-    packages = {name: package_digest(name) for top in sorted(tops) for name in owners.get(top, [])}
+    named = {name for top in tops for name in owners.get(top, []) if _is_in(roots, name)}
+    packages = {name: package_digest(name) for name in sorted(named)}
     return Inputs(python=platform.python_version(), packages=packages, files=dict(sorted(files.items())))
+
+
+def _is_in(folders: Collection[str], name: str) -> bool:
+    """Whether a package is installed in one of the folders. What another package brings along (setuptools, in `_vendor`) is found
+    only while that has its folder on the path, and belongs to it."""
+    where = os.path.realpath(str(metadata.distribution(name).locate_file("")))
+    return where in {os.path.realpath(folder) for folder in folders}
 
 
 def _on_disk(path: object) -> str | None:
