@@ -20,23 +20,20 @@ _MODULES = ("vllm._custom_ops", "vllm.vllm_flash_attn")
 """Importing them loads vLLM's extensions, of which those that are for other devices may be missing."""
 
 
-def register() -> list[str]:
-    """Register the rules of operators that are here and have none. Returns their names.
+def register() -> None:
+    """Register the rules of operators that are here and have none.
 
     vLLM registers rules of its own when it is imported, so that comes first.
     """
     for module in _MODULES:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
-    done = []
     for name, rule in _RULES.items():
         if _is_here(name) and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta"):
             torch.library.register_fake(name, rule)
-            done.append(name)
     for name in _VIEWS_OF_HOST:
         if _is_here(name):
             torch_fake.VIEWS_OF_HOST.add(_operator(name))
-    return done
 
 
 def _is_here(name: str) -> bool:
