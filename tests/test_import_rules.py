@@ -29,7 +29,7 @@ LAYERS = (
     ("upstream.hooks",),
     ("upstream.virtual",),
     ("misses",),
-    ("recording",),
+    ("recordings",),
     ("builder", "runtime"),
     ("tuning", "rehearsal"),
     ("cli.facts",),

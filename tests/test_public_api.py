@@ -100,6 +100,13 @@ def test_names_come_from_where_type_checkers_are_told() -> None:
         aot_cache.nothing  # noqa: B018
 
 
+def test_no_public_name_is_the_name_of_a_room() -> None:
+    """Importing a module sets it as an attribute of its package, over whatever was there: a name would depend on the order."""
+    rooms = {file.stem for file in (ROOT / "aot_cache").iterdir()}
+    assert {"runtime", "errors"} <= rooms, "the rooms were not found"
+    assert not rooms & set(PUBLIC)
+
+
 def test_nothing_public_is_left_out() -> None:
     """Every name without an underscore that `aot_cache` defines itself, and no module, is in `__all__`."""
     own = {n for n, v in vars(aot_cache).items() if not n.startswith("_") and not inspect.ismodule(v)}

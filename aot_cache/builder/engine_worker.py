@@ -119,8 +119,8 @@ def _kernels(job: StartJob, progress: Progress) -> Started:
     log_calls: list[Callable[..., None]] = []
     virtual_gpu.become(job.target, lambda *call: log_calls[0](*call))
 
-    from aot_cache.recording import plans
-    from aot_cache.recording.calls import CallLog
+    from aot_cache.recordings import plans
+    from aot_cache.recordings.calls import CallLog
     from aot_cache.upstream.codec import call_arguments
     from aot_cache.upstream.hooks import triton_launches
     from aot_cache.upstream.virtual.torch_tensor import VirtualTensor

@@ -297,7 +297,7 @@ def record(
 ) -> None:
     """Run a program and record the kernels that it launches; exits with the program's exit code."""
     from aot_cache.artifact import engine_cache
-    from aot_cache.recording.plans import CANDIDATES
+    from aot_cache.recordings.plans import CANDIDATES
     from aot_cache.runtime.record import run_command
 
     which = next((known for known in CANDIDATES if known == candidates), None)

@@ -20,9 +20,9 @@ from aot_cache.artifact import engine_cache
 from aot_cache.artifact.engine_cache import Caches
 from aot_cache.artifact.plan import Plan, merge
 from aot_cache.errors import DeclarationError
-from aot_cache.recording import plans
-from aot_cache.recording.calls import CallLog
-from aot_cache.recording.plans import Candidates
+from aot_cache.recordings import plans
+from aot_cache.recordings.calls import CallLog
+from aot_cache.recordings.plans import Candidates
 from aot_cache.upstream import after_import
 from aot_cache.upstream.hooks import dynamo_calls, process_end, torch_capture
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 from aot_cache.artifact.plan import Origin, Plan, Tuning, Unit, named
-from aot_cache.recording.calls import CallLog
+from aot_cache.recordings.calls import CallLog
 
 if TYPE_CHECKING:
     from aot_cache.upstream.hooks.triton_launches import LaunchLog
