@@ -13,9 +13,10 @@ import torch
 
 from aot_cache.artifact import engine_cache
 from aot_cache.artifact.engine_cache import COMPILED, Caches
-from aot_cache.builder.engine_worker import Run
+from aot_cache.builder.engine_worker import Process, Run
+from aot_cache.builder.messages import OtherRanks
 from aot_cache.errors import DeclarationError
-from aot_cache.upstream.virtual import torch_fake_host
+from aot_cache.upstream.virtual import torch_fake_group, torch_fake_host
 
 PACKAGE = "pytest"
 TRIED = ("0.0.1",)
@@ -35,21 +36,33 @@ def model_folder(arguments: Sequence[str]) -> Path | None:
 
 def _batches(arguments: Sequence[str]) -> list[int]:
     options = dict(one.removeprefix("--").split("=") for one in arguments[1:])
-    if set(options) - {"batches"}:
+    if set(options) - {"batches", "ranks"}:
         raise DeclarationError("the option batches", repr(sorted(options)))
     return [int(number) for number in options.get("batches", "1,3").split(",")]
 
 
-def run(arguments: Sequence[str], folder: Path, progress: Progress) -> Run:
+def _join(arguments: Sequence[str], process: Process) -> None:
+    """As an engine does whose model is split over GPUs."""
+    (wanted,) = [int(one.removeprefix("--ranks=")) for one in arguments if one.startswith("--ranks=")] or [1]
+    if wanted != process.ranks:
+        raise OtherRanks(wanted)
+    assert (torch.cuda.device_count(), torch.cuda.current_device()) == (wanted, process.rank)
+    torch_fake_group.only_fake(process.rank, process.ranks)
+
+
+def run(arguments: Sequence[str], process: Process, progress: Progress) -> Run:
     import os
 
-    assert os.environ["SMALL_ENGINE"] == "runs" and str(folder)
+    assert os.environ["SMALL_ENGINE"] == "runs" and str(process.folder)
+    _join(arguments, process)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         assert torch.cuda.is_current_stream_capturing()
         sample_at_start.step(16)
     assert not torch.cuda.is_current_stream_capturing()
     graph.replay()
+    if process.rank:
+        sample_at_start.other[(1,)](torch.zeros(128, device="cuda"), BLOCK=128)  # only the second rank has so much
     batches = _batches(arguments)
     for done, batch in enumerate(batches):
         progress("requests", done, len(batches))
@@ -66,10 +79,11 @@ def run(arguments: Sequence[str], folder: Path, progress: Progress) -> Run:
 
 
 def compile_models(
-    arguments: Sequence[str], folder: Path, keep: Callable[[Caches], None], progress: Progress
+    arguments: Sequence[str], process: Process, keep: Callable[[Caches], None], progress: Progress
 ) -> list[str]:
+    _join(arguments, process)
     batches = _batches(arguments)
-    folder.mkdir(parents=True, exist_ok=True)
+    process.folder.mkdir(parents=True, exist_ok=True)
     compiled: list[Any] = []
 
     def backend(graph: Any, inputs: list[Any]) -> Any:
@@ -88,7 +102,7 @@ def compile_models(
         with torch_fake_host.compiling(), torch.no_grad():
             torch.compile(model, backend=backend)(x)
     (artifact,) = compiled
-    files = {"model": artifact.serialize(), "batch": str(max(batches)).encode()}
+    files = {f"rank_{process.rank}/model": artifact.serialize(), "batch": str(max(batches)).encode()}
     keep(engine_cache.one_entry("small", COMPILED, "key", {"model": "small:Model"}, files))
     progress("models", 1, 1)
     return ["small:Model"]

@@ -79,7 +79,7 @@ def test_all_of_it_is_in_the_bundle(built: Built) -> None:
     assert [graph.function for graph in manifest.graphs] == ["step"] and built.neighbours >= 0
     (entry,) = manifest.engine_caches
     assert (entry.engine, entry.kind) == ("small", engine_cache.COMPILED)
-    assert b"triton_poi_fused" in read_bundle(built.path).object(entry.files["model"]), (
+    assert b"triton_poi_fused" in read_bundle(built.path).object(entry.files["rank_0/model"]), (
         "Inductor's kernel for the target"
     )
     assert {name for variant in manifest.at_start for name in variant.arguments} == {"num_lines"}
@@ -120,6 +120,18 @@ def test_another_option_compiles_only_what_it_adds(build: Callable[..., Built], 
         "16 and 5 are in known classes: only the graph has other calls"
     )
     assert read_bundle(more.path).object(manifest_of(more).engine_caches[0].files["batch"]) == b"16"
+
+
+def test_each_rank_is_started(build: Callable[..., Built], built: Built) -> None:
+    """A rank has kernels of its own, and graphs for the GPU with its number."""
+    two = build("--ranks=2")
+    manifest = manifest_of(two)
+    assert two.engine["ranks"] == 2 and built.engine["ranks"] == 1
+    assert two.units == built.units + 1 and two.engine["unreached"] == built.engine["unreached"]
+    (entry,), bundle = manifest.engine_caches, read_bundle(two.path)
+    for rank in (0, 1):
+        graph = bundle.object(entry.files[f"rank_{rank}/model"])
+        assert b"triton_poi_fused" in graph and f"_DeviceGuard({rank})".encode() in graph
 
 
 def test_a_recording_beside_it_adds_choices_and_functions(

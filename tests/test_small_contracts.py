@@ -185,13 +185,18 @@ groups = [dist.new_group([0, 1, 2], backend="nccl", timeout=datetime.timedelta(s
 x = torch.ones(2)
 for group in groups:
     dist.all_reduce(x, group=group)
-print(json.dumps([dist.get_backend(group) for group in groups] + [dist.get_world_size(groups[0]), x.tolist()]))
+gathered, sent = [None] * 3, [None]
+dist.all_gather_object(gathered, {"a": 1}, group=groups[0])
+dist.broadcast_object_list(sent, src=0, group=groups[0])
+objects = [gathered, sent]
+print(json.dumps([dist.get_backend(group) for group in groups] + [dist.get_world_size(groups[0]), x.tolist(), objects]))
 """
 
 
 @pytest.mark.contract("torch_fake_group")
 def test_groups_of_any_backend_are_fake() -> None:
-    need(said(FAKE_GROUPS) == ["fake", "fake", 3, [1.0, 1.0]], "a group with a backend of its own is not fake")
+    found, objects = said(FAKE_GROUPS), [[{"a": 1}] * 3, [None]]
+    need(found == ["fake", "fake", 3, [1.0, 1.0], objects], f"a group with a backend of its own is not fake: {found}")
 
 
 CAPTURE = """
@@ -251,6 +256,55 @@ def test_host_code_with_fake_tensors_on_the_device_only() -> None:
         found == [[True] * 6, "Tensor", [0.0, 1.0, 2.0, 3.0], 1],
         f"host code of an engine with fake CUDA tensors: {found}",
     )
+
+
+UNIFORM = """
+import json
+import torch
+from aot_cache.artifact import target
+from aot_cache.upstream.virtual import inductor_target, torch_fake
+inductor_target.become(target.get("h200"))
+from torch._inductor import standalone_compile
+made = []
+def backend(graph, inputs):
+    made.append(standalone_compile(graph, inputs, dynamic_shapes="from_example_inputs"))
+    return graph.forward
+with torch_fake.HostMode("cuda"):
+    x = torch.empty(8, dtype=torch.int64, device="cuda")
+    torch.compile(lambda x: (x >= 3) * 0 + x * 0 + torch.full((8,), 2, device="cuda"), backend=backend, fullgraph=True)(x)
+print(json.dumps(len(made)))
+"""
+
+
+@pytest.mark.contract("inductor_target")
+def test_constants_of_a_graph_need_no_gpu() -> None:
+    """A product with 0 is a constant whatever the other operand is (the first rank's part of a vocabulary begins at 0)."""
+    need(said(UNIFORM) == 1, "a graph with constants cannot be compiled without a GPU")
+
+
+SECOND_GPU = """
+import json
+import sys
+import torch
+from aot_cache.artifact import target
+from aot_cache.builder import virtual_gpu
+virtual_gpu.become(target.get("h200"), gpu=2, gpus=4)
+from triton.runtime import driver
+with virtual_gpu.tensors():
+    tensors = [torch.empty(2, device="cuda"), torch.zeros(2, device="cuda:2"), torch.ones(2).cuda(), torch.arange(2).to("cuda")]
+    tensors += [torch.tensor([1], device="cuda"), torch.ones(2).to("cuda") + 1, torch.nn.Linear(2, 2).cuda().weight]
+    places = sorted({str(one.device) for one in tensors} | {str(torch.Generator("cuda").device)})
+    numbers = [torch.cuda.current_device(), torch.accelerator.current_device_index(), driver.active.get_current_device()]
+    numbers += [torch.cuda.current_stream().device_index, torch.device("cuda", torch.cuda.current_device()).index]
+    counts = [torch.cuda.device_count(), torch.accelerator.device_count(), torch.cuda._device_count_nvml()]
+print(json.dumps([places, numbers, counts, len(torch.cuda.default_generators)]))
+"""
+
+
+@pytest.mark.contract("this_gpu")
+def test_a_gpu_with_another_number() -> None:
+    found = said(SECOND_GPU)
+    need(found == [["cuda:2"], [2] * 5, [4] * 3, 4], f"GPU 2 of 4 says {found}")
 
 
 # --- memory that nobody has set ---------------------------------------------------------------------------------------

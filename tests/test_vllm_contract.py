@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from aot_cache.upstream.virtual.vllm_engine import SETTINGS
+from aot_cache.upstream.virtual.vllm_engine import COMMUNICATORS, SETTINGS
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [Path(folder) for folder in os.environ.get("AOT_TESTS_VLLM", "").split(os.pathsep) if folder]
@@ -264,6 +264,22 @@ def test_where_all_models_are_compiled(source: Path) -> None:
     )
     assert "TorchCompileWithNoGuardsWrapper.__call__(self, *args, **kwargs)" in ast.unparse(calls[-1])
     function(source, "compilation/wrapper.py", "TorchCompileWithNoGuardsWrapper", "aot_compile")
+
+
+@vllm
+def test_what_ranks_share(source: Path) -> None:
+    """Each communicator takes its group first, and one that is disabled is passed over."""
+    for file, name in COMMUNICATORS.items():
+        made = function(source, f"distributed/device_communicators/{file}.py", name, "__init__")
+        assert [argument.arg for argument in made.args.args[:2]] == ["self", "group"]
+        assert "self.disabled = True" in ast.unparse(made)
+    reduce = function(source, "distributed/device_communicators/cuda_communicator.py", "CudaCommunicator", "all_reduce")
+    assert "torch.distributed.all_reduce(out, group=self.device_group)" in ast.unparse(reduce)
+    same = function(source, "distributed/parallel_state.py", "in_the_same_node_as")
+    assert [argument.arg for argument in same.args.args] == ["pg", "source_rank"]
+    function(source, "distributed/device_communicators/shm_broadcast.py", "MessageQueue", "create_from_process_group")
+    place = function(source, "v1/executor/uniproc_executor.py", "UniProcExecutor", "_distributed_args")
+    assert "distributed_init_method, 0, local_rank" in ast.unparse(place)
 
 
 @vllm

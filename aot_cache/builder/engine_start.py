@@ -1,24 +1,26 @@
 """`build --engine`: what an engine launches and compiles from its command line alone, found in processes without a GPU.
 
-Two workers run at the same time: one starts the engine on the virtual device and sends it requests, the other lets it compile its
-own models (see `builder.engine_worker`). Their results are what a recording has: a plan, and the engine's caches beside it. They
-are kept in the store, and found again as long as nothing has changed. Imports neither torch nor Triton.
+Two workers run at the same time, two for each rank if the engine uses several GPUs: one starts the engine on the virtual device
+and sends it requests, the other lets it compile its own models (see `builder.engine_worker`). Their results are what a recording
+has: a plan, and the engine's caches beside it. They are kept in the store, and found again until something changes. Imports
+neither torch nor Triton.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from threading import Semaphore
 from typing import TYPE_CHECKING, Any
 
-from aot_cache.artifact import engine_cache, key
+from aot_cache.artifact import engine_cache, key, plan_of_ranks
 from aot_cache.artifact.plan import Plan, merge
 from aot_cache.artifact.target import Target
 from aot_cache.builder import fingerprint
 from aot_cache.builder.fingerprint import NO_INPUTS, Inputs
-from aot_cache.builder.messages import Part, Started, StartJob, answer_of
+from aot_cache.builder.messages import OtherRanks, Part, Started, StartJob, answer_of
 from aot_cache.builder.worker_pool import Progress, WorkerPool
 from aot_cache.errors import AotCacheError, DeclarationError
 from aot_cache.store import Store
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 STARTS = "starts"
 """The store's records of engine starts."""
+_LEAST_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,14 @@ class EngineStart:
     """What was found. `plan` is the path of the plan, with the engine's caches beside it.
 
     Args:
+        ranks: as how many ranks it was started.
         version, untested, requests, first, unreached, assumed, at_start, models: see `messages.Started`.
     """
 
     plan: Path
     version: str = ""
     untested: str = ""
+    ranks: int = 1
     requests: int = 0
     first: Mapping[str, str] = field(default_factory=dict)
     unreached: Sequence[str] = ()
@@ -135,40 +140,102 @@ def _is_whole(path: Path) -> bool:
 def _started(
     engine: Engine, target: Target, store: Store, path: Path, scratch: Path, progress: Progress
 ) -> EngineStart:
-    plan_file, caches_file = scratch / path.name, scratch / "caches.safetensors"
+    try:
+        found = _ranks(engine, target, path.name, 1, scratch, progress)
+    except OtherRanks as other:
+        found = _ranks(engine, target, path.name, other.ranks, scratch, progress)
+    plan = merge([Plan.read(rank.plan) for rank in found])
+    plan = replace(
+        plan, launchers=tuple(sorted({*plan.launchers, *(tuple(one) for r in found for one in r.compiled.launchers)}))
+    )
+    caches = engine_cache.merged(engine_cache.read(rank.caches) for rank in found)
+    with store.writer():  # another build of the same engine would write the one file between this one's two
+        path.parent.mkdir(parents=True, exist_ok=True)
+        engine_cache.write_plan(plan, caches, path)
+    first = found[0].launched
+    return EngineStart(
+        plan=path,
+        version=first.version,
+        untested=first.untested,
+        ranks=len(found),
+        requests=min(rank.launched.requests for rank in found),
+        first=_first_wins(rank.launched.first for rank in found),
+        unreached=_unreached(found),
+        assumed=_first_wins(rank.launched.assumed for rank in found),
+        at_start=sorted({name for rank in found for name in rank.launched.at_start}),
+        models=list(found[0].compiled.models),
+        inputs=fingerprint.together([part.inputs for rank in found for part in (rank.launched, rank.compiled)]),
+    )
 
-    def job(part: Part, out: Path) -> StartJob:
-        return StartJob(part=part, engine=engine.name, arguments=list(engine.arguments), target=target, out=str(out))
 
+@dataclass(frozen=True)
+class _Rank:
+    """What the two workers of a rank have found; `plan` and `caches` are their files."""
+
+    plan: Path
+    caches: Path
+    launched: Started
+    compiled: Started
+
+
+def _ranks(engine: Engine, target: Target, name: str, ranks: int, scratch: Path, progress: Progress) -> list[_Rank]:
+    """Start the engine as each of its ranks. All are started: their graphs differ (by the number of the GPU, and by constants
+    such as the rank's part of the vocabulary), and their kernels may.
+
+    Raises:
+        OtherRanks: the engine wants another number of them.
+    """
+    free = Semaphore(max(_LEAST_AT_ONCE, os.cpu_count() or 1))
     with WorkerPool(progress) as pool:
 
-        def run(part: Part, out: Path) -> Future[Started]:
+        def run(part: Part, rank: int, out: Path) -> Future[Started]:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            job = StartJob(
+                part=part,
+                engine=engine.name,
+                arguments=list(engine.arguments),
+                target=target,
+                rank=rank,
+                ranks=ranks,
+                out=str(out),
+            )
+
             def worker() -> Started:
-                answer = answer_of(Started, pool.run(job(part, out), _environment(scratch / part)))
+                with free:
+                    answer = answer_of(Started, pool.run(job, _environment(out.parent / part)))
                 assert answer is not None
                 return answer
 
             return pool.submit(worker)
 
-        kernels, models = run("kernels", plan_file), run("models", caches_file)
-        launched, compiled = kernels.result(), models.result()
-    plan = replace(Plan.read(plan_file), launchers=tuple(map(tuple, compiled.launchers)))
-    caches = engine_cache.read(caches_file)
-    with store.writer():  # another build of the same engine would write the one file between this one's two
-        path.parent.mkdir(parents=True, exist_ok=True)
-        engine_cache.write_plan(plan, caches, path)
-    return EngineStart(
-        plan=path,
-        version=launched.version,
-        untested=launched.untested,
-        requests=launched.requests,
-        first=dict(launched.first),
-        unreached=list(launched.unreached),
-        assumed=dict(launched.assumed),
-        at_start=list(launched.at_start),
-        models=list(compiled.models),
-        inputs=fingerprint.together([launched.inputs, compiled.inputs]),
-    )
+        folders = [scratch / f"rank{rank}" for rank in range(ranks)]
+        running = [
+            (run("kernels", rank, folder / name), run("models", rank, folder / "caches.safetensors"))
+            for rank, folder in enumerate(folders)
+        ]
+        return [
+            _Rank(folder / name, folder / "caches.safetensors", kernels.result(), models.result())
+            for folder, (kernels, models) in zip(folders, running)
+        ]
+
+
+def _first_wins(tables: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for table in tables:
+        found = {**table, **found}
+    return found
+
+
+def _unreached(ranks: Sequence[_Rank]) -> list[str]:
+    """What all ranks could not be made to do, and what some could not, with those."""
+    by_text: dict[str, list[int]] = {}
+    for number, rank in enumerate(ranks):
+        for text in rank.launched.unreached:
+            by_text.setdefault(text, []).append(number)
+    return [
+        text if len(where) == len(ranks) else f"as {plan_of_ranks.ranks_text(where)}: {text}"
+        for text, where in by_text.items()
+    ]
 
 
 def _environment(folder: Path) -> dict[str, str]:

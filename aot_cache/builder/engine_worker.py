@@ -46,6 +46,21 @@ class Run:
     unreached: Sequence[str]
 
 
+@dataclass(frozen=True)
+class Process:
+    """The process of an engine that this one becomes.
+
+    Args:
+        folder: for its caches.
+        rank: its rank.
+        ranks: how many there are. An engine that wants another number raises `messages.OtherRanks`.
+    """
+
+    folder: Path
+    rank: int = 0
+    ranks: int = 1
+
+
 class Adapter(Protocol):
     """An engine.
 
@@ -64,13 +79,13 @@ class Adapter(Protocol):
     def version(self) -> str:
         """The engine's version. Raises ImportError if it is not installed."""
 
-    def run(self, arguments: Sequence[str], folder: Path, progress: Progress) -> Run:
-        """Start the engine, and use it; its own caches belong into `folder`."""
+    def run(self, arguments: Sequence[str], process: Process, progress: Progress) -> Run:
+        """Start the engine, and use it."""
 
     def compile_models(
-        self, arguments: Sequence[str], folder: Path, keep: Callable[[Caches], None], progress: Progress
+        self, arguments: Sequence[str], process: Process, keep: Callable[[Caches], None], progress: Progress
     ) -> list[str]:
-        """Let the engine compile its models, into `folder`, and keep its caches. Returns the models' names."""
+        """Let the engine compile its models, and keep its caches. Returns the models' names."""
 
     def model_folder(self, arguments: Sequence[str]) -> Path | None:
         """The folder with the model's configuration."""
@@ -109,6 +124,7 @@ def started(job: StartJob, progress: Progress) -> Started:
 
     Raises:
         AotCacheError: the engine cannot be started so.
+        OtherRanks: it is for another world size.
     """
     return _kernels(job, progress) if job.part == "kernels" else _models(job, progress)
 
@@ -117,7 +133,7 @@ def _kernels(job: StartJob, progress: Progress) -> Started:
     from aot_cache.builder import virtual_gpu
 
     log_calls: list[Callable[..., None]] = []
-    virtual_gpu.become(job.target, lambda *call: log_calls[0](*call))
+    virtual_gpu.become(job.target, lambda *call: log_calls[0](*call), gpu=job.rank, gpus=job.ranks)
 
     from aot_cache.recordings import plans
     from aot_cache.recordings.calls import CallLog
@@ -145,7 +161,7 @@ def _kernels(job: StartJob, progress: Progress) -> Started:
         virtual_gpu.assuming(assume),
         triton_launches.intercept_launch(log, virtual_gpu.kernel_was_launched),
     ):
-        run = engine.run(job.arguments, Path(job.out).parent / job.part, noted)
+        run = engine.run(job.arguments, _process(job), noted)
     plan = plans.of_logs(
         log, calls, Path(job.out).name.removesuffix(".plan.json"), lambda _: job.target.id, origin="started"
     )
@@ -189,12 +205,12 @@ def _models(job: StartJob, progress: Progress) -> Started:
     from aot_cache.upstream.virtual import inductor_target
 
     launchers: set[tuple[object, ...]] = set()
-    virtual_gpu.libraries(job.target)
+    virtual_gpu.libraries(job.target, job.rank, job.ranks)
     inductor_target.become(job.target, launchers.add)
 
     engine = adapter(job.engine)
     kept: list[Caches] = []
-    models = engine.compile_models(job.arguments, Path(job.out).parent / job.part, kept.append, progress)
+    models = engine.compile_models(job.arguments, _process(job), kept.append, progress)
     engine_cache.write(Path(job.out), engine_cache.merged(kept))
     return Started(
         version=engine.version(),
@@ -208,6 +224,10 @@ def _models(job: StartJob, progress: Progress) -> Started:
         models=models,
         inputs=_inputs(engine, job),
     )
+
+
+def _process(job: StartJob) -> Process:
+    return Process(Path(job.out).parent / job.part, job.rank, job.ranks)
 
 
 def _inputs(engine: Adapter, job: StartJob) -> fingerprint.Inputs:

@@ -102,6 +102,8 @@ class StartJob:
         engine: the adapter's name, see `engine_worker.adapter`.
         arguments: the engine's own command line.
         target: the target that the process becomes.
+        rank: the rank that the process becomes, on the GPU with that number.
+        ranks: how many there are. If the engine wants another number, the worker answers `NeedsRanks`.
         out: path for what is found: a plan, or the file with the engine's caches.
     """
 
@@ -109,6 +111,8 @@ class StartJob:
     engine: str
     arguments: Sequence[str]
     target: Target
+    rank: int
+    ranks: int
     out: str
 
     def written(self) -> str:
@@ -138,9 +142,16 @@ class Progressed:
 
 @dataclass(frozen=True, kw_only=True)
 class NeedsRanks:
-    """The recipe is for world size `ranks`, and the worker was started with another one. Nothing has been done yet."""
+    """The recipe or the engine is for world size `ranks`, and the worker was started with another one. Nothing is done yet."""
 
     ranks: int
+
+
+class OtherRanks(Exception):
+    """The same, where it is found, and where it is answered."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,10 +24,10 @@ _ERRORS = {_SUCCESS: b"Success"}
 class Library:
     """Stands in for the loaded library. Its functions write their results through the given pointers."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, gpus: int) -> None:
         total = target.memory_bytes
         self._numbers: dict[str, tuple[int, ...]] = {
-            "nvmlDeviceGetCount_v2": (1,),
+            "nvmlDeviceGetCount_v2": (gpus,),
             "nvmlDeviceGetHandleByIndex_v2": (1,),
             "nvmlDeviceGetHandleByUUID": (1,),
             "nvmlDeviceGetIndex": (0,),
@@ -78,11 +78,11 @@ def _fill(where: Any, fields: tuple[int, ...]) -> int:
     return _SUCCESS
 
 
-def pretend(target: Target) -> None:
-    """Report `target` in this process, permanently. For a GPU that is not NVIDIA's nothing is done: it has no NVML."""
+def pretend(target: Target, gpus: int = 1) -> None:
+    """Report `gpus` GPUs in this process, permanently. For a GPU that is not NVIDIA's nothing is done: it has no NVML."""
     if target.backend != "cuda":
         return
-    library, plain = Library(target), ctypes.CDLL
+    library, plain = Library(target, gpus), ctypes.CDLL
 
     class CDLL(plain):  # type: ignore[misc, valid-type]  # a variable
         def __new__(cls, name: object = None, *_: object, **__: object) -> Any:

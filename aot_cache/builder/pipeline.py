@@ -176,7 +176,7 @@ def _with(request: Request, started: EngineStart, store: Store) -> Request:
 def _told(engine: Engine | None, started: EngineStart) -> dict[str, Any]:
     if engine is None:
         return {}
-    names = ("version", "models", "requests", "first", "unreached", "assumed")
+    names = ("version", "ranks", "models", "requests", "first", "unreached", "assumed")
     return {"name": engine.name, **{name: getattr(started, name) for name in names}}
 
 

@@ -29,11 +29,12 @@ def _note(function: Any, args: Any, kwargs: Any, _callback: Any) -> None:
     compiled_calls.append(recorded_calls.call_of(function, args, kwargs))
 
 
-def become(target: Target, note: Note = _note) -> None:
+def become(target: Target, note: Note = _note, *, gpu: int = 0, gpus: int = 1) -> None:
     """Turn this process into one with `target` as its only GPU. Compiled functions run as plain Python.
 
     Args:
         note: called before each call of a compiled function, see `dynamo_calls.note_calls`.
+        gpu, gpus: the number of its GPU, and how many the machine has.
 
     Raises:
         TargetError: the target is `cpu`, for which Triton has no backend.
@@ -50,7 +51,7 @@ def become(target: Target, note: Note = _note) -> None:
         triton_driver,
     )
 
-    libraries(target)
+    libraries(target, gpu, gpus)
     dynamo_off.run_as_python()
     dynamo_calls.note_calls(note)
     with contextlib.suppress(TargetError):  # without a compiler, only ops that need a guard (`~x`) fail
@@ -61,12 +62,17 @@ def become(target: Target, note: Note = _note) -> None:
     triton_driver.pretend(target)
 
 
-def libraries(target: Target) -> None:
-    """Virtualise libraries other than torch and Triton: engines query NVML, and extensions need the driver's library."""
+def libraries(target: Target, gpu: int = 0, gpus: int = 1) -> None:
+    """Have GPU `gpu` of `gpus`, and virtualise libraries other than torch and Triton: engines query NVML, and extensions need the
+    driver's library."""
     import torch
 
+    from aot_cache.upstream.virtual import this_gpu
+
+    this_gpu.become(gpu, gpus)
+
     built: Any = torch.backends.cuda.is_built
-    nvml.pretend(target)
+    nvml.pretend(target, gpus)
     if target.backend == "cuda" and built():  # CUDA extensions need a CUDA build of torch
         cuda_driver.ensure()
 

@@ -21,6 +21,7 @@ from aot_cache.builder.messages import (
     GraphsMade,
     Job,
     NeedsRanks,
+    OtherRanks,
     Progressed,
     Raised,
     StartJob,
@@ -38,13 +39,6 @@ Send = Callable[[Event], None]
 Progress = Callable[[str, int, int], None]
 
 
-class _OtherRanks(Exception):
-    """The recipe is for another world size than this process was started with. Nothing has been done yet."""
-
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
-
-
 def main() -> int:
     job = messages.read_job(sys.stdin.readline())
     events = os.fdopen(os.dup(1), "w", buffering=1)
@@ -53,7 +47,7 @@ def main() -> int:
     def send(event: Event) -> None:
         events.write(messages.written(event))
 
-    of_rank = f", rank {job.rank}" if isinstance(job, Job) and job.ranks > 1 else ""
+    of_rank = f", rank {job.rank}" if job.ranks > 1 else ""
 
     def progress(stage: str, done: int, total: int) -> None:
         send(Progressed(stage=stage + of_rank, done=done, total=total))
@@ -65,7 +59,7 @@ def main() -> int:
             send(engine_worker.started(job, progress))
         else:
             (_graphs if job.stage == "graphs" else _kernels)(job, send, progress)
-    except _OtherRanks as other:
+    except OtherRanks as other:
         send(NeedsRanks(ranks=other.ranks))
     except AotCacheError as error:
         send(Raised(type=type(error).__name__, **error.parts()))
@@ -107,7 +101,7 @@ def _check_ranks(job: Job, recipe: Recipe) -> None:
     if recipe.ranks in (1, job.ranks):
         return
     if not job.ranks_given:
-        raise _OtherRanks(recipe.ranks)
+        raise OtherRanks(recipe.ranks)
     expected = f"a world size of {recipe.ranks} for recipe {recipe.name!r}"
     raise DeclarationError(expected, f"--ranks {job.ranks}", "omit --ranks, or change what splits it (--tp)")
 

@@ -13,7 +13,7 @@ from typing import IO, TypeVar
 
 from aot_cache import errors
 from aot_cache.builder import messages
-from aot_cache.builder.messages import Answer, Event, Job, NeedsRanks, Progressed, Raised, StartJob
+from aot_cache.builder.messages import Answer, Event, Job, NeedsRanks, OtherRanks, Progressed, Raised, StartJob
 from aot_cache.errors import TargetError
 from aot_cache.process_group import ProcessGroup
 
@@ -21,13 +21,6 @@ T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 _MOST_AT_ONCE = 64
 """Maximum of threads, each of which reads one worker; the caller limits how many workers run at once."""
-
-
-class OtherRanks(Exception):
-    """A worker has read the recipe, which is for world size `ranks`."""
-
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
 
 
 class WorkerPool:

@@ -21,13 +21,14 @@ from aot_cache.builder.messages import (
     Compiled,
     GraphsMade,
     Job,
+    OtherRanks,
     Refused,
     Surveyed,
     Traced,
     TracedGraph,
     answer_of,
 )
-from aot_cache.builder.worker_pool import OtherRanks, Progress, WorkerPool
+from aot_cache.builder.worker_pool import Progress, WorkerPool
 from aot_cache.errors import DeclarationError
 from aot_cache.misses.file import Misses
 from aot_cache.store import JsonObject

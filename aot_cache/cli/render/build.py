@@ -83,7 +83,8 @@ def _engine(target: str, engine: Facts) -> None:
     if not engine:
         return
     name = f"{engine['name']} {engine['version']}"
-    line(f"{target}: {name} answered {many(engine['requests'], 'kind')} of requests on the virtual device")
+    ranks = f", as each of {engine['ranks']} ranks" if engine["ranks"] > 1 else ""
+    line(f"{target}: {name} answered {many(engine['requests'], 'kind')} of requests on the virtual device{ranks}")
     models = ", ".join(engine["models"]) or "none"
     line(f"{target}: models that {engine['name']} compiles itself: {models}")
     for what in engine["unreached"]:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from aot_cache.artifact.engine_cache import Caches
-from aot_cache.builder.engine_worker import Run
+from aot_cache.builder.engine_worker import Process, Run
+from aot_cache.builder.messages import OtherRanks
 from aot_cache.engines.vllm import compile_cache
 from aot_cache.engines.vllm.plugin import AT_START
 from aot_cache.errors import AotCacheError, DeclarationError, one_line
@@ -150,20 +151,20 @@ def model_folder(arguments: Sequence[str]) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def run(arguments: Sequence[str], folder: Path, progress: Progress) -> Run:
-    """Start vLLM with its caches in `folder`, and send it requests.
+def run(arguments: Sequence[str], process: Process, progress: Progress) -> Run:
+    """Start one rank of vLLM, and send it requests.
 
     Raises:
         DeclarationError: vLLM does not take the command line.
         AotCacheError: it cannot be started on the virtual device.
     """
-    vllm_engine.settle(folder)
+    vllm_engine.settle(process.folder, process.rank, process.ranks)
     vllm_operators.register()
     vllm_engine.run_models_as_python()
-    config = _configuration(arguments)
+    config = _configuration(arguments, process)
     progress("start", 0, 1)
     try:
-        engine = vllm_engine.engine_of(config)
+        engine = vllm_engine.engine_of(config, process.rank)
     except Exception as error:
         raise AotCacheError(f"vLLM cannot be started on the virtual device: {_with_place(error)}") from error
     progress("start", 1, 1)
@@ -245,16 +246,23 @@ def _limits(config: Any) -> Limits:
     )
 
 
-_SPLITS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+_SPLITS = ("pipeline_parallel_size", "data_parallel_size")
 
 
-def _configuration(arguments: Sequence[str]) -> Any:
-    """vLLM's configuration. Raises DeclarationError for what cannot be started in one process."""
+def _configuration(arguments: Sequence[str], process: Process) -> Any:
+    """vLLM's configuration.
+
+    Raises:
+        DeclarationError: it cannot be started in one process per rank that knows nothing of the others.
+        OtherRanks: it is for another world size.
+    """
     options = vllm_engine.options_of(arguments)
     split = {name: getattr(options, name) for name in _SPLITS if getattr(options, name, 1) > 1}
     if split:
         found = ", ".join(f"{name} {size}" for name, size in split.items())
-        raise DeclarationError("one GPU", found, "record the server on its GPUs (`aot-cache record`)")
+        raise DeclarationError("tensor parallel only", found, "record the server on its GPUs (`aot-cache record`)")
+    if options.tensor_parallel_size != process.ranks:
+        raise OtherRanks(options.tensor_parallel_size)
     config = vllm_engine.configuration(options)
     if config.model_config.runner_type != "generate":
         found = f"{config.model_config.runner_type} ({config.model_config.model})"
@@ -268,9 +276,9 @@ def _configuration(arguments: Sequence[str]) -> Any:
 
 
 def compile_models(
-    arguments: Sequence[str], folder: Path, keep: Callable[[Caches], None], progress: Progress
+    arguments: Sequence[str], process: Process, keep: Callable[[Caches], None], progress: Progress
 ) -> list[str]:
-    """Let vLLM compile its models and save them in `folder`, and keep what it saved. Returns the names of their classes.
+    """Let one rank of vLLM compile its models and save them, and keep what it saved. Returns the names of their classes.
 
     Raises:
         DeclarationError: vLLM does not take the command line.
@@ -282,7 +290,7 @@ def compile_models(
         names.append(name)
         progress("models", len(names), len(names) + 1)
 
-    vllm_engine.settle(folder)
+    vllm_engine.settle(process.folder, process.rank, process.ranks)
     vllm_operators.register()
     vllm_engine.compile_without_running(torch_fake_host.compiling, note)
     vllm_engine.end_when_models_are_compiled()
@@ -291,9 +299,9 @@ def compile_models(
     recorder.start()
     progress("models", 0, 1)
     with torch_fake_host.running():
-        config = _configuration(arguments)
+        config = _configuration(arguments, process)
         try:
-            vllm_engine.engine_of(config)
+            vllm_engine.engine_of(config, process.rank)
         except vllm_engine.EnoughSeen:
             pass
         except Exception as error:

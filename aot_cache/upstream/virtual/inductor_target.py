@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aot_cache.upstream.virtual import inductor_attention, torch_modules
+from aot_cache.upstream.virtual import inductor_attention, this_gpu, torch_modules
 
 _NAME = 96
 
@@ -57,8 +57,8 @@ def become(target: Target, launcher: Launcher | None = None) -> None:
 def _stay_off_the_driver() -> None:
     """Replace calls of Dynamo's device interface and of fake tensors that would reach the CUDA runtime."""
     cuda: Any = torch.cuda
-    cuda._exchange_device = lambda _device: 0
-    cuda._maybe_exchange_device = lambda _device: 0
+    cuda._exchange_device = lambda _device: this_gpu.number()
+    cuda._maybe_exchange_device = lambda _device: this_gpu.number()
     cuda.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8)
     cuda.set_rng_state = lambda state, device=None: None
     from torch._subclasses import fake_tensor
@@ -155,6 +155,7 @@ def _keep_what_fits(target: Target, autotuner: Any) -> None:
 def _constants_on_the_cpu() -> None:
     """Fold constants on the CPU: Inductor would compute them on the device of the graph."""
     from torch._inductor.constant_folding import ConstantFolder
+    from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class OnCpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -164,15 +165,19 @@ def _constants_on_the_cpu() -> None:
                 kwargs["device"] = torch.device("cpu")
             return func(*args, **kwargs)
 
-    folder: Any = ConstantFolder
-    original = folder.run
     mode: Any = OnCpu
 
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with mode():
-            return original(self, *args, **kwargs)
+    def on_cpu(original: Any) -> Any:
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with mode():
+                return original(self, *args, **kwargs)
 
-    folder.run = run
+        return run
+
+    folder: Any = ConstantFolder
+    folder.run = on_cpu(folder.run)
+    uniform: Any = UniformValueConstantFolder
+    uniform._add_peephole_patterns = on_cpu(uniform._add_peephole_patterns)
 
 
 def _patterns_on_the_cpu() -> None:

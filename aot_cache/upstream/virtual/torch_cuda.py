@@ -8,12 +8,13 @@ Upstream: `torch/cuda/__init__.py` (its answers about a device, `_lazy_init`), `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aot_cache.upstream.virtual import torch_factories, torch_graphs, torch_random, torch_streams
+from aot_cache.upstream.virtual import this_gpu, torch_factories, torch_graphs, torch_random, torch_streams
 
 if TYPE_CHECKING:
     from aot_cache.artifact.target import Target
@@ -58,8 +59,9 @@ def pretend(target: Target, tensors: bool = True) -> None:
     answers: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
+        "device_count": _always(this_gpu.count()),
+        "_device_count_nvml": _always(this_gpu.count()),
+        "current_device": _always(this_gpu.number()),
         "set_device": lambda _device: None,
         "get_device_properties": lambda _device=None: properties,
         "get_device_capability": lambda _device=None: target.capability,
@@ -90,7 +92,7 @@ def pretend(target: Target, tensors: bool = True) -> None:
     # The device guard of a CUDA build fails without a GPU; use the no-op one that torch has for fake tensors.
     torch._C._ensureCUDADeviceGuardSet()
     c: Any = torch._C
-    c._cuda_getDevice = lambda: 0
+    c._cuda_getDevice = _always(this_gpu.number())
     torch_streams.pretend()
     torch_graphs.pretend()
     _be_the_accelerator(target)
@@ -100,14 +102,20 @@ def pretend(target: Target, tensors: bool = True) -> None:
         _move_tensors()
 
 
+def _always(number: int) -> Callable[[], int]:
+    """A function with the number as a constant. Dynamo inlines it, and would guard whatever else it read the number from."""
+    made: Callable[[], int] = eval(f"lambda: {number:d}", {})  # noqa: S307  # of a number
+    return made
+
+
 def _be_the_accelerator(target: Target) -> None:
     """Answer for `torch.accelerator`, which host code that is independent of the backend uses."""
     answers: dict[str, Any] = {
         "current_accelerator": lambda check_available=False: torch.device("cuda"),
         "is_available": lambda: True,
-        "device_count": lambda: 1,
-        "current_device_index": lambda: 0,
-        "current_device_idx": lambda: 0,
+        "device_count": _always(this_gpu.count()),
+        "current_device_index": _always(this_gpu.number()),
+        "current_device_idx": _always(this_gpu.number()),
         "set_device_index": lambda _device: None,
         "set_device_idx": lambda _device: None,
         "device_index": torch_streams.Context,
@@ -161,7 +169,7 @@ def _move_without_a_guard() -> None:
 
     module.nonzero = nonzero
     tensor.to = to
-    tensor.cuda = lambda self, device=None, *_, **__: to(self, torch.device("cuda", 0))
+    tensor.cuda = lambda self, device=None, *_, **__: to(self, this_gpu.device())
     tensor.cpu = lambda self, *_, **__: to(self, torch.device("cpu"))
 
 

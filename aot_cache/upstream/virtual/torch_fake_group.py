@@ -17,7 +17,10 @@ def join(rank: int, size: int) -> None:
 
 
 def only_fake(rank: int, size: int) -> None:
-    """Join a fake process group, and make every further group of this process a fake one, whatever backend is asked for."""
+    """Join a fake process group, and make every further group of this process a fake one, whatever backend is asked for.
+
+    Objects of other ranks are equal to this one's. torch's own functions would read their sizes from memory that nobody wrote to.
+    """
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
@@ -28,6 +31,13 @@ def only_fake(rank: int, size: int) -> None:
     def fake(ranks: Any = None, timeout: Any = None, backend: Any = None, pg_options: Any = None, **more: Any) -> Any:
         return new_group(ranks, backend="fake", **{**more, "device_id": None})
 
+    def all_gather_object(object_list: list[Any], obj: Any, *_: Any, **__: Any) -> None:
+        object_list[:] = [obj] * len(object_list)
+
+    def broadcast_object_list(object_list: list[Any], *_: Any, **__: Any) -> None:
+        pass
+
     public: Any = dist
     for owner in (public, module):
         owner.new_group = fake
+        owner.all_gather_object, owner.broadcast_object_list = all_gather_object, broadcast_object_list

@@ -16,7 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from aot_cache.upstream.virtual import torch_fake
+from aot_cache.upstream.virtual import this_gpu, torch_fake
 
 _aten: Any = torch.ops.aten
 _MAKE = (torch.tensor, torch.as_tensor)
@@ -32,7 +32,7 @@ class _Host(torch_fake.OnTheDevice):  # type: ignore[no-untyped-call]  # its bas
         if func is _aten.is_pinned.default:
             return False
         if func in torch_fake.VIEWS_OF_HOST:
-            func, kwargs = _aten._to_copy.default, {"device": torch.device("cuda", 0)}
+            func, kwargs = _aten._to_copy.default, {"device": this_gpu.device()}
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
         return super().__torch_dispatch__(func, types, args, kwargs)
@@ -50,7 +50,7 @@ class _Functions(TorchFunctionMode):
             options = {"dtype": kwargs.get("dtype") or args[0].dtype, "device": kwargs.get("device") or args[0].device}
             return self.__torch_function__(torch.tensor, types, args[1:], options)
         if func in _MAKE and kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
-            place = torch.device("cuda", 0)
+            place = this_gpu.device()
             kwargs.pop("device")
             return _aten._to_copy.default(func(*args, **kwargs), device=place)
         return func(*args, **kwargs)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from aot_cache.upstream.virtual import torch_factories
+from aot_cache.upstream.virtual import this_gpu, torch_factories
 from aot_cache.upstream.virtual.torch_fake import HostMode
 from aot_cache.upstream.virtual.torch_tensor import VirtualTensor, become
 
@@ -60,7 +60,7 @@ def _move_modules_by_name() -> None:
         return plain(self, *args, **kwargs)  # type: ignore[no-any-return]
 
     module.to = to
-    module.cuda = lambda self, device=None: plain(self, torch.device("cuda", 0))
+    module.cuda = lambda self, device=None: plain(self, this_gpu.device())
 
 
 def _swap_fake_tensors() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from aot_cache.upstream.virtual import this_gpu
+
 _PLAIN: Any = torch.Generator
 
 
@@ -26,12 +28,12 @@ class Generator(_PLAIN):  # type: ignore[misc]  # torch's class is untyped
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", 0)
+        return this_gpu.device()
 
 
 def pretend() -> None:
-    """Give this process the generators of one CUDA device. Not undone."""
+    """Give this process the generators of its CUDA devices. Not undone."""
     module: Any = torch
     module.Generator = Generator
     cuda: Any = torch.cuda
-    cuda.default_generators = (Generator("cuda"),)
+    cuda.default_generators = tuple(Generator("cuda") for _ in range(this_gpu.count()))

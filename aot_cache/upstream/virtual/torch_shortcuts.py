@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from aot_cache.upstream.virtual.torch_tensor import DEVICE, SHORT_CUTS, ShortCut, VirtualTensor, view_of_normal
+from aot_cache.upstream.virtual.torch_tensor import SHORT_CUTS, ShortCut, VirtualTensor, view_of_normal
 
 _aten = torch.ops.aten
 
 
-def _new(shape: Sequence[int], dtype: torch.dtype, device: torch.device = DEVICE) -> VirtualTensor:
+def _new(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> VirtualTensor:
     """A new contiguous tensor with unknown values."""
     return VirtualTensor(torch.empty(shape, dtype=dtype, device="meta"), None, device)
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from aot_cache.errors import TraceError
+from aot_cache.upstream.virtual import this_gpu
 
-CUDA = torch.device("cuda", 0)
 _CUDA_TYPE = 1  # c10::DeviceType::CUDA
 _PLAIN_STREAM: Any = torch.Stream
 _PLAIN_EVENT: Any = torch.Event
@@ -26,7 +26,7 @@ _here = threading.local()
 
 
 class Context:
-    """Stands for `torch.cuda.device` and similar classes. Does nothing, because the only device is always current."""
+    """Stands for `torch.cuda.device` and similar classes. Does nothing, because this process uses only one device."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -50,7 +50,7 @@ class Event(_PLAIN_EVENT):  # type: ignore[misc]  # torch's class is untyped
     def __new__(cls, device: Any = None, **_: Any) -> Any:
         if _is_elsewhere(device):
             return _PLAIN_EVENT(device, **_)
-        return super().__new__(cls, CUDA)
+        return super().__new__(cls, this_gpu.device())
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -74,7 +74,7 @@ class Stream(_PLAIN_STREAM):  # type: ignore[misc]  # torch's class is untyped
         if _is_elsewhere(device):
             return _PLAIN_STREAM(device, **given)
         number = given["stream_id"] if "stream_id" in given else next(_numbers)
-        stream = super().__new__(cls, stream_id=number, device_index=0, device_type=_CUDA_TYPE)
+        stream = super().__new__(cls, stream_id=number, device_index=this_gpu.number(), device_type=_CUDA_TYPE)
         stream.priority = priority
         return stream
 
@@ -156,6 +156,8 @@ def set_current(stream: Any) -> None:
 
 def pretend() -> None:
     """Replace torch's streams and events in this process. Not undone."""
+    global _DEFAULT
+    _DEFAULT = Stream(stream_id=0)  # of this process's GPU
     cuda: Any = torch.cuda
     cuda.Event = Event
     cuda.Stream = Stream

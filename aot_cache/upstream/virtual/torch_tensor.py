@@ -26,6 +26,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from aot_cache.errors import DataDependent, TraceError, one_line
+from aot_cache.upstream.virtual import this_gpu
 from aot_cache.upstream.virtual.torch_fake import (
     VIEWS_OF_HOST,
     implementation_of,
@@ -37,7 +38,6 @@ from aot_cache.upstream.virtual.torch_fake import (
     written,
 )
 
-DEVICE = torch.device("cuda", 0)
 KNOWN_LIMIT = 1 << 16
 """Index tensors with up to this many elements keep their values."""
 KNOWN_FLOATS = 1 << 10
@@ -104,7 +104,7 @@ class VirtualTensor(torch.Tensor):
         cls: type[VirtualTensor],
         meta: torch.Tensor,
         known: torch.Tensor | None = None,
-        device: torch.device = DEVICE,
+        device: torch.device | None = None,
         shared: _Values | None = None,
     ) -> VirtualTensor:
         out: VirtualTensor = torch.Tensor._make_wrapper_subclass(
@@ -114,7 +114,7 @@ class VirtualTensor(torch.Tensor):
             storage_offset=meta.storage_offset(),
             dtype=meta.dtype,
             layout=meta.layout,
-            device=device,
+            device=device or this_gpu.device(),
         )
         out.meta_ = meta
         out.values_ = known
@@ -163,7 +163,7 @@ class VirtualTensor(torch.Tensor):
     def numpy(self, *, force: bool = False) -> Any:
         # Inherited, it would give whatever lies where the tensor has no memory.
         if self.device.type == "cuda" and not force:
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+            raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first")
         return _values(self, "numpy()").numpy()
 
     def __int__(self) -> int:
@@ -321,7 +321,7 @@ def _reserved(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 def _view_of_host(tensor: torch.Tensor) -> VirtualTensor:
     """A CUDA tensor in a CPU tensor's memory: it has the values that host code writes there."""
     known = tensor if tensor.numel() <= KNOWN_LIMIT else None
-    return VirtualTensor(tensor.to("meta"), known, DEVICE)
+    return VirtualTensor(tensor.to("meta"), known)
 
 
 def _write_to_host(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -364,7 +364,7 @@ def _compute(
             raise _no_shape(func, tensors, error) from error
     out_device = torch.device(device) if device is not None else _device_of(tensors)
     if out_device.type == "cuda":
-        out_device = DEVICE
+        out_device = this_gpu.device()
     return _wrap(out, known, tensors, out_device, func._schema.is_mutable, _is_view(func))
 
 
@@ -609,5 +609,5 @@ def _known_of(tensor: torch.Tensor) -> torch.Tensor:
 def _device_of(tensors: list[VirtualTensor]) -> torch.device:
     for tensor in tensors:
         if tensor.device.type == "cuda":
-            return DEVICE
+            return this_gpu.device()
     return tensors[0].device

@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from aot_cache.errors import TraceError
+from aot_cache.upstream.virtual import this_gpu
 
 if TYPE_CHECKING:
     from aot_cache.artifact.target import Target
@@ -57,7 +58,7 @@ class VirtualDriver:
         return self._target
 
     def get_current_device(self) -> int:
-        return 0
+        return this_gpu.number()
 
     def set_current_device(self, device: int) -> None: ...
 
@@ -68,7 +69,7 @@ class VirtualDriver:
         return self._capability
 
     def get_active_torch_device(self) -> torch.device:
-        return torch.device("cuda", 0)
+        return this_gpu.device()
 
     def get_device_interface(self) -> Any:
         return torch.cuda

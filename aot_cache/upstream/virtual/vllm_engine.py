@@ -23,6 +23,14 @@ from aot_cache.upstream.virtual import torch_fake_group
 
 REGISTRY = "vllm.model_executor.models.registry"
 WRAPPER = "vllm.compilation.wrapper"
+_COMMUNICATE = "vllm.distributed.device_communicators"
+COMMUNICATORS = {
+    "pynccl": "PyNcclCommunicator",
+    "custom_all_reduce": "CustomAllreduce",
+    "symm_mem": "SymmMemCommunicator",
+    "flashinfer_all_reduce": "FlashInferAllReduce",
+}
+"""Module of vLLM → its class that shares memory with the other ranks."""
 _RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -36,13 +44,36 @@ class EnoughSeen(Exception):
     """Ends a start whose models are compiled."""
 
 
-def settle(folder: Path) -> None:
-    """Prepare this process for an engine: nothing of it runs in children, its process groups are fake, and its caches are in
-    `folder`. To be called before vLLM is imported."""
+def settle(folder: Path, rank: int, ranks: int) -> None:
+    """Prepare this process for a rank of an engine: nothing of it runs in children, its process groups are fake, and its caches
+    are in `folder`. To be called before vLLM is imported."""
     os.environ.update(SETTINGS, VLLM_CACHE_ROOT=str(folder))
     registry: Any = importlib.import_module(REGISTRY)
     registry._run_in_subprocess = lambda look: look()
-    torch_fake_group.only_fake(0, 1)
+    torch_fake_group.only_fake(rank, ranks)
+    if ranks > 1:
+        _talk_to_nobody()
+
+
+def _talk_to_nobody() -> None:
+    """Let groups of ranks use torch's collective operators on their fake process groups, and have no queue of messages.
+
+    vLLM's own communicators share memory with the other ranks, so they are disabled. What it traces does not depend on them:
+    there, each collective is one operator of vLLM's.
+    """
+
+    state: Any = importlib.import_module("vllm.distributed.parallel_state")
+    state.in_the_same_node_as = lambda pg, source_rank=0: [True] * pg.size()  # found out through shared memory
+
+    def __init__(self: Any, group: Any, *_args: Any, **_kwargs: Any) -> None:
+        self.group, self.rank, self.world_size = group, group.rank(), group.size()
+        self.available, self.disabled = False, True
+
+    for module, name in COMMUNICATORS.items():
+        found: Any = getattr(importlib.import_module(f"{_COMMUNICATE}.{module}"), name)
+        found.__init__ = __init__
+    queue: Any = importlib.import_module(f"{_COMMUNICATE}.shm_broadcast").MessageQueue
+    queue.create_from_process_group = staticmethod(lambda *_args, **_kwargs: None)
 
 
 def options_of(arguments: Sequence[str]) -> Any:
@@ -117,13 +148,17 @@ def _reason(error: Exception) -> str:
     return one_line(error)
 
 
-def engine_of(config: Any) -> Any:
-    """The engine, started: loaded, profiled, captured."""
+def engine_of(config: Any, rank: int) -> Any:
+    """The engine, started as one rank: loaded, profiled, captured."""
     engines = importlib.import_module("vllm.v1.engine.llm_engine")
     executors = importlib.import_module("vllm.v1.executor.uniproc_executor")
-    return engines.LLMEngine(
-        vllm_config=config, executor_class=executors.UniProcExecutor, log_stats=False, multiprocess_mode=False
-    )
+    plain: Any = executors.UniProcExecutor
+
+    class OneRank(plain):  # type: ignore[misc]  # a variable
+        def _distributed_args(self) -> tuple[str, int, int]:
+            return super()._distributed_args()[0], rank, rank
+
+    return engines.LLMEngine(vllm_config=config, executor_class=OneRank, log_stats=False, multiprocess_mode=False)
 
 
 def sampling(max_tokens: int, wanted: Mapping[str, Any]) -> Any:

@@ -1,0 +1,32 @@
+"""Which GPU of the virtual machine this process has: each rank of an engine has its own, with its own number, as on a server.
+
+Graphs that an engine compiles and saves itself have that number in their code.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_device = torch.device("cuda", 0)
+_count = 1
+
+
+def become(number: int, count: int) -> None:
+    """Have GPU `number` of `count`. To be called before anything else of this room. Not undone."""
+    global _device, _count
+    _device, _count = torch.device("cuda", number), count
+
+
+def device() -> torch.device:
+    """The GPU, with its number."""
+    return _device
+
+
+def number() -> int:
+    """Its number."""
+    return int(_device.index)
+
+
+def count() -> int:
+    """How many GPUs the machine has."""
+    return _count
