@@ -1,6 +1,8 @@
 """Which GPU of the virtual machine this process has: each rank of an engine has its own, with its own number, as on a server.
 
 Graphs that an engine compiles and saves itself have that number in their code.
+
+Upstream: `torch/cuda/__init__.py` (`current_device`, `device_count`), which the modules beside this one answer from here.
 """
 
 from __future__ import annotations
