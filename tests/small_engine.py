@@ -34,16 +34,20 @@ def model_folder(arguments: Sequence[str]) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _batches(arguments: Sequence[str]) -> list[int]:
+def _options(arguments: Sequence[str]) -> dict[str, str]:
     options = dict(one.removeprefix("--").split("=") for one in arguments[1:])
     if set(options) - {"batches", "ranks"}:
         raise DeclarationError("the option batches", repr(sorted(options)))
-    return [int(number) for number in options.get("batches", "1,3").split(",")]
+    return options
+
+
+def _batches(arguments: Sequence[str]) -> list[int]:
+    return [int(number) for number in _options(arguments).get("batches", "1,3").split(",")]
 
 
 def _join(arguments: Sequence[str], process: Process) -> None:
     """As an engine does whose model is split over GPUs."""
-    (wanted,) = [int(one.removeprefix("--ranks=")) for one in arguments if one.startswith("--ranks=")] or [1]
+    wanted = int(_options(arguments).get("ranks", "1"))
     if wanted != process.ranks:
         raise OtherRanks(wanted)
     assert (torch.cuda.device_count(), torch.cuda.current_device()) == (wanted, process.rank)

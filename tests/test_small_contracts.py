@@ -284,11 +284,12 @@ def test_constants_of_a_graph_need_no_gpu() -> None:
 
 SECOND_GPU = """
 import json
-import sys
 import torch
 from aot_cache.artifact import target
 from aot_cache.builder import virtual_gpu
-virtual_gpu.become(target.get("h200"), gpu=2, gpus=4)
+from aot_cache.upstream.virtual import this_gpu
+this_gpu.become(2, 4)
+virtual_gpu.become(target.get("h200"))
 from triton.runtime import driver
 with virtual_gpu.tensors():
     tensors = [torch.empty(2, device="cuda"), torch.zeros(2, device="cuda:2"), torch.ones(2).cuda(), torch.arange(2).to("cuda")]

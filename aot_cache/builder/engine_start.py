@@ -9,7 +9,8 @@ neither torch nor Triton.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Semaphore
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 STARTS = "starts"
 """The store's records of engine starts."""
 _LEAST_AT_ONCE = 2
+"""A rank's two workers run at the same time, also on one core."""
 
 
 @dataclass(frozen=True)
@@ -144,10 +146,7 @@ def _started(
         found = _ranks(engine, target, path.name, 1, scratch, progress)
     except OtherRanks as other:
         found = _ranks(engine, target, path.name, other.ranks, scratch, progress)
-    plan = merge([Plan.read(rank.plan) for rank in found])
-    plan = replace(
-        plan, launchers=tuple(sorted({*plan.launchers, *(tuple(one) for r in found for one in r.compiled.launchers)}))
-    )
+    plan = merge([rank.launched_plan() for rank in found])
     caches = engine_cache.merged(engine_cache.read(rank.caches) for rank in found)
     with store.writer():  # another build of the same engine would write the one file between this one's two
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,9 +158,9 @@ def _started(
         untested=first.untested,
         ranks=len(found),
         requests=min(rank.launched.requests for rank in found),
-        first=_first_wins(rank.launched.first for rank in found),
+        first=dict(ChainMap(*(dict(rank.launched.first) for rank in found))),
         unreached=_unreached(found),
-        assumed=_first_wins(rank.launched.assumed for rank in found),
+        assumed=dict(ChainMap(*(dict(rank.launched.assumed) for rank in found))),
         at_start=sorted({name for rank in found for name in rank.launched.at_start}),
         models=list(found[0].compiled.models),
         inputs=fingerprint.together([part.inputs for rank in found for part in (rank.launched, rank.compiled)]),
@@ -176,6 +175,11 @@ class _Rank:
     caches: Path
     launched: Started
     compiled: Started
+
+    def launched_plan(self) -> Plan:
+        """The plan, with the launchers that the compiled models need."""
+        plan = Plan.read(self.plan)
+        return replace(plan, launchers=(*plan.launchers, *map(tuple, self.compiled.launchers)))
 
 
 def _ranks(engine: Engine, target: Target, name: str, ranks: int, scratch: Path, progress: Progress) -> list[_Rank]:
@@ -217,13 +221,6 @@ def _ranks(engine: Engine, target: Target, name: str, ranks: int, scratch: Path,
             _Rank(folder / name, folder / "caches.safetensors", kernels.result(), models.result())
             for folder, (kernels, models) in zip(folders, running)
         ]
-
-
-def _first_wins(tables: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for table in tables:
-        found = {**table, **found}
-    return found
 
 
 def _unreached(ranks: Sequence[_Rank]) -> list[str]:

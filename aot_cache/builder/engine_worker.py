@@ -126,6 +126,9 @@ def started(job: StartJob, progress: Progress) -> Started:
         AotCacheError: the engine cannot be started so.
         OtherRanks: it is for another world size.
     """
+    from aot_cache.upstream.virtual import this_gpu
+
+    this_gpu.become(job.rank, job.ranks)
     return _kernels(job, progress) if job.part == "kernels" else _models(job, progress)
 
 
@@ -133,7 +136,7 @@ def _kernels(job: StartJob, progress: Progress) -> Started:
     from aot_cache.builder import virtual_gpu
 
     log_calls: list[Callable[..., None]] = []
-    virtual_gpu.become(job.target, lambda *call: log_calls[0](*call), gpu=job.rank, gpus=job.ranks)
+    virtual_gpu.become(job.target, lambda *call: log_calls[0](*call))
 
     from aot_cache.recordings import plans
     from aot_cache.recordings.calls import CallLog
@@ -205,7 +208,7 @@ def _models(job: StartJob, progress: Progress) -> Started:
     from aot_cache.upstream.virtual import inductor_target
 
     launchers: set[tuple[object, ...]] = set()
-    virtual_gpu.libraries(job.target, job.rank, job.ranks)
+    virtual_gpu.libraries(job.target)
     inductor_target.become(job.target, launchers.add)
 
     engine = adapter(job.engine)

@@ -148,7 +148,7 @@ class NeedsRanks:
 
 
 class OtherRanks(Exception):
-    """The same, where it is found, and where it is answered."""
+    """Raised in the worker where it finds that out, and in its parent when the answer `NeedsRanks` arrives."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks

@@ -29,12 +29,11 @@ def _note(function: Any, args: Any, kwargs: Any, _callback: Any) -> None:
     compiled_calls.append(recorded_calls.call_of(function, args, kwargs))
 
 
-def become(target: Target, note: Note = _note, *, gpu: int = 0, gpus: int = 1) -> None:
-    """Turn this process into one with `target` as its only GPU. Compiled functions run as plain Python.
+def become(target: Target, note: Note = _note) -> None:
+    """Turn this process into one with `target` as its only GPU, or one of several (`this_gpu`). Compiled functions run as Python.
 
     Args:
         note: called before each call of a compiled function, see `dynamo_calls.note_calls`.
-        gpu, gpus: the number of its GPU, and how many the machine has.
 
     Raises:
         TargetError: the target is `cpu`, for which Triton has no backend.
@@ -51,7 +50,7 @@ def become(target: Target, note: Note = _note, *, gpu: int = 0, gpus: int = 1) -
         triton_driver,
     )
 
-    libraries(target, gpu, gpus)
+    libraries(target)
     dynamo_off.run_as_python()
     dynamo_calls.note_calls(note)
     with contextlib.suppress(TargetError):  # without a compiler, only ops that need a guard (`~x`) fail
@@ -62,17 +61,14 @@ def become(target: Target, note: Note = _note, *, gpu: int = 0, gpus: int = 1) -
     triton_driver.pretend(target)
 
 
-def libraries(target: Target, gpu: int = 0, gpus: int = 1) -> None:
-    """Have GPU `gpu` of `gpus`, and virtualise libraries other than torch and Triton: engines query NVML, and extensions need the
-    driver's library."""
+def libraries(target: Target) -> None:
+    """Virtualise libraries other than torch and Triton: engines query NVML, and extensions need the driver's library."""
     import torch
 
     from aot_cache.upstream.virtual import this_gpu
 
-    this_gpu.become(gpu, gpus)
-
     built: Any = torch.backends.cuda.is_built
-    nvml.pretend(target, gpus)
+    nvml.pretend(target, this_gpu.count())
     if target.backend == "cuda" and built():  # CUDA extensions need a CUDA build of torch
         cuda_driver.ensure()
 

@@ -260,7 +260,9 @@ def _configuration(arguments: Sequence[str], process: Process) -> Any:
     split = {name: getattr(options, name) for name in _SPLITS if getattr(options, name, 1) > 1}
     if split:
         found = ", ".join(f"{name} {size}" for name, size in split.items())
-        raise DeclarationError("tensor parallel only", found, "record the server on its GPUs (`aot-cache record`)")
+        raise DeclarationError(
+            "no split but --tensor-parallel-size", found, "record the server on its GPUs (`aot-cache record`)"
+        )
     if options.tensor_parallel_size != process.ranks:
         raise OtherRanks(options.tensor_parallel_size)
     config = vllm_engine.configuration(options)

@@ -57,8 +57,8 @@ def become(target: Target, launcher: Launcher | None = None) -> None:
 def _stay_off_the_driver() -> None:
     """Replace calls of Dynamo's device interface and of fake tensors that would reach the CUDA runtime."""
     cuda: Any = torch.cuda
-    cuda._exchange_device = lambda _device: this_gpu.number()
-    cuda._maybe_exchange_device = lambda _device: this_gpu.number()
+    cuda._exchange_device = this_gpu.always(this_gpu.number())
+    cuda._maybe_exchange_device = this_gpu.always(this_gpu.number())
     cuda.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8)
     cuda.set_rng_state = lambda state, device=None: None
     from torch._subclasses import fake_tensor

@@ -8,7 +8,6 @@ Upstream: `torch/cuda/__init__.py` (its answers about a device, `_lazy_init`), `
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -59,9 +58,9 @@ def pretend(target: Target, tensors: bool = True) -> None:
     answers: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "device_count": _always(this_gpu.count()),
-        "_device_count_nvml": _always(this_gpu.count()),
-        "current_device": _always(this_gpu.number()),
+        "device_count": this_gpu.always(this_gpu.count()),
+        "_device_count_nvml": this_gpu.always(this_gpu.count()),
+        "current_device": this_gpu.always(this_gpu.number()),
         "set_device": lambda _device: None,
         "get_device_properties": lambda _device=None: properties,
         "get_device_capability": lambda _device=None: target.capability,
@@ -92,7 +91,7 @@ def pretend(target: Target, tensors: bool = True) -> None:
     # The device guard of a CUDA build fails without a GPU; use the no-op one that torch has for fake tensors.
     torch._C._ensureCUDADeviceGuardSet()
     c: Any = torch._C
-    c._cuda_getDevice = _always(this_gpu.number())
+    c._cuda_getDevice = this_gpu.always(this_gpu.number())
     torch_streams.pretend()
     torch_graphs.pretend()
     _be_the_accelerator(target)
@@ -102,20 +101,14 @@ def pretend(target: Target, tensors: bool = True) -> None:
         _move_tensors()
 
 
-def _always(number: int) -> Callable[[], int]:
-    """A function with the number as a constant. Dynamo inlines it, and would guard whatever else it read the number from."""
-    made: Callable[[], int] = eval(f"lambda: {number:d}", {})  # noqa: S307  # of a number
-    return made
-
-
 def _be_the_accelerator(target: Target) -> None:
     """Answer for `torch.accelerator`, which host code that is independent of the backend uses."""
     answers: dict[str, Any] = {
         "current_accelerator": lambda check_available=False: torch.device("cuda"),
         "is_available": lambda: True,
-        "device_count": _always(this_gpu.count()),
-        "current_device_index": _always(this_gpu.number()),
-        "current_device_idx": _always(this_gpu.number()),
+        "device_count": this_gpu.always(this_gpu.count()),
+        "current_device_index": this_gpu.always(this_gpu.number()),
+        "current_device_idx": this_gpu.always(this_gpu.number()),
         "set_device_index": lambda _device: None,
         "set_device_idx": lambda _device: None,
         "device_index": torch_streams.Context,

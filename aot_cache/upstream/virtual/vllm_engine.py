@@ -61,7 +61,6 @@ def _talk_to_nobody() -> None:
     vLLM's own communicators share memory with the other ranks, so they are disabled. What it traces does not depend on them:
     there, each collective is one operator of vLLM's.
     """
-
     state: Any = importlib.import_module("vllm.distributed.parallel_state")
     state.in_the_same_node_as = lambda pg, source_rank=0: [True] * pg.size()  # found out through shared memory
 
