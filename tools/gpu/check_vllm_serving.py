@@ -99,8 +99,17 @@ class Series:
         self.folder, self.until = folder, until
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / "record.json"
-        self.rows: dict[str, Json] = json.loads(self.file.read_text())["rows"] if self.file.exists() else {}
+        self.rows: dict[str, Json] = self._kept()
         self.bundle, self.plan = folder / "bundle.safetensors", folder / "server.plan.json"
+
+    def _kept(self) -> dict[str, Json]:
+        return json.loads(self.file.read_text())["rows"] if self.file.exists() else {}
+
+    def compare(self) -> None:
+        """Say of the row `engine-build` what of the recording is not in it."""
+        built = self.rows.get("engine-build", {})
+        if self.plan.exists() and "units" in built:
+            built["recorded and not built"] = not_built(self.plan, self.folder / "engine.safetensors")
 
     def run(self, name: str) -> None:
         """Run a row, and keep its answer."""
@@ -113,6 +122,7 @@ class Series:
         except Exception as error:
             self.rows[name] = {"error": f"{type(error).__name__}: {error}"[:2000]}
         self.rows[name]["row seconds"] = round(time.time() - began, 1)
+        self.rows = {**self._kept(), name: self.rows[name]}  # another call may have added rows meanwhile
         self.file.write_text(json.dumps({"rows": self.rows}))
         print(
             name,
@@ -171,19 +181,21 @@ class Series:
         return self.folder / f"{name}.plan.json"
 
     def _engine_build(self) -> Json:
-        """The bundle of the command line alone, and what of the recording is not in it."""
+        """The bundle of the command line alone."""
         out = self.folder / "engine.safetensors"
-        target = json.loads(self.plan.read_text())["target"]
+        target = next(name for name in ("h100", "h200") if name.upper() in machine()["gpu"])
         asked = ["build", "--engine", "vllm", "--target", target, "--store", str(self.folder / "engine-store")]
         model = write_model(self.folder / "model")
         done = cli(
             *asked, "--out", str(out), "--json", "--", str(model), *served(2), CUDA_VISIBLE_DEVICES="", **OFFLINE
         )
+        log = self.folder / "out" / "engine-build" / "log.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(done.stderr)
         if done.returncode:
             return {"error": done.stderr.splitlines()[-20:]}
         (built,) = json.loads(done.stdout)["bundles"]
-        found = {name: built[name] for name in ("units", "graphs", "size", "failed", "seconds", "engine")}
-        return {**found, "recorded and not built": not_built(self.plan, out)}
+        return {name: built[name] for name in ("units", "graphs", "size", "failed", "seconds", "engine")}
 
     def _filled(self) -> str:
         """Caches that vLLM itself has filled."""
@@ -541,6 +553,7 @@ def main() -> int:
     series = Series(options.folder.absolute(), time.time() + options.limit)
     for name in filter(None, options.rows.split(",")):
         series.run(name)
+    series.compare()
     rows = {name: {k: v for k, v in row.items() if k != "tokens"} for name, row in series.rows.items()}
     record = {"what": "an unmodified vLLM, without and with a bundle", "commit": commit(), "machine": machine()}
     found = {"rows": rows, "tokens equal to the first row": tokens_equal(series.rows), "claims": claims(series.rows)}
