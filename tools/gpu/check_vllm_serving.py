@@ -4,7 +4,7 @@
     python tools/gpu/check_vllm_serving.py --folder FOLDER [--rows cold,record,build,bundle,…] [--limit SECONDS] [--out FILE]
 
 Each row is a start of vLLM in a fresh process, and the same requests. Rows of earlier calls stay in FOLDER/record.json, so that a
-series may take several calls. What happened is counted by `jit_trace`, which has no code of aot-cache in it, and beside it by the
+series may take several calls (without a row, `--rows ''`, what is there is judged again). What happened is counted by `jit_trace`, which has no code of aot-cache in it, and beside it by the
 workers' ledgers. Exit code 0 when every claim holds for the rows that there are.
 
 | row | what |
@@ -105,11 +105,17 @@ class Series:
     def _kept(self) -> dict[str, Json]:
         return json.loads(self.file.read_text())["rows"] if self.file.exists() else {}
 
+    def machine(self) -> Json:
+        """Where the rows ran."""
+        return json.loads(self.file.read_text())["machine"] if self.file.exists() else machine()
+
     def compare(self) -> None:
-        """Say of the row `engine-build` what of the recording is not in it."""
-        built = self.rows.get("engine-build", {})
-        if self.plan.exists() and "units" in built:
-            built["recorded and not built"] = not_built(self.plan, self.folder / "engine.safetensors")
+        """Say of the row `engine-build` what only the recording has, and what only the build."""
+        built, plan = self.rows.get("engine-build", {}), self.folder / "engine.plan.json"
+        if self.plan.exists() and plan.exists() and "units" in built:
+            built["recorded and not built"] = not_built(self.plan, plan)
+            more = Counter(json.loads(text)[0].rpartition(":")[2] for text in not_built(plan, self.plan))
+            built["built and not recorded"] = dict(sorted(more.items()))
 
     def run(self, name: str) -> None:
         """Run a row, and keep its answer."""
@@ -123,7 +129,8 @@ class Series:
             self.rows[name] = {"error": f"{type(error).__name__}: {error}"[:2000]}
         self.rows[name]["row seconds"] = round(time.time() - began, 1)
         self.rows = {**self._kept(), name: self.rows[name]}  # another call may have added rows meanwhile
-        self.file.write_text(json.dumps({"rows": self.rows}))
+        self.rows[name]["commit"] = commit()
+        self.file.write_text(json.dumps({"rows": self.rows, "machine": machine()}))
         print(
             name,
             json.dumps({k: v for k, v in self.rows[name].items() if k != "tokens"})[:1500],
@@ -214,7 +221,8 @@ class Series:
         said = [line[-700:] for line in text.splitlines() if "] aot-cache" in line or line.startswith("aot-cache")][:8]
         answer = out / "answer.json"
         if not answer.exists():
-            return {"code": code, "error": text.splitlines()[-25:], "said": said}
+            raised = [line[-900:] for line in text.splitlines() if "aot_cache.errors." in line][:2]
+            return {"code": code, "error": text.splitlines()[-25:], "raised": raised, "said": said}
         return {**_summary(json.loads(answer.read_text()), out), "code": code, "said": said}
 
     def _begin(
@@ -302,9 +310,9 @@ def served(drafts: int) -> list[str]:
     return out
 
 
-def not_built(recorded: Path, bundle: Path) -> list[str]:
-    """Specializations of a recording that a bundle does not have, constants that are known only at start aside."""
-    there, here = ({_text(unit, plan) for unit in plan.units} for plan in map(_plan_in, (recorded, bundle)))
+def not_built(recorded: Path, built: Path) -> list[str]:
+    """Specializations of a plan or bundle that another does not have, constants that are known only at start aside."""
+    there, here = ({_text(unit, plan) for unit in plan.units} for plan in map(_plan_in, (recorded, built)))
     return sorted(there - here)
 
 
@@ -502,6 +510,9 @@ def _init(row: Json) -> float:
     return float(row["phases"].get("__init__", 0.0))
 
 
+OTHER_KERNELS = ("other", "engine")
+"""Rows whose kernels are others than the recorded ones: a build that measures nothing has other tiles, which add numbers up in
+another order. Their share of equal tokens is in the record, and is no claim."""
 ALONE, BATCHED = ("alone",), ("pass", "mixed")
 """Beginnings of the labels of greedy requests: one at a time, and in batches."""
 
@@ -529,7 +540,7 @@ def _share(left: Json, right: Json, labels: tuple[str, ...]) -> float | None:
 def _tokens_claims(rows: Mapping[str, Json]) -> dict[str, bool]:
     out: dict[str, bool] = {}
     equal = tokens_equal(rows)
-    alone = {name: shares["alone"] for name, shares in equal.items() if "alone" in shares and name != "other"}
+    alone = {name: shares["alone"] for name, shares in equal.items() if "alone" in shares and name not in OTHER_KERNELS}
     if alone:
         out["tokens of 200 requests, one at a time, equal in all rows"] = set(alone.values()) == {1.0}
         tokens = next(row["tokens"] for row in rows.values() if row.get("tokens"))
@@ -555,7 +566,7 @@ def main() -> int:
         series.run(name)
     series.compare()
     rows = {name: {k: v for k, v in row.items() if k != "tokens"} for name, row in series.rows.items()}
-    record = {"what": "an unmodified vLLM, without and with a bundle", "commit": commit(), "machine": machine()}
+    record = {"what": "an unmodified vLLM, without and with a bundle", "commit": commit(), "machine": series.machine()}
     found = {"rows": rows, "tokens equal to the first row": tokens_equal(series.rows), "claims": claims(series.rows)}
     return finish({**record, **found}, options.out)
 
