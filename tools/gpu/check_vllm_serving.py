@@ -4,8 +4,9 @@
     python tools/gpu/check_vllm_serving.py --folder FOLDER [--rows cold,record,build,bundle,…] [--limit SECONDS] [--out FILE]
 
 Each row is a start of vLLM in a fresh process, and the same requests. Rows of earlier calls stay in FOLDER/record.json, so that a
-series may take several calls (without a row, `--rows ''`, what is there is judged again). What happened is counted by `jit_trace`, which has no code of aot-cache in it, and beside it by the
-workers' ledgers. Exit code 0 when every claim holds for the rows that there are.
+series may take several calls (without a row, `--rows ''`, what is there is judged again). What happened is counted by
+`jit_trace`, which has no code of aot-cache in it, and beside it by the workers' ledgers. Exit code 0 when every claim holds for
+the rows that there are.
 
 | row | what |
 |---|---|
@@ -84,6 +85,7 @@ NEVER = ("compile", "inductor compile", "benchmark", "inductor benchmark", "gcc"
 LOADS = ("module load", "load", "inductor load")
 NEEDS = {"cold": 260, "record": 300, "nodraft-record": 300, "build": 110, "nodraft-build": 110, "engine-build": 200}
 """Seconds that a row may take; 120 for others. A row is not begun when less is left."""
+OURS = "aot_cache.errors."
 LACKS = "_causal_conv1d_update_kernel"
 
 
@@ -221,8 +223,7 @@ class Series:
         said = [line[-700:] for line in text.splitlines() if "] aot-cache" in line or line.startswith("aot-cache")][:8]
         answer = out / "answer.json"
         if not answer.exists():
-            raised = [line[-900:] for line in text.splitlines() if "aot_cache.errors." in line][:2]
-            return {"code": code, "error": text.splitlines()[-25:], "raised": raised, "said": said}
+            return {"code": code, "error": text.splitlines()[-25:], "raised": raised(text), "said": said}
         return {**_summary(json.loads(answer.read_text()), out), "code": code, "said": said}
 
     def _begin(
@@ -324,6 +325,12 @@ def _text(unit: Unit, plan: Plan) -> str:
     names = parameter_names(unit.kernel, plan.closures[unit.kernel])
     pairs = [pair for name, pair in zip(names, unit.specialization, strict=True) if name not in AT_START]
     return json.dumps([unit.kernel.partition("@")[0], pairs, list(unit.options.items())])
+
+
+def raised(log: str) -> list[str]:
+    """Errors of ours in a log: how they begin and end."""
+    found = {line[line.index(OURS) :] for line in log.splitlines() if OURS in line}
+    return [line if len(line) < 700 else f"{line[:350]} … {line[-350:]}" for line in sorted(found)]
 
 
 def _recording(plan: Path) -> list[str]:
