@@ -222,6 +222,7 @@ def test_a_command_line(folder: Path, built: Built, monkeypatch: pytest.MonkeyPa
         length=st.integers(2, 1 << 18),
         vocabulary=st.just(1000),
         drafts=st.integers(0, 5),
+        adapters=st.integers(0, 4),
     )
 )
 def test_requests_stay_within_the_limits(limits: Limits) -> None:
@@ -232,6 +233,8 @@ def test_requests_stay_within_the_limits(limits: Limits) -> None:
         assert 0 < len(lengths) <= limits.requests and min(lengths) >= 1
         assert max(lengths) + wave.tokens <= limits.length
         assert _takes(limits, wave.sampling)
+        assert set(wave.adapters) <= set(range(limits.adapters + 1))
+    assert {number for wave in waves for number in wave.adapters} == set(range(limits.adapters + 1))
     assert any(len(wave.lengths) == limits.requests for wave in waves)
     assert max(max(wave.lengths) + wave.tokens for wave in waves) <= limits.length
 

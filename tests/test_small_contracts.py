@@ -241,6 +241,8 @@ with torch_fake_host.running():
     host.numpy()[1] = 5
     made = [torch.tensor([1, 2], device="cuda"), host.to("cuda"), host.pin_memory().cuda()]
     made += [made[1].new_tensor([3.0]), torch.empty(2, device="cuda", pin_memory=False), torch.randn(2).to("cuda:0")]
+    with torch.inference_mode():  # `aten.to.device` is not taken apart
+        made += [host.to("cuda"), host.to(device="cuda:0", dtype=torch.long, non_blocking=True)]
     host.copy_(torch.arange(4.0))
     with torch_fake_host.compiling():
         torch.compile(lambda x: x * 2, backend=backend, fullgraph=True)(made[1])
@@ -249,11 +251,11 @@ with torch_fake_host.running():
 """
 
 
-@pytest.mark.contract("torch_fake_host")
+@pytest.mark.contract("torch_fake", "torch_fake_host")
 def test_host_code_with_fake_tensors_on_the_device_only() -> None:
     found = said(FAKE_HOST)
     need(
-        found == [[True] * 6, "Tensor", [0.0, 1.0, 2.0, 3.0], 1],
+        found == [[True] * 8, "Tensor", [0.0, 1.0, 2.0, 3.0], 1],
         f"host code of an engine with fake CUDA tensors: {found}",
     )
 

@@ -283,6 +283,32 @@ def test_what_ranks_share(source: Path) -> None:
 
 
 @vllm
+def test_which_tokens_have_an_adapter(source: Path) -> None:
+    """`vllm_adapters` does what vLLM does, but with indices that have values."""
+    step = function(source, "lora/punica_wrapper/punica_gpu.py", "PunicaWrapperGPU", "update_metadata")
+    given = ["self", "mapping", "lora_index_to_id", "max_loras", "vocab_size"]
+    assert [argument.arg for argument in step.args.args] == given
+    order(
+        step,
+        "self.is_prefill = mapping.is_prefill",
+        "self._update_base_metadata(mapping, lora_index_to_id, max_loras, vocab_size)",
+        "self.token_mapping_meta.prepare_tensors(self.token_lora_indices)",
+        "self.prompt_mapping_meta.prepare_tensors(self.sampler_indices)",
+    )
+    places = ast.unparse(function(source, "lora/punica_wrapper/utils.py", "convert_mapping"))
+    assert "if x > 0 else -1 for x in mapping.prompt_mapping" in places
+    assert "lora_index_to_id.index(x)" in places or "index for index, lora_id in enumerate(lora_index_to_id)" in places
+    assert "base_indices = indices[1]" in places and "sampler_indices = prompt_mapping_tensor" in places
+    manager = "lora/worker_manager.py"
+    added = function(source, manager, "WorkerLoRAManager", "add_dummy_lora")
+    assert [argument.arg for argument in added.args.args] == ["self", "lora_request", "rank"]
+    function(source, manager, "WorkerLoRAManager", "get_dummy_lora_warmup_rank")
+    order(module(source, "lora/request.py"), "lora_name: str", "lora_int_id: int", "lora_path: str")
+    for file in RUNNERS:
+        assert "LoRAModelRunnerMixin" in ast.unparse(module(source, file))
+
+
+@vllm
 def test_what_attention_returns(source: Path) -> None:
     """`vllm_operators` has rules for what these give."""
     text = ast.unparse(module(source, "vllm_flash_attn/flash_attn_interface.py"))

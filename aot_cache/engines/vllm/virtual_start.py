@@ -22,7 +22,7 @@ from aot_cache.builder.messages import OtherRanks
 from aot_cache.engines.vllm import compile_cache
 from aot_cache.engines.vllm.plugin import AT_START
 from aot_cache.errors import AotCacheError, DeclarationError, one_line
-from aot_cache.upstream.virtual import torch_fake_host, vllm_engine, vllm_operators
+from aot_cache.upstream.virtual import torch_fake_host, vllm_adapters, vllm_engine, vllm_operators
 
 __all__ = ["AT_START", "ENVIRONMENT", "PACKAGE", "TRIED", "compile_models", "model_folder", "run", "version"]
 Progress = Callable[[str, int, int], None]
@@ -48,6 +48,7 @@ class Limits:
     length: int
     vocabulary: int
     drafts: int
+    adapters: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ class Wave:
         tokens: how many are generated.
         sampling: fields of vLLM's `SamplingParams`.
         again: the same prompts, which a prefix cache has by then.
+        adapters: LoRA adapters that the requests have, in turn; 0 is none.
     """
 
     label: str
@@ -68,6 +70,7 @@ class Wave:
     sampling: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0.0})
     later: Sequence[int] = ()
     again: bool = False
+    adapters: Sequence[int] = (0,)
 
 
 _SAMPLED = {"temperature": 0.8}
@@ -122,7 +125,17 @@ def waves(limits: Limits) -> list[Wave]:
     for n in several:  # prompts of several blocks
         length = min(2048, longest)
         out.append(Wave(label=f"{n} of {length}, twice", lengths=[length] * n, tokens=tokens, again=True))
+    if limits.adapters:  # their kernels see how many tokens there are
+        out += _with_adapters(limits.adapters, alone, batches, tokens)
     return list({wave.label: wave for wave in out}.values())
+
+
+def _with_adapters(adapters: int, alone: Sequence[int], batches: Sequence[int], tokens: int) -> list[Wave]:
+    all_and_none = [1, 0, *range(2, adapters + 1)]
+    out = [Wave(label=f"1 of {n} with an adapter", lengths=[n], tokens=tokens, adapters=[1]) for n in alone]
+    for label, given in (("with an adapter", [1]), ("with all adapters and none", all_and_none)):
+        out += [Wave(label=f"{n} of 1 {label}", lengths=[1] * n, tokens=tokens, adapters=given) for n in batches]
+    return out
 
 
 def _split(total: int, most: int) -> list[int]:
@@ -168,13 +181,14 @@ def run(arguments: Sequence[str], process: Process, progress: Progress) -> Run:
     except Exception as error:
         raise AotCacheError(f"vLLM cannot be started on the virtual device: {_with_place(error)}") from error
     progress("start", 1, 1)
-    wanted, lost = waves(_limits(config)), []
+    limits, lost = _limits(config), []
+    wanted, adapters = waves(limits), [None, *vllm_adapters.add(engine, limits.adapters)]
     number, answered, failed = itertools.count(), 0, 0
     random.seed(0)
     for done, wave in enumerate(wanted):
         progress("requests", done, len(wanted))
         try:
-            _send(engine, wave, config.model_config.get_vocab_size(), number)
+            _send(engine, wave, limits.vocabulary, [adapters[n] for n in wave.adapters], number)
             answered, failed = answered + 1, 0
         except Exception as error:
             lost.append(f"requests {wave.label}: {_with_place(error)}")
@@ -185,12 +199,10 @@ def run(arguments: Sequence[str], process: Process, progress: Progress) -> Run:
             lost.append(f"the {len(wanted) - done - 1} kinds of requests after these were not tried")
             break
     progress("requests", len(wanted), len(wanted))
-    if config.lora_config is not None:
-        lost.append("requests with a LoRA adapter were not sent")
     return Run(requests=[wave.label for wave in wanted], answered=answered, unreached=lost)
 
 
-def _send(engine: Any, wave: Wave, vocabulary: int, number: Iterator[int]) -> None:
+def _send(engine: Any, wave: Wave, vocabulary: int, adapters: Sequence[Any], number: Iterator[int]) -> None:
     """Send requests, and let the engine answer them.
 
     Raises:
@@ -198,9 +210,10 @@ def _send(engine: Any, wave: Wave, vocabulary: int, number: Iterator[int]) -> No
     """
 
     def add(prompts: Sequence[Sequence[int]]) -> None:
-        for prompt in prompts:
+        for prompt, adapter in zip(prompts, itertools.cycle(adapters)):
             wanted = vllm_engine.sampling(wave.tokens, wave.sampling)
-            engine.add_request(str(next(number)), {"prompt_token_ids": list(prompt)}, wanted)
+            given = {"prompt_token_ids": list(prompt)}
+            engine.add_request(str(next(number)), given, wanted, lora_request=adapter)
 
     def answer() -> None:
         for _ in range(_MOST_STEPS):
@@ -243,6 +256,7 @@ def _limits(config: Any) -> Limits:
         length=config.model_config.max_model_len,
         vocabulary=config.model_config.get_vocab_size(),
         drafts=drafts.num_speculative_tokens if drafts is not None else 0,
+        adapters=config.lora_config.max_loras if config.lora_config is not None else 0,
     )
 
 

@@ -170,9 +170,10 @@ class OnTheDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its ba
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        device = kwargs.get("device")
-        fake = any(isinstance(value, FakeTensor) for value in pytree.tree_leaves((args, kwargs)))
-        if not fake and (device is None or torch.device(device).type != "cuda"):
+        given = pytree.tree_leaves((args, kwargs))
+        # `aten.to.device` has its device among the arguments: in inference mode, `.to(device)` is not taken apart
+        on_the_device = any(isinstance(value, torch.device) and value.type == "cuda" for value in given)
+        if not on_the_device and not any(isinstance(value, FakeTensor) for value in given):
             return func(*args, **kwargs)
         with host_mode("cuda"):
             return func(*args, **kwargs)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from aot_cache.errors import DeclarationError, one_line
-from aot_cache.upstream.virtual import torch_fake_group
+from aot_cache.upstream.virtual import torch_fake_group, vllm_adapters
 
 REGISTRY = "vllm.model_executor.models.registry"
 WRAPPER = "vllm.compilation.wrapper"
@@ -157,6 +157,8 @@ def engine_of(config: Any, rank: int) -> Any:
         def _distributed_args(self) -> tuple[str, int, int]:
             return super()._distributed_args()[0], rank, rank
 
+    if config.lora_config is not None:
+        vllm_adapters.know_which_tokens_have_one()
     return engines.LLMEngine(vllm_config=config, executor_class=OneRank, log_stats=False, multiprocess_mode=False)
 
 
