@@ -2,7 +2,8 @@
 
 AOT_CACHE         a bundle, or a folder with one bundle per GPU model; several are separated by `:`, as in PATH (on Linux);
                   unset: no bundle is loaded
-AOT_CACHE_DIGEST  the bundle's digest, or one for each bundle, separated in the same way; any other bundle is refused
+AOT_CACHE_DIGEST  the bundle's digest, or one for each bundle, separated in the same way; any other bundle is refused.
+                  Unset: none is pinned
 AOT_CACHE_STRICT  1: raise instead of serving without the bundle
 AOT_CACHE_POLICY  fallback, error or observe: what happens where a call misses; without AOT_CACHE, only the guard is armed
 AOT_CACHE_UNTESTED  1: accept releases of torch and Triton that were not tested together
@@ -18,7 +19,7 @@ import os
 if _paths := os.environ.get("AOT_CACHE"):
     from aot_cache.runtime.loader import load_all
 
-    load_all(_paths, os.environ.get("AOT_CACHE_DIGEST", ""), strict=os.environ.get("AOT_CACHE_STRICT") == "1")
+    load_all(_paths, os.environ.get("AOT_CACHE_DIGEST"), strict=os.environ.get("AOT_CACHE_STRICT") == "1")
 elif os.environ.get("AOT_CACHE_POLICY"):
     from aot_cache.runtime.loader import arm
 

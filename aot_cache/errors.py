@@ -9,6 +9,7 @@
     ├── CompileFailed           one or more units did not compile
     ├── StoreError              bytes on disk
     │   ├── StoreUnwritable     no permission, no space, not a folder
+    │   ├── StoreChanged        what a build has stored is gone or damaged before its bundle is written
     │   ├── BundleCorrupt       a hash, the header or the layout is wrong
     │   ├── BundleMissing       no such bundle
     │   └── DigestMismatch      the bundle is not the one that was pinned
@@ -105,6 +106,10 @@ class StoreError(AotCacheError):
 
 class StoreUnwritable(StoreError):
     """Raised when the store cannot be written: no permission, no space, or not a folder."""
+
+
+class StoreChanged(StoreError):
+    """Raised when what a build has stored is gone or damaged before its bundle is written: something else changes the store."""
 
 
 class BundleCorrupt(StoreError):

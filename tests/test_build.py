@@ -22,12 +22,22 @@ from one_module import built_for_h200
 
 from aot_cache.artifact import manifest
 from aot_cache.artifact import target as targets
+from aot_cache.artifact.key import UNITS
 from aot_cache.artifact.plan import CallPlan, Plan
 from aot_cache.builder import fingerprint, fork_map, pipeline, virtual_gpu
 from aot_cache.builder.fingerprint import Inputs
 from aot_cache.builder.pipeline import Built, Request
-from aot_cache.errors import AotCacheError, DeclarationError, StoreUnwritable, TargetError, TraceError, UnknownName
-from aot_cache.store import read_bundle
+from aot_cache.errors import (
+    AotCacheError,
+    DeclarationError,
+    StoreChanged,
+    StoreUnwritable,
+    TargetError,
+    TraceError,
+    UnknownName,
+)
+from aot_cache.store import bundles_in, read_bundle
+from aot_cache.store.objects import LAYOUT
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,6 +103,24 @@ recipe = Recipe("project", [case])
 """
 
 
+SMALL = """
+import torch
+from aot_cache import Call, Recipe, Values, declare
+import {kernels} as kernels
+
+def host(n):
+    x = torch.empty(64, device="cuda")
+    kernels.inner[(1,)](x, BLOCK=16)
+    kernels.alone[(1,)](x, BLOCK=16)
+
+@declare(n=Values(1))
+def case(n):
+    return Call(host, n)
+
+recipe = Recipe("project", [case])
+"""
+
+
 @dataclass
 class Project:
     """A folder with a recipe and its kernels, to be built by a worker that runs there."""
@@ -102,10 +130,10 @@ class Project:
     name: str = "project"
 
     @classmethod
-    def at(cls, folder: Path, kernels: str = KERNELS) -> Project:
+    def at(cls, folder: Path, kernels: str = KERNELS, recipe: str = RECIPE) -> Project:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "project_kernels.py").write_text(kernels)
-        (folder / "project.py").write_text(RECIPE.format(kernels="project_kernels"))
+        (folder / "project.py").write_text(recipe.format(kernels="project_kernels"))
         return cls(folder, folder / "store")
 
     @property
@@ -163,7 +191,7 @@ def edited(tmp_path_factory: pytest.TempPathFactory) -> Edited:
     keys["first"] = project.snapshot(first)
     assert read_bundle(first.path).check_all() == [] and first.size == first.path.stat().st_size
     same = project.build()
-    shutil.rmtree(project.store / "v1" / "records" / pipeline.STAMPS)
+    shutil.rmtree(project.store / LAYOUT / "records" / pipeline.STAMPS)
     without_stamp = project.build()
     moved_down = "\n\n# a remark\n\n" + KERNELS.replace("\n@triton.jit", "\n\n\n@triton.jit")
     project.kernels.write_text(moved_down)
@@ -248,6 +276,111 @@ def test_a_module_that_host_code_imports_late_is_looked_at(tmp_path: Path) -> No
     assert second.compiled == 1
 
 
+# --- a store that loses things ------------------------------------------------------------------------------------------
+
+
+def of_store(project: Project, part: str) -> list[Path]:
+    return [path for path in (project.store / LAYOUT / part).rglob("*") if path.is_file()]
+
+
+def forget(project: Project, built: Built) -> None:
+    """Remove the bundle and its stamp: the next build makes the bundle from the store."""
+    shutil.rmtree(project.store / LAYOUT / "records" / pipeline.STAMPS)
+    built.path.unlink()
+
+
+def test_flipped_bits_and_swapped_records_are_mended(tmp_path: Path) -> None:
+    project = Project.at(tmp_path, recipe=SMALL)
+    first = project.build()
+    forget(project, first)
+    for path in of_store(project, "objects"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    again = project.build()
+    assert again.digest == first.digest and not again.failed
+    assert read_bundle(again.path).check_all() == []
+
+    forget(project, again)
+    records = sorted(of_store(project, f"records/{UNITS}"))
+    one, two = records[0].read_bytes(), records[1].read_bytes()
+    assert one != two
+    records[0].write_bytes(two)
+    records[1].write_bytes(one)
+    third = project.build()
+    assert third.compiled == 2 and third.digest == first.digest
+
+
+@pytest.fixture(scope="module")
+def built_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Built, bytes]:
+    project = Project.at(tmp_path_factory.mktemp("lossy"), recipe=SMALL)
+    built = project.build()
+    return project, built, built.path.read_bytes()
+
+
+def lossy(project: Project, part: str, change: str, most: int) -> tuple[Any, list[int]]:
+    """(a progress function that changes a part of the store as soon as all is compiled, how often it did)"""
+    times: list[int] = []
+
+    def lose(stage: str, done: int, total: int) -> None:
+        if stage == "compile" and done == total and len(times) < most:
+            paths = of_store(project, part)
+            times.append(len(paths))
+            for path in paths:
+                if change == "remove":
+                    path.unlink(missing_ok=True)
+                else:
+                    path.write_bytes(path.read_bytes()[:-9] + b"not these")
+
+    return lose, times
+
+
+@pytest.mark.parametrize("part", [f"records/{UNITS}", "objects"])
+@pytest.mark.parametrize("change", ["remove", "damage"])
+def test_what_is_lost_while_a_build_runs_is_made_again(
+    built_once: tuple[Project, Built, bytes], part: str, change: str
+) -> None:
+    project, first, whole = built_once
+    forget(project, first)
+    lose, times = lossy(project, part, change, 1)
+    again = project.build(progress=lose)
+    assert len(times) == 1 and times[0] and not again.failed and again.units == first.units
+    assert again.path.read_bytes() == whole
+
+
+def test_a_store_that_loses_everything_each_time_stops_the_build(built_once: tuple[Project, Built, bytes]) -> None:
+    project, first, _ = built_once
+    first.path.write_bytes(b"what was there before")
+    shutil.rmtree(project.store / LAYOUT / "records" / pipeline.STAMPS, ignore_errors=True)
+    lose, times = lossy(project, f"records/{UNITS}", "remove", 1000)
+    with pytest.raises(StoreChanged, match=r"expected .*, found") as caught:
+        project.build(progress=lose)
+    assert len(times) > 1 and str(project.store) in str(caught.value)
+    assert first.path.read_bytes() == b"what was there before"
+    assert not of_store(project, f"records/{pipeline.STAMPS}"), "the next build does not take it for done"
+
+
+def test_an_incomplete_bundle_does_not_take_a_complete_one_s_place(tmp_path: Path) -> None:
+    project = Project.at(tmp_path, recipe=SMALL)
+    broken = KERNELS.replace("tl.store(x + tl.arange(0, BLOCK), 3.0)", "tl.static_assert(False, 'no')")
+    project.kernels.write_text(broken)
+    alone = project.build()
+    assert alone.failed and alone.path.name == "project-h200.safetensors", "there is nothing that it could replace"
+    project.kernels.write_text(KERNELS)
+    good = project.build()
+    whole = good.path.read_bytes()
+    assert not good.failed and good.path == alone.path
+
+    project.kernels.write_text(broken)
+    bad = project.build()
+    assert bad.failed and bad.digest and bad.path.name == "project-h200.incomplete.safetensors"
+    assert good.path.read_bytes() == whole and read_bundle(bad.path).manifest["complete"] is False
+    assert bundles_in(good.path.parent) == [good.path], "a server does not choose the other one"
+    project.kernels.write_text(KERNELS.replace("3.0", "3.5"))
+    mended = project.build()
+    assert not mended.failed and mended.path == good.path and not bad.path.exists()
+
+
 # --- the same bytes ---------------------------------------------------------------------------------------------------
 
 
@@ -286,7 +419,8 @@ def test_no_path_of_this_machine_is_in_the_bundle(twins: Sequence[tuple[Project,
 
 def test_objects_of_the_twins_are_the_same(twins: Sequence[tuple[Project, Built]]) -> None:
     one, two = (
-        {path.name for path in (project.store / "v1" / "objects").rglob("*") if path.is_file()} for project, _ in twins
+        {path.name for path in (project.store / LAYOUT / "objects").rglob("*") if path.is_file()}
+        for project, _ in twins
     )
     assert one == two
 

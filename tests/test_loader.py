@@ -27,7 +27,7 @@ from aot_cache.artifact import target as targets
 from aot_cache.artifact.manifest import served
 from aot_cache.builder import pipeline
 from aot_cache.builder.pipeline import Request
-from aot_cache.errors import Incompatible
+from aot_cache.errors import BundleMissing, Incompatible
 from aot_cache.runtime import bundle_lookup, host_check
 from aot_cache.runtime.ledger import HARMFUL, KINDS, Ledger
 from aot_cache.store import read_bundle, write_bundle
@@ -138,8 +138,8 @@ def test_a_bundle_is_loaded_without_torch_or_triton(bundle: Path) -> None:
 def test_several_bundles_are_loaded(bundle: Path, tmp_path: Path) -> None:
     other = altered(bundle, tmp_path / "other.safetensors", lambda manifest: manifest.update(recipe="another"))
     paths, digests = [str(bundle), str(other)], [read_bundle(path).digest for path in (bundle, other)]
-    for pinned in ("", os.pathsep.join(digests)):
-        served = serve("import aot_cache.auto", AOT_CACHE=os.pathsep.join(paths), AOT_CACHE_DIGEST=pinned)
+    for pinned in ({}, {"AOT_CACHE_DIGEST": os.pathsep.join(digests)}):
+        served = serve("import aot_cache.auto", AOT_CACHE=os.pathsep.join(paths), **pinned)
         assert served.warnings == [] and [report["digest"] for report in served.stats["bundles"]] == digests
     turned = serve(
         "import aot_cache.auto", AOT_CACHE=os.pathsep.join(paths), AOT_CACHE_DIGEST=os.pathsep.join(digests[::-1])
@@ -331,6 +331,39 @@ def test_a_folder_with_a_bundle_for_each_gpu(bundle: Path, tmp_path: Path) -> No
     altered(bundle, tmp_path / "a100.safetensors", change)
     served = serve("import aot_cache.auto; import triton" + ARMED, AOT_CACHE=str(tmp_path))
     assert served.error is None and served.warnings == []
+
+
+def test_a_folder_with_bad_neighbours(bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "good.safetensors").write_bytes(bundle.read_bytes())
+    (tmp_path / "cut.safetensors").write_bytes(bundle.read_bytes()[:-1])
+    (tmp_path / "empty.safetensors").touch()
+    of_another_kind(bundle, tmp_path)
+    altered(bundle, tmp_path / "half.incomplete.safetensors", lambda manifest: manifest.update(complete=False))
+    assert bundle_lookup.find(tmp_path, None).path.stem == "good"
+    assert {record.args[0].stem for record in caplog.records} == {"cut", "empty", "graphs"}
+    (tmp_path / "good.safetensors").unlink()
+    with pytest.raises(BundleMissing, match="none of 3 fits"):
+        bundle_lookup.find(tmp_path, None)
+
+
+@pytest.mark.parametrize("digest", ["", ":"])
+def test_an_empty_digest_is_an_error(bundle: Path, digest: str) -> None:
+    """As a Dockerfile has it whose build argument was not given: whoever wrote it meant to pin a bundle."""
+    given = {"AOT_CACHE": str(bundle), "AOT_CACHE_DIGEST": digest}
+    served = serve("import aot_cache.auto", **given)
+    (warning,) = served.warnings
+    assert "expected a digest in AOT_CACHE_DIGEST, found an empty value" in warning and served.stats["bundles"] == []
+    strict = serve("import aot_cache.auto", AOT_CACHE_STRICT="1", **given)
+    assert strict.error is not None and strict.error[0] == "DeclarationError"
+
+
+def test_an_incomplete_bundle_is_loaded_with_a_warning(bundle: Path, tmp_path: Path) -> None:
+    half = altered(bundle, tmp_path / "half.safetensors", lambda manifest: manifest.update(complete=False))
+    served = serve("import aot_cache.auto", AOT_CACHE=str(half))
+    (warning,) = served.warnings
+    assert f"{half} is incomplete" in warning and len(served.stats["bundles"]) == 1
+    strict = serve("import aot_cache.auto", AOT_CACHE=str(half), AOT_CACHE_STRICT="1")
+    assert strict.error is not None and strict.error[0] == "NotReady" and "incomplete" in strict.error[1]
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ ERRORS = {  # name: (base, exit code of the command line)
     "CompileFailed": ("AotCacheError", 4),
     "StoreError": ("AotCacheError", 3),
     "StoreUnwritable": ("StoreError", 3),
+    "StoreChanged": ("StoreError", 3),
     "BundleCorrupt": ("StoreError", 8),
     "BundleMissing": ("StoreError", 3),
     "DigestMismatch": ("StoreError", 8),

@@ -26,6 +26,7 @@ from limits import HANGS
 import aot_cache.store
 from aot_cache.errors import BundleCorrupt, BundleMissing, StoreError, StoreUnwritable
 from aot_cache.store import Store, read_bundle, write_atomic, write_bundle
+from aot_cache.store.objects import LAYOUT
 
 CHILD = Path(__file__).with_name("store_child.py")
 PACKAGE = Path(aot_cache.store.__file__).parent
@@ -57,7 +58,7 @@ def named(*blobs: bytes) -> dict[str, bytes]:
 
 def assert_sound(root: Path) -> None:
     """Every object and the shared bundle hash to their names; what killed writers left has a name that says so."""
-    for path in (root / "v1" / "objects").rglob("*"):
+    for path in (root / LAYOUT / "objects").rglob("*"):
         if path.is_file() and path.suffix != ".tmp":
             assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
     if (root / "shared.safetensors").exists():
@@ -140,11 +141,11 @@ def test_put_then_get(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
         digest = hashlib.sha256(data).hexdigest()
-        assert not store.has(digest)
+        assert not store.holds(digest)
         assert store.put(data) == digest
-        assert store.has(digest)
+        assert store.holds(digest)
         assert store.get(digest) == data
-        assert (Path(folder) / "v1" / "objects" / digest[:2] / digest).read_bytes() == data
+        assert (Path(folder) / LAYOUT / "objects" / digest[:2] / digest).read_bytes() == data
 
 
 def test_putting_again_writes_nothing(tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_putting_again_writes_nothing(tmp_path: Path) -> None:
 
 def test_a_store_that_is_only_read_is_not_made(tmp_path: Path) -> None:
     store = Store(tmp_path / "none")
-    assert not store.has("0" * 64)
+    assert not store.holds("0" * 64)
     assert store.get_record("kind", "key") is None
     with pytest.raises(BundleMissing):
         store.get("0" * 64)
@@ -167,7 +168,7 @@ def test_a_store_that_is_only_read_is_not_made(tmp_path: Path) -> None:
 def test_put_mends_an_object_of_the_wrong_size(tmp_path: Path) -> None:
     store = Store(tmp_path)
     digest = store.put(b"data")
-    path = tmp_path / "v1" / "objects" / digest[:2] / digest
+    path = tmp_path / LAYOUT / "objects" / digest[:2] / digest
     path.write_bytes(b"dat")
     with pytest.raises(BundleCorrupt, match=digest):
         store.get(digest)
@@ -178,7 +179,7 @@ def test_put_mends_an_object_of_the_wrong_size(tmp_path: Path) -> None:
 def test_put_replaces_a_link_in_an_objects_place(tmp_path: Path) -> None:
     store = Store(tmp_path)
     digest = store.put(b"data")
-    path = tmp_path / "v1" / "objects" / digest[:2] / digest
+    path = tmp_path / LAYOUT / "objects" / digest[:2] / digest
     path.unlink()
     (path.parent / "real").write_bytes(b"atad")
     path.symlink_to("real")  # link, target and object all have four bytes
@@ -192,17 +193,26 @@ def test_put_replaces_a_link_in_an_objects_place(tmp_path: Path) -> None:
 def test_a_flipped_bit_is_found_and_the_file_named(tmp_path: Path) -> None:
     store = Store(tmp_path)
     digest = store.put(b"data")
-    path = tmp_path / "v1" / "objects" / digest[:2] / digest
+    path = tmp_path / LAYOUT / "objects" / digest[:2] / digest
     path.write_bytes(b"dat`")
     with pytest.raises(BundleCorrupt) as caught:
         store.get(digest)
     assert str(path) in str(caught.value)
 
 
+def test_put_mends_a_flipped_bit(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    digest = store.put(b"data")
+    path = tmp_path / LAYOUT / "objects" / digest[:2] / digest
+    path.write_bytes(b"dat`")
+    assert not store.holds(digest), "it is there, and it is not what it is called"
+    assert store.put(b"data") == digest and store.get(digest) == b"data"
+
+
 @pytest.mark.parametrize("name", ["", "../../etc/passwd", "A" * 64, "0" * 63, "0" * 64 + "\n", "\0" * 64])
 def test_what_is_no_digest_is_not_looked_for(tmp_path: Path, name: str) -> None:
     store = Store(tmp_path)
-    assert not store.has(name)
+    assert not store.holds(name)
     with pytest.raises(BundleMissing):
         store.get(name)
 
@@ -214,7 +224,7 @@ def test_records(tmp_path: Path) -> None:
     store.put_record("unit", "key-1.x_y", {"b": 2})
     assert store.get_record("unit", "key-1.x_y") == {"b": 2}
     assert store.get_record("other", "key-1.x_y") is None
-    assert (tmp_path / "v1" / "records" / "unit" / "key-1.x_y.json").is_file()
+    assert (tmp_path / LAYOUT / "records" / "unit" / "key-1.x_y.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -223,15 +233,47 @@ def test_records(tmp_path: Path) -> None:
 def test_a_damaged_record_counts_as_absent(tmp_path: Path, content: bytes) -> None:
     store = Store(tmp_path)
     store.put_record("kind", "key", {"good": True})
-    path = tmp_path / "v1" / "records" / "kind" / "key.json"
+    path = tmp_path / LAYOUT / "records" / "kind" / "key.json"
     path.write_bytes(content)
     assert store.get_record("kind", "key") is None
     store.put_record("kind", "key", {"good": True})
     assert store.get_record("kind", "key") == {"good": True}
 
 
+def test_no_flipped_bit_of_a_record_passes_as_another_record(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    facts = {
+        "object": "0" * 64,
+        "size": 17,
+        "metadata": {"shared": 1024, "name": "ü", "ok": True, "none": None, "share": 0.5},
+    }
+    store.put_record("kind", "key", facts)
+    path = tmp_path / LAYOUT / "records" / "kind" / "key.json"
+    whole = path.read_bytes()
+    absent = 0
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        found = store.get_record("kind", "key")
+        assert found is None or found == facts, f"bit {bit}"
+        absent += found is None
+    assert absent > 0.95 * 8 * len(whole), "others are digits of \\u00fc, and white space"
+
+
+def test_a_record_in_another_s_place_counts_as_absent(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for kind, key in (("kind", "one"), ("kind", "two"), ("other", "one")):
+        store.put_record(kind, key, {"of": [kind, key]})
+    folder = tmp_path / LAYOUT / "records"
+    (folder / "kind" / "one.json").replace(folder / "kind" / "two.json")
+    assert store.get_record("kind", "two") is None
+    (folder / "other" / "one.json").replace(folder / "kind" / "one.json")
+    assert store.get_record("kind", "one") is None
+
+
 def test_a_folder_or_pipe_in_a_records_place_counts_as_absent(tmp_path: Path) -> None:
-    folder = tmp_path / "v1" / "records" / "kind"
+    folder = tmp_path / LAYOUT / "records" / "kind"
     (folder / "folder.json").mkdir(parents=True)
     os.mkfifo(folder / "pipe.json")
     assert Store(tmp_path).get_record("kind", "folder") is None
@@ -372,7 +414,7 @@ def test_killed_at_any_moment(tmp_path: Path, moment: str, what: str) -> None:
     done = moment == "after the rename"
     new = hashlib.sha256(blob(2)).hexdigest()
     record = store.get_record("kind", "key")
-    assert store.has(new) == (done and what == "object")
+    assert store.holds(new) == (done and what == "object")
     assert record == {"version": "new" if done and what == "record" else "old"}
     version = read_bundle(tmp_path / "shared.safetensors").manifest["version"]
     assert version == ("new" if done and what == "bundle" else "old")
@@ -457,7 +499,7 @@ def test_a_folder_without_permission() -> None:
         store.put(blob(1))
         secret = store.put(blob(3))
         write_bundle(root / "shared.safetensors", {}, named(blob(1)))
-        (root / "v1" / "objects" / secret[:2] / secret).chmod(0)
+        (root / LAYOUT / "objects" / secret[:2] / secret).chmod(0)
         folders = [Path(folder), root, *(path for path in root.rglob("*") if path.is_dir())]
         for path in folders:
             path.chmod(0o555)

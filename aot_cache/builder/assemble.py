@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aot_cache.artifact import at_start, scan
 from aot_cache.artifact.engine_cache import NO_CACHES, Caches
-from aot_cache.artifact.key import UNITS
 from aot_cache.artifact.manifest import KIND, Graph, Kernel, KernelUnit, Manifest, Pruned, TuningChoice
 from aot_cache.artifact.plan import Failure, Plan, Tuning, Unit
 from aot_cache.artifact.plan_of_ranks import ranks_of_kernel
 from aot_cache.artifact.target import Target
+from aot_cache.builder import stored
 from aot_cache.recipes import dimensions
 from aot_cache.store import Store
 
@@ -38,6 +39,7 @@ def assemble(
 
     Raises:
         DeclarationError: no kernel has a marked constant.
+        StoreChanged: the store lacks something that the workers have put there.
     """
     plan = result.plan
     kernels = sorted({unit.kernel for unit in plan.units})
@@ -46,11 +48,12 @@ def assemble(
     pruned: list[Pruned] = []
     failed = [*(case.failure() for case in plan.failed), *result.failed]
     listed = {failure.unit for failure in failed}
+    lost = {unit_key for unit, unit_key in zip(plan.units, result.keys, strict=True) if unit.id in listed}
     objects: dict[str, bytes] = {}
     for unit, unit_key, memory_key in zip(plan.units, result.keys, result.memory_keys, strict=True):
-        record = store.get_record(UNITS, unit_key)
-        if record is None or unit.id in listed:
-            continue  # it failed, and is in `failed`
+        if unit_key in lost:
+            continue
+        record = stored.unit(store, unit, unit_key)
         why = record.get("pruned") or misfit(record["metadata"], target)
         if why and unit.launched_without_tuner():  # no tuner can skip it, so its launch would fail
             failed.append(Failure(kernel=unit.kernel, unit=unit.id, error=why))
@@ -58,7 +61,7 @@ def assemble(
         if why:
             pruned.append(Pruned(kernel=unit.kernel, unit=unit.id, via=unit.via, why=why))
             continue
-        objects[record["object"]] = store.get(record["object"])
+        objects[record["object"]] = stored.object_of(store, record["object"])
         units.append(
             KernelUnit(
                 kernel=number[unit.kernel],
@@ -76,10 +79,10 @@ def assemble(
         )
     graphs = _for_servers(result.graphs, store, failed)
     for digest in sorted({digest for graph in graphs for digest in graph.objects()}):
-        objects[digest] = store.get(digest)
+        objects[digest] = stored.object_of(store, digest)
     objects.update(caches.objects)
     for native in result.native:
-        objects[native.object] = store.get(native.object)
+        objects[native.object] = stored.object_of(store, native.object)
     reached = {unit.id: unit.reached for unit in plan.units}
     common, units = _factor(units)
     tunings = [_tuning(n, tuning, number, units, plan.units) for n, tuning in enumerate(plan.tunings)]
@@ -127,7 +130,7 @@ def _is_served(unit: KernelUnit, tunings: Sequence[TuningChoice]) -> bool:
 def _for_servers(graphs: Sequence[Graph], store: Store, failed: list[Failure]) -> list[Graph]:
     """The graphs, without those that have builder-only state (see `scan`), which are added to `failed`."""
     wrong: dict[int, list[str]] = {}
-    for finding in scan.findings(graphs, store.get):
+    for finding in scan.findings(graphs, partial(stored.object_of, store)):
         wrong.setdefault(finding.graph, []).append(finding.what)
     for number, what in sorted(wrong.items()):
         graph, why = graphs[number], f"its graph would hit nowhere: {'; '.join(what[:3])}"

@@ -49,7 +49,7 @@ def stored(store: Store, graph_key: str) -> CompileResult | None:
     if record is None:
         return None
     graphs = [graph_from_json(TracedGraph, graph) for graph in record["graphs"]]
-    if not all(store.has(digest) for graph in graphs for digest in graph.objects()):
+    if not all(store.holds(digest) for graph in graphs for digest in graph.objects()):
         return None
     return CompileResult(graphs, unmatched=[(case, at) for case, at in record["unmatched"]])
 

@@ -12,7 +12,7 @@ from aot_cache.artifact.key import IR, NATIVE, UNITS
 from aot_cache.artifact.manifest import NativeModule
 from aot_cache.artifact.plan import Failure, Pair, Plan, Unit
 from aot_cache.artifact.target import Target
-from aot_cache.builder import fork_map
+from aot_cache.builder import fork_map, stored
 from aot_cache.builder.kernels_trace import functions_at
 from aot_cache.errors import TargetError, one_line
 from aot_cache.recipes import dimensions
@@ -96,7 +96,7 @@ def compile_plan(
 
         def known(ir: str) -> object:
             record = store.get_record(IR, _ir_key(plan.units[number], ir, shared))
-            return record if record is not None and store.has(record["object"]) else None
+            return record if record is not None and store.holds(record["object"]) else None
 
         return _compile(plan, number, recipe, target, None if line_info else known)
 
@@ -143,7 +143,7 @@ def _ir_key(unit: Unit, ir: str, shared: dict[str, Any]) -> str:
 
 def _stored(store: Store, unit_key: str) -> bool:
     record = store.get_record(UNITS, unit_key)
-    return record is not None and ("pruned" in record or store.has(record["object"]))
+    return record is not None and ("pruned" in record or store.holds(record["object"]))
 
 
 def _compile(
@@ -237,16 +237,25 @@ def _build_native(
     progress: Progress,
     workers: int | None,
 ) -> None:
-    """The C modules that Triton would build with gcc when the kernels are loaded."""
+    """The C modules that Triton would build with gcc when the kernels are loaded.
+
+    Raises:
+        StoreChanged: the store lacks a kernel that was compiled.
+    """
     sources = {triton_launcher.source_key(s): (s, triton_launcher.UTILS) for s in [triton_launcher.utils_source()]}
-    records = [(unit, store.get_record(UNITS, unit_key)) for unit, unit_key in zip(plan.units, outcome.keys)]
-    launchers = [_launcher_source(unit, r["metadata"]) for unit, r in records if r is not None and "pruned" not in r]
+    failed = {failure.unit for failure in outcome.failed}
+    lost = {unit_key for unit, unit_key in zip(plan.units, outcome.keys) if unit.id in failed}
+    made = [
+        (u, stored.unit(store, u, unit_key)) for u, unit_key in zip(plan.units, outcome.keys) if unit_key not in lost
+    ]
+    launchers = [_launcher_source(unit, record["metadata"]) for unit, record in made if "pruned" not in record]
     launchers += [triton_launcher.launcher_source(types, None) for types in plan.launchers]
     for source in launchers:
         if source is not None:
             sources.setdefault(triton_launcher.source_key(source), (source, triton_launcher.LAUNCHER))
     jobs = [_NativeJob(k, s, name, python) for k, (s, name) in sorted(sources.items()) for python in pythons]
-    todo = [job for job in jobs if not _native_stored(store, job)]
+    records = {job: _native_stored(store, job) for job in jobs}
+    todo = [job for job, record in records.items() if record is None]
 
     def run(job: _NativeJob) -> bytes | TargetError:
         try:
@@ -257,13 +266,14 @@ def _build_native(
     for index, result in fork_map.run(run, todo, workers):
         job = todo[index]
         if isinstance(result, bytes):
-            store.put_record(NATIVE, _native_key(job), {"object": store.put(result), "size": len(result)})
+            made_now = {"object": store.put(result), "size": len(result)}
+            store.put_record(NATIVE, _native_key(job), made_now)
+            records[job] = made_now
         else:
             message = result.why if isinstance(result, fork_map.Died) else str(result)
             kernel = f"{job.name} ({job.python.suffix})"
             outcome.failed.append(Failure(kernel=kernel, unit=job.key[:16], error=message))
-    for job in jobs:
-        record = store.get_record(NATIVE, _native_key(job))
+    for job, record in records.items():
         if record is not None:
             outcome.native.append(
                 NativeModule(name=job.name, source=job.key, suffix=job.python.suffix, object=record["object"])
@@ -281,6 +291,6 @@ def _native_key(job: _NativeJob) -> str:
     )
 
 
-def _native_stored(store: Store, job: _NativeJob) -> bool:
+def _native_stored(store: Store, job: _NativeJob) -> dict[str, Any] | None:
     record = store.get_record(NATIVE, _native_key(job))
-    return record is not None and store.has(record["object"])
+    return record if record is not None and store.holds(record["object"]) else None

@@ -21,16 +21,17 @@ from aot_cache.builder.assemble import assemble, covered
 from aot_cache.builder.engine_start import NO_START, Engine, EngineStart
 from aot_cache.builder.fingerprint import Inputs
 from aot_cache.builder.workers import BuildResult
-from aot_cache.errors import AotCacheError, DeclarationError, TraceError
+from aot_cache.errors import AotCacheError, DeclarationError, StoreChanged, TraceError
 from aot_cache.misses import file as miss_file
 from aot_cache.misses.describe import asked
 from aot_cache.misses.file import GRAPH, Misses
 from aot_cache.recipes import declare as declaring
 from aot_cache.recipes import options
-from aot_cache.store import Store, read_bundle, write_bundle
+from aot_cache.store import INCOMPLETE, Store, read_bundle, write_bundle
 
 Progress = Callable[[str, int, int], None]
 STAMPS = "stamps"
+_ATTEMPTS = 3
 RECORDED = "recorded"
 """The recipe that makes the calls of a recorded plan again; its option `config` is the plan's file."""
 
@@ -144,8 +145,7 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
         started = _start(request, store, Path(scratch), progress)
         request, marks = _with(request, started, store), [*marks, *(Mark.parse(text) for text in started.at_start)]
         caches = engine_cache.of_plans(request.plans)
-        result = workers.run(replace(request, model=model_of(request)), Path(scratch), misses, progress)
-        built = _finish(request, store, result, misses, marks, caches)
+        result, built = _compile(request, Path(scratch), store, misses, marks, caches, progress)
     built.engine = _told(request.engine, started)
     built.untested = "; ".join(filter(None, (built.untested, started.untested)))
     inputs = fingerprint.together([result.inputs, started.inputs])
@@ -155,6 +155,33 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
         with store.writer():
             store.put_record(STAMPS, question, {"inputs": asdict(inputs), "built": built.to_json()})
     return built
+
+
+def _compile(
+    request: Request,
+    scratch: Path,
+    store: Store,
+    misses: Misses,
+    marks: Sequence[Mark],
+    caches: Caches,
+    progress: Progress,
+) -> tuple[BuildResult, Built]:
+    """Compile what the store lacks, and write the bundle. If the store has lost some of it by then, once more.
+
+    Raises:
+        StoreChanged: something is lost each time.
+    """
+    traced = replace(request, model=model_of(request))
+    for again in range(_ATTEMPTS):
+        folder = scratch / f"build-{again}"
+        folder.mkdir()
+        try:
+            result = workers.run(traced, folder, misses, progress)
+            return result, _finish(request, store, result, misses, marks, caches)
+        except StoreChanged:
+            if again == _ATTEMPTS - 1:
+                raise
+    raise AssertionError  # not reached
 
 
 def _start(request: Request, store: Store, scratch: Path, progress: Progress) -> EngineStart:
@@ -328,6 +355,11 @@ def _finish(
     digest = ""
     if manifest.units or manifest.graphs:
         with store.writer():
+            aside = path.with_suffix(INCOMPLETE)
+            if manifest.complete:
+                aside.unlink(missing_ok=True)
+            elif _is_complete(path):
+                path = aside
             digest = write_bundle(path, header, objects)
             _write_plan(request, plan, path)
     elif not manifest.failed:
@@ -355,6 +387,14 @@ def _finish(
         sets={case.name: list(case.sets) for case in plan.cases if case.sets},
         untested=tested.doubt_here(request.target.backend == "cpu", _imported("transformers", result.inputs)),
     )
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether there is a complete bundle."""
+    try:
+        return read_bundle(path).manifest.get("complete") is True
+    except AotCacheError:
+        return False
 
 
 def _nothing(plan: Plan, target: Target) -> TraceError:

@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from aot_cache import tested
 from aot_cache.artifact.manifest import KIND, lacking, served
 from aot_cache.errors import AotCacheError, BundleMissing, DeclarationError, Incompatible
 from aot_cache.runtime import host_check, host_gpu, rank_agreement
-from aot_cache.store import Bundle, read_bundle
+from aot_cache.store import Bundle, bundles_in, read_bundle
 from aot_cache.tested import UNTESTED, installed
 from aot_cache.upstream.hooks import torch_capture
 
+_LOG = logging.getLogger(__name__)
 
-def listed(paths: str, digests: str) -> list[tuple[Path, str | None]]:
-    """(bundle or folder, its digest) of what AOT_CACHE and AOT_CACHE_DIGEST list, as in PATH. Without digests none is pinned.
+
+def listed(paths: str, digests: str | None) -> list[tuple[Path, str | None]]:
+    """(bundle or folder, its digest) of what AOT_CACHE and AOT_CACHE_DIGEST list, as in PATH. None is pinned if that is not set.
 
     Raises:
-        DeclarationError: there are not as many digests as bundles: it is not known which of them are meant.
+        DeclarationError: there are not as many digests as bundles: it is not known which of them are meant. Or there is none in
+            a variable that is set: whoever set it meant to pin something.
     """
     named = [Path(path) for path in paths.split(os.pathsep) if path]
-    pinned: list[str | None] = [digest for digest in digests.split(os.pathsep) if digest]
-    if pinned and len(pinned) != len(named):
+    if digests is None:
+        return [(path, None) for path in named]
+    pinned = [digest for digest in digests.split(os.pathsep) if digest]
+    if not pinned:
+        raise DeclarationError(
+            "a digest in AOT_CACHE_DIGEST", "an empty value", "set it to what `build` prints, or unset it"
+        )
+    if len(pinned) != len(named):
         expected = f"a digest in AOT_CACHE_DIGEST for each of the {len(named)} bundles in AOT_CACHE"
         raise DeclarationError(expected, str(len(pinned)), "list them in the order of the bundles")
-    return list(zip(named, pinned or [None] * len(named)))
+    return list(zip(named, pinned))
 
 
 def of_environment() -> Iterator[Bundle]:
@@ -36,28 +46,27 @@ def of_environment() -> Iterator[Bundle]:
     Those that cannot be read are left out: the process that loads them says why.
     """
     try:
-        named = listed(os.environ.get("AOT_CACHE", ""), os.environ.get("AOT_CACHE_DIGEST", ""))
+        named = listed(os.environ.get("AOT_CACHE", ""), os.environ.get("AOT_CACHE_DIGEST"))
     except DeclarationError:
         return
     for path, digest in named:
-        for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        for file in bundles_in(path) if path.is_dir() else [path]:
             with contextlib.suppress(AotCacheError):
                 yield read_bundle(file, digest)
 
 
 def find(path: Path, digest: str | None) -> Bundle:
-    """Read the bundle at `path`; of a folder, the one bundle that is for this host.
+    """Read the bundle at `path`; of a folder, the one bundle that is for this host. Files in it that are no sound bundles of this
+    version are passed over, and named in the log.
 
     Raises:
         StoreError: the bundle cannot be read, or none in the folder fits.
-        Incompatible: several in the folder fit, or one has an unknown form.
+        Incompatible: several in the folder fit.
     """
     if not path.is_dir():
         return read_bundle(path, digest, prefetch=True)
-    files = sorted(path.glob("*.safetensors"))
-    bundles = [bundle for bundle in map(read_bundle, files) if digest in (None, bundle.digest)]
-    for bundle in bundles:
-        check_form(bundle)
+    files = bundles_in(path)
+    bundles = [bundle for bundle in _sound(files) if digest in (None, bundle.digest)]
     fitting = [b for b in bundles if not host_check.differing(host_check.parts(served(b), look_at_gpu=False))]
     if torch_capture.cuda_is_up():  # a bundle for the target cpu fits every host
         fitting = [b for b in fitting if not served(b).on_cpu] or fitting
@@ -69,6 +78,17 @@ def find(path: Path, digest: str | None) -> Bundle:
         named = ", ".join(b.path.name for b in fitting)
         raise Incompatible(f"one bundle for this host in {path}", named, "name the file")
     return fitting[0]
+
+
+def _sound(files: Iterable[Path]) -> Iterator[Bundle]:
+    for file in files:
+        try:
+            bundle = read_bundle(file)
+            check_form(bundle)
+        except AotCacheError as error:
+            _LOG.warning("passing over %s: %s", file, error)
+        else:
+            yield bundle
 
 
 def agreed(path: Path, digest: str | None, group: object) -> str:
@@ -141,6 +161,11 @@ def doubt(bundle: Bundle) -> str:
     return (
         f"{said}; the bundle may miss, or compile when it should not; set {UNTESTED}=1 to accept that" if said else ""
     )
+
+
+def incomplete(bundle: Bundle) -> str:
+    """One line that says so of a bundle from a build in which something failed; empty for others."""
+    return "" if served(bundle).complete else f"{bundle.path} is incomplete: something in it could not be built"
 
 
 def _on_cpu(bundle: Bundle) -> bool:

@@ -66,16 +66,16 @@ def load(
         return SESSION.load(Path(path), digest, strict, [group] if together else [])
 
 
-def load_all(paths: str, digests: str, *, strict: bool) -> list[Report | None]:
+def load_all(paths: str, digests: str | None, *, strict: bool) -> list[Report | None]:
     """`load` for each bundle of a list as in PATH: what AOT_CACHE and AOT_CACHE_DIGEST have.
 
     Args:
         paths: bundles or folders, separated by `os.pathsep`.
-        digests: one for each of them, separated in the same way; empty: none is pinned.
+        digests: one for each of them, separated in the same way; None: none is pinned.
 
     Raises:
-        AotCacheError: see `load`; with `strict` also DeclarationError, if there are not as many digests as bundles. Without it,
-            that is a warning, and none of the bundles is loaded: it is not known which of them are meant.
+        AotCacheError: see `load`; with `strict` also DeclarationError, if there are not as many digests as bundles, or none.
+            Without it, that is a warning, and none of the bundles is loaded: it is not known which of them are meant.
     """
     try:
         bundles = bundle_lookup.listed(paths, digests)

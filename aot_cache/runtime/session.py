@@ -242,6 +242,11 @@ class Session:
         kernels = KernelSet(bundle, self.ledger, strict)
         bundle_lookup.check(bundle, look_at_gpu=False)
         self._heed(bundle_lookup.doubt(bundle), strict)
+        lacks = bundle_lookup.incomplete(bundle)
+        if lacks and strict:
+            raise NotReady(lacks, hint="build it again, and see why `aot-cache verify` calls it incomplete")
+        if lacks:
+            self._warn(f"aot-cache: {lacks}")
         if strict:
             bundle_lookup.check_gpu(bundle)
         with self._lock:

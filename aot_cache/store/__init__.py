@@ -7,8 +7,19 @@ trust no byte that they did not hash. Nothing here is ever unpickled or executed
 from __future__ import annotations
 
 from aot_cache.store.atomic import write_atomic
-from aot_cache.store.bundle import Bundle, read_bundle, write_bundle
+from aot_cache.store.bundle import INCOMPLETE, Bundle, bundles_in, read_bundle, write_bundle
 from aot_cache.store.json_value import Json, JsonObject, JsonValue
 from aot_cache.store.objects import Store
 
-__all__ = ["Bundle", "Json", "JsonObject", "JsonValue", "Store", "read_bundle", "write_atomic", "write_bundle"]
+__all__ = [
+    "INCOMPLETE",
+    "Bundle",
+    "Json",
+    "JsonObject",
+    "JsonValue",
+    "Store",
+    "bundles_in",
+    "read_bundle",
+    "write_atomic",
+]
+__all__ += ["write_bundle"]

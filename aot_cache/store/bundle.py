@@ -212,6 +212,15 @@ class Bundle:
         return data  # fewer bytes if the file was shortened, and they do not hash to the name
 
 
+INCOMPLETE = ".incomplete.safetensors"
+"""Ending of an incomplete bundle's name, where a complete one has the name that was asked for."""
+
+
+def bundles_in(folder: Path) -> list[Path]:
+    """Files of a folder that may be bundles, but no incomplete ones."""
+    return sorted(path for path in folder.glob("*.safetensors") if not path.name.endswith(INCOMPLETE))
+
+
 def write_bundle(path: str | os.PathLike[str], manifest: Mapping[str, Any], objects: Mapping[str, bytes]) -> str:
     """Write a bundle atomically and return its digest.
 

@@ -1,8 +1,11 @@
 """The store: a folder of objects named by their hash, and of small records named by their key.
 
     <root>/.lock                        held by a writer that excludes others
-    <root>/v1/objects/<aa>/<digest>     bytes; the name is their sha256
-    <root>/v1/records/<kind>/<key>.json facts about them
+    <root>/v2/objects/<aa>/<digest>     bytes; the name is their sha256
+    <root>/v2/records/<kind>/<key>.json facts about them, with a sha256 over these, their kind and their key
+
+Disks lose and change bytes, and other processes remove files. What does not hash to its name, or a record that does not hash to
+what it says, counts as absent: whoever made it makes it again, and writes over it.
 
 A changed layout gets a new `v<n>` beside the old one, so that two releases can share a root.
 """
@@ -14,15 +17,15 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from aot_cache.errors import BundleCorrupt, BundleMissing, StoreError, StoreUnwritable
 from aot_cache.store.atomic import open_regular, probe_writable, unwritable, write_atomic
 
-LAYOUT = "v1"
+LAYOUT = "v2"
 
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 # Kinds and keys become file names: they must not lead out of the folder or be hidden files.
@@ -44,14 +47,15 @@ class Store:
         self._home = self.root / LAYOUT
 
     def put(self, data: bytes) -> str:
-        """Store `data` and return its sha256 as 64 hex digits. Bytes that are stored already are not written again.
+        """Store `data` and return its sha256 as 64 hex digits. Bytes that are stored already are not written again; if those are
+        damaged, they are replaced.
 
         Raises:
             StoreUnwritable: no space, no permission, ...
         """
         digest = hashlib.sha256(data).hexdigest()
         path = self._object(digest)
-        if not _has_size(path, len(data)):
+        if not (_has_size(path, len(data)) and self._bytes(digest) == data):
             write_atomic(path, data)
         return digest
 
@@ -72,13 +76,18 @@ class Store:
             data = file.readall()
         if hashlib.sha256(data).hexdigest() != digest:
             raise BundleCorrupt(
-                f"object {path} is damaged: its bytes do not hash to its name", hint="remove it and build again"
+                f"object {path} is damaged: its bytes do not hash to its name", hint="build again: it is made anew"
             )
         return data
 
-    def has(self, digest: str) -> bool:
-        """Whether there is a file for `digest`; its bytes are not looked at."""
-        return bool(_DIGEST.fullmatch(digest)) and self._object(digest).is_file()
+    def holds(self, digest: str) -> bool:
+        """Whether `get` would give the bytes of `digest`. They are hashed on every call."""
+        return self._bytes(digest) is not None
+
+    def _bytes(self, digest: str) -> bytes | None:
+        with suppress(StoreError):
+            return self.get(digest)
+        return None
 
     def put_record(self, kind: str, key: str, value: dict[str, Any]) -> None:
         """Store `value`, which must be plain JSON, under `kind` and `key`. An older record is replaced.
@@ -89,13 +98,14 @@ class Store:
             TypeError, ValueError: `value` is not plain JSON.
         """
         path = self._record(kind, key)
-        text = json.dumps(value, sort_keys=True, indent=1, allow_nan=False)
+        sealed = {"sha256": _seal(kind, key, value), "facts": value}
+        text = json.dumps(sealed, sort_keys=True, indent=1, allow_nan=False)
         write_atomic(path, text.encode("ascii") + b"\n")
 
     def get_record(self, kind: str, key: str) -> dict[str, Any] | None:
         """The record under `kind` and `key`, or None.
 
-        A record only saves work, so one that cannot be read or parsed counts as absent.
+        A record only saves work, so one that cannot be read, or was not written under this kind and key, counts as absent.
 
         Raises:
             StoreError: `kind` or `key` cannot be a file name.
@@ -103,10 +113,13 @@ class Store:
         path = self._record(kind, key)
         try:
             with open_regular(path) as (file, _):
-                value = json.loads(file.readall().decode("utf-8"))
-        except (StoreError, ValueError, RecursionError):
-            return None
-        return value if isinstance(value, dict) else None
+                sealed = json.loads(file.readall().decode("ascii"))
+            value = sealed["facts"]
+            if isinstance(value, dict) and sealed["sha256"] == _seal(kind, key, value):
+                return value
+        except (StoreError, ValueError, TypeError, KeyError, RecursionError):
+            pass
+        return None
 
     @contextmanager
     def writer(self, timeout: float = -1) -> Iterator[None]:
@@ -159,6 +172,12 @@ class Store:
                 hint = "use up to 200 letters, digits, '.', '_' and '-'"
                 raise StoreError("a file name as a record's kind or key", repr(name), hint)
         return self._home / "records" / kind / f"{key}.json"
+
+
+def _seal(kind: str, key: str, value: Mapping[str, Any]) -> str:
+    """The hash in a record. With its kind and key, so that a record in another's place does not pass."""
+    text = json.dumps([kind, key, value], sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def _has_size(path: Path, size: int) -> bool:

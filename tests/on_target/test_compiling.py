@@ -27,6 +27,7 @@ from aot_cache.builder.workers import BuildResult
 from aot_cache.runtime.kernels import KernelSet
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Store, read_bundle, write_bundle
+from aot_cache.store.objects import LAYOUT
 from aot_cache.upstream.codec import triton_jit
 from aot_cache.upstream.virtual import triton_compile
 
@@ -347,7 +348,7 @@ def test_records_in_the_store_are_what_the_bundle_has(build: Build, clean_store:
 def test_an_object_that_is_gone_is_compiled_again(build: Build, clean_store: Store) -> None:
     made = build("good")
     before = dict(made.objects)
-    for path in (clean_store.root / "v1" / "objects").rglob("*"):
+    for path in (clean_store.root / LAYOUT / "objects").rglob("*"):
         if path.is_file():
             path.unlink()
     again = build("good")
