@@ -147,6 +147,23 @@ def test_several_bundles_are_loaded(bundle: Path, tmp_path: Path) -> None:
     assert len(turned.warnings) == 2 and turned.stats["bundles"] == []
 
 
+def test_the_same_bundle_is_loaded_once(bundle: Path, tmp_path: Path) -> None:
+    """By the environment, by the server's code, by many threads, and from a copy."""
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(bundle.read_bytes())
+    code = f"""
+import aot_cache.auto, threading
+def again():
+    facts.setdefault("reports", []).append(aot_cache.load({str(copy)!r}).digest)
+threads = [threading.Thread(target=again) for _ in range(16)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+    served = serve(code, AOT_CACHE=os.pathsep.join([str(bundle), str(bundle)]))
+    assert served.error is None and served.warnings == [] and len(served.reports) == 16
+    assert [report["digest"] for report in served.stats["bundles"]] == [read_bundle(bundle).digest]
+
+
 def test_a_missing_digest_pins_nothing_silently(bundle: Path) -> None:
     """Which of the bundles it is of cannot be known: none is loaded."""
     given = {"AOT_CACHE": f"{bundle}{os.pathsep}{bundle}", "AOT_CACHE_DIGEST": read_bundle(bundle).digest}
@@ -364,6 +381,8 @@ def test_an_incomplete_bundle_is_loaded_with_a_warning(bundle: Path, tmp_path: P
     assert f"{half} is incomplete" in warning and len(served.stats["bundles"]) == 1
     strict = serve("import aot_cache.auto", AOT_CACHE=str(half), AOT_CACHE_STRICT="1")
     assert strict.error is not None and strict.error[0] == "NotReady" and "incomplete" in strict.error[1]
+    later = serve(f"import aot_cache.auto; aot_cache.load({str(half)!r}, strict=True)", AOT_CACHE=str(half))
+    assert later.error is not None and later.error[0] == "NotReady" and len(later.warnings) == 1
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aot_cache.errors import Incompatible, NotReady
+from aot_cache.errors import AotCacheError, Incompatible, NotReady
 from aot_cache.runtime import bundle_lookup, gc_pause, host_check, late_compile, policy
 from aot_cache.runtime.guard import Guard
 from aot_cache.runtime.hooks import Hooks, Undo
 from aot_cache.runtime.kernels import KernelSet, Report
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.runtime.miss_log import Misses
-from aot_cache.store import JsonValue
+from aot_cache.store import Bundle, JsonValue
 from aot_cache.upstream import after_import, patch
 from aot_cache.upstream.hooks import torch_capture, vllm_compilers
 
@@ -239,17 +239,15 @@ class Session:
     def _add(self, path: Path, digest: str | None, strict: bool) -> KernelSet:
         bundle = bundle_lookup.find(path, digest)
         bundle_lookup.check_form(bundle)
-        kernels = KernelSet(bundle, self.ledger, strict)
         bundle_lookup.check(bundle, look_at_gpu=False)
-        self._heed(bundle_lookup.doubt(bundle), strict)
-        lacks = bundle_lookup.incomplete(bundle)
-        if lacks and strict:
-            raise NotReady(lacks, hint="build it again, and see why `aot-cache verify` calls it incomplete")
-        if lacks:
-            self._warn(f"aot-cache: {lacks}")
+        self._heed(bundle_lookup.doubt(bundle), strict, Incompatible)
+        self._heed(bundle_lookup.incomplete(bundle), strict, NotReady)
         if strict:
             bundle_lookup.check_gpu(bundle)
         with self._lock:
+            if (known := self._same(bundle, strict)) is not None:
+                return known
+            kernels = KernelSet(bundle, self.ledger, strict)
             self._kernels.append(kernels)
             if kernels.manifest.graphs:
                 if self._answers is not None:  # Dynamo is already imported
@@ -260,10 +258,19 @@ class Session:
         _LOG.info("loaded %s (digest %s): %d specializations, %d graphs", bundle.path, bundle.digest[:16], *counts)
         return kernels
 
-    def _heed(self, doubt: str, strict: bool) -> None:
-        """Warn once about untested releases; with `strict` raise instead."""
+    def _same(self, bundle: Bundle, strict: bool) -> KernelSet | None:
+        """What this process has of the same bundle: a plug-in and the server's own code may both load it."""
+        known = next((one for one in self._kernels if one.bundle.digest == bundle.digest), None)
+        if known is not None and strict:
+            known.strict = True
+            for graphs in self.graphs():
+                graphs.strict = graphs.strict or graphs.bundle is known.bundle
+        return known
+
+    def _heed(self, doubt: str, strict: bool, error: type[AotCacheError]) -> None:
+        """Warn once about a bundle of which something is to be said; with `strict` raise instead."""
         if doubt and strict:
-            raise Incompatible(doubt)
+            raise error(doubt)
         if doubt and doubt not in self._doubts:
             self._doubts.add(doubt)
             self._warn(f"aot-cache: {doubt}")
