@@ -18,11 +18,13 @@ import pytest
 import safetensors
 from hypothesis import given
 from hypothesis import strategies as st
+from limits import HANGS
 
 import aot_cache.store
 from aot_cache.errors import BundleCorrupt, BundleMissing, DigestMismatch, StoreError, StoreUnwritable
 from aot_cache.store import Bundle, bundle, read_bundle, write_bundle
 
+ROOT = Path(__file__).parents[1]
 BLOBS = [b"", b"a", b"first object", bytes(range(256)) * 40]
 TEXT = st.text(max_size=20)
 PLAIN = st.recursive(
@@ -334,9 +336,89 @@ def test_a_header_that_no_reader_would_take_is_not_written(path: Path, monkeypat
     monkeypatch.setattr(bundle, "MAX_HEADER", 1000)
     write_bundle(path, {"a": "x" * 500}, {})
     assert read_bundle(path).manifest["a"] == "x" * 500
-    with pytest.raises(StoreError, match="more than the 1,000 that are allowed"):
+    with pytest.raises(StoreError, match="more than the 1,000 and"):
         write_bundle(path, {"a": "x" * 1000}, {})
     assert read_bundle(path).manifest["a"] == "x" * 500
+
+
+READ = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from aot_cache.errors import BundleCorrupt
+from aot_cache.store import read_bundle
+try:
+    read_bundle(sys.argv[1], prefetch=True)
+except BundleCorrupt as error:
+    print(error)
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024)
+"""
+MOST = bundle.MAX_HEADER
+FILLED = {
+    "[]": MOST // 3,
+    "{}": MOST // 3,
+    "1": MOST // 2,
+    '"a"': MOST // 4,
+    '"aaaaaaaaaa"': MOST // 13,
+    '{"a":[]}': MOST // 9,
+}
+
+
+def forged(manifest: str, more: str = "") -> bytes:
+    digest = hashlib.sha256(manifest.encode()).hexdigest()
+    facts = {
+        "format": "aot-cache",
+        "manifest": manifest,
+        "manifest_sha256": digest,
+        "objects_sha256": "",
+        "schema": "1",
+    }
+    header = f'{{"__metadata__":{json.dumps(facts, sort_keys=True, separators=(",", ":"))}{more}}}'.encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+@pytest.mark.parametrize("value", FILLED)
+@pytest.mark.parametrize("where", ["few", "all", "behind"])
+def test_no_header_takes_much_memory(path: Path, value: str, where: str) -> None:
+    """Headers that are well formed and as large as is allowed: by bytes, and by values."""
+    number = (
+        FILLED[value]
+        if where == "all"
+        else min(FILLED[value], bundle.MAX_VALUES // (value.count("[") + value.count("{") + 1))
+    )
+    number = int(number * 0.8)  # what is around it, and the backslashes of a string in a string
+    if where == "behind":
+        data = forged('{"objects":{}}', "," + ",".join(f'"{n}":{value}' for n in range(number // 3)))
+    else:
+        data = forged('{"a":[' + ",".join([value] * number) + '],"objects":{}}')
+    path.write_bytes(data)
+    done = subprocess.run(
+        [sys.executable, "-c", READ, path, ROOT], capture_output=True, text=True, check=True, timeout=HANGS
+    )
+    refused, mib = done.stdout.splitlines()
+    assert int(mib) < 300, refused
+
+
+def test_nothing_is_read_ahead_of_a_header_that_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = write_bundle(path, {"a": 1}, named(*BLOBS))
+    begun: list[int] = []
+    original = bundle._Body
+
+    def body(*given: int) -> Any:
+        begun.append(given[2])
+        return original(*given)
+
+    monkeypatch.setattr(bundle, "_Body", body)
+    with pytest.raises(DigestMismatch):
+        read_bundle(path, "0" * 64, prefetch=True)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"a\\":1', b'"a\\":2'))
+    with pytest.raises(BundleCorrupt):
+        read_bundle(path, prefetch=True)
+    assert begun == []
+    path.write_bytes(data)
+    for pinned in (digest, None):
+        assert read_bundle(path, pinned, prefetch=True).check_all() == []
+    assert begun == [sum(map(len, BLOBS))] * 2
 
 
 def test_no_bundle(path: Path) -> None:
