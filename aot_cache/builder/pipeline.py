@@ -31,6 +31,7 @@ from aot_cache.store import INCOMPLETE, Store, read_bundle, write_bundle
 
 Progress = Callable[[str, int, int], None]
 STAMPS = "stamps"
+PLAN = ".plan.json"
 _ATTEMPTS = 3
 RECORDED = "recorded"
 """The recipe that makes the calls of a recorded plan again; its option `config` is the plan's file."""
@@ -279,7 +280,7 @@ def _not_built(request: Request, plan: Plan) -> list[str]:
 
 def _write_plan(request: Request, plan: Plan, bundle: Path) -> None:
     """Write what was built beside the bundle, but never over a plan that it was built from: the next build needs that one."""
-    beside = bundle.with_suffix(".plan.json")
+    beside = bundle.with_suffix(PLAN)
     if not (beside.exists() and any(given.samefile(beside) for given in request.plans)):
         replace(plan, caches="").write(beside)  # the entries are in the bundle
 
@@ -357,7 +358,8 @@ def _finish(
         with store.writer():
             aside = path.with_suffix(INCOMPLETE)
             if manifest.complete:
-                aside.unlink(missing_ok=True)
+                for old in (aside, aside.with_suffix(PLAN)):
+                    old.unlink(missing_ok=True)
             elif _is_complete(path):
                 path = aside
             digest = write_bundle(path, header, objects)

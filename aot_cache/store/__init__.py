@@ -21,5 +21,5 @@ __all__ = [
     "bundles_in",
     "read_bundle",
     "write_atomic",
+    "write_bundle",
 ]
-__all__ += ["write_bundle"]
