@@ -351,6 +351,21 @@ class LateKey:
     options: Sequence[tuple[str, Encoded]]
 
 
+def _need_what_hosts_are_compared_with(parts: Mapping[str, Any]) -> None:
+    """Raises KeyError or TypeError if it is not in a header's parts."""
+    needed = {"target": ["backend"], "toolchain": ["triton"]}
+    if parts["target"]["backend"] != "cpu":
+        needed["target"] += ["arch", "warp_size", "name"]
+    if parts["graphs"]:
+        needed["graph_key"] = ["torch", "torch git", "python"]
+    for name, keys in needed.items():
+        lost = [key for key in keys if key not in parts[name]]
+        if lost:
+            raise KeyError(f"{name} without {', '.join(lost)}")
+    if not all(isinstance(native.suffix, str) for native in parts["native"]):
+        raise TypeError("the suffix of a module is no text")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Served:
     """The header of a bundle, which is all that loading reads.
@@ -409,6 +424,7 @@ class Served:
         parts["graphs"] = [graph_from_json(ServedGraph, one) for one in parts["graphs"]]
         parts["at_start"] = [_known(StartVariant, one) for one in parts.get("at_start", ())]
         parts["engine_caches"] = [engine_cache.from_json(one) for one in parts.get("engine_caches", ())]
+        _need_what_hosts_are_compared_with(parts)
         return _known(cls, parts)
 
 
