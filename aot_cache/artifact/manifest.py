@@ -356,8 +356,6 @@ def _need_what_hosts_are_compared_with(parts: Mapping[str, Any]) -> None:
     needed = {"target": ["backend"], "toolchain": ["triton"]}
     if parts["target"]["backend"] != "cpu":
         needed["target"] += ["arch", "warp_size", "name"]
-    if parts["graphs"]:
-        needed["graph_key"] = ["torch", "torch git", "python"]
     for name, keys in needed.items():
         lost = [key for key in keys if key not in parts[name]]
         if lost:
