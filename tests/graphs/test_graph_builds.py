@@ -97,5 +97,5 @@ say()
 def test_a_range_that_the_code_splits_is_covered_by_parts(doomed: tuple[Project, int, dict[str, str]]) -> None:
     project, _, failed = doomed
     assert "sample_doomed:parted" not in failed
-    facts = project.serve(PARTED, project.bundle("some"))
+    facts = project.serve(PARTED, project.bundle("some"), AOT_CACHE_STRICT="0")  # `strict` refuses an incomplete bundle
     assert found(facts["2"]) and found(facts["9"]) and hit(facts["8"]) and hit(facts["16"])
