@@ -289,11 +289,14 @@ def read_bundle(path: str | os.PathLike[str], digest: str | None = None, *, pref
             header += file.read(length)  # before the threads start, because it would wait behind their reads
             if (values := _values(header)) > MAX_VALUES:
                 _refuse(path, f"its header has {values:,} values, more than the {MAX_VALUES:,} that are allowed")
-            pinned = digest is not None and hashlib.sha256(header).hexdigest() == digest
+            actual = hashlib.sha256(header).hexdigest()
+            pinned = actual == digest
             ahead = prefetch and 0 < size - begin <= _MOST_PREFETCHED
             if ahead and pinned:
                 body = _Body(descriptor, begin, size - begin)
-            manifest, part_digests, actual = _read_header(path, header, size, digest)
+            manifest, part_digests = _read_header(path, header, size)
+            if digest not in (None, actual):
+                raise DigestMismatch(f"bundle {digest} at {path}", f"bundle {actual}", "install or pin the right one")
             if ahead and not pinned:
                 body = _Body(descriptor, begin, size - begin)
             return Bundle(path, manifest, actual, begin, part_digests, descriptor, body)
@@ -308,16 +311,13 @@ def _values(header: bytes) -> int:
     return header.count(b",") + header.count(b"[") + header.count(b"{")
 
 
-def _read_header(path: Path, header: bytes, size: int, digest: str | None) -> tuple[dict[str, Any], list[str], str]:
-    """(manifest, digests of the parts, digest of the bundle). `header` starts with its length."""
+def _read_header(path: Path, header: bytes, size: int) -> tuple[dict[str, Any], list[str]]:
+    """(manifest, digests of the parts). `header` starts with its length."""
     manifest, part_digests = _check_header(path, header)
     wanted = sum(manifest["objects"].values())
     if size - len(header) != wanted:
         _refuse(path, f"it has {size - len(header):,} bytes of objects, and its manifest says {wanted:,}")
-    actual = hashlib.sha256(header).hexdigest()
-    if digest is not None and digest != actual:
-        raise DigestMismatch(f"bundle {digest} at {path}", f"bundle {actual}", "install or pin the right one")
-    return manifest, part_digests, actual
+    return manifest, part_digests
 
 
 def _refuse(path: Path, found: str) -> NoReturn:

@@ -18,7 +18,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Store:
         """
         digest = hashlib.sha256(data).hexdigest()
         path = self._object(digest)
-        if not (_has_size(path, len(data)) and self._bytes(digest) == data):
+        if not (_has_size(path, len(data)) and self.holds(digest)):
             write_atomic(path, data)
         return digest
 
@@ -82,12 +82,11 @@ class Store:
 
     def holds(self, digest: str) -> bool:
         """Whether `get` would give the bytes of `digest`. They are hashed on every call."""
-        return self._bytes(digest) is not None
-
-    def _bytes(self, digest: str) -> bytes | None:
-        with suppress(StoreError):
-            return self.get(digest)
-        return None
+        try:
+            self.get(digest)
+        except StoreError:
+            return False
+        return True
 
     def put_record(self, kind: str, key: str, value: dict[str, Any]) -> None:
         """Store `value`, which must be plain JSON, under `kind` and `key`. An older record is replaced.

@@ -518,8 +518,8 @@ def _init(row: Json) -> float:
 
 
 OTHER_KERNELS = ("other", "engine")
-"""Rows whose kernels are others than the recorded ones: a build that measures nothing has other tiles, which add numbers up in
-another order. Their share of equal tokens is in the record, and is no claim."""
+"""Rows whose kernels are others than the recorded ones: a build that measures nothing has other tiles, which may add
+numbers up in another order. Their share of equal tokens is in the record, and is no claim."""
 ALONE, BATCHED = ("alone",), ("pass", "mixed")
 """Beginnings of the labels of greedy requests: one at a time, and in batches."""
 
