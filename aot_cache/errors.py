@@ -12,7 +12,8 @@
     │   ├── StoreChanged        what a build has stored is gone or damaged before its bundle is written
     │   ├── BundleCorrupt       a hash, the header or the layout is wrong
     │   ├── BundleMissing       no such bundle
-    │   └── DigestMismatch      the bundle is not the one that was pinned
+    │   ├── DigestMismatch      the bundle is not the one that was pinned
+    │   └── Untrusted           others can have written the bundle
     ├── Incompatible            the bundle is sound but not for this host
     ├── NotReady                something declared is not installed, or a sealed process missed
     ├── CacheMiss               policy `error`: a call would compile, tune or load inside a capture or after `seal()`
@@ -124,6 +125,12 @@ class BundleMissing(StoreError):
 
 class DigestMismatch(StoreError):
     """Raised when a sound bundle is not the one that was pinned by its digest."""
+
+    exit_code = 8
+
+
+class Untrusted(StoreError):
+    """Raised when nothing shows who wrote a bundle: others than this user and root can have written it, and it is not pinned."""
 
     exit_code = 8
 

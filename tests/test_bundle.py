@@ -435,5 +435,56 @@ def test_there_is_no_way_around_the_hash() -> None:
     assert {name for name in dir(Bundle) if not name.startswith("_")} == {
         "object",
         "check_all",
+        "status",
         "require_sound",
     }
+
+
+# --- reads that give less than was asked for --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("most", [1, 7, 1000])
+def test_reads_that_give_less(path: Path, monkeypatch: pytest.MonkeyPatch, prefetch: bool, most: int) -> None:
+    """Network and FUSE file systems may: the rest is asked for."""
+    objects = named(*(bytes([number]) * 2000 for number in range(3)))
+    digest = write_bundle(path, {}, objects)
+    pread, preadv = os.pread, os.preadv
+    monkeypatch.setattr(os, "pread", lambda file, size, at: pread(file, min(size, most), at))
+    monkeypatch.setattr(os, "preadv", lambda file, views, at: preadv(file, [views[0][:most]], at))
+    found = read_bundle(path, digest, prefetch=prefetch)
+    assert {name: found.object(name) for name in objects} == objects and found.check_all() == []
+    assert bundle.peek(path) == path.read_bytes()[: path.stat().st_size - 6000]
+
+
+# --- a header that says which bytes are whose -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_an_object_under_anothers_name(path: Path, prefetch: bool) -> None:
+    """Forged, with every hash over the whole right: an object read ahead must hash to its own name, too."""
+    names = sorted(named(b"one", b"two"))
+    swapped = [data for _, data in sorted(named(b"one", b"two").items(), reverse=True)]
+    parts = bundle._part_digests(b"".join(swapped))
+    sizes = dict.fromkeys(names, 3)
+    text = bundle._canonical({"objects": sizes})
+    path.write_bytes(bundle._header(text, sizes, parts) + b"".join(swapped))
+    found = read_bundle(path, prefetch=prefetch)
+    for name in names:
+        with pytest.raises(BundleCorrupt, match=f"the bytes of object {name} do not hash to its name"):
+            found.object(name)
+
+
+# --- a folder of many -------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.dictionaries(st.text(max_size=5), st.text(max_size=5) | st.integers() | st.booleans() | st.none(), max_size=4)
+)
+def test_fragments_of_a_manifest_are_found_in_its_header(facts: dict[str, Any]) -> None:
+    text = bundle._canonical({"facts": facts, "objects": {}})
+    header = bundle._header(text, {}, "")
+    assert bundle.looks_sound(header)
+    for name, value in facts.items():
+        fragment = f"{json.dumps(name)}:{json.dumps(value)}"
+        assert bundle.in_header(fragment) in header

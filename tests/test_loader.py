@@ -475,7 +475,7 @@ def test_a_folder_with_one_for_the_cpu(
         (tmp_path / f"{name}.safetensors").touch()
 
     def read(path: Path) -> SimpleNamespace:
-        return SimpleNamespace(path=path, digest="")
+        return SimpleNamespace(path=path, digest="", status=path.stat)
 
     monkeypatch.setattr(bundle_lookup, "read_bundle", read)
     monkeypatch.setattr(bundle_lookup, "check_form", lambda bundle: None)

@@ -40,6 +40,7 @@ ERRORS = {  # name: (base, exit code of the command line)
     "BundleCorrupt": ("StoreError", 8),
     "BundleMissing": ("StoreError", 3),
     "DigestMismatch": ("StoreError", 8),
+    "Untrusted": ("StoreError", 8),
     "Incompatible": ("AotCacheError", 16),
     "NotReady": ("AotCacheError", 32),
     "RehearsalFailed": ("AotCacheError", 5),

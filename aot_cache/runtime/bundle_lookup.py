@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,7 @@ from aot_cache import tested
 from aot_cache.artifact.manifest import KIND, lacking, served
 from aot_cache.errors import AotCacheError, BundleMissing, DeclarationError, Incompatible
 from aot_cache.runtime import host_check, host_gpu, rank_agreement
-from aot_cache.store import Bundle, bundles_in, read_bundle
+from aot_cache.store import Bundle, bundles_in, looks_sound, peek, read_bundle, trust
 from aot_cache.tested import UNTESTED, installed
 from aot_cache.upstream.hooks import torch_capture
 
@@ -52,7 +53,7 @@ def of_environment() -> Iterator[Bundle]:
     for path, digest in named:
         for file in bundles_in(path) if path.is_dir() else [path]:
             with contextlib.suppress(AotCacheError):
-                yield read_bundle(file, digest)
+                yield _read(file, digest)
 
 
 def find(path: Path, digest: str | None) -> Bundle:
@@ -64,10 +65,11 @@ def find(path: Path, digest: str | None) -> Bundle:
         Incompatible: several in the folder fit.
     """
     if not path.is_dir():
-        return read_bundle(path, digest, prefetch=True)
+        return _read(path, digest, prefetch=True)
     files = bundles_in(path)
-    bundles = [bundle for bundle in _sound(files) if digest in (None, bundle.digest)]
-    fitting = [b for b in bundles if not host_check.differing(host_check.parts(served(b), look_at_gpu=False))]
+    fitting = [
+        b for b in _sound(files, digest) if not host_check.differing(host_check.parts(served(b), look_at_gpu=False))
+    ]
     if torch_capture.cuda_is_up():  # a bundle for the target cpu fits every host
         fitting = [b for b in fitting if not served(b).on_cpu] or fitting
     if not fitting:
@@ -80,10 +82,23 @@ def find(path: Path, digest: str | None) -> Bundle:
     return fitting[0]
 
 
-def _sound(files: Iterable[Path]) -> Iterator[Bundle]:
+def _read(file: Path, digest: str | None, prefetch: bool = False) -> Bundle:
+    bundle = read_bundle(file, digest, prefetch=prefetch)
+    if digest is None:
+        trust.require_own(bundle.path, bundle.status())
+    return bundle
+
+
+def _sound(files: Iterable[Path], digest: str | None) -> Iterator[Bundle]:
+    """The sound bundles among files that may be meant, and may be for this host."""
+    signs = host_check.signs()
     for file in files:
+        header = peek(file)
+        meant = digest is None or hashlib.sha256(header).hexdigest() == digest
+        if looks_sound(header) and not (meant and any(all(part in header for part in sign) for sign in signs)):
+            continue
         try:
-            bundle = read_bundle(file)
+            bundle = _read(file, digest)
             check_form(bundle)
         except AotCacheError as error:
             _LOG.warning("passing over %s: %s", file, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import sysconfig
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 from aot_cache.artifact.key import Part
 from aot_cache.artifact.manifest import Served
+from aot_cache.store import in_header
 from aot_cache.tested import installed
 from aot_cache.upstream.codec import torch_release
 from aot_cache.upstream.hooks import torch_capture
@@ -39,6 +41,18 @@ def parts(manifest: Served, look_at_gpu: bool = True) -> list[Part]:
         mine = str(sysconfig.get_config_var("EXT_SUFFIX"))
         out.append(Part("launchers", mine if mine in natives else ", ".join(sorted(natives)), mine, needed=False))
     return out
+
+
+def signs() -> list[tuple[bytes, ...]]:
+    """What the header of a bundle for this host has in it (see `store.peek`): all parts of at least one of these. So that most of
+    the others need not be parsed."""
+    on_cpu = (in_header('"backend":"cpu"'),)
+    triton = in_header(f'"triton":{json.dumps(installed("triton"))}')
+    gpu = _gpu(look=False)
+    if gpu is None:
+        return [on_cpu, (triton,)]
+    arches = (json.dumps(gpu["arch"]), json.dumps(str(gpu["arch"])))
+    return [on_cpu, *((triton, in_header(f'"arch":{arch}')) for arch in arches)]
 
 
 def graph_parts(manifest: Served) -> list[Part]:

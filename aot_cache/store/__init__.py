@@ -7,7 +7,16 @@ trust no byte that they did not hash. Nothing here is ever unpickled or executed
 from __future__ import annotations
 
 from aot_cache.store.atomic import write_atomic
-from aot_cache.store.bundle import INCOMPLETE, Bundle, bundles_in, read_bundle, write_bundle
+from aot_cache.store.bundle import (
+    INCOMPLETE,
+    Bundle,
+    bundles_in,
+    in_header,
+    looks_sound,
+    peek,
+    read_bundle,
+    write_bundle,
+)
 from aot_cache.store.json_value import Json, JsonObject, JsonValue
 from aot_cache.store.objects import Store
 
@@ -19,6 +28,9 @@ __all__ = [
     "JsonValue",
     "Store",
     "bundles_in",
+    "in_header",
+    "looks_sound",
+    "peek",
     "read_bundle",
     "write_atomic",
     "write_bundle",

@@ -47,6 +47,7 @@ MAX_VALUES = 1_200_000
 bundles have 0.06 for each byte."""
 
 _PREFIX = 8  # bytes of the header's length
+_MOST_HEADERS = 64_000  # bytes; most are not longer, and one read is faster than two
 _MAX_OBJECT = 2**63  # bytes; no file is larger, and Python may refuse to print a longer number
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 PART = 2 << 20
@@ -109,7 +110,10 @@ class _Body:
 
     def _read(self, number: int) -> str:
         view = memoryview(self.memory)[number * PART : (number + 1) * PART]
-        os.preadv(self._file, [view], self._begin + number * PART)  # a shortened file leaves zeros: another digest
+        at, rest = self._begin + number * PART, view
+        while rest and (done := os.preadv(self._file, [rest], at)):  # one call may read less (FUSE, NFS)
+            at, rest = at + done, rest[done:]
+        # A shortened file leaves zeros, which have another digest.
         return hashlib.sha256(view).hexdigest()
 
 
@@ -124,6 +128,8 @@ class Bundle:
         manifest: what `write_bundle` was given, and "objects": {sha256: size in bytes}.
         digest: 64 hex digits that identify the whole bundle.
         size: the file's size in bytes.
+        proven: whether something outside the file says that this is the bundle that was built: `read_bundle` sets it for a pinned
+            digest.
     """
 
     def __init__(
@@ -135,10 +141,12 @@ class Bundle:
         part_digests: list[str],
         file: int,
         body: _Body | None,
+        proven: bool,
     ) -> None:
         self.path = path
         self.manifest = manifest
         self.digest = digest
+        self.proven = proven
         self._file = file
         self._close = weakref.finalize(self, os.close, file)
         self._body_begin = begin
@@ -150,6 +158,10 @@ class Bundle:
             self._spans[name] = (begin, size)
             begin += size
         self.size = begin
+
+    def status(self) -> os.stat_result:
+        """Owner, mode and times of the open file."""
+        return os.fstat(self._file)
 
     def object(self, digest: str) -> bytes:
         """The bytes of an object, checked against their hash.
@@ -171,7 +183,11 @@ class Bundle:
             begin, size = self._spans[digest]
             begin -= self._body_begin
             self._require_sound(self._body, begin, size)
-            return bytes(memoryview(self._body.memory)[begin : begin + size])
+            data = bytes(memoryview(self._body.memory)[begin : begin + size])
+            # `write_bundle` has hashed each object. Whoever wrote a header that is not proven may have left that out.
+            if not self.proven and hashlib.sha256(data).hexdigest() != digest:
+                _refuse(self.path, f"the bytes of object {digest} do not hash to its name")
+            return data
         data = self._read(*self._spans[digest])
         if hashlib.sha256(data).hexdigest() != digest:
             _refuse(self.path, f"the bytes of object {digest} do not hash to its name")
@@ -203,17 +219,20 @@ class Bundle:
 
     def _read(self, begin: int, size: int) -> bytes:
         try:
-            data = os.pread(self._file, size, begin)
-            while 0 < len(data) < size:  # Linux reads at most 2 GiB per call
-                more = os.pread(self._file, size - len(data), begin + len(data))
-                if not more:
-                    break
-                data += more
+            data = _pread(self._file, size, begin)
         except OSError as error:
             raise StoreError(
                 f"cannot read {self.path}: {error.strerror or error}", hint="copy it to a local disk"
             ) from error
         return data  # fewer bytes if the file was shortened, and they do not hash to the name
+
+
+def _pread(file: int, size: int, begin: int) -> bytes:
+    """`size` bytes from `begin`; fewer only at the file's end. One call may read less: FUSE, NFS, more than 2 GiB on Linux."""
+    data = os.pread(file, size, begin)
+    while len(data) < size and (more := os.pread(file, size - len(data), begin + len(data))):
+        data += more
+    return data
 
 
 INCOMPLETE = ".incomplete.safetensors"
@@ -223,6 +242,28 @@ INCOMPLETE = ".incomplete.safetensors"
 def bundles_in(folder: Path) -> list[Path]:
     """Files of a folder that may be bundles, but no incomplete ones."""
     return sorted(path for path in folder.glob("*.safetensors") if not path.name.endswith(INCOMPLETE))
+
+
+def peek(path: Path) -> bytes:
+    """The header of what may be a bundle, unchecked and with its length: to pass quickly over files that cannot be meant. Empty
+    if it cannot be read."""
+    with contextlib.suppress(StoreError), open_regular(path) as (file, size):
+        data = file.read(_MOST_HEADERS)
+        length = int.from_bytes(data[:_PREFIX], "little")
+        if length <= min(MAX_HEADER, size - _PREFIX):
+            begin = _PREFIX + length
+            return data[:begin] if len(data) >= begin else _pread(file.fileno(), begin, 0)
+    return b""
+
+
+def looks_sound(header: bytes) -> bool:
+    """Whether a header begins as `write_bundle` begins it."""
+    return header[_PREFIX:].startswith(_BEGIN)
+
+
+def in_header(fragment: str) -> bytes:
+    """How a fragment of a manifest's JSON, without spaces, stands in a header."""
+    return json.dumps(fragment)[1:-1].encode("ascii")
 
 
 def write_bundle(path: str | os.PathLike[str], manifest: Mapping[str, Any], objects: Mapping[str, bytes]) -> str:
@@ -277,7 +318,7 @@ def read_bundle(path: str | os.PathLike[str], digest: str | None = None, *, pref
     """
     path = Path(path)
     with open_regular(path) as (file, size):
-        header = file.read(_PREFIX)
+        header = _pread(file.fileno(), _PREFIX, 0)
         if len(header) < _PREFIX:
             _refuse(path, f"it has {size} bytes, too few for a header")
         length = int.from_bytes(header, "little")
@@ -286,7 +327,7 @@ def read_bundle(path: str | os.PathLike[str], digest: str | None = None, *, pref
         descriptor, body = os.dup(file.fileno()), None
         try:
             begin = _PREFIX + length
-            header += file.read(length)  # before the threads start, because it would wait behind their reads
+            header = _pread(descriptor, begin, 0)  # before the threads start, because it would wait behind their reads
             if (values := _values(header)) > MAX_VALUES:
                 _refuse(path, f"its header has {values:,} values, more than the {MAX_VALUES:,} that are allowed")
             actual = hashlib.sha256(header).hexdigest()
@@ -299,7 +340,7 @@ def read_bundle(path: str | os.PathLike[str], digest: str | None = None, *, pref
                 raise DigestMismatch(f"bundle {digest} at {path}", f"bundle {actual}", "install or pin the right one")
             if ahead and not pinned:
                 body = _Body(descriptor, begin, size - begin)
-            return Bundle(path, manifest, actual, begin, part_digests, descriptor, body)
+            return Bundle(path, manifest, actual, begin, part_digests, descriptor, body, pinned)
         except BaseException:
             if body is not None:
                 body.wait()
@@ -402,6 +443,7 @@ def _check_header(path: Path, header: bytes) -> tuple[dict[str, Any], list[str]]
 
 
 _METADATA = '{"__metadata__":'
+_BEGIN = f'{_METADATA}{{"format":"{FORMAT}"'.encode("ascii")
 
 
 def _first_metadata(header: bytes) -> Any:

@@ -22,9 +22,17 @@ from aot_cache.cli.facts import graphs as graph_facts
 from aot_cache.cli.facts import ledger as ledger_facts
 from aot_cache.cli.facts import sizes as size_facts
 from aot_cache.cli.facts.coverage_grid import CALL, GRAPH, KERNEL, Served
-from aot_cache.errors import AotCacheError, BundleCorrupt, DeclarationError, DigestMismatch, Incompatible, NotReady
+from aot_cache.errors import (
+    AotCacheError,
+    BundleCorrupt,
+    DeclarationError,
+    DigestMismatch,
+    Incompatible,
+    NotReady,
+    Untrusted,
+)
 from aot_cache.recipes.dimensions import point_text
-from aot_cache.store import Bundle
+from aot_cache.store import Bundle, trust
 
 Facts = dict[str, Any]
 
@@ -337,6 +345,11 @@ def findings(found: Bundle, digest: str | None, parts: Iterable[Part]) -> list[F
     out: list[Facts] = []
     if digest is not None and digest != found.digest:
         out.append(finding(DigestMismatch, f"expected digest {digest}, found {found.digest}"))
+    if digest is None:
+        try:
+            trust.require_own(found.path, found.status())
+        except Untrusted as error:
+            out.append(finding(Untrusted, str(error)))
     out += [finding(BundleCorrupt, f"the bytes of object {name} do not hash to its name") for name in found.check_all()]
     with form_of(found):
         for name in found.manifest["binaries"]:
@@ -363,8 +376,8 @@ def _failed(found: Bundle) -> list[str]:
 
 def finding(error: type[AotCacheError], what: str) -> Facts:
     """One finding of `verify`."""
-    kinds = {8: "corrupt", 16: "not for this host", 32: "incomplete"}
-    return {"code": error.exit_code, "kind": kinds[error.exit_code], "what": what}
+    kinds = {Untrusted: "not trusted", Incompatible: "not for this host", NotReady: "incomplete"}
+    return {"code": error.exit_code, "kind": kinds.get(error, "corrupt"), "what": what}
 
 
 def explain(found: Bundle, parts: Iterable[Part]) -> Facts:

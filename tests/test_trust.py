@@ -1,0 +1,156 @@
+"""Bundles that others than the server's user can have written: refused without a pin, before anything of them is used."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aot_cache.errors import Untrusted
+from aot_cache.store import trust
+
+OTHER = 54_321  # a user and group that no system has
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to others")
+
+
+def refused(path: Path) -> str:
+    """Why the file is refused; empty if it is not."""
+    with path.open("rb") as file:
+        try:
+            trust.require_own(path, os.fstat(file.fileno()))
+        except Untrusted as error:
+            return error.message
+    return ""
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    path = tmp_path / "models" / "b.safetensors"
+    path.parent.mkdir(mode=0o755)
+    path.write_bytes(b"bytes")
+    path.chmod(0o644)
+    return path
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o444, 0o755, 0o4644])
+def test_a_file_of_ones_own_is_accepted(bundle: Path, mode: int) -> None:
+    bundle.chmod(mode)
+    assert refused(bundle) == ""
+
+
+@pytest.mark.parametrize("what", ["the file", "its folder", "a folder above"])
+@pytest.mark.parametrize("mode", [0o777, 0o666, 0o646])
+def test_what_everybody_can_write_is_refused(tmp_path: Path, bundle: Path, what: str, mode: int) -> None:
+    path = {"the file": bundle, "its folder": bundle.parent, "a folder above": tmp_path}[what]
+    path.chmod(mode | (0o111 if path.is_dir() else 0))
+    assert refused(bundle) == f"{bundle} can have been written by others: everybody can write {path}"
+
+
+def test_a_folder_in_which_others_can_only_add_is_accepted(bundle: Path) -> None:
+    bundle.parent.chmod(0o1777)
+    assert refused(bundle) == ""
+
+
+@needs_root
+@pytest.mark.parametrize("what", ["file", "folder", "sticky folder"])
+def test_what_belongs_to_another_user_is_refused(bundle: Path, what: str) -> None:
+    path = bundle if what == "file" else bundle.parent
+    if what == "sticky folder":
+        path.chmod(0o1777)
+    os.chown(path, OTHER, 0)
+    assert f"{path} belongs to user {OTHER}" in refused(bundle)
+
+
+@needs_root
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_group_that_can_write_is_refused(bundle: Path, what: str) -> None:
+    path = bundle if what == "file" else bundle.parent
+    os.chown(path, 0, OTHER)
+    path.chmod(0o775)
+    assert f"group {OTHER} can write {path}" in refused(bundle)
+
+
+def test_a_users_own_group_may_write(bundle: Path) -> None:
+    import grp
+    import pwd
+
+    name = pwd.getpwuid(os.geteuid()).pw_name
+    try:
+        own = grp.getgrnam(name)
+    except KeyError:
+        pytest.skip("this user has no group of its own")
+    os.chown(bundle, -1, own.gr_gid)
+    bundle.chmod(0o664)
+    assert (refused(bundle) == "") == (set(own.gr_mem) <= {name})
+
+
+@pytest.mark.parametrize("where", ["the file", "a folder", "a link to a link"])
+def test_links_are_judged_by_every_folder_on_the_way(tmp_path: Path, bundle: Path, where: str) -> None:
+    """Who can change a link, or the folder that it is in, decides which file is opened."""
+    open_to_all, sound = tmp_path / "open", tmp_path / "sound"
+    open_to_all.mkdir()
+    sound.mkdir()
+    link = open_to_all / "link"
+    link.symlink_to(bundle.parent if where == "a folder" else bundle)
+    path = link / bundle.name if where == "a folder" else link
+    if where == "a link to a link":
+        (sound / "first").symlink_to(link)
+        path = sound / "first"
+    assert refused(path) == ""
+    open_to_all.chmod(0o777)
+    assert f"everybody can write {open_to_all}" in refused(path)
+
+
+def test_the_hint_says_what_can_be_done(bundle: Path) -> None:
+    bundle.chmod(0o666)
+    with bundle.open("rb") as file, pytest.raises(Untrusted) as caught:
+        trust.require_own(bundle, os.fstat(file.fileno()))
+    assert trust.FOLDERS in caught.value.hint and "AOT_CACHE_DIGEST" in caught.value.hint
+
+
+def test_a_trusted_folder_is_named(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle.chmod(0o666)
+    for named, accepted in {
+        str(bundle.parent): True,
+        str(bundle.parent.parent): True,
+        f"/elsewhere{os.pathsep}{bundle.parent}/": True,
+        str(bundle.parent.with_name("model")): False,  # the beginning of its name
+        str(bundle): False,  # not a folder
+        "": False,
+    }.items():
+        monkeypatch.setenv(trust.FOLDERS, named)
+        assert (refused(bundle) == "") == accepted, named
+
+
+def test_a_relative_path_is_judged_from_where_it_starts(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bundle.parent)
+    assert refused(Path(bundle.name)) == ""
+    bundle.parent.parent.chmod(0o777)
+    assert "everybody can write" in refused(Path(bundle.name))
+
+
+@given(st.integers(0, 0o7777), st.integers(0, 0o7777))
+@settings(max_examples=200, deadline=None)
+def test_only_modes_without_other_writers_pass(
+    tmp_path_factory: pytest.TempPathFactory, of_file: int, of_folder: int
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    path = folder / "b"
+    path.write_bytes(b"")
+    with path.open("rb") as file:
+        path.chmod(of_file)
+        folder.chmod(of_folder | 0o700)
+        try:
+            trust.require_own(path, os.fstat(file.fileno()))
+            passed = True
+        except Untrusted:
+            passed = False
+        finally:
+            folder.chmod(0o700)
+    can_replace = of_folder & stat.S_IWOTH and not of_folder & stat.S_ISVTX
+    assert not (passed and (of_file & stat.S_IWOTH or can_replace))
