@@ -24,7 +24,7 @@ from aot_cache.artifact.manifest import ServedGraph, graph_label, served
 from aot_cache.errors import Incompatible
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import Bundle
-from aot_cache.upstream.codec import code_bytes, dynamo_globals, gpu_number, python_code, torch_ranks
+from aot_cache.upstream.codec import code_bytes, dynamo_globals, gpu_number, graph_names, python_code, torch_ranks
 from aot_cache.upstream.hooks import torch_capture
 from aot_cache.upstream.hooks.dynamo_frames import Found, Frame
 
@@ -157,9 +157,12 @@ class GraphSet:
             return None, why
         from aot_cache.upstream.codec import dynamo_guards
 
+        data = self.bundle.object(graph.guard_state)
+        if not self.bundle.proven:
+            graph_names.require_modules(graph.imports.values(), f"{short(graph)} of {self.bundle.path}")
+            graph_names.require_pickle(data, f"the guards of {short(graph)} of {self.bundle.path}")
         dynamo_globals.install_modules(graph.imports, frame.f_globals)
         dynamo_globals.prepare_modules(module for module, _, _ in graph.inlined)
-        data = self.bundle.object(graph.guard_state)
         facts = (graph.identities, graph.values)
         return dynamo_guards.build(data, *facts, frame.code, frame.f_globals, frame.f_locals, self._gpu)
 
@@ -211,12 +214,15 @@ class GraphSet:
             frame.f_globals[name] = self._function(name, digest)
             self._users.setdefault(name, {})[id(frame.f_globals)] = frame.f_globals
         for name, resume in graph.resumes.items():
-            dynamo_globals.install_resume(name, self._code(resume.code), resume.module, resume.free)
-        return self._code(graph.bytecode)
+            dynamo_globals.install_resume(name, self._code(resume.code, frame), resume.module, resume.free)
+        return self._code(graph.bytecode, frame)
 
-    def _code(self, digest: str) -> types.CodeType:
+    def _code(self, digest: str, frame: Frame) -> types.CodeType:
         if digest not in self._codes:
-            self._codes[digest] = code_bytes.load(self.bundle.object(digest), self._gpu)
+            code = code_bytes.load(self.bundle.object(digest), self._gpu)
+            if not self.bundle.proven:
+                graph_names.require_code(code, frame.code, f"bytecode for {frame.name} in {self.bundle.path}")
+            self._codes[digest] = code
         return self._codes[digest]
 
     def _function(self, name: str, digest: str) -> object:
@@ -233,6 +239,8 @@ class GraphSet:
         from aot_cache.upstream.hooks import inductor_artifact, inductor_cpp, inductor_tuning
 
         data = self.bundle.object(digest)
+        if not self.bundle.proven:
+            graph_names.require_pickle(data, f"graph {name} of {self.bundle.path}")
         with inductor_cpp.serving(self._library), inductor_tuning.choosing(choices, self._gpu) as several:
             try:
                 made = inductor_artifact.load_graph(data, self._gpu)

@@ -14,7 +14,7 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from aot_cache.upstream.codec import gpu_number
+from aot_cache.upstream.codec import gpu_number, graph_names
 from aot_cache.upstream.codec.python_code import identity
 
 _MARSHAL = 2
@@ -67,9 +67,12 @@ def _decoded(value: Any, number: int) -> Any:
         return tuple(_decoded(part, number) for part in value)
     _, kind, *rest = value
     if kind == "enum":
+        graph_names.require_modules(rest[:1], "bytecode")  # the function that is called has imported it
         owner: Any = importlib.import_module(rest[0])
         for step in rest[1].split("."):
             owner = getattr(owner, step)
+        if not (isinstance(owner, type) and issubclass(owner, enum.Enum)):
+            raise ValueError(f"{rest[1]} is no enum")
         return owner[rest[2]]
     torch: Any = importlib.import_module("torch")
     if kind == "torch:device":
