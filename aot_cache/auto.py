@@ -4,6 +4,8 @@ AOT_CACHE         a bundle, or a folder with one bundle per GPU model; several a
                   unset: no bundle is loaded
 AOT_CACHE_DIGEST  the bundle's digest, or one for each bundle, separated in the same way; any other bundle is refused.
                   Unset: none is pinned
+AOT_CACHE_TRUSTED_KEYS  a PEM file of public keys, or several; any bundle that none of them has signed is refused. Unset: bundles
+                  need not be signed
 AOT_CACHE_STRICT  1: raise instead of serving without the bundle
 AOT_CACHE_POLICY  fallback, error or observe: what happens where a call misses; without AOT_CACHE, only the guard is armed
 AOT_CACHE_UNTESTED  1: accept releases of torch and Triton that were not tested together

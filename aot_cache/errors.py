@@ -13,7 +13,7 @@
     │   ├── BundleCorrupt       a hash, the header or the layout is wrong
     │   ├── BundleMissing       no such bundle
     │   ├── DigestMismatch      the bundle is not the one that was pinned
-    │   └── Untrusted           others can have written the bundle
+    │   └── Untrusted           others can have written the bundle, or no trusted key has signed it
     ├── Incompatible            the bundle is sound but not for this host
     ├── NotReady                something declared is not installed, or a sealed process missed
     ├── CacheMiss               policy `error`: a call would compile, tune or load inside a capture or after `seal()`
@@ -130,7 +130,7 @@ class DigestMismatch(StoreError):
 
 
 class Untrusted(StoreError):
-    """Raised when nothing shows who wrote a bundle: others than this user and root can have written it, and it is not pinned."""
+    """Raised when a sound bundle may be anybody's: others can have written it, or no trusted key has signed it."""
 
     exit_code = 8
 

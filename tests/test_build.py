@@ -36,7 +36,7 @@ from aot_cache.errors import (
     TraceError,
     UnknownName,
 )
-from aot_cache.store import bundles_in, read_bundle
+from aot_cache.store import bundles_in, read_bundle, signature
 from aot_cache.store.objects import LAYOUT
 
 ROOT = Path(__file__).parents[1]
@@ -377,9 +377,11 @@ def test_an_incomplete_bundle_does_not_take_a_complete_one_s_place(tmp_path: Pat
     assert good.path.read_bytes() == whole and read_bundle(bad.path).manifest["complete"] is False
     assert bundles_in(good.path.parent) == [good.path], "a server does not choose the other one"
     project.kernels.write_text(KERNELS.replace("3.0", "3.5"))
+    for signed in (good, bad):
+        signature.beside(signed.path).write_text("of what is replaced or removed")
     mended = project.build()
     assert not mended.failed and mended.path == good.path
-    assert not list(good.path.parent.glob("*.incomplete.*"))
+    assert not list(good.path.parent.glob("*.incomplete.*")) and not signature.beside(good.path).exists()
 
 
 # --- the same bytes ---------------------------------------------------------------------------------------------------

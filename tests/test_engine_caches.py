@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from limits import HANGS
 from test_vllm_plugin import FAKE, ROOT, environment, serve
 from typer.testing import CliRunner
@@ -29,7 +31,7 @@ from aot_cache.builder.pipeline import Request
 from aot_cache.cli.main import app
 from aot_cache.engines.vllm import compile_cache
 from aot_cache.errors import BundleCorrupt, DeclarationError
-from aot_cache.store import read_bundle
+from aot_cache.store import read_bundle, signature
 from aot_cache.upstream.hooks.inductor_choices import SUFFIX
 
 Json = Any
@@ -232,6 +234,22 @@ def test_a_digest_pins_what_the_api_server_reads(bundle: Path, tmp_path: Path) -
     pinned = {"AOT_CACHE": str(bundle), "AOT_CACHE_DIGEST": "0" * 64, "VLLM_CACHE_ROOT": str(tmp_path / "root")}
     found, _ = serve(tmp_path, "spawn", **pinned)
     assert found["children"] == 1 and found["worker"]["models"] == {"compiled": 1, "loaded": 0, "measured": 0}
+
+
+def test_what_the_api_server_reads_is_signed(bundle: Path, tmp_path: Path) -> None:
+    """Also the worker, where it has no bundle then."""
+    key = Ed25519PrivateKey.generate()
+    public = tmp_path / "public.pem"
+    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(bundle.read_bytes())
+    given = {"AOT_CACHE": str(copy), "AOT_CACHE_TRUSTED_KEYS": str(public), "VLLM_CACHE_ROOT": str(tmp_path / "root")}
+    found, log = serve(tmp_path, "spawn", **given)
+    assert found["children"] == 1 and found["worker"]["models"] == {"compiled": 1, "loaded": 0, "measured": 0}
+    assert any("serves without a bundle (1 refused)" in line for line in log)
+    signature.sign(copy, read_bundle(copy).digest, key)
+    found, _ = serve(tmp_path, "spawn", **given | {"VLLM_CACHE_ROOT": str(tmp_path / "another")})
+    assert found["children"] == 0 and found["worker"]["models"] == {"compiled": 0, "loaded": 1, "measured": 0}
 
 
 def test_hostile_factors_are_a_damaged_bundle(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from limits import HANGS
 
 from aot_cache.artifact import manifest as manifests
@@ -29,11 +31,11 @@ from aot_cache.builder import pipeline
 from aot_cache.builder.pipeline import Request
 from aot_cache.cli.facts import bundle as bundle_facts
 from aot_cache.cli.facts import files as file_facts
-from aot_cache.errors import AotCacheError, BundleMissing, Incompatible
+from aot_cache.errors import AotCacheError, BundleMissing, Incompatible, Untrusted
 from aot_cache.runtime import bundle_lookup, host_check
 from aot_cache.runtime.ledger import HARMFUL, KINDS, Ledger
 from aot_cache.runtime.session import Session
-from aot_cache.store import read_bundle, write_bundle
+from aot_cache.store import read_bundle, signature, write_bundle
 
 ROOT = Path(__file__).parents[1]
 
@@ -288,6 +290,23 @@ def of_another_kind(bundle: Path, folder: Path) -> dict[str, str]:
     return {"AOT_CACHE": str(folder / "graphs.safetensors")}
 
 
+def signed_by(*names: str, trusts: str = "a.pub.pem") -> Callable[[Path, Path], dict[str, str]]:
+    """A copy that these keys have signed, for a server that trusts the key in the file `trusts`, or what else is there."""
+
+    def make(bundle: Path, folder: Path) -> dict[str, str]:
+        copy = folder / "copy.safetensors"
+        copy.write_bytes(bundle.read_bytes())
+        for name in ("a", "b"):
+            key = Ed25519PrivateKey.generate()
+            public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+            (folder / f"{name}.pub.pem").write_bytes(public)
+            if name in names:
+                signature.sign(copy, read_bundle(copy).digest, key, add=True)
+        return {"AOT_CACHE": str(copy), "AOT_CACHE_TRUSTED_KEYS": str(folder / trusts) if trusts else ""}
+
+    return make
+
+
 BAD: dict[str, tuple[Callable[[Path, Path], dict[str, str]], str, str, int]] = {
     "missing": (missing, "BundleMissing", "no bundle at ", 3),
     "cut": (cut, "BundleCorrupt", "bytes of objects", 8),
@@ -300,6 +319,15 @@ BAD: dict[str, tuple[Callable[[Path, Path], dict[str, str]], str, str, int]] = {
     "without graphs": (lacking("graphs"), "Incompatible", "graphs", 16),
     "without a key of graphs": (lacking("graph_key"), "Incompatible", "graph_key", 16),
     "of another kind": (of_another_kind, "Incompatible", "graphs", 16),
+    "not signed": (
+        signed_by(),
+        "Untrusted",
+        "copy.safetensors is not signed by a key of AOT_CACHE_TRUSTED_KEYS: there is no ",
+        8,
+    ),
+    "signed by another key": (signed_by("b"), "Untrusted", "by another key than ", 8),
+    "signed, and nobody is trusted": (signed_by("a", trusts=""), "DeclarationError", "found an empty value", 3),
+    "signed, and the key is missing": (signed_by("a", trusts="gone.pem"), "DeclarationError", "no key at ", 3),
 }
 
 
@@ -339,6 +367,35 @@ def test_the_warning_says_whose_call_it_was(bundle: Path) -> None:
 def test_the_right_digest_is_accepted(bundle: Path) -> None:
     served = serve("import aot_cache.auto", AOT_CACHE=str(bundle), AOT_CACHE_DIGEST=read_bundle(bundle).digest)
     assert served.warnings == [] and len(served.stats["bundles"]) == 1
+
+
+def test_a_signed_bundle_is_loaded(bundle: Path, tmp_path: Path) -> None:
+    """One of its two keys is trusted. Both bundles of a list have to be signed."""
+    given = signed_by("b", "a")(bundle, tmp_path)
+    served = serve("import aot_cache.auto", **given)
+    assert served.error is None and served.warnings == [] and len(served.stats["bundles"]) == 1
+    other = altered(bundle, tmp_path / "other.safetensors", lambda manifest: manifest.update(recipe="another"))
+    given["AOT_CACHE"] += f"{os.pathsep}{other}"
+    served = serve("import aot_cache.auto", **given)
+    (warning,) = served.warnings
+    assert f"{other} is not signed" in warning and served.stats["total"]["rejected_bundle"] == 1
+    assert [report["path"] for report in served.stats["bundles"]] == [str(tmp_path / "copy.safetensors")]
+
+
+def test_a_folder_where_keys_are_trusted(
+    bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle that fits and is not signed is passed over, and does not make the signed one ambiguous."""
+    monkeypatch.setenv("AOT_CACHE_TRUSTED_KEYS", signed_by("a")(bundle, tmp_path)["AOT_CACHE_TRUSTED_KEYS"])
+    altered(bundle, tmp_path / "other.safetensors", lambda manifest: manifest.update(recipe="another"))
+    (tmp_path / "cut.safetensors").write_bytes(bundle.read_bytes()[:-1])
+    assert bundle_lookup.find(tmp_path, None).path.stem == "copy"
+    assert {record.args[0].stem for record in caplog.records} == {"cut", "other"}
+    (tmp_path / "copy.safetensors.sig").unlink()
+    with pytest.raises(
+        Untrusted, match=r"AOT_CACHE_TRUSTED_KEYS; not signed by one: copy.safetensors, other.safetensors"
+    ):
+        bundle_lookup.find(tmp_path, None)
 
 
 def test_a_folder_with_a_bundle_for_each_gpu(bundle: Path, tmp_path: Path) -> None:
@@ -474,7 +531,7 @@ def test_a_folder_with_one_for_the_cpu(
     for name in there:
         (tmp_path / f"{name}.safetensors").touch()
 
-    def read(path: Path) -> SimpleNamespace:
+    def read(path: Path, *_: object, **options: object) -> SimpleNamespace:
         return SimpleNamespace(path=path, digest="", status=path.stat)
 
     monkeypatch.setattr(bundle_lookup, "read_bundle", read)

@@ -27,7 +27,7 @@ from aot_cache.misses.describe import asked
 from aot_cache.misses.file import GRAPH, Misses
 from aot_cache.recipes import declare as declaring
 from aot_cache.recipes import options
-from aot_cache.store import INCOMPLETE, Store, read_bundle, write_bundle
+from aot_cache.store import INCOMPLETE, Store, read_bundle, signature, write_bundle
 
 Progress = Callable[[str, int, int], None]
 STAMPS = "stamps"
@@ -358,7 +358,7 @@ def _finish(
         with store.writer():
             aside = path.with_suffix(INCOMPLETE)
             if manifest.complete:
-                for old in (aside, aside.with_suffix(PLAN)):
+                for old in (aside, aside.with_suffix(PLAN), signature.beside(aside)):
                     old.unlink(missing_ok=True)
             elif _is_complete(path):
                 path = aside

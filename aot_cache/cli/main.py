@@ -1,8 +1,8 @@
 """The command line: parse, call, print. Nothing is decided here that a library user could want.
 
 Exit codes: 0 all is well · 1 the plans of `diff` differ · 2 not understood · 3 and above as `errors` says, such as 4 something
-did not compile and 5 a rehearsal did not pass; `verify` adds up 8 corrupt, 16 not for this host and 32 incomplete · 128 and the
-signal's number (130 for Ctrl-C, 143 for SIGTERM) interrupted.
+did not compile and 5 a rehearsal did not pass; `verify` adds up 8 corrupt or not trusted, 16 not for this host and 32
+incomplete · 128 and the signal's number (130 for Ctrl-C, 143 for SIGTERM) interrupted.
 """
 
 from __future__ import annotations
@@ -42,10 +42,12 @@ from aot_cache.cli.facts import bundle as bundle_facts
 from aot_cache.cli.facts import diff as diff_facts
 from aot_cache.cli.facts import files as file_facts
 from aot_cache.cli.facts import misses as miss_facts
+from aot_cache.cli.facts import signature as signature_facts
 from aot_cache.cli.rehearse import rehearse
 from aot_cache.cli.render import bundle as render_bundle
 from aot_cache.cli.render import html as html_page
 from aot_cache.cli.render import terminal
+from aot_cache.cli.sign import sign
 from aot_cache.errors import AotCacheError, BundleCorrupt, DeclarationError
 from aot_cache.misses import file as miss_file
 from aot_cache.process_group import interruptible
@@ -58,6 +60,14 @@ P = ParamSpec("P")
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle file.")]
+PublicKeys = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--key",
+        metavar="PEM",
+        help="Check the signature with the public keys in this file. Repeatable. Default: those of AOT_CACHE_TRUSTED_KEYS.",
+    ),
+]
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file, or a bundle.")]
 
 
@@ -144,6 +154,10 @@ _command(
     "aot-cache rehearse artifacts/bundles/qwen3.5-4b-h200.safetensors",
     "aot-cache rehearse model.safetensors --case decode --points 64 --stamp",
 )(rehearse)
+_command(
+    "aot-cache sign model.safetensors --key key.pem",
+    "aot-cache sign model.safetensors --show-text > model.txt",
+)(sign)
 
 
 # --- looking ----------------------------------------------------------------------------------------------------------
@@ -175,17 +189,19 @@ def inspect(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write everything to one HTML page instead.")
     ] = None,
+    key: PublicKeys = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what is in a bundle or a plan and which sizes it serves, or what servers missed."""
-    if (path is None) == (not misses) or (misses and (kernel or points or ledger or html)):
-        found = "both" if path is not None else "neither" if not misses else "--kernel, --points, --ledger or --html"
+    if (path is None) == (not misses) or (misses and (kernel or points or ledger or html or key)):
+        options = "--kernel, --points, --ledger, --html or --key"
+        found = "both" if path is not None else "neither" if not misses else options
         raise DeclarationError("a plan or a bundle, or --misses FILE alone", found, "name one of them")
     if path is None:
         facts = miss_facts.misses(miss_file.read(misses or []), misses or [])
         terminal.document(facts) if as_json else terminal.misses(facts)
         return
-    facts = file_facts.facts(path, kernel, points or html is not None, ledger or [])
+    facts = file_facts.facts(path, kernel, points or html is not None, ledger or [], key or [])
     if html is not None:
         write_atomic(html, html_page.page(facts).encode())
         if not as_json:
@@ -197,21 +213,26 @@ def inspect(
 @_command(
     "aot-cache verify model.safetensors",
     'aot-cache verify model.safetensors --digest "$DIGEST" --json',
+    "aot-cache verify model.safetensors --key public.pem",
 )
 def verify(
     path: BundlePath,
     digest: Annotated[str | None, typer.Option(metavar="SHA256", help="Report a bundle with another digest.")] = None,
+    key: PublicKeys = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a bundle; the exit code is the sum of 8 (corrupt), 16 (not for this host) and 32 (incomplete)."""
-    facts: dict[str, Any] = {"path": str(path), "digest": None}
+    """Check a bundle; the exit code is the sum of 8 (corrupt or not trusted), 16 (not for this host) and 32 (incomplete)."""
+    facts: dict[str, Any] = {"path": str(path), "digest": None, "signature": None, "findings": []}
+    keys = signature_facts.keys(key or [])
     try:
         bundle = read_bundle(path)
         facts["digest"] = bundle.digest
         facts |= rehearsed.read(path, bundle.digest).facts()
-        facts["findings"] = bundle_facts.findings(bundle, digest, _host_parts(bundle))
+        facts["signature"] = signature_facts.signed(path, bundle.digest, keys)
+        facts["findings"] += signature_facts.findings(facts["signature"])
+        facts["findings"] += bundle_facts.findings(bundle, digest, _host_parts(bundle))
     except BundleCorrupt as error:
-        facts["findings"] = [bundle_facts.finding(BundleCorrupt, str(error))]
+        facts["findings"].append(bundle_facts.finding(BundleCorrupt, str(error)))
     code = 0
     for found in facts["findings"]:
         code |= found["code"]

@@ -6,14 +6,15 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from aot_cache import tested
 from aot_cache.artifact.manifest import KIND, lacking, served
-from aot_cache.errors import AotCacheError, BundleMissing, DeclarationError, Incompatible
+from aot_cache.errors import AotCacheError, BundleMissing, DeclarationError, Incompatible, Untrusted
 from aot_cache.runtime import host_check, host_gpu, rank_agreement
-from aot_cache.store import Bundle, bundles_in, looks_sound, peek, read_bundle, trust
+from aot_cache.store import Bundle, bundles_in, looks_sound, peek, read_bundle, signature, trust
+from aot_cache.store.signature import Key
 from aot_cache.tested import UNTESTED, installed
 from aot_cache.upstream.hooks import torch_capture
 
@@ -42,36 +43,45 @@ def listed(paths: str, digests: str | None) -> list[tuple[Path, str | None]]:
 
 
 def of_environment() -> Iterator[Bundle]:
-    """The bundles that AOT_CACHE names, for a process that loads none: read, and their digests checked if they are pinned.
+    """The bundles that AOT_CACHE names, for a process that loads none: read, and their digests checked if they are pinned, and
+    their signatures if keys are trusted.
 
     Those that cannot be read are left out: the process that loads them says why.
     """
     try:
         named = listed(os.environ.get("AOT_CACHE", ""), os.environ.get("AOT_CACHE_DIGEST"))
+        keys = signature.trusted_keys()
     except DeclarationError:
         return
     for path, digest in named:
         for file in bundles_in(path) if path.is_dir() else [path]:
             with contextlib.suppress(AotCacheError):
-                yield _read(file, digest)
+                yield read(file, digest, keys)
 
 
 def find(path: Path, digest: str | None) -> Bundle:
     """Read the bundle at `path`; of a folder, the one bundle that is for this host. Files in it that are no sound bundles of this
-    version are passed over, and named in the log.
+    version, or not signed by a trusted key, are passed over, and named in the log.
 
     Raises:
-        StoreError: the bundle cannot be read, or none in the folder fits.
+        StoreError: the bundle cannot be read or is not signed by a trusted key, or none in the folder fits.
         Incompatible: several in the folder fit.
+        DeclarationError: it is not known which keys are trusted.
     """
+    keys = signature.trusted_keys()
     if not path.is_dir():
-        return _read(path, digest, prefetch=True)
-    files = bundles_in(path)
-    fitting = [
-        b for b in _sound(files, digest) if not host_check.differing(host_check.parts(served(b), look_at_gpu=False))
-    ]
+        return read(path, digest, keys, prefetch=True)
+    files, untrusted = bundles_in(path), list[Path]()
+    found = _sound(files, digest, keys, untrusted)
+    fitting = [b for b in found if not host_check.differing(host_check.parts(served(b), look_at_gpu=False))]
     if torch_capture.cuda_is_up():  # a bundle for the target cpu fits every host
         fitting = [b for b in fitting if not served(b).on_cpu] or fitting
+    if not fitting and untrusted:
+        names = ", ".join(file.name for file in untrusted)
+        what = f"no bundle for this host in {path} is signed by a key of AOT_CACHE_TRUSTED_KEYS; not signed by one"
+        if keys is None:
+            what = f"no bundle for this host in {path} is from this user alone; others can have written"
+        raise Untrusted(f"{what}: {names}", hint="see `aot-cache verify BUNDLE`")
     if not fitting:
         raise BundleMissing(
             f"no bundle for this host in {path}: none of {len(files)} fits", hint="see `aot-cache explain BUNDLE`"
@@ -82,15 +92,28 @@ def find(path: Path, digest: str | None) -> Bundle:
     return fitting[0]
 
 
-def _read(file: Path, digest: str | None, prefetch: bool = False) -> Bundle:
-    bundle = read_bundle(file, digest, prefetch=prefetch)
-    if digest is None:
-        trust.require_own(bundle.path, bundle.status())
-    return bundle
+def read(path: Path, digest: str | None, keys: Sequence[Key] | None, prefetch: bool = False) -> Bundle:
+    """Read a bundle; where keys are trusted, none of its objects before its signature is checked.
+
+    Raises:
+        StoreError: the bundle cannot be read, or no trusted key has signed it, or nothing proves it and others can have written it.
+    """
+    if keys is None:
+        bundle = read_bundle(path, digest, prefetch=prefetch)
+        if digest is None:
+            trust.require_own(bundle.path, bundle.status())
+        return bundle
+
+    def accept(actual: str) -> None:
+        _LOG.info("%s is signed by key %s", path, signature.require(path, actual, keys).id[: signature.SHORT])
+
+    return read_bundle(path, digest, prefetch=prefetch, accept=accept)
 
 
-def _sound(files: Iterable[Path], digest: str | None) -> Iterator[Bundle]:
-    """The sound bundles among files that may be meant, and may be for this host."""
+def _sound(
+    files: Iterable[Path], digest: str | None, keys: Sequence[Key] | None, untrusted: list[Path]
+) -> Iterator[Bundle]:
+    """The sound bundles among files that may be meant, and may be for this host. `untrusted` gets those that may be anybody's."""
     signs = host_check.signs()
     for file in files:
         header = peek(file)
@@ -98,10 +121,12 @@ def _sound(files: Iterable[Path], digest: str | None) -> Iterator[Bundle]:
         if looks_sound(header) and not (meant and any(all(part in header for part in sign) for sign in signs)):
             continue
         try:
-            bundle = _read(file, digest)
+            bundle = read(file, digest, keys)
             check_form(bundle)
         except AotCacheError as error:
             _LOG.warning("passing over %s: %s", file, error)
+            if isinstance(error, Untrusted):
+                untrusted.append(file)
         else:
             yield bundle
 

@@ -56,8 +56,8 @@ def load(
         a folder.
 
     Raises:
-        AotCacheError: with `strict` only: `BundleMissing`, `BundleCorrupt`, `DigestMismatch`, `Incompatible`,
-            and `RankDisagreement` on every rank.
+        AotCacheError: with `strict` only: `BundleMissing`, `BundleCorrupt`, `DigestMismatch`, `Untrusted`,
+            `Incompatible`, and `RankDisagreement` on every rank.
         DeclarationError: there is no such policy.
     """
     with gc_pause.paused():

@@ -28,14 +28,15 @@ import os
 import re
 import reprlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
 from typing import Any, NoReturn
 
-from aot_cache.errors import BundleCorrupt, DigestMismatch, StoreError
+from aot_cache.errors import AotCacheError, BundleCorrupt, DigestMismatch, StoreError
+from aot_cache.store import signature
 from aot_cache.store.atomic import open_regular, write_atomic
 
 FORMAT = "aot-cache"
@@ -128,8 +129,8 @@ class Bundle:
         manifest: what `write_bundle` was given, and "objects": {sha256: size in bytes}.
         digest: 64 hex digits that identify the whole bundle.
         size: the file's size in bytes.
-        proven: whether something outside the file says that this is the bundle that was built: `read_bundle` sets it for a pinned
-            digest.
+        proven: whether something outside the file says that this is the bundle that was built: `read_bundle` sets it for a
+            pinned digest, and where `accept` has not raised.
     """
 
     def __init__(
@@ -267,7 +268,7 @@ def in_header(fragment: str) -> bytes:
 
 
 def write_bundle(path: str | os.PathLike[str], manifest: Mapping[str, Any], objects: Mapping[str, bytes]) -> str:
-    """Write a bundle atomically and return its digest.
+    """Write a bundle atomically and return its digest. The signatures of another bundle that it replaces are removed.
 
     Args:
         path: the file; an existing one is replaced whole, and missing folders are made.
@@ -294,11 +295,29 @@ def write_bundle(path: str | os.PathLike[str], manifest: Mapping[str, Any], obje
         why = f"its header would have {len(header):,} bytes and {_values(header):,} values, "
         why += f"more than the {MAX_HEADER:,} and {MAX_VALUES:,} that are allowed"
         raise StoreError(f"cannot write {path}: {why}", hint="split it into several bundles")
+    digest = hashlib.sha256(header).hexdigest()
+    stale = signature.beside(path).exists() and _digest_of(path) != digest
     write_atomic(path, b"".join([header, *ordered]))
-    return hashlib.sha256(header).hexdigest()
+    if stale:
+        signature.remove(path)
+    return digest
 
 
-def read_bundle(path: str | os.PathLike[str], digest: str | None = None, *, prefetch: bool = False) -> Bundle:
+def _digest_of(path: Path) -> str:
+    """The digest of the bundle at a path; empty if there is no sound one."""
+    try:
+        return read_bundle(path).digest
+    except AotCacheError:
+        return ""
+
+
+def read_bundle(
+    path: str | os.PathLike[str],
+    digest: str | None = None,
+    *,
+    prefetch: bool = False,
+    accept: Callable[[str], object] | None = None,
+) -> Bundle:
     """Read a bundle's header, and check it and the layout. Objects are read and hashed on access.
 
     Writes nothing and takes no lock. Bytes are copied into memory, not mapped: truncating a mapped file kills its readers
@@ -309,6 +328,7 @@ def read_bundle(path: str | os.PathLike[str], digest: str | None = None, *, pref
         digest: the digest that the bundle must have, or None for any.
         prefetch: also read and hash all objects, on threads that start as soon as the header is known to be good: by its digest,
             if that is given, else when it is parsed. For loading.
+        accept: called with the digest of a sound header, before any object is read; raises what it has against the bundle.
 
     Raises:
         BundleMissing: there is no file.
@@ -331,16 +351,19 @@ def read_bundle(path: str | os.PathLike[str], digest: str | None = None, *, pref
             if (values := _values(header)) > MAX_VALUES:
                 _refuse(path, f"its header has {values:,} values, more than the {MAX_VALUES:,} that are allowed")
             actual = hashlib.sha256(header).hexdigest()
-            pinned = actual == digest
+            pinned = actual == digest and accept is None
             ahead = prefetch and 0 < size - begin <= _MOST_PREFETCHED
             if ahead and pinned:
                 body = _Body(descriptor, begin, size - begin)
             manifest, part_digests = _read_header(path, header, size)
             if digest not in (None, actual):
                 raise DigestMismatch(f"bundle {digest} at {path}", f"bundle {actual}", "install or pin the right one")
+            if accept is not None:
+                accept(actual)
             if ahead and not pinned:
                 body = _Body(descriptor, begin, size - begin)
-            return Bundle(path, manifest, actual, begin, part_digests, descriptor, body, pinned)
+            proven = actual == digest or accept is not None
+            return Bundle(path, manifest, actual, begin, part_digests, descriptor, body, proven)
         except BaseException:
             if body is not None:
                 body.wait()

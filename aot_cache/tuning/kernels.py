@@ -23,9 +23,9 @@ from aot_cache.artifact.specialization import closure_digest
 from aot_cache.errors import TuneError
 from aot_cache.recipes import declare as recipes
 from aot_cache.recipes import dimensions
-from aot_cache.runtime import loader
+from aot_cache.runtime import bundle_lookup, loader
 from aot_cache.runtime.kernels import KernelSet, Report
-from aot_cache.store import read_bundle, write_bundle
+from aot_cache.store import signature, write_bundle
 from aot_cache.tuning import graphs as tuning_graphs
 from aot_cache.upstream.hooks import torch_capture
 
@@ -107,7 +107,9 @@ def tune(bundle_path: Path, out: Path, *, prune: bool, points: int, progress: Pr
     """
     import torch
 
-    bundle = read_bundle(bundle_path)
+    bundle = bundle_lookup.read(
+        bundle_path, None, signature.trusted_keys()
+    )  # its recipe is imported before it is loaded
     if not torch.cuda.is_available():
         raise TuneError("no GPU to tune on", hint="run this on the kind of GPU that serves")
     torch.zeros(1, device="cuda")  # initialises CUDA

@@ -12,23 +12,32 @@ from aot_cache.artifact.specialization import parameter_names
 from aot_cache.cli.facts import bundle as bundle_facts
 from aot_cache.cli.facts import diff as diff_facts
 from aot_cache.cli.facts import ledger as ledger_facts
+from aot_cache.cli.facts import signature as signature_facts
 from aot_cache.errors import BundleCorrupt, DeclarationError
 from aot_cache.store import Bundle, read_bundle
 
 
-def facts(path: Path, kernel: str | None, points: bool, ledger: Sequence[Path]) -> dict[str, Any]:
-    """The facts for `inspect`: `facts.bundle.plan` or `facts.bundle.bundle`, with their arguments.
+def facts(
+    path: Path, kernel: str | None, points: bool, ledger: Sequence[Path], keys: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """The facts for `inspect`: `facts.bundle.plan` or `facts.bundle.bundle`, with their arguments, and `facts.signature.signed`.
 
     Raises:
-        DeclarationError: `ledger` is given for a plan, or one of its files does not belong to this bundle.
+        DeclarationError: `ledger` or `keys` are given for a plan, or a file of `ledger` does not belong to this bundle, or one of
+            `keys` has no public key.
     """
     if not _is_plan(path):
+        known = signature_facts.keys(keys)
         bundle = read_bundle(path)
         _check(bundle)
         found = ledger_facts.read(ledger, bundle.digest) if ledger else None
-        return bundle_facts.bundle(bundle, kernel, points, parameter_names, found, rehearsed.read(path, bundle.digest))
-    if ledger:
-        raise DeclarationError("a bundle with --ledger", f"a plan ({path})", "name the bundle that was served")
+        stamp = rehearsed.read(path, bundle.digest)
+        facts = bundle_facts.bundle(bundle, kernel, points, parameter_names, found, stamp)
+        facts["signature"] = signature_facts.signed(path, bundle.digest, known)
+        return facts
+    if ledger or keys:
+        option = "--ledger" if ledger else "--key"
+        raise DeclarationError(f"a bundle with {option}", f"a plan ({path})", "name the bundle that was served")
     return bundle_facts.plan(Plan.read(path), path, kernel, points, parameter_names)
 
 

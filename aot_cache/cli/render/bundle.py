@@ -13,7 +13,7 @@ from aot_cache.artifact.plan_of_ranks import ranks_text
 from aot_cache.cli.facts.bundle import SHORT, many, reached_text
 from aot_cache.cli.facts.coverage_grid import signs
 from aot_cache.cli.render import grid as render_grid
-from aot_cache.cli.render.terminal import line, size, stamp_lines, table
+from aot_cache.cli.render.terminal import line, signature_lines, size, stamp_lines, table
 from aot_cache.store import Json
 
 Facts = Mapping[str, Json]
@@ -133,6 +133,7 @@ def _summary(facts: Facts) -> Iterator[tuple[str, object]]:
         yield "differs", f"{kernel}: {which}"
     if facts["kind"] == "bundle":
         yield "digest", facts["digest"]
+        yield from signature_lines(facts)
         yield "size", f"{size(facts['bytes'])} ({facts['bytes']} bytes)"
         yield "complete", "yes" if facts["complete"] else f"no, {len(facts['failed'])} failed"
     for failure in facts["failed"]:

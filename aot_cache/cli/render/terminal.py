@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aot_cache.cli.facts.bundle import SHORT
-from aot_cache.store import Json
+from aot_cache.store import Json, signature
 
 Facts = Mapping[str, Json]
 _LOG = logging.getLogger("aot_cache.cli")
@@ -228,7 +228,30 @@ def findings(facts: Facts) -> None:
         line(f"{found['kind']}: {found['what']}")
     if not facts["findings"]:
         line("ok")
+    for name, text in signature_lines(facts):
+        if name != "not signed":  # which is a finding
+            line(f"{name}: {text}")
     stamp(facts)
+
+
+def signed(facts: Facts) -> None:
+    """Print `sign`."""
+    for bundle in facts["bundles"]:
+        more = "" if bundle["complete"] else "; it is incomplete: something in it could not be built"
+        line(f"signed {bundle['path']} (digest {bundle['digest'][:SHORT]}) in {bundle['signature']}{more}")
+    line(f"key {facts['key'][: signature.SHORT]}")
+
+
+def signature_lines(facts: Facts) -> list[tuple[str, str]]:
+    """(label, text) of each line about the signatures of a bundle; none if there are none and none are wanted."""
+    found = facts.get("signature")
+    if not found:
+        return []
+    if found["checked"] and not found["keys"]:
+        return [("not signed", found["why_not"])]
+    if not found["checked"] and found["signatures"]:
+        return [("signed", f"{times(found['signatures'])}, not checked: name the key (--key)")]
+    return [("signed by", f"key {key[: signature.SHORT]}") for key in found["keys"]]
 
 
 def stamp(facts: Facts) -> None:
