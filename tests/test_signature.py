@@ -619,6 +619,20 @@ def test_processes_that_load_no_bundle_read_signed_ones_only(
     assert list(bundle_lookup.of_environment()) == []
 
 
+@pytest.mark.parametrize("command", ["rehearse", "tune --out tuned.safetensors"])
+def test_commands_that_execute_a_bundle_want_it_signed(
+    run: Run, bundle: Signed, pair: Pair, other: Pair, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Before they import the recipe that it names."""
+    sign(bundle, other)
+    trusted(monkeypatch, pair.public)
+    name, *options = command.split()
+    said = run(name, bundle.path, *options)
+    assert said.code == 8 and "is not signed by a key of AOT_CACHE_TRUSTED_KEYS" in said.err
+    sign(bundle, pair)
+    assert "is not signed" not in run(name, bundle.path, *options).err
+
+
 # --- a bundle that is written over a signed one -----------------------------------------------------------------------
 
 

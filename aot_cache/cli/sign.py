@@ -11,7 +11,7 @@ import typer
 from aot_cache.cli.command import AsJson
 from aot_cache.cli.render import terminal
 from aot_cache.errors import DeclarationError
-from aot_cache.store import Bundle, read_bundle, signature
+from aot_cache.store import read_bundle, signature
 
 
 def sign(
@@ -46,14 +46,10 @@ def sign(
             {
                 "path": str(bundle.path),
                 "digest": bundle.digest,
-                "complete": _complete(bundle),
+                "complete": bundle.manifest.get("complete") is True,
                 "signature": str(signature.sign(bundle.path, bundle.digest, private, add)),
             }
             for bundle in bundles
         ],
     }
     terminal.document(facts) if as_json else terminal.signed(facts)
-
-
-def _complete(bundle: Bundle) -> bool:
-    return bundle.manifest.get("complete") is True
