@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aot_cache.cli.facts import bundle as bundle_facts
 from aot_cache.errors import Untrusted
-from aot_cache.store import trust
+from aot_cache.runtime import bundle_lookup
+from aot_cache.store import read_bundle, trust, write_bundle
 
 OTHER = 54_321  # a user and group that no system has
 
@@ -154,3 +156,25 @@ def test_only_modes_without_other_writers_pass(
             folder.chmod(0o700)
     can_replace = of_folder & stat.S_IWOTH and not of_folder & stat.S_ISVTX
     assert not (passed and (of_file & stat.S_IWOTH or can_replace))
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_verify_says_what_load_would(tmp_path: Path) -> None:
+    """A bundle of nothing, in a folder that everybody can write: refused unless it is pinned."""
+    path = tmp_path / "open" / "b.safetensors"
+    digest = write_bundle(path, {"kind": "units", "target": {"backend": "cpu"}}, {})
+    found = read_bundle(path)
+    assert bundle_facts.place(found) == []
+    path.parent.chmod(0o777)
+    (finding,) = bundle_facts.place(found)
+    assert finding["kind"] == "not trusted" and finding["code"] == 8
+    with pytest.raises(Untrusted, match="can have been written by others"):
+        bundle_lookup.find(path, None)
+    assert bundle_lookup.find(path, digest).proven
+    with pytest.raises(
+        Untrusted,
+        match=r"no bundle for this host in .* is from this user alone; others can have written: b\.safetensors",
+    ):
+        bundle_lookup.find(path.parent, None)

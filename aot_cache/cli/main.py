@@ -230,6 +230,8 @@ def verify(
         facts |= rehearsed.read(path, bundle.digest).facts()
         facts["signature"] = signature_facts.signed(path, bundle.digest, keys)
         facts["findings"] += signature_facts.findings(facts["signature"])
+        if digest is None and keys is None:
+            facts["findings"] += bundle_facts.place(bundle)
         facts["findings"] += bundle_facts.findings(bundle, digest, _host_parts(bundle))
     except BundleCorrupt as error:
         facts["findings"].append(bundle_facts.finding(BundleCorrupt, str(error)))

@@ -96,7 +96,7 @@ def read(path: Path, digest: str | None, keys: Sequence[Key] | None, prefetch: b
     """Read a bundle; where keys are trusted, none of its objects before its signature is checked.
 
     Raises:
-        StoreError: the bundle cannot be read, or no trusted key has signed it, or nothing proves it and others can have written it.
+        StoreError: the bundle cannot be read, no trusted key has signed it, or others can have written it and nothing proves it.
     """
     if keys is None:
         bundle = read_bundle(path, digest, prefetch=prefetch)

@@ -345,11 +345,6 @@ def findings(found: Bundle, digest: str | None, parts: Iterable[Part]) -> list[F
     out: list[Facts] = []
     if digest is not None and digest != found.digest:
         out.append(finding(DigestMismatch, f"expected digest {digest}, found {found.digest}"))
-    if digest is None:
-        try:
-            trust.require_own(found.path, found.status())
-        except Untrusted as error:
-            out.append(finding(Untrusted, str(error)))
     out += [finding(BundleCorrupt, f"the bytes of object {name} do not hash to its name") for name in found.check_all()]
     with form_of(found):
         for name in found.manifest["binaries"]:
@@ -362,6 +357,15 @@ def findings(found: Bundle, digest: str | None, parts: Iterable[Part]) -> list[F
         if found.manifest["complete"] is not True:
             out += [finding(NotReady, f"the build is incomplete: {what}") for what in _failed(found)]
     return out
+
+
+def place(found: Bundle) -> list[Facts]:
+    """The finding about a bundle that others can have written, for one that nothing else proves."""
+    try:
+        trust.require_own(found.path, found.status())
+    except Untrusted as error:
+        return [finding(Untrusted, str(error))]
+    return []
 
 
 def _failed(found: Bundle) -> list[str]:
