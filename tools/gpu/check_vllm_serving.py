@@ -21,6 +21,8 @@ the rows that there are.
 | steady, bundle-steady, … | long answers only, in turn without and with the bundle |
 | observe, error | with the bundle: nothing is prevented; each miss raises |
 | nodraft, nodraft-record, nodraft-build, nodraft-bundle | without drafts: vLLM alone, recorded, built, served |
+| ranks, ranks-record, ranks-build, ranks-bundle | the model split over `--ranks` GPUs: the same, served with policy `error` |
+| ranks-engine-build, ranks-engine | the model split over `--ranks` GPUs: what `engine-build` and `engine` do |
 | lacking | policy `error`, a bundle without one kernel: `CacheMiss` must be raised |
 | other | the bundle, another limit of sequences: vLLM serves, and the log names what differs |
 | killed | recorded, killed with SIGKILL as soon as it is ready: the plan has what was launched |
@@ -67,6 +69,8 @@ SETTINGS: dict[str, Any] = {
     "compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"},
 }
 START: dict[str, Any] = {"settings": SETTINGS, "drafts": 2, "short": False, "windows": 0}
+VARIANTS = ("nodraft", "ranks")
+"""Beginnings of the names of rows whose model or options are others."""
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -77,14 +81,15 @@ OFFLINE = {
     "NCCL_SOCKET_IFNAME": "lo",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "JIT_TRACE_WEIGHTS": "0.05",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # torch's symmetric memory may use NVLink multicast, which a shared host may not allow
 }
 COUNTED = ("jit", "compile", "disk hit", "inductor compile", "benchmark", "inductor benchmark", "module load", "load")
 COUNTED += ("inductor load", "gcc", "frame", "graph compile", "model load", "model missing", "capture")
 NEVER = ("compile", "inductor compile", "benchmark", "inductor benchmark", "gcc", "frame", "graph compile")
 """What must not happen in a capture, or when vLLM is ready. A `disk hit` is covered by `load` and `module load`."""
 LOADS = ("module load", "load", "inductor load")
-NEEDS = {"cold": 260, "record": 300, "nodraft-record": 300, "build": 110, "nodraft-build": 110, "engine-build": 200}
-"""Seconds that a row may take; 120 for others. A row is not begun when less is left."""
+NEEDS = {"cold": 260, "record": 300, "build": 110, "engine-build": 200}
+"""Seconds that a row may take, by its name without the variant; 120 for others. A row is not begun when less is left."""
 OURS = "aot_cache.errors."
 LACKS = "_causal_conv1d_update_kernel"
 
@@ -95,10 +100,11 @@ class Series:
     Args:
         folder: caches, plans, bundles and logs.
         until: time after which no row is begun that needs longer.
+        ranks: how many GPUs the rows `ranks-…` use.
     """
 
-    def __init__(self, folder: Path, until: float) -> None:
-        self.folder, self.until = folder, until
+    def __init__(self, folder: Path, until: float, ranks: int) -> None:
+        self.folder, self.until, self.ranks = folder, until, ranks
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / "record.json"
         self.rows: dict[str, Json] = self._kept()
@@ -121,7 +127,7 @@ class Series:
 
     def run(self, name: str) -> None:
         """Run a row, and keep its answer."""
-        if time.time() + NEEDS.get(name, 120) > self.until:
+        if time.time() + NEEDS.get(_variant(name)[1], 120) > self.until:
             print(f"{name}: not begun, the time is over", file=sys.stderr)
             return
         began = time.time()
@@ -142,25 +148,21 @@ class Series:
 
     def _row(self, name: str) -> Json:
         ours = {"AOT_CACHE": str(self.bundle), **NO_COMPILER}
+        variant, step = _variant(name)
+        if variant == "ranks":
+            return {"gpus": self.ranks, **self._row_of_variant(name, variant, step)}
+        if variant:
+            return self._row_of_variant(name, variant, step)
         if name == "build":
             return self._build(self.plan, self.bundle)
-        if name == "nodraft-build":
-            return self._build(self._plan_of("nodraft"), self.folder / "nodraft.safetensors")
-        if name == "nodraft-record":
-            plan = self._plan_of("nodraft")
-            prefix = [*_recording(plan), "--candidates", "chosen"]
-            return {**self._start(name, "of nodraft record", prefix, drafts=0), **_planned(plan)}
         if name == "engine-build":
-            return self._engine_build()
+            return self._engine_build(name, "engine", served(2))
         if name == "engine":
             return self._start(name, name, windows=1, **{**ours, "AOT_CACHE": str(self.folder / "engine.safetensors")})
         if name in ("cold", "warm", "warm2"):
             return self._start(name, "of cold" if name == "cold" else self._filled(), windows=1)
         if name == "record":
-            return {
-                **self._start(name, "of record", [*_recording(self.plan), "--candidates", "chosen"]),
-                **_planned(self.plan),
-            }
+            return self._record(name, "of record", self.plan)
         if name in ("bundle", "bundle2"):
             return self._start(name, name, windows=1, **ours)
         if name == "memory":
@@ -173,11 +175,6 @@ class Series:
             return self._start(name, self._filled(), short=True, windows=4)
         if name.startswith("bundle-steady"):
             return self._start(name, name, short=True, windows=4, **ours)
-        if name == "nodraft":
-            return self._start(name, "of nodraft", drafts=0)
-        if name == "nodraft-bundle":
-            ours["AOT_CACHE"] = str(self.folder / "nodraft.safetensors")
-            return self._start(name, name, drafts=0, **ours)
         if name == "lacking":
             return self._lacking(ours)
         if name == "other":
@@ -186,19 +183,46 @@ class Series:
             return self._killed()
         raise SystemExit(f"no row {name}")
 
-    def _plan_of(self, name: str) -> Path:
-        return self.folder / f"{name}.plan.json"
+    def _row_of_variant(self, name: str, variant: str, step: str) -> Json:
+        plan, bundle = self.folder / f"{variant}.plan.json", self.folder / f"{variant}.safetensors"
+        ours = {"AOT_CACHE": str(bundle), **NO_COMPILER}
+        options: Json = {"drafts": 0}
+        if variant == "ranks":
+            options, ours["AOT_CACHE_POLICY"] = {"settings": self._split()}, "error"
+        if step == "":
+            return self._start(name, f"of {variant}", **options)
+        if step == "record":
+            return self._record(name, f"of {variant} record", plan, **options)
+        if step == "build":
+            return self._build(plan, bundle)
+        if step == "bundle":
+            return self._start(name, name, **options, **ours)
+        if name == "ranks-engine-build":
+            return self._engine_build(name, "ranks-engine", served(2, self._split()))
+        if name == "ranks-engine":
+            return self._start(
+                name, name, **options, **{**ours, "AOT_CACHE": str(self.folder / "ranks-engine.safetensors")}
+            )
+        raise SystemExit(f"no row {name}")
 
-    def _engine_build(self) -> Json:
+    def _split(self) -> Json:
+        """Settings of the rows `ranks-…`. With `--ranks 1` the only worker is in a process of its own, too."""
+        return {**SETTINGS, "tensor_parallel_size": self.ranks, "distributed_executor_backend": "mp"}
+
+    def _record(self, name: str, caches: str, plan: Path, **options: Any) -> Json:
+        return {
+            **self._start(name, caches, [*_recording(plan), "--candidates", "chosen"], **options),
+            **_planned(plan),
+        }
+
+    def _engine_build(self, name: str, bundle: str, options: Sequence[str]) -> Json:
         """The bundle of the command line alone."""
-        out = self.folder / "engine.safetensors"
+        out = self.folder / f"{bundle}.safetensors"
         target = next(name for name in ("h100", "h200") if name.upper() in machine()["gpu"])
-        asked = ["build", "--engine", "vllm", "--target", target, "--store", str(self.folder / "engine-store")]
+        asked = ["build", "--engine", "vllm", "--target", target, "--store", str(self.folder / f"{bundle}-store")]
         model = write_model(self.folder / "model")
-        done = cli(
-            *asked, "--out", str(out), "--json", "--", str(model), *served(2), CUDA_VISIBLE_DEVICES="", **OFFLINE
-        )
-        log = self.folder / "out" / "engine-build" / "log.txt"
+        done = cli(*asked, "--out", str(out), "--json", "--", str(model), *options, CUDA_VISIBLE_DEVICES="", **OFFLINE)
+        log = self.folder / "out" / name / "log.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(done.stderr)
         if done.returncode:
@@ -297,10 +321,10 @@ class Series:
         return {"code": code, "was ready": ready, "killed": len(engines), **_planned(plan)}
 
 
-def served(drafts: int) -> list[str]:
-    """`SETTINGS` as options of `vllm serve`. Class `LLM` has a default of its own for the tokens of a step."""
+def served(drafts: int, settings: Json = SETTINGS) -> list[str]:
+    """Settings as options of `vllm serve`. Class `LLM` has a default of its own for the tokens of a step."""
     out = ["--max-num-batched-tokens", "16384"]
-    settings = dict(SETTINGS)
+    settings = dict(settings)
     if drafts:
         settings["speculative_config"] = {"method": "mtp", "num_speculative_tokens": drafts}
     for name, value in settings.items():
@@ -325,6 +349,12 @@ def _text(unit: Unit, plan: Plan) -> str:
     names = parameter_names(unit.kernel, plan.closures[unit.kernel])
     pairs = [pair for name, pair in zip(names, unit.specialization, strict=True) if name not in AT_START]
     return json.dumps([unit.kernel.partition("@")[0], pairs, list(unit.options.items())])
+
+
+def _variant(name: str) -> tuple[str, str]:
+    """(variant, the rest) of a row's name: `ranks-engine-build` → `ranks`, `engine-build`; `bundle` → ``, `bundle`."""
+    first, _, rest = name.partition("-")
+    return (first, rest) if first in VARIANTS else ("", name)
 
 
 def raised(log: str) -> list[str]:
@@ -386,10 +416,26 @@ def _summary(answer: Json, out: Path) -> Json:
         "steady": {
             step["label"]: round(step["seconds"], 3) for step in answer["steps"] if step["label"].startswith("steady")
         },
+        "ranks": _ranks(each, ready),
         "not hooked": sorted({event["name"] for event in events if event["kind"] == "not hooked"}),
         "ledgers": [{key: {k: v for k, v in one[key].items() if v} for key in keys} for one in ledgers],
         "tokens": tokens,
     }
+
+
+def _ranks(processes: Sequence[Sequence[Json]], ready: float) -> dict[str, Json]:
+    """Rank → how many graphs it has captured, and its counts inside captures and since vLLM was ready."""
+    found: dict[str, Json] = {}
+    for events in processes:
+        rank = next((event["name"] for event in events if event["kind"] == "worker"), None)
+        if rank is not None:
+            counted = [event for event in events if event["kind"] in COUNTED]
+            found[rank] = {
+                "captures": sum(event["kind"] == "capture" for event in counted),
+                "capturing": dict(Counter(event["kind"] for event in counted if event["capturing"])),
+                "after ready": dict(Counter(event["kind"] for event in counted if event["t"] > ready)),
+            }
+    return dict(sorted(found.items()))
 
 
 def _phases(processes: Sequence[Sequence[Json]]) -> dict[str, float]:
@@ -475,7 +521,7 @@ def write_model(folder: Path) -> Path:
 def claims(rows: Mapping[str, Json]) -> dict[str, bool]:
     """What must hold, for the rows that there are."""
     out: dict[str, bool] = {}
-    for name in ("bundle", "bundle2", "engine", "memory", "error", "nodraft-bundle"):
+    for name in ("bundle", "bundle2", "engine", "memory", "error", "nodraft-bundle", "ranks-bundle", "ranks-engine"):
         row = rows.get(name)
         if row is None:
             continue
@@ -487,6 +533,8 @@ def claims(rows: Mapping[str, Json]) -> dict[str, bool]:
             out[f"{name}: nothing compiled or tuned {when}"] = not any(found.get(kind) for kind in NEVER)
             out[f"{name}: nothing loaded {when}"] = not any(found.get(kind) for kind in LOADS)
         out[f"{name}: no request failed"] = not row["errors"]
+        if _variant(name)[0] == "ranks":
+            out[f"{name}: each rank has captured as much and loaded as much of the bundle"] = _alike(row)
     out |= _tokens_claims(rows)
     for name in ("cold", "warm"):
         if "counts" in rows.get(name, {}):
@@ -513,11 +561,17 @@ def claims(rows: Mapping[str, Json]) -> dict[str, bool]:
     return out
 
 
+def _alike(row: Json) -> bool:
+    captures = {rank["captures"] for rank in row["ranks"].values()}
+    loaded = {(one["total"].get("installed"), one["total"].get("primed")) for one in row["ledgers"]}
+    return len(captures) == len(loaded) == 1 and len(row["ledgers"]) == len(row["ranks"]) == row["gpus"]
+
+
 def _init(row: Json) -> float:
     return float(row["phases"].get("__init__", 0.0))
 
 
-OTHER_KERNELS = ("other", "engine")
+OTHER_KERNELS = ("other", "engine", "ranks-engine")
 """Rows whose kernels are others than the recorded ones: a build that measures nothing has other tiles, which may add
 numbers up in another order. Their share of equal tokens is in the record, and is no claim."""
 ALONE, BATCHED = ("alone",), ("pass", "mixed")
@@ -525,12 +579,11 @@ ALONE, BATCHED = ("alone",), ("pass", "mixed")
 
 
 def tokens_equal(rows: Mapping[str, Json]) -> dict[str, dict[str, float]]:
-    """Row → share of the greedy requests with the tokens of the same request in the first row: one at a time, and in batches."""
+    """Row → share of the greedy requests with the tokens of the same request in the variant's first row: one at a time, and in
+    batches."""
     out: dict[str, dict[str, float]] = {}
-    for with_drafts in (True, False):
-        found = {
-            n: row["tokens"] for n, row in rows.items() if row.get("tokens") and ("nodraft" not in n) == with_drafts
-        }
+    for variant in ("", *VARIANTS):
+        found = {n: row["tokens"] for n, row in rows.items() if row.get("tokens") and _variant(n)[0] == variant}
         first = next(iter(found.values()), None)
         for name, tokens in list(found.items())[1:]:
             shares = {"alone": _share(first, tokens, ALONE), "in batches": _share(first, tokens, BATCHED)}
@@ -565,10 +618,11 @@ def main() -> int:
         "--folder", type=Path, required=True, help="for caches, bundles, logs, and rows of earlier calls"
     )
     parser.add_argument("--rows", default="cold,warm,record,build,bundle", help="in this order, separated by commas")
+    parser.add_argument("--ranks", type=int, default=2, help="number of GPUs of the rows ranks-…")
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds in which the call must end")
     parser.add_argument("--out", help="file for the record")
     options = parser.parse_args()
-    series = Series(options.folder.absolute(), time.time() + options.limit)
+    series = Series(options.folder.absolute(), time.time() + options.limit, options.ranks)
     for name in filter(None, options.rows.split(",")):
         series.run(name)
     series.compare()

@@ -196,6 +196,7 @@ def _worker(module: Any) -> None:
         "initialize_from_config",
         "compile_or_warm_up_model",
     )
+    _timed(module.Worker, "init_device", "worker", lambda self: f"rank {self.rank}")
     _phase(module.Worker, *steps)
 
 
