@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from aot_cache.artifact.key import function_of
 from aot_cache.artifact.plan import CallPlan, CasePlan, Plan, Tuning, Unit, diff, merge
-from aot_cache.artifact.plan_of_ranks import apart, of_ranks, ranks_of_kernel
+from aot_cache.artifact.plan_of_ranks import apart, of_processes, of_ranks, ranks_of_kernel
 from aot_cache.errors import DeclarationError, StoreUnwritable
 from aot_cache.recipes.declare import Call, Case
 from aot_cache.recipes.dimensions import Range, Values, enumerate_points
@@ -410,6 +410,19 @@ def test_a_choice_between_other_candidates_is_of_its_rank() -> None:
     )
     plan = of_ranks([one, other, other])
     assert [(tuning.candidates, tuning.ranks) for tuning in plan.tunings] == [([{"B": 1}], [0]), ([{"B": 2}], [1, 2])]
+
+
+def test_a_choice_that_differs_from_the_first_rank_s_is_of_its_rank() -> None:
+    tuning = Tuning(kernel="a:k", tuner=0, key=[64], candidates=[{"B": 1}, {"B": 2}])
+    recorded = [
+        of_rank(launched(1, "1"), tunings=[replace(tuning, choice=choice, ranks=ranks)])
+        for choice, ranks in (({"B": 2}, [3]), (None, [2]), ({"B": 1}, [1]), ({"B": 2}, [0]), ({"B": 2}, []))
+    ]
+    expected = [({"B": 2}, []), ({"B": 1}, [1])]
+    assert [(found.choice, found.ranks) for found in of_processes(recorded).tunings] == expected
+    assert [(found.choice, found.ranks) for found in of_processes(recorded[:-1]).tunings] == expected
+    first_of_all = of_processes([recorded[2], recorded[3]])
+    assert [(found.choice, found.ranks) for found in first_of_all.tunings] == [({"B": 1}, [1]), ({"B": 2}, [])]
 
 
 def test_ranks_that_declare_otherwise_are_refused() -> None:

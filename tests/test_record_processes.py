@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from limits import HANGS
 
-from aot_cache.artifact.plan import Plan
+from aot_cache.artifact.plan import Plan, merge
 
 HERE = Path(__file__).parent
 ENDS = {
@@ -63,6 +63,15 @@ def test_which_candidates_are_recorded(tmp_path: Path, which: str, expected: lis
         tuple(v) for unit in plan.units for v in unit.via if v[0] >= 0 and unit.specialization[-1]["t"][1] == 128
     }
     assert plan.tunings[number].choice == plan.tunings[number].candidates[candidate]
+
+
+def test_ranks_that_chose_differently(tmp_path: Path) -> None:
+    """Each rank of a job measures for itself. What the first chose is for all, and what the other chose for that rank."""
+    plan = record(tmp_path, str(tmp_path / "ranks"), "return", "--candidates", "chosen")
+    assert blocks(plan) == [16, 32] and blocks(plan, "tuned") == [64, 128]
+    chosen = {tuple(tuning.ranks): tuning.choice and tuning.choice["BLOCK"] for tuning in plan.tunings}
+    assert chosen == {(): 64, (1,): 128}
+    assert merge([plan, plan]).tunings == plan.tunings
 
 
 @pytest.mark.parametrize("theirs", ["that runs the next one", "that ends"])

@@ -431,7 +431,8 @@ def diff(left: Plan, right: Plan) -> Difference:
 
 
 def merge(plans: Iterable[Plan]) -> Plan:
-    """Merge plans recorded by the processes of one program, or traced as the ranks of one job.
+    """Merge plans recorded by the processes of one program, or traced as the ranks of one job. A choice that is for some ranks
+    only stays beside the others.
 
     Raises:
         DeclarationError: there is no plan, or they are for different targets.
@@ -443,13 +444,14 @@ def merge(plans: Iterable[Plan]) -> Plan:
     if len(targets) > 1:
         raise DeclarationError("recordings of one target", ", ".join(targets), "record each target on its own")
     units: dict[str, Unit] = {}
-    tunings: dict[str, Tuning] = {}
-    numbers: dict[str, int] = {}
+    tunings: dict[tuple[str, tuple[int, ...]], Tuning] = {}
+    numbers: dict[tuple[str, tuple[int, ...]], int] = {}
     closures: dict[str, JsonObject] = {}
     for plan in (_renamed(p, {u.kernel: variant(function_of(u.kernel), u.source) for u in p.units}) for p in parts):
         renumber = {-1: -1}
         for number, tuning in enumerate(plan.tunings):
-            identity = tuning_identity(tuning, tuning.kernel)
+            whose = tuple(tuning.ranks) if tuning.choice is not None else ()
+            identity = (tuning_identity(tuning, tuning.kernel), whose)
             known = tunings.setdefault(identity, tuning)
             tunings[identity] = replace(
                 known,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from aot_cache.artifact.key import function_of, variant
-from aot_cache.artifact.plan import Plan, merge, tuning_identity
+from aot_cache.artifact.plan import Config, Plan, Tuning, merge, tuning_identity
 from aot_cache.errors import DeclarationError
 
 
@@ -37,6 +37,26 @@ def of_ranks(plans: Sequence[Plan]) -> Plan:
     for plan in others:
         out = out.with_sets({case.name: case.sets for case in plan.cases})
     return out
+
+
+def of_processes(plans: Sequence[Plan]) -> Plan:
+    """Merge the plans of a recorded program's processes, whose choices say which rank made them.
+
+    Each rank of a job measures by itself, so ranks may have chosen differently under one key of an autotuner. What the first of
+    them chose is for all, and another choice for the rank that made it.
+    """
+    first: dict[str, Config] = {}
+    found = [(tuning, identity) for plan in plans for tuning, identity in zip(plan.tunings, _identities(plan))]
+    for tuning, identity in sorted(found, key=lambda pair: list(pair[0].ranks)):
+        if tuning.choice is not None:
+            first.setdefault(identity, tuning.choice)
+
+    def for_all(tuning: Tuning, identity: str) -> Tuning:
+        return tuning if tuning.choice not in (None, first.get(identity)) else replace(tuning, ranks=[])
+
+    return merge(
+        replace(plan, tunings=[for_all(*pair) for pair in zip(plan.tunings, _identities(plan))]) for plan in plans
+    )
 
 
 def ranks_text(ranks: Sequence[int]) -> str:

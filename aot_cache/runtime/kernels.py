@@ -337,8 +337,9 @@ class KernelSet:
         from aot_cache.upstream.codec import triton_kernel
         from aot_cache.upstream.hooks import triton_launches
 
-        # Tunings of other ranks may have the same key, with other candidates.
+        # Tunings of other ranks may have the same key, with other candidates. One that is for this rank goes before one for all.
         tunings = [tuning for tuning in self._tunings.get(number, []) if of_this_rank(tuning.ranks)]
+        tunings.sort(key=lambda tuning: not tuning.ranks)
         tuners = {n: triton_launches.tuners_of(function, n) for n in {tuning.tuner for tuning in tunings}}
         same_kind = torch_capture.device_name() == self.manifest.target["name"]
         for tuning in tunings:

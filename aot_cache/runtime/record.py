@@ -13,17 +13,20 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from aot_cache.artifact import engine_cache
 from aot_cache.artifact.engine_cache import Caches
-from aot_cache.artifact.plan import Plan, merge
+from aot_cache.artifact.plan import Plan
+from aot_cache.artifact.plan_of_ranks import of_processes
 from aot_cache.errors import DeclarationError
 from aot_cache.recordings import plans
 from aot_cache.recordings.calls import CallLog
 from aot_cache.recordings.plans import Candidates
 from aot_cache.upstream import after_import
+from aot_cache.upstream.codec import torch_ranks
 from aot_cache.upstream.hooks import dynamo_calls, process_end, torch_capture
 
 FOLDER_VARIABLE = "AOT_CACHE_RECORD_TO"
@@ -121,7 +124,7 @@ def run_command(command: list[str], out: Path, name: str, candidates: Candidates
         plans = [Plan.read(path) for path in sorted(Path(folder).glob("*.json"))]
         caches = engine_cache.merged(engine_cache.read(path) for path in sorted(Path(folder).glob("*.safetensors")))
         seen = _of_one_target([plan for plan in plans if plan.units or plan.launchers or plan.functions])
-        plan = merge(seen) if seen or not caches.entries else Plan(recipe=name, target="none", origin="recorded")
+        plan = of_processes(seen) if seen or not caches.entries else Plan(recipe=name, target="none", origin="recorded")
     return code, engine_cache.write_plan(plan, caches, out)
 
 
@@ -210,7 +213,10 @@ class _Writer:
 
     def _write(self) -> None:
         with self._writing, contextlib.suppress(DeclarationError):  # CUDA is not up: nothing has run
-            self.recording.plan().write(self._folder / f"{os.getpid()}.json")
+            plan, rank = self.recording.plan(), torch_ranks.one_of_several()
+            if rank is not None:
+                plan = replace(plan, tunings=[replace(tuning, ranks=[rank]) for tuning in plan.tunings])
+            plan.write(self._folder / f"{os.getpid()}.json")
 
 
 def _target_id() -> str:

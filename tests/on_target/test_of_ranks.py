@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from triton.runtime.jit import JITFunction
 
 from aot_cache.artifact import manifest
 from aot_cache.artifact import target as targets
+from aot_cache.artifact.plan import Plan
 from aot_cache.builder import pipeline
 from aot_cache.builder.pipeline import Built, Request
 from aot_cache.cli.facts import bundle as bundle_facts
@@ -20,6 +22,7 @@ from aot_cache.runtime.kernels import KernelSet
 from aot_cache.runtime.ledger import Ledger
 from aot_cache.store import read_bundle
 from aot_cache.upstream.codec import torch_ranks
+from aot_cache.upstream.hooks import torch_capture
 
 pytestmark = pytest.mark.usefixtures("device")
 ROOT = Path(__file__).parents[2]
@@ -87,6 +90,30 @@ def test_a_rank_whose_host_code_fails_is_named(built: Built) -> None:
     assert (failure["kernel"], failure["unit"]) == ("case late", "n=4")
     why = "RuntimeError: the last stage has no such layer (sample_of_ranks.py:"
     assert failure["error"].startswith(f"at n=4, as rank 2: {why}")
+
+
+@pytest.mark.parametrize("rank", [0, sample.LAST])
+def test_a_choice_of_this_rank_goes_before_one_of_all(
+    rank: int, built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_ranks, "own_or_first", lambda: rank)
+    monkeypatch.setattr(torch_capture, "device_name", lambda: targets.get("h200").name)
+    plan = Plan.read(built.path.with_suffix(".plan.json"))
+    tuning = next(tuning for tuning in plan.tunings if len(tuning.candidates) == 2)
+    widths = {candidate["WIDTH"]: number for number, candidate in enumerate(tuning.candidates)}
+    units = []
+    for unit in plan.units:
+        number = widths[unit.specialization[-1]["t"][1]] if unit.kernel == tuning.kernel else -1
+        via = [[0, number], [1, number]] if number >= 0 else [[-1, -1]]
+        units.append(replace(unit, via=via, ranks=[]))
+    of_all, own = (replace(tuning, choice=tuning.candidates[widths[width]], ranks=[]) for width in (16, 32))
+    path = tmp_path / "recorded.plan.json"
+    replace(plan, units=units, tunings=[of_all, replace(own, ranks=LAST)], calls=[]).write(path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)]))
+    again = pipeline.build(Request(target=targets.get("h200"), store=tmp_path / "store", plans=(path,)))
+    sample.tuned.cache.clear()
+    KernelSet(read_bundle(again.path), Ledger()).install(0)
+    assert [config.kwargs["WIDTH"] for config in sample.tuned.cache.values()] == [32 if rank == sample.LAST else 16]
 
 
 @pytest.mark.parametrize("rank", [0, sample.LAST])

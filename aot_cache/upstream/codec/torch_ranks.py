@@ -36,6 +36,11 @@ def own_or_first() -> int:
     return own_rank() if up() else 0
 
 
+def one_of_several() -> int | None:
+    """This process's rank in a job of several; None elsewhere."""
+    return own_rank() if up() and len(ranks_of(None)) > 1 else None
+
+
 def store() -> Any:
     """The store of the job that this process belongs to now."""
     from torch.distributed import distributed_c10d
