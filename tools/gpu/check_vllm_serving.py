@@ -21,7 +21,8 @@ the rows that there are.
 | steady, bundle-steady, … | long answers only, in turn without and with the bundle |
 | observe, error | with the bundle: nothing is prevented; each miss raises |
 | nodraft, nodraft-record, nodraft-build, nodraft-bundle | without drafts: vLLM alone, recorded, built, served |
-| ranks, ranks-record, ranks-build, ranks-bundle | the model split over `--ranks` GPUs: the same, served with policy `error` |
+| ranks-record, ranks-build, ranks-bundle | the model split over `--ranks` GPUs: the same, served with policy `error` |
+| ranks | the same model, with the caches of `ranks-record`, if there was one, and nothing of ours |
 | ranks-engine-build, ranks-engine | the model split over `--ranks` GPUs: what `engine-build` and `engine` do |
 | lacking | policy `error`, a bundle without one kernel: `CacheMiss` must be raised |
 | other | the bundle, another limit of sequences: vLLM serves, and the log names what differs |
@@ -118,12 +119,14 @@ class Series:
         return json.loads(self.file.read_text())["machine"] if self.file.exists() else machine()
 
     def compare(self) -> None:
-        """Say of the row `engine-build` what only the recording has, and what only the build."""
-        built, plan = self.rows.get("engine-build", {}), self.folder / "engine.plan.json"
-        if self.plan.exists() and plan.exists() and "units" in built:
-            built["recorded and not built"] = not_built(self.plan, plan)
-            more = Counter(json.loads(text)[0].rpartition(":")[2] for text in not_built(plan, self.plan))
-            built["built and not recorded"] = dict(sorted(more.items()))
+        """Say of the rows `engine-build` and `ranks-engine-build` what only the recording has, and what only the build."""
+        recordings = {"engine": self.plan, "ranks-engine": self.folder / "ranks.plan.json"}
+        for name, recorded in recordings.items():
+            built, plan = self.rows.get(f"{name}-build", {}), self.folder / f"{name}.plan.json"
+            if recorded.exists() and plan.exists() and "units" in built:
+                built["recorded and not built"] = not_built(recorded, plan)
+                more = Counter(json.loads(text)[0].rpartition(":")[2] for text in not_built(plan, recorded))
+                built["built and not recorded"] = dict(sorted(more.items()))
 
     def run(self, name: str) -> None:
         """Run a row, and keep its answer."""
@@ -189,10 +192,12 @@ class Series:
         options: Json = {"drafts": 0}
         if variant == "ranks":
             options, ours["AOT_CACHE_POLICY"] = {"settings": self._split()}, "error"
+        recorded = f"of {variant} record"
         if step == "":
-            return self._start(name, f"of {variant}", **options)
+            has_caches = (self.folder / "caches" / recorded).exists()
+            return self._start(name, recorded if has_caches else f"of {variant}", **options)
         if step == "record":
-            return self._record(name, f"of {variant} record", plan, **options)
+            return self._record(name, recorded, plan, **options)
         if step == "build":
             return self._build(plan, bundle)
         if step == "bundle":
@@ -546,10 +551,11 @@ def claims(rows: Mapping[str, Json]) -> dict[str, bool]:
         ours, theirs = rows["bundle"], rows["warm"]
         out["engine init at most 1.25 of vLLM's own warm start"] = _init(ours) <= 1.25 * _init(theirs)
         out["ready at most 1.1 of vLLM's own warm start"] = ours["ready"] <= 1.1 * theirs["ready"]
-    if "recorded and not built" in rows.get("engine-build", {}):
-        out["all that was recorded is built from the command line alone"] = not rows["engine-build"][
-            "recorded and not built"
-        ]
+    for name in ("engine-build", "ranks-engine-build"):
+        if "recorded and not built" in rows.get(name, {}):
+            out[f"{name}: all that was recorded is built from the command line alone"] = not rows[name][
+                "recorded and not built"
+            ]
     if "lacking" in rows:
         out["a kernel taken out: CacheMiss"] = "CacheMiss" in json.dumps(rows["lacking"])
     if "other" in rows:
