@@ -12,6 +12,7 @@ from typing import Any
 
 import serve
 from fake_engine import FakeEngine
+from limits import HANGS
 
 from aot_cache.models.qwen3_5.settings import Settings, settings
 from aot_cache.recipes.declare import Call, Recipe, declare
@@ -34,6 +35,8 @@ def make_engine(made: Settings, device: str, folder: str, layers: int | None, sp
 
     def before(call: str) -> None:
         time.sleep(FAKE.get("seconds", 0.0))  # a call
+        if call.startswith(FAKE.get("stuck_in", "nothing")):
+            time.sleep(HANGS)
 
     return Fake(made.max_batch, made.max_model_len, made.drafts * speculate, 50, before)
 

@@ -17,6 +17,7 @@ from typing import Protocol
 LOG = logging.getLogger("serve")
 
 
+STOPPING = "the server is stopping"
 ENDS = ("stop", "length", "error", "cancelled", "refused")
 """How requests end. `refused` ones were never accepted."""
 
@@ -165,6 +166,11 @@ class Scheduler:
             self._deadline = time.monotonic() + seconds
             self._changed.notify()
 
+    def give_up(self) -> None:
+        """Tell everybody who waits for an answer that the server is stopping, even while the engine is in a call."""
+        for request in [*self._running.values(), *self._waiting]:
+            request.deliver(Output([], "error", STOPPING))
+
     def join(self, seconds: float) -> bool:
         """Wait after `drain`. Returns whether the engine's thread has ended."""
         self._thread.join(seconds)
@@ -178,7 +184,7 @@ class Scheduler:
             while self._work_is_there():
                 self._admit(engine)
                 self._step(engine)
-            self._fail_all("the server is stopping")
+            self._fail_all(STOPPING)
         except BaseException as error:
             LOG.exception("the engine failed")
             with self._changed:

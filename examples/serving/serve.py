@@ -9,8 +9,8 @@ Options of the model are those of `aot-cache build`, with the same defaults: giv
 
 aot-cache has three lines in it: `import aot_cache.auto` below, and in `start_engine` `aot_cache.ready()` before the first
 capture and `aot_cache.seal()` after the last. The rest is any server: `scheduler.py` batches, `serving_http.py` answers.
-Stops at SIGTERM: what runs may finish for --drain seconds. One GPU: a model that is split over ranks has to be given its
-requests on all of them, which is not in this example.
+Stops at SIGTERM, with exit code 0: what runs may finish for --drain seconds. One GPU: a model that is split over ranks has to
+be given its requests on all of them, which is not in this example.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ from aot_cache.recipes import declare as declaring
 from aot_cache.recipes import from_config
 
 GRACE = 5.0
-"""Seconds after --drain in which the last answers are sent."""
+"""Seconds after --drain in which the last answers are sent, and then as many for the engine's last step."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -131,8 +132,15 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._scheduler.drain(self._drain)
+        # A step may take longer than uvicorn waits, which would then cut all streams.
+        late = asyncio.get_running_loop().call_later(self._drain, self._scheduler.give_up)
         await super().shutdown(sockets)
+        late.cancel()
         await asyncio.to_thread(self._scheduler.join, GRACE)
+
+    def stop(self, *_: object) -> None:
+        """SIGTERM while uvicorn does not listen to it: before its start, and when it raises the signal again after its end."""
+        self.should_exit = True
 
 
 def main() -> int:
@@ -168,10 +176,15 @@ def main() -> int:
     server = Server(config, scheduler, options.drain)
     with socket.create_server((options.host, options.port)) as listening:
         print(f"http://{options.host}:{listening.getsockname()[1]}", flush=True)
+        signal.signal(signal.SIGTERM, server.stop)
         scheduler.start()
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after its shutdown
             server.run(sockets=[listening])
-    return 1 if scheduler.error else 0
+    code = 1 if scheduler.error else 0
+    if not scheduler.join(0):
+        sys.stdout.flush()
+        os._exit(code)  # the engine's thread is in a call, and Python must not be taken away below it
+    return code
 
 
 if __name__ == "__main__":
