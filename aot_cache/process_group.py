@@ -21,16 +21,24 @@ class ProcessGroup:
     Args:
         command: the command line.
         environment: its environment variables.
+        folder: its current folder; None: this process's.
 
     Attributes:
         process: the leader, with text pipes for stdin, stdout and stderr.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], folder: str | None = None) -> None:
         pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
         # A new session, so that Ctrl-C reaches only this (the parent) process, which then ends the group.
         self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=pipe, env=dict(environment), text=True, start_new_session=True
+            command,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            env=dict(environment),
+            cwd=folder,
+            text=True,
+            start_new_session=True,
         )
         self._guard = subprocess.Popen(
             [*_GUARD, str(self.process.pid)], stdin=pipe, stdout=nothing, stderr=nothing, start_new_session=True

@@ -18,6 +18,7 @@ from aot_cache.artifact.target import Target
 from aot_cache.builder import pipeline
 from aot_cache.builder.engine_start import Engine
 from aot_cache.builder.pipeline import Built, Request
+from aot_cache.cli import matrix
 from aot_cache.cli.command import AsJson, Unfinished
 from aot_cache.cli.facts import build as build_facts
 from aot_cache.cli.rehearse import After, after_build
@@ -125,7 +126,20 @@ Rehearse = Annotated[
 ]
 ShowPlan = Annotated[bool, typer.Option("--show-plan", help="Print what would be built and why, without compiling.")]
 
-
+PlanMatrix = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Build each bundle that a JSON file lists: builds (with the options of this command), targets, versions.",
+    ),
+]
+On = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ray|ray://HOST:PORT",
+        help="Build each bundle as a task of Ray: of the one that runs here, else one that is started, or of a cluster.",
+    ),
+]
 EngineName = Annotated[
     str | None,
     typer.Option(
@@ -145,6 +159,7 @@ EngineArguments = Annotated[
 
 
 def build(
+    context: typer.Context,
     engine_arguments: EngineArguments = None,
     engine: EngineName = None,
     model: Model = None,
@@ -169,12 +184,17 @@ def build(
     workers: Workers = None,
     rehearse: Rehearse = True,
     show_plan: ShowPlan = False,
+    plan_matrix: PlanMatrix = None,
+    on: On = None,
     as_json: AsJson = False,
 ) -> None:
     """Build the bundles of a model, for one or more targets.
 
     The options from --spec to --dtype are those of the recipes for models; --option sets any other option of a recipe.
     """
+    if plan_matrix is not None or on is not None:
+        matrix.build_matrix(context, plan_matrix, on, store, workers, show_plan, as_json)
+        return
     own = {"spec": spec, "num_speculative_tokens": num_speculative_tokens, "max_batch": max_batch}
     own |= {"max_model_len": max_model_len, "tp": tp, "dtype": dtype}
     named = _named(model, _options(own, option or []))

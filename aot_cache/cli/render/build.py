@@ -137,3 +137,28 @@ def _reached(what: str, facts: Facts) -> None:
     for points in facts["reached_by"]:
         line(f"  reached by {points}")
     line()
+
+
+def matrix(rows: Sequence[Facts], show_plan: bool) -> None:
+    """Print a matrix of builds: a row for each, then what went wrong, and the digests."""
+    numbers = ("points",) if show_plan else ("compiled now", "reused", "size", "attempts")
+    cells = [
+        (
+            row["name"],
+            row["target"] or "-",
+            row["version"] or "-",
+            row["state"],
+            *((row["points"],) if show_plan else (row["compiled"], row["reused"], size(row["size"]), row["attempts"])),
+            f"{row['seconds']:.2f}",
+            row["host"] or "-",
+        )
+        for row in rows
+    ]
+    table(("build", "target", "version", "state", *numbers, "seconds", "host"), cells, (*numbers, "seconds"))
+    line()
+    for row in rows:
+        if row["path"]:
+            line(f"bundle: {row['path']}  {row['digest']}")
+    for row in rows:
+        if row["error"]:
+            line(f"{row['label']}: {row['state']}: {row['error']}")
