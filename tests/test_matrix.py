@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,22 +33,28 @@ def bundle(**more: Json) -> Json:
 class Pretended:
     """Builds that are none: the units that were asked for, and the outcome of each."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: Path) -> None:
+        self.store = store
         self.units: list[Unit] = []
         self.outcomes: dict[str, tuple[int, Json]] = {}
         """Label → exit code and document; one that is not in it is built."""
 
+    def written(self, name: str) -> str:
+        """The path of a bundle, which is there."""
+        path = self.store / name.replace("/", "-")
+        path.touch()
+        return str(path)
+
     def run_here(self, units: list[Unit], folder: Path, environment: Json, done: Done) -> None:
         self.units = units
         for unit in units:
-            whole = {"bundles": [bundle(target=unit.target, path=f"/store/{unit.label}")]}
-            code, document = self.outcomes.get(unit.label, (0, whole))
-            done(Outcome(unit=unit, exit_code=code, document=document, seconds=1.0, host="here"))
+            code, document = self.outcomes.get(unit.label, (0, {"bundles": [bundle(path=self.written(unit.label))]}))
+            done(Outcome(unit=unit, exit_code=code, document=document, seconds=1.0, host="h"))
 
 
 @pytest.fixture
-def builds(monkeypatch: pytest.MonkeyPatch) -> Pretended:
-    made = Pretended()
+def builds(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Pretended:
+    made = Pretended(tmp_path_factory.mktemp("store"))
     monkeypatch.setattr(matrix, "run_here", made.run_here)
     return made
 
@@ -208,9 +216,9 @@ def test_what_failed_is_named_and_the_rest_is_built(run: Run, builds: Pretended)
         "b h200": (3, {"error": error}),
         "c h200": (
             4,
-            {"bundles": [bundle(target="h200", path="/store/c", complete=False)], "error": {"message": "1 of 2"}},
+            {"bundles": [bundle(path=builds.written("c"), complete=False)], "error": {"message": "1 of 2"}},
         ),
-        "d h200": (0, {"bundles": [bundle(target="h200", path="/store/d", compiled=0, nothing_to_do=True)]}),
+        "d h200": (0, {"bundles": [bundle(path=builds.written("d"), compiled=0, nothing_to_do=True)]}),
     }
     asked = {"builds": [{"model": model} for model in "abcd"], "targets": ["h200"]}
     code, out, err = run(asked, "--json")
@@ -223,15 +231,21 @@ def test_what_failed_is_named_and_the_rest_is_built(run: Run, builds: Pretended)
     assert [(row["compiled"], row["reused"]) for row in rows.values()] == [(2, 0), (0, 0), (2, 0), (0, 2)]
     assert rows["b"]["error"] == "unknown model 'b'"
     code, out, _ = run(asked)
-    assert "b h200: failed: unknown model 'b'" in out and f"bundle: /store/d  {'d' * 64}" in out
+    assert "b h200: failed: unknown model 'b'" in out and f"bundle: {builds.store}/d  {'d' * 64}" in out
 
 
 def test_two_builds_that_write_the_same_file(run: Run, builds: Pretended) -> None:
     """Recipes may have one name, and the last would have replaced the first."""
-    same = {"bundles": [bundle(target="h200", path="/store/recipe-h200")]}
+    same = {"bundles": [bundle(path=builds.written("recipe-h200"))]}
     builds.outcomes = {"a h200": (0, same), "b h200": (0, same)}
     code, _, err = run({"builds": [{"model": "a"}, {"model": "b"}], "targets": ["h200"]})
     assert code == 4 and "1 of 2 builds failed or are incomplete: b h200 (failed)" in err
+
+
+def test_a_bundle_on_a_machine_with_another_store(run: Run, builds: Pretended) -> None:
+    builds.outcomes = {"a h200": (0, {"bundles": [bundle(path="/no/such/store/a")]})}
+    code, out, _ = run({"builds": [{"model": "a"}], "targets": ["h200"]})
+    assert code == 4 and "/no/such/store/a is on h, and not here: all machines must see one --store" in out
 
 
 def test_what_was_built_before_an_interrupt_is_said(
@@ -251,12 +265,12 @@ def test_what_was_built_before_an_interrupt_is_said(
 
 
 def test_a_real_matrix_in_a_process(tmp_path: Path) -> None:
-    """One that can be built, one whose recipe there is not, one whose interpreter there is not; then only their plan."""
-    asked = {"builds": [{"model": "small_kernels:small"}, {"model": "small_kernels:none"}], "targets": ["h200"]}
-    (tmp_path / "m.json").write_text(json.dumps(asked))
+    """Its plan alone; then with a recipe that there is not; then with an interpreter that there is not."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools" / "workloads")])}
 
-    def command(*arguments: str) -> tuple[int, list[Json], str]:
+    def command(models: list[str], versions: dict[str, str], *arguments: str) -> tuple[int, list[Json], str]:
+        builds = [{"model": f"small_kernels:{model}"} for model in models]
+        (tmp_path / "m.json").write_text(json.dumps({"builds": builds, "targets": ["h200"], "versions": versions}))
         words = [sys.executable, "-m", "aot_cache", "build", "--plan-matrix", "m.json", "--store", "s", "--json"]
         done = subprocess.run(
             [*words, *arguments],
@@ -269,26 +283,50 @@ def test_a_real_matrix_in_a_process(tmp_path: Path) -> None:
         )
         return done.returncode, json.loads(done.stdout)["rows"], done.stderr
 
-    code, (planned, none), err = command("--show-plan")
-    assert (code, planned["state"], none["state"], planned["points"]) == (4, "planned", "failed", 3), err
+    code, (planned,), err = command(["small"], {}, "--show-plan")
+    assert (code, planned["state"], planned["points"]) == (0, "planned", 3), err
     assert planned["plan"]["kernels"][0]["specializations"] == 2 and not (tmp_path / "s" / "bundles").exists()
-    code, (built, none), err = command()
+    code, (built, none), err = command(["small", "none"], {})
     assert (code, built["state"], none["state"]) == (4, "built", "failed")
     assert "1 of 2 builds failed or are incomplete: small_kernels:none h200 (failed)" in err and "none" in none["error"]
     assert built["path"] == f"{tmp_path}/s/bundles/small-h200.safetensors" and Path(built["path"]).exists()
-    (tmp_path / "m.json").write_text(json.dumps({**asked, "versions": {"v": "/no/such/python"}}))
-    code, rows, _ = command()
-    assert code == 4 and all("/no/such/python" in row["error"] for row in rows)
+    code, (lost,), _ = command(["small"], {"v": "/no/such/python"})
+    assert code == 4 and "/no/such/python" in lost["error"]
+
+
+def test_sigterm_ends_the_build_that_runs(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text(json.dumps({"builds": [{"model": "small_kernels:small"}], "targets": ["h200"]}))
+    with subprocess.Popen(
+        [sys.executable, "-m", "aot_cache", "build", "--plan-matrix", "m.json"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools" / "workloads")])},
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as running:
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+        while len(started := children.read_text().split()) < 2:  # the build, and the guard that would end it
+            assert running.poll() is None
+            time.sleep(0.05)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(HANGS) == 128 + signal.SIGTERM
+    assert not [child for child in started if Path(f"/proc/{child}").exists()]
 
 
 def test_on_ray_with_a_worker_killed(tmp_path: Path) -> None:
     """As `tools/check_matrix` does it with more targets: the bytes of one machine, and the lost build is started again."""
     pytest.importorskip("ray")
-    command = [sys.executable, str(ROOT / "tools" / "check_matrix"), "--targets", "h200,a100", "--only", "one,killed"]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "check_matrix"),
+        "--targets",
+        "h200,a100",
+        "--only",
+        "one,killed,stopped",
+    ]
     out = tmp_path / "record.json"
     done = subprocess.run(
         [*command, "--out", str(out)], capture_output=True, text=True, timeout=HANGS, check=False, cwd=tmp_path
     )
     assert out.exists(), done.stderr
     claims = json.loads(out.read_text())["claims"]
-    assert len(claims) == 4 and all(claims.values()), claims
+    assert len(claims) == 5 and all(claims.values()), claims

@@ -83,7 +83,12 @@ def run(unit: Unit, folder: str, environment: Mapping[str, str]) -> Outcome:
             unit=unit, exit_code=127, document={}, seconds=0.0, host=platform.node(), lost=f"{command[0]}: {error}"
         )
     try:
-        printed, said = group.process.communicate()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                printed, said = group.process.communicate(
+                    timeout=1.0
+                )  # Ray interrupts only between two of Python's steps
+                break
     except BaseException:
         group.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ GOOD = ("built", "nothing to do", "planned")
 
 
 def rows(outcomes: Iterable[Outcome]) -> list[Facts]:
-    """A row for each build. One that has written over another's bundle has failed."""
+    """A row for each build. One that has written over another's bundle, or to a folder that is not seen here, has failed."""
     out: list[Facts] = []
     written: dict[str, str] = {}
     for outcome in outcomes:
@@ -23,6 +24,9 @@ def rows(outcomes: Iterable[Outcome]) -> list[Facts]:
         before = written.setdefault(row["path"], row["label"])
         if row["path"] and before != row["label"]:
             why = f"it wrote to the path of {before}: rename one of the recipes, or give an `out`"
+            row |= {"state": "failed", "error": why}
+        if row["path"] and not Path(row["path"]).exists():
+            why = f"{row['path']} is on {row['host']}, and not here: all machines must see one --store"
             row |= {"state": "failed", "error": why}
         out.append(row)
     return out
