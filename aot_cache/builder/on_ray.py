@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,6 +25,8 @@ ATTEMPTS = 4
 LOCAL = "ray"
 _CLIENT = "ray://"
 _THREADS = "OMP_NUM_THREADS"
+_STARTS = 3
+"""How often a Ray is started here: it gives itself 30 seconds, which may be too little on a busy machine."""
 _GRACE = 15.0
 """Seconds for running builds to end when the matrix is interrupted."""
 
@@ -120,12 +121,14 @@ def _connect(on: str) -> None:
     before = signal.getsignal(signal.SIGTERM)
     more: dict[str, Any] = {} if on != LOCAL else {"include_dashboard": False}
     try:
-        ray.init(None if on == LOCAL else on, log_to_driver=False, logging_level=logging.ERROR, **more)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        why = str(error).strip().partition("\n")[0]
-        raise AotCacheError(
-            f"no Ray at {on} for {platform.node()}: {why}", hint="start it, or correct the address"
-        ) from error
+        for left in reversed(range(_STARTS if on == LOCAL else 1)):
+            try:
+                ray.init(None if on == LOCAL else on, log_to_driver=False, logging_level=logging.ERROR, **more)
+                return
+            except Exception as error:  # a Ray that does not start in time raises just that
+                if not left:
+                    why = str(error).strip().partition("\n")[0]
+                    raise AotCacheError(f"no Ray at {on}: {why}", hint="start it, or correct the address") from error
     finally:
         signal.signal(signal.SIGTERM, before)  # Ray's own handler would end this process without its cleanup
 
