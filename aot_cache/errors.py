@@ -9,6 +9,7 @@
     ├── CompileFailed           one or more units did not compile
     ├── StoreError              bytes on disk
     │   ├── StoreUnwritable     no permission, no space, not a folder
+    │   ├── StoreInUse          somebody builds with the store that is to be cleaned up
     │   ├── StoreChanged        what a build has stored is gone or damaged before its bundle is written
     │   ├── BundleCorrupt       a hash, the header or the layout is wrong
     │   ├── BundleMissing       no such bundle
@@ -107,6 +108,10 @@ class StoreError(AotCacheError):
 
 class StoreUnwritable(StoreError):
     """Raised when the store cannot be written: no permission, no space, or not a folder."""
+
+
+class StoreInUse(StoreError):
+    """Raised when housekeeping would have to remove files from a store that somebody builds with."""
 
 
 class StoreChanged(StoreError):

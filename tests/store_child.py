@@ -115,6 +115,66 @@ def write_for_ever(root: Path) -> None:
             write_bundle(root / "shared.safetensors", {"number": number}, objects(number, number + 1, number + 2))
 
 
+def in_use(root: Path) -> str:
+    """Use the store as a build does, until the parent closes our input."""
+    with Store(root).in_use():
+        print("in use", flush=True)
+        sys.stdin.read()
+    return "released"
+
+
+def scratch(root: Path) -> str:
+    """Have a temporary folder until the parent closes our input."""
+    from aot_cache.store import scratch
+
+    with scratch.folder() as folder:
+        (folder / "file").write_bytes(bytes(PAGE))
+        print(json.dumps(str(folder)), flush=True)
+        sys.stdin.read()
+    return "removed"
+
+
+def gc(root: Path, wait: str) -> int:
+    from aot_cache.store import gc, use
+
+    with use.alone(root, float(wait)):
+        gc.carry_out(gc.plan(root, gc.Limits(older_than=gc.DAY)))
+    return 0
+
+
+def gc_until(root: Path, stop: str) -> int:
+    """Clean up whenever nobody builds, until the file `stop` appears; returns how often."""
+    from aot_cache.errors import StoreInUse
+    from aot_cache.store import gc, use
+
+    done = 0
+    while not os.path.exists(stop) or not done:
+        try:
+            with use.alone(root):
+                gc.carry_out(gc.plan(root, gc.Limits(max_size=20_000)))
+                done += 1
+        except StoreInUse:
+            time.sleep(0.001)
+    return done
+
+
+def build_for_ever(root: Path, first: str, times: str) -> int:
+    """What a build does, again and again: look, put what is absent, and at the end read all of it for a bundle."""
+    store = Store(root)
+    for again in range(int(times)):
+        numbers = range(int(first) + again % 3, int(first) + again % 3 + 5)
+        with store.in_use():
+            for number in numbers:
+                record = store.get_record("blob", str(number))
+                if record is None or not store.holds(record["digest"]):
+                    store.put_record("blob", str(number), {"digest": store.put(blob(number))})
+            found = [store.get_record("blob", str(number)) for number in numbers]
+            made = {one["digest"]: store.get(one["digest"]) for one in found if one is not None}
+            assert len(made) == len(numbers)
+            write_bundle(root / "shared.safetensors", {"number": numbers[0]}, objects(numbers[0], numbers[0] + 1))
+    return int(times)
+
+
 def die_at(root: Path, moment: str, what: str) -> None:
     """Be killed at one moment of one write."""
     real_write, real_fsync, real_replace = os.write, os.fsync, os.replace

@@ -235,6 +235,7 @@ def test_the_reference_has_every_variable() -> None:
     assert set(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)) == {
         *(f"`{name}`" for name in read),
         "`CC`, `CXX`",
+        "`TMPDIR`",
     }
 
 

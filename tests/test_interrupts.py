@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from limits import HANGS
@@ -145,6 +146,34 @@ def test_what_is_done_is_not_done_again(kernels: Building, name: str) -> None:
     )
     (built,) = json.loads(done.stdout)["bundles"]
     assert built["units"] == 400 and built["compiled"] < 400
+
+
+def test_housekeeping_leaves_a_build_alone_and_cleans_up_after_a_killed_one(kernels: Building) -> None:
+    def gc(*words: str) -> tuple[int, dict[str, Any]]:
+        command = [*kernels.command[:3], "gc", *words, "--json"]
+        done = subprocess.run(
+            command, cwd=kernels.folder, env=kernels.environment, capture_output=True, text=True, check=False
+        )
+        return done.returncode, json.loads(done.stdout)
+
+    kernels.wait_for("100")
+    code, found = gc("--max-size", "0")
+    assert code == 3 and f"process {kernels.process.pid} (" in found["error"]["message"]
+    kernels.process.kill()
+    kernels.process.communicate()
+    assert kernels.left() == {}
+    assert list((kernels.folder / "tmp").glob("aot-cache-*"))
+    code, found = gc()
+    assert code == 0 and found["kept"]["objects"] > 20
+    assert "temporary folders" in {row["what"] for row in found["removed"]}
+    assert not list((kernels.folder / "tmp").glob("aot-cache-*"))
+    subprocess.run(
+        [*kernels.command, "-q"], cwd=kernels.folder, env=kernels.environment, capture_output=True, check=True
+    )
+    before = sorted((kernels.folder / "artifacts").rglob("*"))
+    code, found = gc("--max-size", "0")
+    gone = {path for path in before if not path.exists()}
+    assert code == 0 and {path.parent.name for path in gone} == {"stamps"}, "the bundle names all that was compiled"
 
 
 def test_a_worker_that_is_killed_takes_its_children_along(graphs: Building) -> None:

@@ -37,6 +37,7 @@ ERRORS = {  # name: (base, exit code of the command line)
     "StoreError": ("AotCacheError", 3),
     "StoreUnwritable": ("StoreError", 3),
     "StoreChanged": ("StoreError", 3),
+    "StoreInUse": ("StoreError", 3),
     "BundleCorrupt": ("StoreError", 8),
     "BundleMissing": ("StoreError", 3),
     "DigestMismatch": ("StoreError", 8),

@@ -12,8 +12,9 @@ import ctypes
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+
+from aot_cache.store import scratch
 
 NAME = "libcuda.so.1"
 
@@ -25,7 +26,7 @@ def ensure() -> bool:
         return True
     except OSError:
         pass
-    with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
+    with scratch.folder() as folder:
         source, library = Path(folder, "stub.c"), Path(folder, NAME)
         source.write_text("int aot_cache_has_no_driver;\n")
         command = [

@@ -24,7 +24,7 @@ from aot_cache.builder.fingerprint import NO_INPUTS, Inputs
 from aot_cache.builder.messages import OtherRanks, Part, Started, StartJob, answer_of
 from aot_cache.builder.worker_pool import Progress, WorkerPool
 from aot_cache.errors import AotCacheError, DeclarationError
-from aot_cache.store import Store
+from aot_cache.store import Store, use
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -102,6 +102,7 @@ def start(engine: Engine, target: Target, store: Store, scratch: Path, progress:
     if before is not None:
         found = _from_json(before, path)
         if not fingerprint.changed(found.inputs) and _is_whole(path):
+            use.note(path)
             return found
     found = _started(engine, target, store, path, scratch, progress)
     with store.writer():

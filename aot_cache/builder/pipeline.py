@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,7 +27,7 @@ from aot_cache.misses.describe import asked
 from aot_cache.misses.file import GRAPH, Misses
 from aot_cache.recipes import declare as declaring
 from aot_cache.recipes import options
-from aot_cache.store import INCOMPLETE, Store, read_bundle, signature, write_bundle
+from aot_cache.store import INCOMPLETE, Store, read_bundle, scratch, signature, use, write_bundle
 
 Progress = Callable[[str, int, int], None]
 STAMPS = "stamps"
@@ -128,8 +128,13 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
         UnknownName, DeclarationError, TraceError: the request is wrong, or nothing can be built from it. No bundle was written.
         StoreUnwritable: the store cannot be written, and is unchanged.
     """
-    began = time.perf_counter()
     store = Store(request.store)
+    with store.in_use():
+        return _build(request, store, progress)
+
+
+def _build(request: Request, store: Store, progress: Progress) -> Built:
+    began = time.perf_counter()
     store.check_writable()
     if request.model is not None:
         declaring.resolve(request.model)
@@ -142,11 +147,11 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
         if same is not None:
             same.seconds = time.perf_counter() - began
             return same
-    with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
-        started = _start(request, store, Path(scratch), progress)
+    with scratch.folder() as folder:
+        started = _start(request, store, folder, progress)
         request, marks = _with(request, started, store), [*marks, *(Mark.parse(text) for text in started.at_start)]
         caches = engine_cache.of_plans(request.plans)
-        result, built = _compile(request, Path(scratch), store, misses, marks, caches, progress)
+        result, built = _compile(request, folder, store, misses, marks, caches, progress)
     built.engine = _told(request.engine, started)
     built.untested = "; ".join(filter(None, (built.untested, started.untested)))
     inputs = fingerprint.together([result.inputs, started.inputs])
@@ -160,7 +165,7 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
 
 def _compile(
     request: Request,
-    scratch: Path,
+    within: Path,
     store: Store,
     misses: Misses,
     marks: Sequence[Mark],
@@ -174,7 +179,7 @@ def _compile(
     """
     traced = replace(request, model=model_of(request))
     for again in range(_ATTEMPTS):
-        folder = scratch / f"build-{again}"
+        folder = within / f"build-{again}"
         folder.mkdir()
         try:
             result = workers.run(traced, folder, misses, progress)
@@ -185,11 +190,11 @@ def _compile(
     raise AssertionError  # not reached
 
 
-def _start(request: Request, store: Store, scratch: Path, progress: Progress) -> EngineStart:
+def _start(request: Request, store: Store, within: Path, progress: Progress) -> EngineStart:
     """What the request's engine launches and compiles; nothing without an engine."""
     if request.engine is None:
         return NO_START
-    folder = scratch / "engine"
+    folder = within / "engine"
     folder.mkdir()
     return engine_start.start(request.engine, request.target, store, folder, progress)
 
@@ -236,14 +241,17 @@ class Planned:
 
 def plan_only(request: Request, progress: Progress = lambda *_: None) -> Planned:
     """Trace without compiling. An engine compiles its own models all the same: what it has compiled is kept for the build."""
-    with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch:
-        store = Store(request.store)
-        started = _start(request, store, Path(scratch), progress)
+    store = Store(request.store)
+    in_use = (
+        store.in_use() if request.engine is not None else contextlib.nullcontext()
+    )  # else nothing is read or written
+    with in_use, scratch.folder() as folder:
+        started = _start(request, store, folder, progress)
         told = _told(request.engine, started)
         request = _with(request, started, store)
         request = replace(request, model=model_of(request))
         misses = miss_file.read(request.misses)
-        return Planned(workers.run(request, Path(scratch), misses, progress, show_plan=True).plan, told)
+        return Planned(workers.run(request, folder, misses, progress, show_plan=True).plan, told)
 
 
 def bundle_path(request: Request, name: str, spec: str = "", misses: Misses | None = None) -> Path:
@@ -319,6 +327,7 @@ def _still_there(before: Mapping[str, Any]) -> Built | None:
         return None
     if found.digest != built.digest or found.check_all():
         return None
+    use.note(built.path)
     built.nothing_to_do, built.compiled = True, 0
     return built
 

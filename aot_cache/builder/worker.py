@@ -6,6 +6,7 @@ stderr. Each target needs its own process, because libraries decide at import wh
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -29,6 +30,7 @@ from aot_cache.builder.messages import (
     Traced,
 )
 from aot_cache.errors import AotCacheError
+from aot_cache.store import Store
 
 if TYPE_CHECKING:
     from aot_cache.artifact.plan import FailedCase
@@ -58,7 +60,9 @@ def main() -> int:
 
             send(engine_worker.started(job, progress))
         else:
-            (_graphs if job.stage == "graphs" else _kernels)(job, send, progress)
+            # The parent, which is inside as well, may be killed a moment before this process is.
+            with contextlib.nullcontext() if job.show_plan else Store(job.store).in_use():
+                (_graphs if job.stage == "graphs" else _kernels)(job, send, progress)
     except OtherRanks as other:
         send(NeedsRanks(ranks=other.ranks))
     except AotCacheError as error:
@@ -126,7 +130,6 @@ def _kernels(job: Job, send: Send, progress: Progress) -> None:
     from aot_cache.builder import fingerprint, kernels_compile, kernels_trace
     from aot_cache.builder.missed_kernels import MissedKernels
     from aot_cache.builder.recorded_calls import written
-    from aot_cache.store import Store
     from aot_cache.upstream.hooks import triton_launcher
 
     recipe, traced = None, None
@@ -214,7 +217,6 @@ def _graphs(job: Job, send: Send, progress: Progress) -> None:
     from aot_cache.builder.messages import Refused
     from aot_cache.builder.recorded_calls import RecordedCalls
     from aot_cache.recipes import declare as recipes
-    from aot_cache.store import Store
     from aot_cache.upstream.virtual import torch_fake
 
     device = "cpu" if job.target.backend == "cpu" else "cuda"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -31,7 +30,7 @@ from aot_cache.builder.messages import (
 from aot_cache.builder.worker_pool import Progress, WorkerPool
 from aot_cache.errors import DeclarationError
 from aot_cache.misses.file import Misses
-from aot_cache.store import JsonObject
+from aot_cache.store import JsonObject, scratch
 
 if TYPE_CHECKING:
     from aot_cache.builder.pipeline import Request
@@ -102,7 +101,7 @@ class _Graphs:
     missed: Mapping[int, str] = field(default_factory=dict)
 
 
-def run(request: Request, scratch: Path, misses: Misses, progress: Progress, show_plan: bool = False) -> BuildResult:
+def run(request: Request, folder: Path, misses: Misses, progress: Progress, show_plan: bool = False) -> BuildResult:
     """Trace and compile: kernels in one process, compiled graphs, if there are any, in another.
 
     Libraries and recipes may read the world size at import, but only a worker can read the recipe's own. If that is another one,
@@ -114,17 +113,17 @@ def run(request: Request, scratch: Path, misses: Misses, progress: Progress, sho
     """
     try:
         with WorkerPool(progress) as pool:
-            return _Build(request, scratch, misses, pool, show_plan).run()
+            return _Build(request, folder, misses, pool, show_plan).run()
     except OtherRanks as found:
         ranks = found.ranks
     with WorkerPool(progress) as pool:
-        return _Build(replace(request, ranks=ranks), scratch, misses, pool, show_plan).run()
+        return _Build(replace(request, ranks=ranks), folder, misses, pool, show_plan).run()
 
 
 class _Build:
     """`run` for the request's world size."""
 
-    def __init__(self, request: Request, scratch: Path, misses: Misses, pool: WorkerPool, show_plan: bool) -> None:
+    def __init__(self, request: Request, folder: Path, misses: Misses, pool: WorkerPool, show_plan: bool) -> None:
         # A plan without kernels has nothing to compile: an engine's compile cache goes into the bundle as it is.
         plans = [path for path in request.plans if Plan.read_kernels(path).units]
         if plans and request.target.backend == "cpu":
@@ -132,14 +131,14 @@ class _Build:
         if not plans and request.model is None:
             raise DeclarationError("a plan with kernels", "none in it", "name a recipe with --model, too")
         self._request, self._pool = request, pool
-        self._environment = _environment(request, scratch)
+        self._environment = _environment(request, folder)
         self._job = Job(
             stage="kernels",
             target=request.target,
             recipe=request.model,
             plans=list(map(str, plans)),
-            plan_out=str(scratch / "plan.json"),
-            calls=str(scratch / "calls.json"),
+            plan_out=str(folder / "plan.json"),
+            calls=str(folder / "calls.json"),
             ranges=dict(request.ranges),
             store=str(request.store.absolute()),
             line_info=request.line_info,
@@ -176,7 +175,7 @@ class _Build:
 
         def run(rank: int) -> _Kernels:
             job = self._of_rank(self._job, rank)
-            with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
+            with scratch.folder() as folder:
                 return _kernels(self._pool.run(job, self._as_rank(rank, folder)), job)
 
         others = self._ranks[1:]
@@ -217,7 +216,7 @@ class _Build:
         def run(rank: int, broken: Sequence[FailedCase]) -> list[Answer]:
             own = replace(self._of_rank(job, rank), failed_cases=broken, refused=refused.get(rank, ()))
             # Cache folders of its own: upstream would use what another rank left there, which may differ.
-            with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
+            with scratch.folder() as folder:
                 return self._pool.run(own, self._as_rank(rank, folder if rank else None))
 
         first = run(0, job.failed_cases)
@@ -233,9 +232,9 @@ class _Build:
             return job
         return replace(job, rank=rank, plan_out=f"{job.plan_out}.{rank}", calls=f"{job.calls}.{rank}")
 
-    def _as_rank(self, rank: int, folder: str | None = None) -> dict[str, str]:
+    def _as_rank(self, rank: int, folder: Path | None = None) -> dict[str, str]:
         """The worker's environment, with the variables that a launcher sets for each rank, and upstream's caches in `folder`."""
-        own = {**self._environment, **(_folders(Path(folder)) if folder is not None else {})}
+        own = {**self._environment, **(_folders(folder) if folder is not None else {})}
         size = self._job.ranks
         if size == 1:
             return own
@@ -371,14 +370,14 @@ def _ids(plan: Plan) -> set[str]:
     return {unit.id for unit in plan.units} | {call.id for call in plan.calls}
 
 
-def _environment(request: Request, scratch: Path) -> dict[str, str]:
+def _environment(request: Request, folder: Path) -> dict[str, str]:
     """The worker's environment. Nothing that depends on this machine or on the time may change the compiled bytes."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRITON_ALWAYS_COMPILE")}
     environment.update(
         CUDA_VISIBLE_DEVICES="",
         HIP_VISIBLE_DEVICES="",
         PYTHONHASHSEED="0",
-        **_folders(scratch),
+        **_folders(folder),
         TRITON_STORE_BINARY_ONLY="1",
         TRITON_DISABLE_LINE_INFO="0" if request.line_info else "1",
     )
@@ -387,6 +386,6 @@ def _environment(request: Request, scratch: Path) -> dict[str, str]:
     return environment
 
 
-def _folders(scratch: Path) -> dict[str, str]:
+def _folders(folder: Path) -> dict[str, str]:
     """Variables for the folders of upstream's caches."""
-    return {"TRITON_CACHE_DIR": str(scratch / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
+    return {"TRITON_CACHE_DIR": str(folder / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}

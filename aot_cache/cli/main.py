@@ -43,6 +43,7 @@ from aot_cache.cli.facts import diff as diff_facts
 from aot_cache.cli.facts import files as file_facts
 from aot_cache.cli.facts import misses as miss_facts
 from aot_cache.cli.facts import signature as signature_facts
+from aot_cache.cli.gc import gc
 from aot_cache.cli.rehearse import rehearse
 from aot_cache.cli.render import bundle as render_bundle
 from aot_cache.cli.render import html as html_page
@@ -158,6 +159,10 @@ _command(
     "aot-cache sign model.safetensors --key key.pem",
     "aot-cache sign model.safetensors --show-text > model.txt",
 )(sign)
+_command(
+    "aot-cache gc --dry-run",
+    "aot-cache gc artifacts --max-size 20GB --older-than 30d --keep 'bundles/qwen*' --wait 600",
+)(gc)
 
 
 # --- looking ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import os
 import queue
 import signal
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,7 +16,7 @@ from typing import IO
 
 from aot_cache.process_group import ProcessGroup
 from aot_cache.recipes.options import CONFIG_VARIABLE
-from aot_cache.store import Json
+from aot_cache.store import Json, scratch
 
 _KEPT = (CONFIG_VARIABLE, "AOT_CACHE_DEBUG", "AOT_CACHE_MISSES", "AOT_CACHE_UNTESTED")
 
@@ -35,7 +34,7 @@ def events(job: Mapping[str, Json], timeout: float | None) -> Generator[Mapping[
     Raises:
         Died: it ended before it was done, or was killed.
     """
-    with tempfile.TemporaryDirectory(prefix="aot-cache-") as scratch, _started(job, Path(scratch)) as child:
+    with scratch.folder() as folder, _started(job, folder) as child:
         patience = None
         while (line := child.line(patience)) is not None:
             event = json.loads(line)
@@ -100,8 +99,8 @@ class _Child:
 
 
 @contextmanager
-def _started(job: Mapping[str, Json], scratch: Path) -> Iterator[_Child]:
-    group = ProcessGroup([sys.executable, "-m", "aot_cache.rehearsal.child"], environment(scratch, job))
+def _started(job: Mapping[str, Json], folder: Path) -> Iterator[_Child]:
+    group = ProcessGroup([sys.executable, "-m", "aot_cache.rehearsal.child"], environment(folder, job))
     child, process = _Child(group), group.process
     try:
         assert process.stdin is not None
@@ -113,7 +112,7 @@ def _started(job: Mapping[str, Json], scratch: Path) -> Iterator[_Child]:
         child.end()
 
 
-def environment(scratch: Path, job: Mapping[str, Json]) -> dict[str, str]:
+def environment(folder: Path, job: Mapping[str, Json]) -> dict[str, str]:
     """The environment of a server: empty caches, no AOT_CACHE variables except `_KEPT`, no C compiler.
 
     With `compiler` in the job, a C compiler is left available, because the recipe's own code needs one.
@@ -121,7 +120,7 @@ def environment(scratch: Path, job: Mapping[str, Json]) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name in _KEPT or not name.startswith("AOT_CACHE")}
     for name in ("TRITON_INTERPRET", "TRITON_ALWAYS_COMPILE"):
         kept.pop(name, None)
-    kept |= {"TRITON_CACHE_DIR": str(scratch / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
+    kept |= {"TRITON_CACHE_DIR": str(folder / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
     if not job["compiler"]:
         kept |= {"CC": "/bin/false", "CXX": "/bin/false"}
     if job["config"]:

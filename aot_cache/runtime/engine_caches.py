@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from aot_cache.artifact.engine_cache import EngineCache
 from aot_cache.artifact.manifest import served
-from aot_cache.store import Bundle
+from aot_cache.store import Bundle, scratch
 
 
 class Cached(NamedTuple):
@@ -38,9 +37,9 @@ def unpacked(cached: Cached) -> Iterator[Path]:
         BundleCorrupt: the bytes of a file do not hash.
         OSError: no space, no permission, …
     """
-    with tempfile.TemporaryDirectory(prefix=f"aot-cache-{cached.entry.engine}-", ignore_cleanup_errors=True) as folder:
+    with scratch.folder() as folder:
         for name, digest in cached.entry.files.items():
-            file = Path(folder, name)
+            file = folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(cached.bundle.object(digest))
-        yield Path(folder)
+        yield folder

@@ -9,7 +9,6 @@ import atexit
 import contextlib
 import os
 import subprocess
-import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from aot_cache.errors import DeclarationError
 from aot_cache.recordings import plans
 from aot_cache.recordings.calls import CallLog
 from aot_cache.recordings.plans import Candidates
+from aot_cache.store import scratch
 from aot_cache.upstream import after_import
 from aot_cache.upstream.codec import torch_ranks
 from aot_cache.upstream.hooks import dynamo_calls, process_end, torch_capture
@@ -108,9 +108,9 @@ def run_command(command: list[str], out: Path, name: str, candidates: Candidates
     Raises:
         DeclarationError: the command cannot be started, or nothing was launched.
     """
-    with tempfile.TemporaryDirectory(prefix="aot-cache-record-") as folder:
+    with scratch.folder() as folder:
         environment = dict(os.environ)
-        environment[FOLDER_VARIABLE] = folder
+        environment[FOLDER_VARIABLE] = str(folder)
         environment[NAME_VARIABLE] = name
         environment[CANDIDATES_VARIABLE] = candidates
         package = str(Path(__file__).resolve().parents[2])
@@ -121,8 +121,8 @@ def run_command(command: list[str], out: Path, name: str, candidates: Candidates
             code = subprocess.call(command, env=environment)
         except OSError as error:
             raise DeclarationError(f"cannot run {command[0]!r}: {error.strerror or error}") from error
-        plans = [Plan.read(path) for path in sorted(Path(folder).glob("*.json"))]
-        caches = engine_cache.merged(engine_cache.read(path) for path in sorted(Path(folder).glob("*.safetensors")))
+        plans = [Plan.read(path) for path in sorted(folder.glob("*.json"))]
+        caches = engine_cache.merged(engine_cache.read(path) for path in sorted(folder.glob("*.safetensors")))
         seen = _of_one_target([plan for plan in plans if plan.units or plan.launchers or plan.functions])
         plan = of_processes(seen) if seen or not caches.entries else Plan(recipe=name, target="none", origin="recorded")
     return code, engine_cache.write_plan(plan, caches, out)

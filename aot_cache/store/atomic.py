@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,8 @@ from pathlib import Path
 from aot_cache.errors import BundleCorrupt, BundleMissing, StoreError, StoreUnwritable
 
 PROBE_BYTES = 4096
+TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp", re.ASCII)
+"""Names of files that are being written, or whose writer was killed."""
 
 # errno -> (reason, hint)
 _REASONS = {

@@ -1,11 +1,13 @@
 """The store: a folder of objects named by their hash, and of small records named by their key.
 
     <root>/.lock                        held by a writer that excludes others
+    <root>/.use                         held by builds together, and by housekeeping alone
     <root>/v2/objects/<aa>/<digest>     bytes; the name is their sha256
     <root>/v2/records/<kind>/<key>.json facts about them, with a sha256 over these, their kind and their key
 
 Disks lose and change bytes, and other processes remove files. What does not hash to its name, or a record that does not hash to
-what it says, counts as absent: whoever made it makes it again, and writes over it.
+what it says, counts as absent: whoever made it makes it again, and writes over it. When a record was used last is its file's time
+of change; an object is used when a record that names it is.
 
 A changed layout gets a new `v<n>` beside the old one, so that two releases can share a root.
 """
@@ -18,16 +20,17 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from aot_cache.errors import BundleCorrupt, BundleMissing, StoreError, StoreUnwritable
+from aot_cache.store import use
 from aot_cache.store.atomic import open_regular, probe_writable, unwritable, write_atomic
 
 LAYOUT = "v2"
 
-_DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 # Kinds and keys become file names: they must not lead out of the folder or be hidden files.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", re.ASCII)
 
@@ -35,7 +38,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", re.ASCII)
 class Store:
     """A folder of content-addressed objects and of records.
 
-    The constructor does not touch the disk. Reading never writes or waits for a lock; the first write makes the folders.
+    The constructor does not touch the disk. Reading changes nothing but a record's time, and never waits for a lock; the first
+    write makes the folders.
     One `Store` may be used from many threads, and one root from many processes, at the same time.
 
     Args:
@@ -67,7 +71,7 @@ class Store:
             BundleCorrupt: the file's bytes hash to something else.
             StoreError: the file cannot be read.
         """
-        if not _DIGEST.fullmatch(digest):
+        if not DIGEST.fullmatch(digest):
             raise BundleMissing(
                 "a sha256 as the name of an object", repr(digest), "name it by 64 lower-case hex digits"
             )
@@ -112,13 +116,16 @@ class Store:
         path = self._record(kind, key)
         try:
             with open_regular(path) as (file, _):
-                sealed = json.loads(file.readall().decode("ascii"))
-            value = sealed["facts"]
-            if isinstance(value, dict) and sealed["sha256"] == _seal(kind, key, value):
-                return value
-        except (StoreError, ValueError, TypeError, KeyError, RecursionError):
-            pass
-        return None
+                value = facts_in(file.readall(), kind, key)
+                if value is not None:
+                    use.note(file.fileno())
+        except StoreError:
+            return None
+        return value
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Inside, no housekeeping (`store.gc`) removes anything. Every build is inside for its whole life."""
+        return use.shared(self.root)
 
     @contextmanager
     def writer(self, timeout: float = -1) -> Iterator[None]:
@@ -171,6 +178,18 @@ class Store:
                 hint = "use up to 200 letters, digits, '.', '_' and '-'"
                 raise StoreError("a file name as a record's kind or key", repr(name), hint)
         return self._home / "records" / kind / f"{key}.json"
+
+
+def facts_in(data: bytes, kind: str, key: str) -> dict[str, Any] | None:
+    """What a record's bytes say; None if they are damaged, or were not written under this kind and key."""
+    try:
+        sealed = json.loads(data.decode("ascii"))
+        value = sealed["facts"]
+        if isinstance(value, dict) and sealed["sha256"] == _seal(kind, key, value):
+            return value
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    return None
 
 
 def _seal(kind: str, key: str, value: Mapping[str, Any]) -> str:

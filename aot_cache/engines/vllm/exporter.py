@@ -5,11 +5,11 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 from aot_cache.runtime import stats_files
+from aot_cache.store import scratch
 from aot_cache.upstream.hooks import vllm_metrics
 
 
@@ -19,8 +19,8 @@ def publish() -> None:
     In each process: if it shows metrics, show what is in the folder.
     """
     if stats_files.VARIABLE not in os.environ:
-        folder = tempfile.mkdtemp(prefix="aot-cache-stats-")
-        os.environ[stats_files.VARIABLE] = folder
+        folder, _ = scratch.make()  # stays locked as long as this process, or a forked child, lives
+        os.environ[stats_files.VARIABLE] = str(folder)
         owner = os.getpid()
 
         def remove() -> None:

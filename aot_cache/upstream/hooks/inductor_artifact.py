@@ -17,8 +17,11 @@ import shutil
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,10 +30,11 @@ import torch._inductor.config as inductor_config
 from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Serializable
 from torch._functorch._aot_autograd.aot_autograd_result import GenericAOTAutogradResult
 from torch._inductor.async_compile import CompiledTritonKernels
-from torch._inductor.codecache import FxGraphCache
+from torch._inductor.codecache import FxGraphCache, PyCodeCache
 from torch._inductor.output_code import CompiledFxGraph
 from torch._inductor.triton_bundler import TritonBundler
 
+from aot_cache.store import scratch
 from aot_cache.upstream import patch
 from aot_cache.upstream.codec import gpu_number, inductor_source
 from aot_cache.upstream.hooks import inductor_later
@@ -167,8 +171,26 @@ def load_graph(data: bytes, gpu: int = gpu_number.BUILT_FOR) -> Any:
     """
     if gpu != gpu_number.BUILT_FOR and gpu_number.holds_devices(data):
         raise ValueError("its artifact holds a device")
-    with _one_at_a_time, _private_folders(data), _without_the_compiler(gpu):
-        return Serializable.deserialize_compile_artifacts(data)
+    with _one_at_a_time, _private_folder(data) as folder, _without_the_compiler(gpu):
+        made = Serializable.deserialize_compile_artifacts(data)
+        modules = [module for module in PyCodeCache.modules if str(module.__file__).startswith(folder)]
+        forget = weakref.finalize(made, _forget, modules, folder, os.getpid())
+        forget.atexit = False  # then the folder of the whole process goes
+        return made
+
+
+def _forget(modules: list[ModuleType], folder: str, pid: int) -> None:
+    """Nobody runs a graph any more: drop the generated modules that upstream keeps, and their files."""
+    if os.getpid() != pid:  # a forked child: the parent may still use the files
+        return
+    paths = {module.__file__ for module in modules}
+    PyCodeCache.modules[:] = [module for module in PyCodeCache.modules if module.__file__ not in paths]
+    for module in modules:
+        PyCodeCache.modules_no_attr.pop(str(module.__file__), None)
+        PyCodeCache.linemaps.pop(str(module.__file__), None)
+        if sys.modules.get(module.__name__) is module:
+            del sys.modules[module.__name__]
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -214,7 +236,7 @@ _folder_answer = functools.cache(patch.OnThisThread)
 
 
 @contextlib.contextmanager
-def _private_folders(data: bytes) -> Iterator[None]:
+def _private_folder(data: bytes) -> Iterator[str]:
     """While `data` is loaded, give upstream a new private folder as cache folder, on this thread only.
 
     The variables for these folders (`TORCHINDUCTOR_CACHE_DIR`, `TRITON_CACHE_DIR`) are not changed, because all threads use
@@ -233,7 +255,7 @@ def _private_folders(data: bytes) -> Iterator[None]:
             for function in functions if module else ():
                 replaced.enter_context(_folder_answer(module, function).replaced(answer))
         try:
-            yield
+            yield folder
         finally:
             # `CachingAutotuner.__init__` writes the answer to the variable if that is not set: for a kernel of the graph that
             # its artifact has not as an autotuner. It must not become everybody's folder, which is removed at the end.
@@ -242,8 +264,8 @@ def _private_folders(data: bytes) -> Iterator[None]:
 
 
 @functools.cache
-def _folder_of(pid: int) -> str:
-    folder = tempfile.mkdtemp(prefix="aot-cache-")
+def _folder_of(pid: int) -> Path:
+    folder, _ = scratch.make()  # stays locked as long as this process, or a forked child, lives
 
     def remove() -> None:
         if os.getpid() == pid:  # a forked child would run this, too

@@ -21,7 +21,6 @@ import re
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from typing import Any
 import triton
 
 from aot_cache.errors import TargetError, one_line
+from aot_cache.store import scratch
 from aot_cache.tested import minor
 from aot_cache.upstream import patch
 from aot_cache.upstream.versions import LAUNCHER_PER_SIGNATURE
@@ -99,7 +99,7 @@ def build(source: str, name: str, python: Python) -> bytes:
     """
     from triton.backends.nvidia import driver
 
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch.folder() as folder:
         _stub_libcuda(folder, source)
         Path(folder, "main.c").write_text(source)
         command = ["-O3", "-shared", "-fPIC", "-Wno-psabi", "main.c", "-o", "main.so", "-L."]
@@ -109,13 +109,13 @@ def build(source: str, name: str, python: Python) -> bytes:
         return Path(folder, "main.so").read_bytes()
 
 
-def _stub_libcuda(folder: str, source: str) -> None:
+def _stub_libcuda(folder: Path, source: str) -> None:
     names = sorted(set(re.findall(r"\bcu[A-Z]\w+(?=\s*\()", source)))
     Path(folder, "stub.c").write_text("".join(f"int {name}(void) {{ return 999; }}\n" for name in names))
     _cc(["-shared", "-fPIC", "stub.c", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so.1"], folder, "a stub of libcuda")
 
 
-def _cc(arguments: list[str], folder: str, what: str) -> None:
+def _cc(arguments: list[str], folder: Path, what: str) -> None:
     compiler = os.environ.get("CC", "gcc")
     try:
         subprocess.run([compiler, *arguments], cwd=folder, check=True, capture_output=True, text=True)

@@ -11,13 +11,13 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from aot_cache.errors import TargetError
+from aot_cache.store import scratch
 
 _SOURCE = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -37,7 +37,7 @@ def ensure() -> None:
     if built():
         return
     home = Path(torch.__file__).parent
-    with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
+    with scratch.folder() as folder:
         source, library = Path(folder, "guard.cpp"), Path(folder, "guard.so")
         source.write_text(_SOURCE)
         compiler = os.environ.get("CXX", "g++")
