@@ -23,7 +23,7 @@ if _typing.TYPE_CHECKING:
     from aot_cache.runtime.capture_loop import Captured, Decision, after_capture, before_capture, capture
     from aot_cache.runtime.coverage import Hit, will_hit
     from aot_cache.runtime.kernels import Report
-    from aot_cache.runtime.loader import AotCacheWarning, arm, disarm, explain, load, prime, seal, stats
+    from aot_cache.runtime.loader import AotCacheWarning, arm, disarm, explain, load, prime, seal, stats, unload
     from aot_cache.runtime.metrics import prometheus
     from aot_cache.runtime.policy import fallback, policy
     from aot_cache.runtime.record import recording
@@ -64,6 +64,7 @@ __all__ = [
     "recording",
     "seal",
     "stats",
+    "unload",
     "will_hit",
 ]
 
@@ -74,7 +75,17 @@ _FROM = {
     "aot_cache.runtime.capture_loop": ("Captured", "Decision", "after_capture", "before_capture", "capture"),
     "aot_cache.runtime.coverage": ("Hit", "will_hit"),
     "aot_cache.runtime.kernels": ("Report",),
-    "aot_cache.runtime.loader": ("AotCacheWarning", "arm", "disarm", "explain", "load", "prime", "seal", "stats"),
+    "aot_cache.runtime.loader": (
+        "AotCacheWarning",
+        "arm",
+        "disarm",
+        "explain",
+        "load",
+        "prime",
+        "seal",
+        "stats",
+        "unload",
+    ),
     "aot_cache.runtime.metrics": ("prometheus",),
     "aot_cache.runtime.policy": ("fallback", "policy"),
     "aot_cache.runtime.record": ("recording",),

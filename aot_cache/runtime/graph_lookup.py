@@ -64,12 +64,18 @@ class Answers:
                 with self._guard.installing():
                     found = graphs.find(frame)
             except Exception as error:  # the call continues as it would without aot-cache
-                self.sets.remove(graphs)
+                self.drop(graphs)
                 self._refuse(error, graphs.strict)
                 continue
             if found is not None:
                 return found
         return None
+
+    def drop(self, graphs: GraphSet) -> None:
+        """Find no graph of this bundle any more. Another thread may have dropped it already."""
+        with contextlib.suppress(ValueError):
+            self.sets.remove(graphs)
+        self._declared.pop(graphs.bundle.digest, None)
 
     def reasons(self, frame: Frame) -> tuple[str, Callable[[], Mapping[str, Any]]]:
         """(why no graph fits this call, a function that returns the facts the next build needs)."""

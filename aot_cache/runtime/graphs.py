@@ -49,6 +49,10 @@ class Loaded:
     stale: dict[str, str] = field(default_factory=dict)
 
 
+_kept: list[Mapping[str, Any]] = []
+"""Compiled graphs for a GPU that are unloaded."""
+
+
 class GraphSet:
     """The graphs of one bundle."""
 
@@ -131,6 +135,18 @@ class GraphSet:
         name = (frame.module, frame.name)
         why = f"the source of {':'.join(name)} differs"
         return [(graph, why) for graph in self._graphs if (graph.module, graph.function) == name]
+
+    def unload(self) -> None:
+        """Forget what is loaded, as far as nothing else uses it.
+
+        Dynamo keeps what it has got: bytecode, guards, and in the globals of the code the compiled graph, which a later call with
+        the same guards runs. A captured CUDA graph may launch any kernel that was loaded for it, so graphs for a GPU stay loaded.
+        """
+        with self._lock:
+            if not self.on_cpu:
+                _kept.append(self._functions)
+            self._functions, self._users, self._codes = {}, {}, {}
+            self.loaded.primed = 0
 
     def prime(self) -> int:
         """Load all compiled graphs, and their kernels onto the current device. Returns how many graphs were loaded now.

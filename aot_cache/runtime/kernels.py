@@ -72,6 +72,8 @@ class _OnDevice:
     def __init__(self, installer: Any) -> None:
         self.installer = installer
         self.kernels: list[object] = []
+        self.entries: list[tuple[object, list[tuple[str, object]]]] = []
+        """(function, (Triton's key, kernel) of each unit)."""
         self.units: list[UnitRow] = []
         self.numbers: set[int] = set()
 
@@ -104,6 +106,8 @@ class KernelSet:
                 self._made.setdefault(function_of(name), []).append(number)
         self._hidden: dict[int, tuple[Any, ...]] = {}
         self._chosen: set[int] = set()
+        self._took: list[tuple[Any, Sequence[Any]]] = []
+        """(autotuner, key) of each choice that is in use."""
         self._lock = threading.RLock()
 
     def name_of(self, tuning: AnyTuning) -> str:
@@ -221,6 +225,33 @@ class KernelSet:
         with self._lock:
             return sum(self._install_fitting([function], number, device) for number in self._made[name]) > 0
 
+    def unload(self) -> None:
+        """Take all units and choices out of Triton's caches. What is loaded onto a device stays loaded."""
+        if not self._devices:
+            return
+        from aot_cache.upstream.codec import triton_kernel
+
+        with self._lock:
+            for place in self._devices.values():
+                for function, entries in place.entries:
+                    place.installer.take_out(function, entries)
+            for tuner, key in self._took:
+                triton_kernel.forget_choice(tuner, key)
+            self._took.clear()
+            self._forget()
+
+    def install_again(self) -> None:
+        """Let the next `install` put everything in again: another bundle that had the same units was taken out."""
+        with self._lock:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._devices.clear()
+        self._done.clear()
+        self._chosen.clear()
+        self.report.devices.clear()
+        self.report.installed = self.report.primed = 0
+
     def prime(self, device: int) -> int:
         """Load the installed units onto the current device, which must be `device`. Returns how many modules were loaded."""
         from aot_cache.upstream.codec import triton_kernel
@@ -308,7 +339,9 @@ class KernelSet:
         units = [(n, self.manifest.units[n]) for n in self._units.get(number, [])]
         keyed = [(unit, unit.memory_key if unit.memory_key is not None else self._late_key(n)) for n, unit in units]
         found = [(unit, key) for unit, key in keyed if key is not None]
-        place.kernels += place.installer.install(function, found)
+        kernels = place.installer.install(function, found)
+        place.kernels += kernels
+        place.entries.append((function, [(key, kernel) for (_, key), kernel in zip(found, kernels)]))
         place.units += [unit for unit, _ in found]
         if number not in place.numbers:
             place.numbers.add(number)
@@ -349,6 +382,8 @@ class KernelSet:
                 why = triton_kernel.choose(tuners[tuning.tuner], tuning.key, config)
             if why:
                 self.report.unchosen[f"{self._names[number]} {tuning.key}"] = why
+            else:
+                self._took += [(tuner, tuning.key) for tuner in tuners[tuning.tuner]]
 
     def _config(self, tuning: ServedTuning, same_kind: bool) -> Config | None:
         if tuning.choice is not None:

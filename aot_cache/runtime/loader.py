@@ -86,6 +86,29 @@ def load_all(paths: str, digests: str | None, *, strict: bool) -> list[Report | 
     return [load(path, digest=digest, strict=strict) for path, digest in bundles]
 
 
+def unload(bundle: str | os.PathLike[str] | None = None) -> int:
+    """Take bundles out of this process: later calls miss, and compile as without them. Their memory is freed.
+
+    Safe at any time and from any thread. What is in use stays:
+
+    - Dynamo's own cache: a compiled function that already hit keeps its entry, and runs that graph in later calls with the same
+      guards, until `torch._dynamo.reset()`.
+    - What is loaded onto a GPU (modules, and the graphs that launch them), because a captured CUDA graph may need it. Each load
+      and unload adds to it. C++ libraries of graphs for the CPU stay mapped, once for each library.
+    - The hooks, with their guard of captures, also after the last bundle: see `disarm`.
+
+    Args:
+        bundle: the path of a bundle that was loaded, or its digest. A folder that `load` was given, and that still waits for the
+            GPU to be known, is forgotten. None: all bundles.
+
+    Returns:
+        How many bundles were taken out; 0 if none of them is loaded.
+    """
+    found = SESSION.unload(bundle if bundle is None or isinstance(bundle, str) else Path(bundle))
+    _publish()
+    return found
+
+
 def prime() -> int:
     """Install and load, on the current device, all kernels that the process has imported, and all graphs.
 

@@ -307,8 +307,30 @@ class Session:
         answers.sets.append(GraphSet(bundle, self.ledger, kernels.strict))
 
     def _drop_graphs(self, graphs: GraphSet) -> None:
-        if self._answers is not None and graphs in self._answers.sets:
-            self._answers.sets.remove(graphs)
+        if self._answers is not None:
+            self._answers.drop(graphs)
+
+    def unload(self, which: Path | str | None) -> int:
+        """See `loader.unload`."""
+        with self._lock:
+            gone = [kernels for kernels in self._kernels if which is None or _is(kernels.bundle, which)]
+            self._folders = [one for one in self._folders if which is not None and not _same_path(one.path, which)]
+            for kernels in gone:
+                self._kernels.remove(kernels)
+                if kernels in self._waiting_graphs:
+                    self._waiting_graphs.remove(kernels)
+                for graphs in self.graphs():
+                    if graphs.bundle is kernels.bundle:
+                        self._drop_graphs(graphs)
+                        graphs.unload()
+                kernels.unload()
+            if gone and self._kernels and torch_capture.cuda_is_up():  # another bundle may have had the same units
+                for kernels in self._kernels:
+                    kernels.install_again()
+                self.prime()
+        for kernels in gone:
+            _LOG.info("unloaded %s (digest %s)", kernels.bundle.path, kernels.bundle.digest[:16])
+        return len(gone)
 
     # --- the guard ----------------------------------------------------------------------------------------------------
 
@@ -418,6 +440,15 @@ class Session:
     def _reasons(self, frame: Frame) -> tuple[str, Callable[[], Mapping[str, Any]]]:
         assert self._answers is not None  # only called by hooks in Dynamo
         return self._answers.reasons(frame)
+
+
+def _is(bundle: Bundle, which: Path | str) -> bool:
+    """Whether a path or digest names a bundle."""
+    return bundle.digest == which or _same_path(bundle.path, which)
+
+
+def _same_path(path: Path, which: Path | str) -> bool:
+    return path.resolve() == Path(which).resolve()
 
 
 def _why_pending(report: Report, name: str) -> str:

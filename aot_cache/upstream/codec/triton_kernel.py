@@ -105,6 +105,14 @@ class Installer:
             kernels.append(kernel)
         return kernels
 
+    def take_out(self, function: JITFunction, entries: Sequence[tuple[str, CompiledKernel]]) -> None:
+        """Make ordinary launches miss units that `install` has put there: (Triton's key, kernel). What is loaded onto the device
+        stays loaded, because a captured graph may launch it."""
+        cache = function.device_caches[self._device][0]
+        for key, kernel in entries:
+            if cache.get(key) is kernel:
+                del cache[key]
+
     def _make(self, function: JITFunction, unit: UnitRow) -> CompiledKernel:
         kernel = _Kernel.__new__(_Kernel)
         digest = self._binaries[unit.binary]
@@ -287,6 +295,11 @@ def forget(tuner: Autotuner, key: tuple[Any, ...]) -> None:
     """Make a tuner choose again for `key`."""
     tuner.cache.pop(key, None)
     _choices.get(tuner, {}).pop(key, None)
+
+
+def forget_choice(tuner: Autotuner, key: Sequence[Json]) -> None:
+    """Undo `choose` for one tuner."""
+    forget(tuner, tuple(triton_jit.decode(k) for k in key))
 
 
 def waiting_choice(tuner: Autotuner, key: tuple[Any, ...], configs: list[Any]) -> int | None:
