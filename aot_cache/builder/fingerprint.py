@@ -1,7 +1,7 @@
 """Records what a build imported, so that the next build can tell without importing it (or torch) whether anything changed.
 
-Installed packages are identified by their RECORD file; everything else (the recipe, editable installs) by the content of each
-imported file.
+Installed packages are identified by their version and RECORD file, wherever on the path they are installed (a base image, and
+layers on it); everything else (the recipe, editable installs) by the content of each imported file.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ _SHELL = frozenset(
     # Every worker has new folders for these: with them, no stored result would be found again.
     + "TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR".split()
 )
+_INSTALLED = frozenset(("site-packages", "dist-packages"))
+_PATH = frozenset(map(os.path.realpath, sys.path))
+"""As the process began: libraries add to the path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,30 +54,50 @@ def inputs(also: Mapping[str, str] | None = None, read: Iterable[Path] = (), mad
         read: files that it has read, and on which what it made depends.
         made: a folder with modules that it has generated itself.
     """
-    roots = tuple({sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]})
-    standard = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["platstdlib"])
-    tops: set[str] = set()
+    standard = tuple({f"{sysconfig.get_paths()[name]}{os.sep}" for name in ("stdlib", "platstdlib")})
+    owners = _Owners()
+    named: set[str] = set()
     files = {str(path.absolute()): _file_digest(str(path)) for path in read}
     mine = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
     for name, path in {**(also or {}), **mine}.items():
         path = _on_disk(path)
         if path is None or (made is not None and Path(path).is_relative_to(made)):
             continue
-        if path.startswith(roots):
-            tops.add(name.partition(".")[0])
-        elif not path.startswith(standard):
+        if found := owners.of(name.partition(".")[0], path):
+            named.update(found)
+        elif not path.startswith(standard) or not _INSTALLED.isdisjoint(path.split(os.sep)):
             files[path] = _file_digest(path)
-    owners = metadata.packages_distributions()
-    named = {name for top in tops for name in owners.get(top, []) if _is_in(roots, name)}
     packages = {name: package_digest(name) for name in sorted(named)}
     return Inputs(python=platform.python_version(), packages=packages, files=dict(sorted(files.items())))
 
 
-def _is_in(folders: Collection[str], name: str) -> bool:
-    """Whether a package is installed in one of the folders. What another package brings along (setuptools, in `_vendor`) is found
-    only while that has its folder on the path, and belongs to it."""
-    where = os.path.realpath(str(metadata.distribution(name).locate_file("")))
-    return where in {os.path.realpath(folder) for folder in folders}
+class _Owners:
+    """Which installed packages have a file."""
+
+    def __init__(self) -> None:
+        self._names = metadata.packages_distributions()
+        self._folders: dict[str, list[tuple[str, str]]] = {}
+
+    def of(self, top: str, path: str) -> list[str]:
+        """The packages with the module `top` in whose folder a file is. A namespace package belongs to several."""
+        if top not in self._folders:
+            found = [(name, _folder(name)) for name in dict.fromkeys(self._names.get(top, ()))]
+            self._folders[top] = [(name, folder + os.sep) for name, folder in found if folder]
+        real = os.path.realpath(path) if self._folders[top] else ""
+        return [name for name, folder in self._folders[top] if real.startswith(folder)]
+
+
+def _folder(name: str) -> str:
+    """The folder that a package is installed in; empty if nothing there identifies its files, or the next process cannot find it.
+
+    That is so for a checkout without a RECORD, and for what another package brings along (setuptools, in `_vendor`) and is found
+    only while that has its folder on the path.
+    """
+    distribution: metadata.Distribution = metadata.distribution(name)
+    folder = os.path.realpath(str(distribution.locate_file("")))
+    if folder not in _PATH:
+        return ""
+    return folder if os.path.basename(folder) in _INSTALLED or distribution.read_text("RECORD") is not None else ""
 
 
 def _on_disk(path: object) -> str | None:
