@@ -67,6 +67,9 @@ class Terminated(KeyboardInterrupt):
 def interruptible() -> Iterator[list[int]]:
     """Raise SIGINT, SIGTERM and SIGHUP as `Terminated` inside the block. The yielded list then has the signal's number.
 
+    Only the first one raises: a closed terminal or a stopped container may send several, and another exception would end the
+    cleanup that the first has begun.
+
     This works in the main thread only, and for signals without another handler. The list is needed because libraries that parse
     command lines may catch the exception and return normally.
     """
@@ -75,7 +78,8 @@ def interruptible() -> Iterator[list[int]]:
 
     def raise_it(number: int, _frame: object) -> None:
         came.append(number)
-        raise Terminated(signal.Signals(number).name)
+        if len(came) == 1:
+            raise Terminated(signal.Signals(number).name)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)

@@ -112,7 +112,7 @@ def graphs(tmp_path: Path) -> Iterator[Building]:
     yield from until_killed(Building(tmp_path, "of_graphs", "cpu"))
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"])
 def test_nothing_lives_on_while_a_compiler_runs(graphs: Building, name: str) -> None:
     """The C++ compiler is the child of a child of a child."""
     graphs.wait_for("cc1plus")
@@ -174,6 +174,30 @@ def test_housekeeping_leaves_a_build_alone_and_cleans_up_after_a_killed_one(kern
     code, found = gc("--max-size", "0")
     gone = {path for path in before if not path.exists()}
     assert code == 0 and {path.parent.name for path in gone} == {"stamps"}, "the bundle names all that was compiled"
+
+
+def test_further_signals_do_not_cut_the_cleanup_short(tmp_path: Path) -> None:
+    """A closed terminal sends SIGHUP, and whoever closed it SIGTERM; a runtime may send SIGTERM again and again."""
+    script = """
+import os, signal, sys
+from aot_cache.process_group import interruptible
+from aot_cache.store import scratch
+try:
+    with interruptible() as came, scratch.folder() as folder:
+        try:
+            os.kill(os.getpid(), signal.SIGHUP)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    sys.exit(128 + came[0])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=HANGS, check=False
+    )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGHUP, "")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_worker_that_is_killed_takes_its_children_along(graphs: Building) -> None:
