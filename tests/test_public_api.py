@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 DECLARE = ["Call", "Case", "Range", "Recipe", "Values", "declare", "device"]
 SERVE = ["AotCacheWarning", "Report", "arm", "disarm", "explain", "fallback", "load", "policy", "prime", "prometheus"]
-SERVE += ["ready", "recording", "seal", "stats"]
+SERVE += ["ready", "recording", "seal", "stats", "unload"]
 RANKS = ["Captured", "Decision", "Hit", "after_capture", "before_capture", "capture", "ranks", "will_hit"]
 OTHER = ["AotCacheError", "__version__"]
 
