@@ -15,7 +15,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ import torch
 from torch._inductor import codecache, cpu_vec_isa
 from torch._inductor.codecache import CppCodeCache
 
-from aot_cache.upstream import patch
+from aot_cache.store import scratch
+from aot_cache.upstream import library, patch
 
 _CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
 Lookup = Callable[[str], bytes | None]
@@ -118,8 +118,8 @@ def _without_places(path: Path) -> bytes:
     objcopy = shutil.which("objcopy")  # from binutils, which g++ needs as well
     if objcopy is None:
         return _without_folders(path.read_bytes())
-    with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:
-        bare = Path(folder, path.name)
+    with scratch.folder() as folder:
+        bare = folder / path.name
         wanted = ["--strip-all", "--remove-section=.note.gnu.build-id", str(path), str(bare)]
         done = subprocess.run([objcopy, *wanted], capture_output=True, check=False)
         return _without_folders((bare if done.returncode == 0 else path).read_bytes())
@@ -150,8 +150,19 @@ def serving(lookup: Lookup) -> Iterator[None]:
         yield
 
 
+_loaded: dict[tuple[str, str], Any] = {}
+"""(class, digest of the source) → library. A library is never unmapped, so a bundle that is loaded again uses it again."""
+
+
 def _load(cls: Any, digest: str, data: bytes) -> Any:
-    with tempfile.TemporaryDirectory(prefix="aot-cache-") as folder:  # may be removed: the mapping stays
-        path = Path(folder, f"{digest[:32]}.so")
-        path.write_bytes(data)
-        return cls._load_library(str(path), digest[:32])
+    known = cls.__name__, digest
+
+    def load(path: str) -> Any:
+        with scratch.folder() as folder:  # an extension module is only found under a name that ends so
+            link = folder / f"{digest[:32]}.so"
+            link.symlink_to(path)
+            return cls._load_library(str(link), digest[:32])
+
+    if known not in _loaded:
+        _loaded[known] = library.loaded(data, digest[:16], load)
+    return _loaded[known]

@@ -33,7 +33,7 @@ import triton
 from aot_cache.errors import TargetError, one_line
 from aot_cache.store import scratch
 from aot_cache.tested import minor
-from aot_cache.upstream import patch
+from aot_cache.upstream import library, patch
 from aot_cache.upstream.versions import LAUNCHER_PER_SIGNATURE
 
 _LOG = logging.getLogger("aot_cache")
@@ -248,23 +248,22 @@ def _remembering() -> Any:
 
 
 def load_module(binary: bytes | memoryview, name: str, key: str) -> ModuleType:
-    """Load a C extension from memory, under a unique name (CPython caches extensions by name and file)."""
-    handle = os.memfd_create(f"aot_cache_{key[:16]}", 0)
-    _write(handle, binary)
-    path = f"/proc/self/fd/{handle}"  # stays open: a reused number would be taken for this module
+    """Load a C extension from memory, under a unique name (CPython caches extensions by name and file).
+
+    Raises:
+        Incompatible: it cannot be loaded.
+    """
     full_name = f"aot_cache_native_{key[:16]}.{name}"
-    loader = importlib.machinery.ExtensionFileLoader(full_name, path)
-    spec = importlib.util.spec_from_file_location(full_name, path, loader=loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
 
+    def load(path: str) -> ModuleType:
+        loader = importlib.machinery.ExtensionFileLoader(full_name, path)
+        spec = importlib.util.spec_from_file_location(full_name, path, loader=loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+        return module
 
-def _write(handle: int, binary: bytes | memoryview) -> None:
-    rest = memoryview(binary)
-    while rest:
-        rest = rest[os.write(handle, rest) :]
+    return library.loaded(binary, key[:16], load)
 
 
 def count_compiler_runs(on_run: Callable[[str], None]) -> Callable[[], None]:
