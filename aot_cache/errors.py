@@ -15,6 +15,9 @@
     │   ├── BundleMissing       no such bundle
     │   ├── DigestMismatch      the bundle is not the one that was pinned
     │   └── Untrusted           others can have written the bundle, or no trusted key has signed it
+    ├── RemoteError             a registry or an object store cannot be reached, or does not do what was asked
+    │   ├── RemoteDenied        it wants other credentials, or none may do that
+    │   └── RemoteMissing       there is nothing of that name
     ├── Incompatible            the bundle is sound but not for this host
     ├── NotReady                something declared is not installed, or a sealed process missed
     ├── CacheMiss               policy `error`: a call would compile, tune or load inside a capture or after `seal()`
@@ -138,6 +141,18 @@ class Untrusted(StoreError):
     """Raised when a sound bundle may be anybody's: others can have written it, or no trusted key has signed it."""
 
     exit_code = 8
+
+
+class RemoteError(AotCacheError):
+    """Raised when a registry or an object store cannot be reached, or does not do what was asked."""
+
+
+class RemoteDenied(RemoteError):
+    """Raised when a registry or an object store wants other credentials, or forbids what was asked."""
+
+
+class RemoteMissing(RemoteError):
+    """Raised when a registry or an object store has nothing of the given name."""
 
 
 class Incompatible(AotCacheError):

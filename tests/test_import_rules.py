@@ -24,6 +24,7 @@ LAYERS = (
     ("store",),
     ("recipes",),
     ("artifact",),
+    ("remote",),
     ("upstream",),
     ("upstream.codec",),
     ("upstream.hooks",),

@@ -24,7 +24,7 @@ _install() {
     # torch first and by its exact version: where pip knows of a local CPU build of it, that one is taken, and what
     # comes after is content with it. A bare `torch` would fetch gigabytes of CUDA.
     "${pip[@]}" "$(grep -E '^torch==' "$root/constraints.txt")" || return
-    "${pip[@]}" --editable "$root[qwen,serve,ray,dev]" || return
+    "${pip[@]}" --editable "$root[qwen,serve,ray,remote,dev]" || return
 }
 
 # Makes or renews the environment; does nothing when it is as it should be.

@@ -49,6 +49,7 @@ from aot_cache.cli.render import bundle as render_bundle
 from aot_cache.cli.render import html as html_page
 from aot_cache.cli.render import terminal
 from aot_cache.cli.sign import sign
+from aot_cache.cli.transfer import pull, push
 from aot_cache.errors import AotCacheError, BundleCorrupt, DeclarationError
 from aot_cache.misses import file as miss_file
 from aot_cache.process_group import interruptible
@@ -159,6 +160,14 @@ _command(
     "aot-cache sign model.safetensors --key key.pem",
     "aot-cache sign model.safetensors --show-text > model.txt",
 )(sign)
+_command(
+    "aot-cache push artifacts/bundles/qwen3.5-4b-h200.safetensors registry.example.com/team/qwen3.5-4b:v1",
+    "aot-cache push artifacts/bundles/*.safetensors s3://bucket/bundles",
+)(push)
+_command(
+    "aot-cache pull registry.example.com/team/qwen3.5-4b:v1 --out /opt/aot/bundles",
+    'aot-cache pull s3://bucket/bundles --out /opt/aot/bundles --digest "$DIGEST"',
+)(pull)
 _command(
     "aot-cache gc --dry-run",
     "aot-cache gc artifacts --max-size 20GB --older-than 30d --keep 'bundles/qwen*' --wait 600",

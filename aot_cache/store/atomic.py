@@ -64,6 +64,45 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise unwritable(path, error) from error
 
 
+def move_atomic(source: Path, path: Path) -> None:
+    """Give a file another name on the same file system. After a crash at any moment `path` has its old bytes or all of the new
+    ones. A symbolic link at `path` is replaced, not followed.
+
+    Raises:
+        StoreUnwritable: like `write_atomic`.
+    """
+    try:
+        descriptor = os.open(source, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # a power loss may otherwise leave the new name with other bytes
+        finally:
+            os.close(descriptor)
+        os.replace(source, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def copy_atomic(source: Path, path: Path) -> None:
+    """Like `write_atomic`, with the bytes of a file that may be larger than the memory.
+
+    Raises:
+        StoreUnwritable: like `write_atomic`.
+    """
+    import shutil  # for those who write only
+
+    temporary = _temporary_name(path.parent)
+    try:
+        _make_folder(path.parent)
+        shutil.copyfile(source, temporary)
+        move_atomic(temporary, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
 def probe_writable(folder: Path) -> None:
     """Write and remove a small file in `folder`, which is made if it is missing.
 

@@ -1,0 +1,4 @@
+"""Bundles and store objects that are elsewhere: in a registry, an object store or a folder (extra `remote`).
+
+Nothing of this is imported where a bundle is served. What comes from elsewhere is hostile until its hash is checked.
+"""
