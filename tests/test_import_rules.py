@@ -189,6 +189,14 @@ def test_the_wings_do_not_know_each_other(wing: str, other: str) -> None:
     assert not wrong, f"{wing}/ imports {other}/; they meet in artifact/ and store/ only: {wrong}"
 
 
+def test_what_is_elsewhere_is_asked_by_builders_and_commands_only() -> None:
+    """A serving process asks nobody; a build asks for what others have compiled, and for nothing else."""
+    users = {(room(m), other) for m in FILES for other, _ in own_imports(m) if room(other) == "remote" != room(m)}
+    assert {user for user, _ in users} == {"builder", "cli"}
+    assert {other for user, other in users if user == "builder"} == {"aot_cache.remote.shared_store"}
+    assert {other for user, other in users if user == "cli"} == {"aot_cache.remote.push", "aot_cache.remote.pull"}
+
+
 def test_the_store_knows_errors_only() -> None:
     for module in (m for m in FILES if room(m) == "store"):
         for item in imports(module):

@@ -47,6 +47,21 @@ set_up() {
     ) 9>"$root/.venv-test.lock"
 }
 
+# CNCF's registry for a test of push and pull, where it can be had without asking. That test is skipped without one.
+set_up_registry() {
+    if command -v docker-registry registry >/dev/null; then
+        echo "a registry is there"
+        return
+    fi
+    if [ "$(id -u)" -ne 0 ] || ! [ -e /etc/debian_version ] || ! command -v apt-get >/dev/null; then
+        echo "no registry, and only root on Debian can install it here: its test will be skipped"
+        return
+    fi
+    echo "installing docker-registry"
+    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends docker-registry; } \
+        >/dev/null 2>&1 || echo "apt-get could not install docker-registry: its test will be skipped"
+}
+
 # A browser for the test of `inspect --html`, where it can be had without asking. That test is skipped without one.
 set_up_browser() {
     local name

@@ -22,7 +22,10 @@ _SHELL = frozenset(
     "PYTEST_CURRENT_TEST GITHUB_RUN_ID TMPDIR".split()
     # Every worker has new folders for these: with them, no stored result would be found again.
     + "TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR".split()
+    # Where results are shared, and how its doors open: with them, no two builders would ever find each other's.
+    + "AOT_CACHE_REMOTE_STORE GOOGLE_APPLICATION_CREDENTIALS ORAS_USER ORAS_PASS DOCKER_CONFIG REGISTRY_AUTH_FILE".split()
 )
+_SHELL_PREFIXES = ("SSH_", "AWS_", "AZURE_STORAGE_")
 _INSTALLED = frozenset(("site-packages", "dist-packages"))
 _PATH = frozenset(map(os.path.realpath, sys.path))
 """As the process began: libraries add to the path."""
@@ -131,7 +134,7 @@ def together(parts: Iterable[Inputs]) -> Inputs:
 
 def environment() -> str:
     """Digest of the environment variables that could change what host code launches."""
-    kept = sorted(f"{k}={v}" for k, v in os.environ.items() if k not in _SHELL and not k.startswith("SSH_"))
+    kept = sorted(f"{k}={v}" for k, v in os.environ.items() if k not in _SHELL and not k.startswith(_SHELL_PREFIXES))
     return hashlib.sha256("\n".join(kept).encode()).hexdigest()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from aot_cache.artifact.key import GRAPHS
 from aot_cache.artifact.manifest import graph_from_json, plain
@@ -44,14 +45,23 @@ class CompileResult:
     fresh: bool = False
 
 
+def named(record: Mapping[str, Any]) -> set[str]:
+    """The objects that a record of graphs names."""
+    return {digest for graph in _graphs(record) for digest in graph.objects()}
+
+
 def stored(store: Store, graph_key: str) -> CompileResult | None:
     record = store.get_record(GRAPHS, graph_key)
     if record is None:
         return None
-    graphs = [graph_from_json(TracedGraph, graph) for graph in record["graphs"]]
+    graphs = _graphs(record)
     if not all(store.holds(digest) for graph in graphs for digest in graph.objects()):
         return None
     return CompileResult(graphs, unmatched=[(case, at) for case, at in record["unmatched"]])
+
+
+def _graphs(record: Mapping[str, Any]) -> list[TracedGraph]:
+    return [graph_from_json(TracedGraph, graph) for graph in record["graphs"]]
 
 
 def put(store: Store, graph_key: str, answer: CompileResult) -> None:

@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from aot_cache.artifact import key
+from aot_cache.artifact.key import GRAPHS
 from aot_cache.artifact.manifest import plain
 from aot_cache.artifact.plan import CallPlan, CasePlan, Failure, Plan
 from aot_cache.artifact.target import Target
@@ -327,6 +328,9 @@ class GraphBuilder:
             signature.id: key.digest({**shared, "signature": signature.id, "points": self._reached_all(signature)})
             for signature in jobs
         }
+        store.fetch(
+            GRAPHS, [keys[signature.id] for signature in jobs if signature.id not in answers], graph_results.named
+        )
         for signature in jobs:
             found = stored(store, keys[signature.id]) if signature.id not in answers else None
             if found is not None:

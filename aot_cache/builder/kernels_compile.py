@@ -84,6 +84,7 @@ def compile_plan(
     stale = set() if recipe is not None else {name for name in plan.closures if _differs(name, plan)}
     # In the order of their hashes: units that turn out to have equal IR are neighbours in the plan, and two children that
     # compile them at the same time would both do the full work.
+    store.fetch(UNITS, first, _named)
     missing = [
         number
         for unit_key, number in sorted(first.items())
@@ -139,6 +140,11 @@ class _Result:
 
 def _ir_key(unit: Unit, ir: str, shared: dict[str, Any]) -> str:
     return key.digest({**shared, "kernel": key.function_of(unit.kernel), "source": unit.source, "ir": ir})
+
+
+def _named(record: Mapping[str, Any]) -> list[str]:
+    """The object that a record of a unit or of a C module names."""
+    return [record["object"]] if "pruned" not in record else []
 
 
 def _stored(store: Store, unit_key: str) -> bool:
@@ -254,6 +260,7 @@ def _build_native(
         if source is not None:
             sources.setdefault(triton_launcher.source_key(source), (source, triton_launcher.LAUNCHER))
     jobs = [_NativeJob(k, s, name, python) for k, (s, name) in sorted(sources.items()) for python in pythons]
+    store.fetch(NATIVE, [_native_key(job) for job in jobs], _named)
     records = {job: _native_stored(store, job) for job in jobs}
     todo = [job for job, record in records.items() if record is None]
 

@@ -43,7 +43,7 @@ class Job:
         plan_out: path to which the plan is written; a later worker of the same rank reads it.
         calls: file with the calls of compiled functions at every point, for the worker that traces them.
         ranges: dimension → text, which replaces the declared range.
-        store: the store's folder.
+        store: the store's folder; remote_store: URL of the store behind it, if there is one.
         line_info, pythons, workers: see `pipeline.Request`.
         show_plan: trace, and compile nothing.
         misses: what serving processes missed.
@@ -62,6 +62,7 @@ class Job:
     plan_out: str
     calls: str
     store: str
+    remote_store: str | None = None
     plans: Sequence[str] = field(default_factory=list)
     ranges: Mapping[str, str] = field(default_factory=dict)
     line_info: bool = False
@@ -129,6 +130,13 @@ def read_job(text: str) -> Job | StartJob:
 
 def _target(found: Mapping[str, Any]) -> Target:
     return Target(**{**found, "capability": tuple(found["capability"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warned:
+    """Something that the user should know, and that does not stop the build."""
+
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,11 +285,12 @@ class Started:
 
 
 Answer: TypeAlias = Traced | Compiled | Surveyed | GraphsMade | Started
-Event: TypeAlias = Answer | Progressed | NeedsRanks | Raised
+Event: TypeAlias = Answer | Progressed | Warned | NeedsRanks | Raised
 T = TypeVar("T")
 
 _EVENTS: Mapping[str, type[Event]] = {
-    kind.__name__: kind for kind in (Progressed, NeedsRanks, Raised, Traced, Compiled, Surveyed, GraphsMade, Started)
+    kind.__name__: kind
+    for kind in (Progressed, Warned, NeedsRanks, Raised, Traced, Compiled, Surveyed, GraphsMade, Started)
 }
 
 

@@ -46,6 +46,7 @@ class Request:
         plans: plan files (recorded, merged or edited), whose kernels are built, too. They need no recipe.
         target: the target.
         store: the store's folder.
+        remote_store: URL of a store that builders share, behind the folder (see `remote.shared_store`); None: there is none.
         ranges: dimension → text, which replaces the declared range.
         out: the bundle's path; default `STORE/bundles/MODEL-OPTIONS-TARGET.safetensors` (see `options.file_name`).
         line_info: keep line numbers for profilers (binaries then hold paths).
@@ -60,6 +61,7 @@ class Request:
 
     target: Target
     store: Path
+    remote_store: str | None = None
     model: str | None = None
     plans: tuple[Path, ...] = ()
     ranges: Mapping[str, str] = field(default_factory=dict)
@@ -116,6 +118,8 @@ class Built:
     nobody knows (`assumed`: place → what)."""
     untested: str = ""
     """Why the releases of torch, Triton and transformers that built it are doubtful; empty if they are fine."""
+    warnings: list[str] = field(default_factory=list)
+    """What else went wrong without changing the bundle, such as a remote store that did not answer."""
 
     def to_json(self) -> dict[str, Any]:
         return {**self.__dict__, "path": str(self.path)}
@@ -136,6 +140,9 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
 def _build(request: Request, store: Store, progress: Progress) -> Built:
     began = time.perf_counter()
     store.check_writable()
+    unreached = _unreached(request)
+    if unreached:
+        request = replace(request, remote_store=None)
     if request.model is not None:
         declaring.resolve(request.model)
     misses = miss_file.read(request.misses)
@@ -145,7 +152,7 @@ def _build(request: Request, store: Store, progress: Progress) -> Built:
     if before is not None and not fingerprint.changed(Inputs(**before["inputs"])):
         same = _still_there(before)
         if same is not None:
-            same.seconds = time.perf_counter() - began
+            same.seconds, same.warnings = time.perf_counter() - began, [*filter(None, [unreached])]
             return same
     with scratch.folder() as folder:
         started = _start(request, store, folder, progress)
@@ -156,11 +163,23 @@ def _build(request: Request, store: Store, progress: Progress) -> Built:
     built.untested = "; ".join(filter(None, (built.untested, started.untested)))
     inputs = fingerprint.together([result.inputs, started.inputs])
     built.misses = _became(misses, result.missed, request.target)
+    built.warnings = [*filter(None, [unreached]), *result.warnings]
     built.seconds = time.perf_counter() - began
     if not built.failed:
         with store.writer():
             store.put_record(STAMPS, question, {"inputs": asdict(inputs), "built": built.to_json()})
     return built
+
+
+def _unreached(request: Request) -> str:
+    """Why the request's remote store cannot be used; empty if it can, or there is none."""
+    if request.remote_store is None:
+        return ""
+    from aot_cache.remote.shared_store import SharedStore
+
+    store = SharedStore(request.store, request.remote_store)
+    store.check_remote()
+    return store.problem
 
 
 def _compile(

@@ -28,6 +28,7 @@ from aot_cache.builder.messages import (
     StartJob,
     Surveyed,
     Traced,
+    Warned,
 )
 from aot_cache.errors import AotCacheError
 from aot_cache.store import Store
@@ -130,6 +131,7 @@ def _kernels(job: Job, send: Send, progress: Progress) -> None:
     from aot_cache.builder import fingerprint, kernels_compile, kernels_trace
     from aot_cache.builder.missed_kernels import MissedKernels
     from aot_cache.builder.recorded_calls import written
+    from aot_cache.remote.shared_store import open_store
     from aot_cache.upstream.hooks import triton_launcher
 
     recipe, traced = None, None
@@ -169,7 +171,7 @@ def _kernels(job: Job, send: Send, progress: Progress) -> None:
         plan = replace(plan, units=[unit for unit in plan.units if kernels_compile.made_by_host_code(unit, plan)])
     pythons = [triton_launcher.this_python(), *map(triton_launcher.other_python, job.pythons)]
     pythons = list({p.suffix: p for p in pythons}.values())
-    store = Store(job.store)
+    store = open_store(job.store, job.remote_store)
     with virtual_gpu.tensors():
         outcome = kernels_compile.compile_plan(
             plan,
@@ -187,6 +189,7 @@ def _kernels(job: Job, send: Send, progress: Progress) -> None:
         removed = missed.settle(outcome, store, job.target)
     if job.misses and not job.rank:  # without misses, the process that traces graphs may write it now
         missed.plan.write(Path(job.plan_out))
+    _warn(store, send)
     send(
         Compiled(
             keys=outcome.keys,
@@ -217,6 +220,7 @@ def _graphs(job: Job, send: Send, progress: Progress) -> None:
     from aot_cache.builder.messages import Refused
     from aot_cache.builder.recorded_calls import RecordedCalls
     from aot_cache.recipes import declare as recipes
+    from aot_cache.remote.shared_store import open_store
     from aot_cache.upstream.virtual import torch_fake
 
     device = "cpu" if job.target.backend == "cpu" else "cuda"
@@ -241,7 +245,9 @@ def _graphs(job: Job, send: Send, progress: Progress) -> None:
     send(Surveyed(spec=recipe.spec, inputs=inputs, failed_cases=failed_cases))
     if job.show_plan:
         return
-    made = runs.compile_all(Store(job.store), inputs, progress, job.workers)
+    store = open_store(job.store, job.remote_store)
+    made = runs.compile_all(store, inputs, progress, job.workers)
+    _warn(store, send)
     failed_cases = _failed_cases(runs, names, job.failed_cases)
     failed = {failure.unit: failure.error for failure in made.failed}
     texts = {one.case: one.text for one in failed_cases}
@@ -258,6 +264,11 @@ def _graphs(job: Job, send: Send, progress: Progress) -> None:
             missed_calls=missed_calls.uncovered(job.misses, runs.signatures.values(), plan, failed, why, refused),
         )
     )
+
+
+def _warn(store: Store, send: Send) -> None:
+    if store.problem:
+        send(Warned(text=store.problem))
 
 
 def _failed_cases(runs: GraphBuilder, names: Sequence[str], before: Sequence[FailedCase]) -> list[FailedCase]:

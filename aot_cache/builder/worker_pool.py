@@ -13,7 +13,7 @@ from typing import IO, TypeVar
 
 from aot_cache import errors
 from aot_cache.builder import messages
-from aot_cache.builder.messages import Answer, Event, Job, NeedsRanks, OtherRanks, Progressed, Raised, StartJob
+from aot_cache.builder.messages import Answer, Event, Job, NeedsRanks, OtherRanks, Progressed, Raised, StartJob, Warned
 from aot_cache.errors import TargetError
 from aot_cache.process_group import ProcessGroup
 
@@ -28,10 +28,14 @@ class WorkerPool:
 
     Args:
         progress: callback; never called concurrently.
+
+    Attributes:
+        warnings: what workers have warned of, each text once and in order.
     """
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
+        self.warnings: dict[str, None] = {}
         self._lock = Lock()
         self._running: set[ProcessGroup] = set()
         self._ended = False
@@ -71,6 +75,9 @@ class WorkerPool:
             if isinstance(event, Progressed):
                 with self._lock:
                     self._progress(event.stage, event.done, event.total)
+            elif isinstance(event, Warned):
+                with self._lock:
+                    self.warnings[event.text] = None
             elif isinstance(event, NeedsRanks):
                 raise OtherRanks(event.ranks)
             elif isinstance(event, Raised):

@@ -55,6 +55,7 @@ class BuildResult:
         per_rank: function whose graphs are built for each rank → why.
         missed: number of each miss that was handled → why it will miss again; empty if it will not.
         neighbours: see `messages.Compiled`.
+        warnings: what the workers have warned of.
     """
 
     plan: Plan
@@ -71,6 +72,7 @@ class BuildResult:
     per_rank: Mapping[str, str] = field(default_factory=dict)
     missed: Mapping[int, str] = field(default_factory=dict)
     neighbours: int = 0
+    warnings: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +143,7 @@ class _Build:
             calls=str(folder / "calls.json"),
             ranges=dict(request.ranges),
             store=str(request.store.absolute()),
+            remote_store=request.remote_store,
             line_info=request.line_info,
             pythons=list(request.pythons),
             workers=request.workers,
@@ -163,7 +166,8 @@ class _Build:
         plan = Plan.read(Path(self._job.plan_out))
         if self._request.model is not None:  # a plan file has its own world size
             plan = replace(plan, ranks=self._job.ranks)
-        return _without_failed(_result(plan, kernels, graphs), graphs.failed_cases if graphs is not None else ())
+        result = replace(_result(plan, kernels, graphs), warnings=[*self._pool.warnings])
+        return _without_failed(result, graphs.failed_cases if graphs is not None else ())
 
     # --- kernels ------------------------------------------------------------------------------------------------------
 

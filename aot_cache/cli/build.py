@@ -88,6 +88,14 @@ Misses = Annotated[
     typer.Option(metavar="FILE", help="Also build what servers missed (AOT_CACHE_MISSES). Repeatable."),
 ]
 StoreFolder = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the store and of the bundles.")]
+RemoteStore = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        envvar="AOT_CACHE_REMOTE_STORE",
+        help="A folder that builders share (s3://…, gs://…, az://…, file://…): what one of them compiled, no other compiles.",
+    ),
+]
 Out = Annotated[Path | None, typer.Option(metavar="FILE", help="Path of the bundle; needs a single target.")]
 LineInfo = Annotated[bool, typer.Option("--line-info", help="Keep line numbers in kernels, for profilers.")]
 Pythons = Annotated[
@@ -175,6 +183,7 @@ def build(
     ranges: Ranges = None,
     misses: Misses = None,
     store: StoreFolder = Path("artifacts"),
+    remote_store: RemoteStore = None,
     out: Out = None,
     line_info: LineInfo = False,
     python: Pythons = None,
@@ -208,6 +217,7 @@ def build(
     asked = Request(
         target=targets[0],
         store=store,
+        remote_store=remote_store or None,
         model=named,
         plans=tuple(plan or ()),
         ranges=_ranges(ranges or []),

@@ -103,7 +103,7 @@ def _facts_of(error: BaseException, came: Sequence[int], words: Sequence[str]) -
     if isinstance(error, AotCacheError):
         return error.to_json()
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        hint = "run it again to continue: what is done is kept" if called(words) == "build" else ""
+        hint = "run it again to continue: what is done is kept" if called(words) in ("build", "pull") else ""
         return failure("Interrupted", "interrupted", hint, 128 + (came[0] if came else signal.SIGINT))
     # The class of usage errors is click's or typer's own copy of it, by typer's version; both have these.
     if not hasattr(error, "format_message"):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from aot_cache.errors import AotCacheError, RemoteDenied, RemoteError, RemoteMissing, StoreUnwritable, one_line
 from aot_cache.remote.registry import INSTALL, Progress
-from aot_cache.store.atomic import copy_atomic, unwritable, write_atomic
+from aot_cache.store.atomic import copy_atomic, write_atomic
 
 _PIECE = 8 << 20  # bytes; each is a request of its own
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
@@ -68,6 +68,16 @@ class RemoteFolder:
             data: bytes = self._files.cat_file(self._path(name), start=begin or None, end=end)
         return data
 
+    def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
+        """The bytes of those small files that exist, by name. Raises RemoteError."""
+        with self._said("read", self.url):
+            paths = {self._path(name): name for name in names}
+            found = self._files.cat([*paths], recursive=False, on_error="return") if paths else {}
+            for answer in found.values():
+                if isinstance(answer, Exception) and not isinstance(answer, (FileNotFoundError, IsADirectoryError)):
+                    raise answer
+            return {paths[path]: answer for path, answer in found.items() if isinstance(answer, bytes)}
+
     def pieces(self, name: str, begin: int, end: int) -> Iterator[bytes]:
         """The same, piece by piece. Another file of this name may come in between: check what was read."""
         while begin < end:
@@ -121,8 +131,8 @@ class RemoteFolder:
             hint = "give credentials in the object store's own way (such as AWS_PROFILE), as one who may do that"
             raise RemoteDenied(f"cannot {what} {where}: permission denied", hint=hint) from error
         except Exception as error:  # each store has errors of its own, without a common base
-            if isinstance(error, OSError) and error.errno and self._local:
-                raise RemoteError(unwritable(Path(where), error).message, hint="choose another folder") from error
+            if isinstance(error, OSError) and error.strerror and self._local:
+                raise RemoteError(f"cannot {what} {where}: {error.strerror}", hint="choose another folder") from error
             if "Credential" in type(error).__name__:
                 hint = "give credentials in the object store's own way (such as AWS_PROFILE)"
                 raise RemoteDenied(f"cannot {what} {where}: there are no credentials", hint=hint) from error

@@ -94,11 +94,11 @@ class Incoming:
 
     def _fetch(self, blob: Blob, part: Path, progress: Progress) -> None:
         tries = _TRIES
+        self.room(blob.size - (part.stat().st_size if part.exists() else 0))
         with part.open("ab", buffering=0) as file:
             here = file.tell()
             if here > blob.size:
                 here = file.truncate(0)
-            self.room(blob.size - here)
             while here < blob.size:
                 began = here
                 try:

@@ -127,9 +127,16 @@ def _file(
                 stem = name.removesuffix(".safetensors")
                 for other in (stem + ending for ending in BESIDE):
                     if other in every:
-                        incoming.room(folder.size(other))
-                        (unpacked / other).write_bytes(folder.read(other))
+                        _companion(folder, other, unpacked, incoming)
             return _arrived(path, digest, incoming.out, folder.url, size)
+
+
+def _companion(folder: RemoteFolder, name: str, unpacked: Path, incoming: Incoming) -> None:
+    size = folder.size(name)
+    incoming.room(size)
+    with (unpacked / name).open("xb") as file:
+        for piece in folder.pieces(name, 0, size):
+            file.write(piece)
 
 
 def _digest(folder: RemoteFolder, name: str) -> str:

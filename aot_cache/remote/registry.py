@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,11 +46,10 @@ class Registry:
     def __init__(self, image: Image) -> None:
         try:
             import oras.container
-            import oras.logger
             import oras.provider
         except ImportError as error:
             raise RemoteError("registries need the package oras", hint=INSTALL) from error
-        oras.logger.setup_logger(quiet=True)  # what goes wrong is said here
+        logging.getLogger("oras.logger").setLevel(logging.CRITICAL + 1)  # what goes wrong is said here
         self._image = image
         self._base = f"{'http' if image.plain_http else 'https'}://{image.registry}/v2/{image.repository}/"
         self._oras = oras.provider.Registry(image.registry, insecure=image.plain_http)

@@ -19,7 +19,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from aot_cache.store import use
 from aot_cache.store.atomic import open_regular, probe_writable, unwritable, write_atomic
 
 LAYOUT = "v2"
+Named = Callable[[Mapping[str, Any]], Iterable[str]]
+"""Digests of the objects that a record names."""
 
 DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 # Kinds and keys become file names: they must not lead out of the folder or be hidden files.
@@ -45,6 +47,9 @@ class Store:
     Args:
         root: the folder.
     """
+
+    problem = ""
+    """Why the store behind this one is not used, if there is one (see `remote.shared_store`)."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
@@ -122,6 +127,9 @@ class Store:
         except StoreError:
             return None
         return value
+
+    def fetch(self, kind: str, keys: Collection[str], named: Named) -> None:
+        """Make ready what is asked for next; nothing where the store has only its folder (see `remote.shared_store`)."""
 
     def in_use(self) -> AbstractContextManager[None]:
         """Inside, no housekeeping (`store.gc`) removes anything. Every build is inside for its whole life."""

@@ -41,6 +41,8 @@ def builds(rows: Sequence[Facts]) -> None:
     table(("target", *numbers[:-1], "coverage", "seconds"), cells, numbers)
     for doubt in sorted({b["untested"] for b in rows if b["untested"]}):
         line(f"warning: {doubt}")
+    for warning in dict.fromkeys(text for b in rows for text in b["warnings"]):
+        line(f"warning: {warning}")
     for b in rows:
         line()
         _rehearsal(b)
