@@ -236,6 +236,8 @@ def test_the_reference_has_every_variable() -> None:
         *(f"`{name}`" for name in read),
         "`CC`, `CXX`",
         "`TMPDIR`",
+        "`ORAS_USER`, `ORAS_PASS`",
+        "`DOCKER_CONFIG`, `REGISTRY_AUTH_FILE`",
     }
 
 

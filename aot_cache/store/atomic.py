@@ -21,6 +21,7 @@ from aot_cache.errors import BundleCorrupt, BundleMissing, StoreError, StoreUnwr
 PROBE_BYTES = 4096
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp", re.ASCII)
 """Names of files that are being written, or whose writer was killed."""
+_PIECE = 1 << 20  # bytes
 
 # errno -> (reason, hint)
 _REASONS = {
@@ -89,12 +90,12 @@ def copy_atomic(source: Path, path: Path) -> None:
     Raises:
         StoreUnwritable: like `write_atomic`.
     """
-    import shutil  # for those who write only
-
     temporary = _temporary_name(path.parent)
     try:
         _make_folder(path.parent)
-        shutil.copyfile(source, temporary)
+        with source.open("rb") as read, temporary.open("xb") as file:
+            while piece := read.read(_PIECE):
+                file.write(piece)
         move_atomic(temporary, path)
     except OSError as error:
         raise unwritable(path, error) from error
