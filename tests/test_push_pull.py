@@ -186,6 +186,18 @@ def test_a_newer_bundle_takes_the_place_of_all_of_the_older_one(elsewhere: str, 
     assert files(out) == files(here)  # without a signature that is of the older one
 
 
+def test_a_bundle_that_was_signed_later(elsewhere: str, tmp_path: Path) -> None:
+    here, out = tmp_path / "here", tmp_path / "out"
+    a_bundle(here / "a.safetensors")
+    push([here / "a.safetensors"], elsewhere)
+    pull(elsewhere, out)
+    (out / "a.rehearsed.json").write_text("rehearsed where it serves")
+    (here / "a.safetensors.sig").write_text("a signature")
+    push([here / "a.safetensors"], elsewhere)
+    pull(elsewhere, out)
+    assert files(out) == files(here) | {"a.rehearsed.json": b"rehearsed where it serves"}
+
+
 def test_a_second_push_sends_nothing_again(registry: Registry, tmp_path: Path) -> None:
     a_bundle(tmp_path / "a.safetensors")
     first = push([tmp_path / "a.safetensors"], f"{registry.host}/twice:v1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,6 +70,12 @@ def beside(bundle: Path) -> list[Path]:
     """The files that belong to a bundle, in the order in which they are written."""
     stem = bundle.name.removesuffix(".safetensors")
     return [path for ending in BESIDE if (path := bundle.with_name(stem + ending)).is_file()]
+
+
+def signed(bundle: Path) -> str:
+    """The sha256 of the file with a bundle's signatures; empty if there is none."""
+    path = bundle.with_name(f"{bundle.name}.sig")
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def is_bundle_name(name: object) -> bool:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from aot_cache.errors import BundleCorrupt
-from aot_cache.remote.description import BESIDE, Description, beside, is_bundle_name
+from aot_cache.remote.description import BESIDE, Description, beside, is_bundle_name, signed
 from aot_cache.store import Bundle
 
 ARTIFACT_TYPE = "application/vnd.aot-cache.bundle.v1"
@@ -45,6 +45,7 @@ MAX_MANIFEST = 4 << 20
 """Bytes. Registries take no larger ones (distribution-spec, "Pushing Manifests")."""
 
 _TITLE = "org.opencontainers.image.title"
+_SIGNED = f"{PREFIX}signatures"
 _MOUNTED = "/home/kserve/.cache/aot-cache"
 _PIECE = 1 << 20  # bytes
 _MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}  # Go's names, which the config has
@@ -57,6 +58,7 @@ class Layer:
     Args:
         digest: `sha256:` and the hash of the blob; `diff_id` is that of the tar in it.
         size: bytes of the blob; `files`: bytes of the files in it.
+        signed: see `description.signed`.
         description: what is said of the bundle.
     """
 
@@ -64,10 +66,11 @@ class Layer:
     diff_id: str
     size: int
     files: int
+    signed: str
     description: Description
 
     def descriptor(self) -> dict[str, Any]:
-        annotations = {_TITLE: self.description.name, **_annotations([self.description])}
+        annotations = {_TITLE: self.description.name, _SIGNED: self.signed, **_annotations([self.description])}
         return {"mediaType": LAYER_TYPE, "digest": self.digest, "size": self.size, "annotations": annotations}
 
 
@@ -80,12 +83,14 @@ class Packed:
         size: bytes of the blob.
         name: the bundle's file name.
         bundle: the bundle's digest.
+        signed: see `description.signed`.
     """
 
     digest: str
     size: int
     name: str
     bundle: str
+    signed: str
 
 
 # --- out --------------------------------------------------------------------------------------------------------------
@@ -110,7 +115,8 @@ def write_layer(bundle: Bundle, description: Description, out: Path) -> Layer:
                         source.seek(0)
                         tar.addfile(entry, source)
                         total += entry.size
-    return Layer(f"sha256:{blob.hash.hexdigest()}", f"sha256:{inner.hash.hexdigest()}", blob.size, total, description)
+    digest, diff_id = f"sha256:{blob.hash.hexdigest()}", f"sha256:{inner.hash.hexdigest()}"
+    return Layer(digest, diff_id, blob.size, total, signed(bundle.path), description)
 
 
 class _Hashed(io.RawIOBase):
@@ -214,7 +220,7 @@ def read_manifest(data: bytes, where: str) -> list[Packed]:
 
 def _packed(layer: Mapping[str, Any]) -> Packed:
     notes = layer["annotations"]
-    found = Packed(layer["digest"], layer["size"], notes[_TITLE], notes[f"{PREFIX}digest"])
+    found = Packed(layer["digest"], layer["size"], notes[_TITLE], notes[f"{PREFIX}digest"], notes.get(_SIGNED, ""))
     kind, _, hashed = found.digest.partition(":")
     if kind != "sha256" or len(hashed) != 64 or not set(hashed) <= set("0123456789abcdef"):
         raise ValueError("a layer's digest")

@@ -11,14 +11,14 @@ from typing import Any
 
 from aot_cache.errors import AotCacheError, BundleCorrupt, DeclarationError, DigestMismatch, RemoteMissing
 from aot_cache.remote import image, reference
-from aot_cache.remote.description import BESIDE, describe, is_bundle_name
+from aot_cache.remote.description import BESIDE, describe, is_bundle_name, signed
 from aot_cache.remote.folders import RemoteFolder
 from aot_cache.remote.image import Packed
 from aot_cache.remote.incoming import Blob, Incoming, into, sha256
 from aot_cache.remote.push import Moved, Progress, in_megabytes
 from aot_cache.remote.reference import Folder, Image
 from aot_cache.remote.registry import Registry
-from aot_cache.store import INCOMPLETE, Bundle, read_bundle
+from aot_cache.store import INCOMPLETE, Bundle, read_bundle, write_atomic
 from aot_cache.store.atomic import move_atomic
 from aot_cache.store.bundle import MAX_HEADER
 
@@ -79,7 +79,7 @@ def _from_registry(there: Image, out: Path, digest: str | None, progress: Progre
 
 def _layer(registry: Registry, packed: Packed, there: Image, incoming: Incoming, progress: Progress) -> Moved:
     before = _present(incoming.out / packed.name, packed.bundle)
-    if before is not None:
+    if before is not None and packed.signed in ("", signed(before.path)):
         return before
     hashed = packed.digest.partition(":")[2]
     blob = Blob(hashed, packed.size, lambda offset: registry.download(packed.digest, offset))
@@ -114,6 +114,8 @@ def _file(
 ) -> Moved:
     before = _present(incoming.out / name, digest)
     if before is not None:
+        if f"{name}.sig" in every:  # it may have been signed since
+            write_atomic(incoming.out / f"{name}.sig", folder.read(f"{name}.sig"))
         return before
     size = folder.size(name)
     # The digest is of the header, which has the hash of everything behind it.
@@ -184,10 +186,11 @@ def _arrived(path: Path, digest: str, out: Path, where: str, moved: int) -> Move
     except AotCacheError as error:  # its path is one that nobody can look at
         raise type(error)(error.message.replace(str(path), f"{path.name} of {where}"), hint=error.hint) from error
     stem = path.name.removesuffix(".safetensors")
+    same = _present(out / path.name, digest) is not None
     for name in (stem + ending for ending in BESIDE):
         if (path.parent / name).exists():
             move_atomic(path.parent / name, out / name)
-        else:
+        elif not same:
             (out / name).unlink(missing_ok=True)  # it is of the bundle that was here before
     move_atomic(path, out / path.name)
     return Moved(described, out / path.name, moved)
