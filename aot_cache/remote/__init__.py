@@ -2,3 +2,12 @@
 
 Nothing of this is imported where a bundle is served. What comes from elsewhere is hostile until its hash is checked.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+INSTALL = "pip install 'aot-cache[remote]'"
+
+Progress = Callable[[int], None]
+"""Is told how many bytes of a file have been moved."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aot_cache.errors import AotCacheError, RemoteDenied, RemoteError, RemoteMissing, StoreUnwritable, one_line
-from aot_cache.remote.registry import INSTALL, Progress
+from aot_cache.remote import INSTALL, Progress
 from aot_cache.store.atomic import copy_atomic, write_atomic
 
 _PIECE = 8 << 20  # bytes; each is a request of its own

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aot_cache.errors import RemoteDenied, RemoteError, RemoteMissing, StoreUnwritable
-from aot_cache.remote.registry import Progress
+from aot_cache.remote import Progress
 from aot_cache.store.atomic import unwritable
 
 FOLDER = ".aot-cache-pull"

@@ -13,20 +13,16 @@ import inspect
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urljoin, urlsplit
 
 from aot_cache.errors import BundleCorrupt, RemoteDenied, RemoteError, RemoteMissing
+from aot_cache.remote import INSTALL, Progress
 from aot_cache.remote.image import MANIFEST_TYPE, MAX_MANIFEST, digest_of
 from aot_cache.remote.reference import Image
-
-Progress = Callable[[int], None]
-"""Is told how many bytes of a blob have been moved."""
-
-INSTALL = "pip install 'aot-cache[remote]'"
 
 _TIMEOUT = (10.0, 60.0)  # seconds to connect, and between two bytes
 _PIECE = 1 << 20  # bytes
