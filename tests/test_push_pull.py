@@ -40,13 +40,14 @@ from aot_cache.errors import (
     RemoteError,
     RemoteMissing,
     StoreUnwritable,
+    Untrusted,
 )
 from aot_cache.remote import image, reference
 from aot_cache.remote.description import describe
 from aot_cache.remote.pull import pull
 from aot_cache.remote.push import push
 from aot_cache.remote.reference import Folder, Image
-from aot_cache.store import read_bundle
+from aot_cache.store import read_bundle, signature
 
 pytest.importorskip("oras")
 pytest.importorskip("fsspec")
@@ -196,6 +197,34 @@ def test_a_bundle_that_was_signed_later(elsewhere: str, tmp_path: Path) -> None:
     push([here / "a.safetensors"], elsewhere)
     pull(elsewhere, out)
     assert files(out) == files(here) | {"a.rehearsed.json": b"rehearsed where it serves"}
+
+
+def test_with_trusted_keys_only_signed_bundles_come(
+    elsewhere: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ed25519 = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ed25519")
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    here, out = tmp_path / "here", tmp_path / "out"
+    key, other = ed25519.Ed25519PrivateKey.generate(), ed25519.Ed25519PrivateKey.generate()
+    public = tmp_path / "public.pem"
+    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    digest = a_bundle(here / "a.safetensors")
+    push([here / "a.safetensors"], elsewhere)
+    pull(elsewhere, tmp_path / "before")
+    monkeypatch.setenv("AOT_CACHE_TRUSTED_KEYS", str(public))
+    for folder in (out, tmp_path / "before"):  # also one that is there already
+        with pytest.raises(Untrusted, match=r"a\.safetensors .*is not signed by a key of AOT_CACHE_TRUSTED_KEYS"):
+            pull(elsewhere, folder)
+    signature.sign(here / "a.safetensors", digest, other)
+    push([here / "a.safetensors"], elsewhere)
+    with pytest.raises(Untrusted):
+        pull(elsewhere, out)
+    assert listing(out) == []
+    signature.sign(here / "a.safetensors", digest, key)
+    push([here / "a.safetensors"], elsewhere)
+    pull(elsewhere, out)
+    assert files(out) == files(here)
 
 
 def test_a_second_push_sends_nothing_again(registry: Registry, tmp_path: Path) -> None:

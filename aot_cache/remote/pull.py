@@ -18,7 +18,7 @@ from aot_cache.remote.incoming import Blob, Incoming, into, sha256
 from aot_cache.remote.push import Moved, Progress, in_megabytes
 from aot_cache.remote.reference import Folder, Image
 from aot_cache.remote.registry import Registry
-from aot_cache.store import INCOMPLETE, Bundle, read_bundle, write_atomic
+from aot_cache.store import INCOMPLETE, Bundle, read_bundle, signature, write_atomic
 from aot_cache.store.atomic import move_atomic
 from aot_cache.store.bundle import MAX_HEADER
 
@@ -51,6 +51,7 @@ def pull(ref: str, out: Path, digest: str | None = None, progress: Progress = la
         DeclarationError: `ref` names nothing, or `digest` is none.
         DigestMismatch: it has no bundle with this digest.
         BundleCorrupt: what came is damaged.
+        Untrusted: no key of AOT_CACHE_TRUSTED_KEYS has signed it.
         RemoteError: there.
         StoreUnwritable: here.
     """
@@ -157,6 +158,7 @@ def _present(path: Path, digest: str) -> Moved | None:
     """The bundle with this digest, if it is here already and sound."""
     try:
         bundle = _sound(path, digest)
+        _require_signed(path, digest)
         return Moved(describe(bundle), path, 0)
     except AotCacheError:
         return None
@@ -177,12 +179,19 @@ def _sound(path: Path, digest: str) -> Bundle:
     return bundle
 
 
+def _require_signed(path: Path, digest: str) -> None:
+    """Where keys are trusted, one of them must have signed a bundle: its signatures are beside it."""
+    keys = signature.trusted_keys()
+    if keys is not None:
+        signature.require(path, digest, keys)
+
+
 def _arrived(path: Path, digest: str, out: Path, where: str, moved: int) -> Moved:
     """Check a bundle that came, with what belongs to it beside it, and give all of it its name."""
     try:
         bundle = _sound(path, digest)
         described = describe(bundle)
-        # SIGNATURE: the one place for it. The bundle is at `path`, and its signatures, if any came, beside it.
+        _require_signed(path, digest)
     except AotCacheError as error:  # its path is one that nobody can look at
         raise type(error)(error.message.replace(str(path), f"{path.name} of {where}"), hint=error.hint) from error
     stem = path.name.removesuffix(".safetensors")
