@@ -313,7 +313,7 @@ def test_damage_there_is_built_again_and_mended(built: tuple[Callable[..., Built
     for damaged in (object_of_unit, graph):
         there.pipe_file(damaged, flipped(good[damaged]))
     third = build("c")
-    # Not the first one's digest: the bytes of a graph with several configs are not the same in each build, see LocalAutotuneCache.
+    # Not the first one's digest: the bytes of a graph with several configs differ between builds (LocalAutotuneCache).
     assert first.compiled == third.compiled == 2 and not third.warnings
     there.invalidate_cache()
     mended = there.cat(names)
