@@ -5,9 +5,11 @@ The results meet in the store, which all workers see. What goes over Ray is only
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +58,11 @@ def run(units: Sequence[Unit], on: str, cores: int, folder: Path, done: Done) ->
     Raises:
         AotCacheError: there is no Ray at that address, or the connection to it is lost.
     """
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints there that a worker was lost; stdout is for --json
+        _run(units, on, cores, folder, done)
+
+
+def _run(units: Sequence[Unit], on: str, cores: int, folder: Path, done: Done) -> None:
     import ray
 
     _connect(on)
@@ -123,7 +130,10 @@ def _connect(on: str) -> None:
     try:
         for left in reversed(range(_STARTS if on == LOCAL else 1)):
             try:
-                ray.init(None if on == LOCAL else on, log_to_driver=False, logging_level=logging.ERROR, **more)
+                with contextlib.redirect_stdout(
+                    sys.stderr
+                ):  # where it prints what it thinks of its settings; ours is for --json
+                    ray.init(None if on == LOCAL else on, log_to_driver=False, logging_level=logging.ERROR, **more)
                 return
             except Exception as error:  # a Ray that does not start in time raises just that
                 if not left:
