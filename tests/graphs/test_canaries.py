@@ -30,6 +30,7 @@ with warnings.catch_warnings(record=True) as said:
     aot_cache.load({bundle!r}, digest={digest!r})
     import torch, sample_model as m
     aot_cache.ready()
+    aot_cache.seal()
     with torch.inference_mode():
         call("scaled", m.compiled_scaled, torch.randn(8, 16), 3)
 FACTS["said"] = [str(one.message) for one in said if one.category is aot_cache.AotCacheWarning]

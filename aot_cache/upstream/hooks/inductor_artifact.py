@@ -141,9 +141,9 @@ def _named_alike(data: bytes) -> bytes:
     for found in set(_CACHE_KEY.findall(data)):
         data = data.replace(found, b"c" + b"a" * (len(found) - 1))
     for name in _FOLDERS:  # this build's temporary folders; nothing reads them later
-        folder = os.path.basename(os.path.dirname(os.environ.get(name, ""))).encode()
-        if folder:
-            data = data.replace(folder, b"0" * len(folder))
+        folder = os.path.dirname(os.environ.get(name, "")).encode()
+        if len(folder) > 1:  # the whole path: which part of it is new each time is for others to decide
+            data = data.replace(folder, b"/" + b"0" * (len(folder) - 1))
     return data
 
 
