@@ -138,7 +138,9 @@ def _connect(on: str) -> None:
             except Exception as error:  # a Ray that does not start in time raises just that
                 if not left:
                     why = str(error).strip().partition("\n")[0]
-                    raise AotCacheError(f"no Ray at {on}: {why}", hint="start it, or correct the address") from error
+                    raise AotCacheError(
+                        f"no Ray at {on}: {why}", hint="start it, correct the address, or set RAY_AUTH_TOKEN"
+                    ) from error
     finally:
         signal.signal(signal.SIGTERM, before)  # Ray's own handler would end this process without its cleanup
 
