@@ -539,6 +539,13 @@ ALLOWED |= {
     "collections",
     "dataclasses",
     "filelock",
+    "base64",
+    "grp",
+    "pwd",
+    "cryptography",
+    "cryptography.exceptions",
+    "cryptography.hazmat.primitives.asymmetric.ed25519",
+    "cryptography.hazmat.primitives.serialization",
     "__future__",
     "aot_cache.errors",
 }
