@@ -82,7 +82,7 @@ static_triton_launcher.StaticallyLaunchedTritonKernel.load_kernel = load_kernel
 guard = device_interface.DeviceGuard
 guard.__enter__, guard.__exit__ = lambda self: guarded.append(self.idx), lambda self, *error: None
 with inductor_tuning.choosing({}, 1):
-    inductor_artifact.load_graph(read_bundle(sys.argv[1]).object(sys.argv[2]), 1)
+    graph = inductor_artifact.load_graph(read_bundle(sys.argv[1]).object(sys.argv[2]), 1)
 texts = [open(module.__file__).read() for module in PyCodeCache.modules]
 print(json.dumps([onto, guarded, next(text for text in texts if "def call(" in text)]))
 """

@@ -862,7 +862,7 @@ def test_a_graph_is_loaded_in_folders_of_this_thread_only(monkeypatch: pytest.Mo
     def elsewhere() -> None:
         asked.extend([codecache.cache_dir(), triton_heuristics.triton_cache_dir(0)])
 
-    with inductor_artifact._private_folders(b""), inductor.patch(bundle_triton_into_fx_graph_cache=True):
+    with inductor_artifact._private_folder(b""), inductor.patch(bundle_triton_into_fx_graph_cache=True):
         source = Path(codecache.write("x = 1", "py")[1])
         triton_bundler.TritonBundler.read_and_emit(bundle)
         private = Path(triton_heuristics.triton_cache_dir(0))
@@ -888,13 +888,13 @@ def test_no_private_folder_becomes_triton_s_own(monkeypatch: pytest.MonkeyPatch)
     need('os.environ["TRITON_CACHE_DIR"] = triton_cache_dir(' in text, "autotuners do not set the variable any more")
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     for fails in (False, True):
-        with contextlib.suppress(ZeroDivisionError), inductor_artifact._private_folders(b""):
+        with contextlib.suppress(ZeroDivisionError), inductor_artifact._private_folder(b""):
             os.environ["TRITON_CACHE_DIR"] = triton_heuristics.triton_cache_dir(0)
             if fails:
                 raise ZeroDivisionError
         need("TRITON_CACHE_DIR" not in os.environ, "a private folder stays in the variable")
     monkeypatch.setenv("TRITON_CACHE_DIR", "the user's")
-    with inductor_artifact._private_folders(b""):
+    with inductor_artifact._private_folder(b""):
         pass
     need(os.environ["TRITON_CACHE_DIR"] == "the user's", "the user's folder is lost")
 
