@@ -538,6 +538,7 @@ def test_a_folder_with_one_for_the_cpu(
     monkeypatch.setattr(bundle_lookup, "check_form", lambda bundle: None)
     monkeypatch.setattr(bundle_lookup, "served", lambda bundle: SimpleNamespace(on_cpu=bundle.path.stem == "cpu"))
     monkeypatch.setattr(bundle_lookup.host_check, "parts", lambda manifest, look_at_gpu: [])
+    monkeypatch.setattr(bundle_lookup.host_check, "signs", list)
     monkeypatch.setattr(bundle_lookup.torch_capture, "cuda_is_up", lambda: up)
     if found is None:
         with pytest.raises(Incompatible, match="name the file"):

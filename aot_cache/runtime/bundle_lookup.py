@@ -13,7 +13,7 @@ from aot_cache import tested
 from aot_cache.artifact.manifest import KIND, lacking, served
 from aot_cache.errors import AotCacheError, BundleMissing, DeclarationError, Incompatible, Untrusted
 from aot_cache.runtime import host_check, host_gpu, rank_agreement
-from aot_cache.store import Bundle, bundles_in, looks_sound, peek, read_bundle, signature, trust
+from aot_cache.store import Bundle, bundles_in, in_header, looks_sound, peek, read_bundle, signature, trust
 from aot_cache.store.signature import Key
 from aot_cache.tested import UNTESTED, installed
 from aot_cache.upstream.hooks import torch_capture
@@ -114,11 +114,15 @@ def _sound(
     files: Iterable[Path], digest: str | None, keys: Sequence[Key] | None, untrusted: list[Path]
 ) -> Iterator[Bundle]:
     """The sound bundles among files that may be meant, and may be for this host. `untrusted` gets those that may be anybody's."""
-    signs = host_check.signs()
+    signs, ours = host_check.signs(), in_header(f'"kind":"{KIND}"')
     for file in files:
         header = peek(file)
         meant = digest is None or hashlib.sha256(header).hexdigest() == digest
-        if looks_sound(header) and not (meant and any(all(part in header for part in sign) for sign in signs)):
+        if (
+            looks_sound(header)
+            and ours in header
+            and not (meant and any(all(part in header for part in sign) for sign in signs))
+        ):
             continue
         try:
             bundle = read(file, digest, keys)
