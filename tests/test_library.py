@@ -13,13 +13,13 @@ import pytest
 from limits import HANGS
 
 from aot_cache.errors import Incompatible
-from aot_cache.upstream import library
+from aot_cache.store import library
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import ctypes, os, sys
 from aot_cache.errors import Incompatible
-from aot_cache.upstream import library
+from aot_cache.store import library
 
 data = open(sys.argv[1], "rb").read()
 print(library.loaded(data, "memory", ctypes.CDLL).answer())

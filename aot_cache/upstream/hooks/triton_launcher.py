@@ -31,9 +31,9 @@ from typing import Any
 import triton
 
 from aot_cache.errors import TargetError, one_line
-from aot_cache.store import scratch
+from aot_cache.store import library, scratch
 from aot_cache.tested import minor
-from aot_cache.upstream import library, patch
+from aot_cache.upstream import patch
 from aot_cache.upstream.versions import LAUNCHER_PER_SIGNATURE
 
 _LOG = logging.getLogger("aot_cache")
