@@ -98,7 +98,7 @@ def test_graphs_are_loaded_for_the_gpu_that_is_current(
     graph = SimpleNamespace(code="c", graphs={"g": "d"}, libraries={}, choices={}, rank=None)
     header: Any = SimpleNamespace(graphs=[graph], on_cpu=backend == "cpu")
     monkeypatch.setattr(graphs, "served", lambda bundle: header)
-    bundle: Any = SimpleNamespace(path=Path("B"), digest="d", object=lambda digest: b"")
+    bundle: Any = SimpleNamespace(path=Path("B"), digest="d", proven=True, object=lambda digest: b"")
     made = GraphSet(bundle, Ledger())
     if not asked:
         assert made.prime() == 1
