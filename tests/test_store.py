@@ -430,6 +430,8 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
         process = start("write_for_ever", tmp_path)
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
+        while not written and Store(tmp_path).get_record("last", "one") is None:  # however slow the machine is
+            time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.1))
         process.kill()
         process.communicate()
