@@ -112,6 +112,9 @@ def wait_for(port: int) -> None:
 @contextmanager
 def s3_server() -> Iterator[str]:
     """moto's S3 in a process of its own: its URL."""
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()  # else what another file's tests have made asks their server, which is gone
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
