@@ -7,7 +7,6 @@ import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -259,21 +258,21 @@ def test_graphs_that_are_loaded_by_two_threads_leave_nothing_behind(monkeypatch:
 
     class Slowly:
         @staticmethod
-        def deserialize_compile_artifacts(data: bytes) -> SimpleNamespace:
+        def deserialize_compile_artifacts(data: bytes) -> Callable[[], bytes]:
             inside.release()
             if data == b"2":
                 both.set()
                 left.wait(0.5)  # the second one leaves last, if it can be inside together with the first
             else:
                 both.wait(0.5)
-            return SimpleNamespace(data=data)
+            return lambda: data
 
     monkeypatch.setattr(inductor_artifact, "Serializable", Slowly)
     found: list[bytes] = []
 
     def load(data: bytes) -> None:
         with inductor_cpp.serving(lambda digest: None), inductor_tuning.choosing({}):
-            found.append(inductor_artifact.load_graph(data).data)
+            found.append(inductor_artifact.load_graph(data)())
         left.set()
 
     threads = [threading.Thread(target=load, args=(data,)) for data in (b"1", b"2")]
