@@ -161,7 +161,7 @@ def test_only_modes_without_other_writers_pass(
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-def test_verify_says_what_load_would(tmp_path: Path) -> None:
+def test_verify_says_what_load_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bundle of nothing, in a folder that everybody can write: refused unless it is pinned."""
     path = tmp_path / "open" / "b.safetensors"
     digest = write_bundle(path, {"kind": "units", "target": {"backend": "cpu"}}, {})
@@ -173,6 +173,13 @@ def test_verify_says_what_load_would(tmp_path: Path) -> None:
     with pytest.raises(Untrusted, match="can have been written by others"):
         bundle_lookup.find(path, None)
     assert bundle_lookup.find(path, digest).proven
+    with pytest.raises(
+        Untrusted, match="can have been written by others"
+    ):  # ranks agree on a digest that nobody has pinned
+        bundle_lookup.find(path, digest, pinned=False)
+    monkeypatch.setenv(trust.FOLDERS, str(path.parent))
+    assert not bundle_lookup.find(path, digest, pinned=False).proven
+    monkeypatch.delenv(trust.FOLDERS)
     with pytest.raises(
         Untrusted,
         match=r"no bundle for this host in .* is from this user alone; others can have written: b\.safetensors",

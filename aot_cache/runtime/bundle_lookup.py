@@ -59,9 +59,12 @@ def of_environment() -> Iterator[Bundle]:
                 yield read(file, digest, keys)
 
 
-def find(path: Path, digest: str | None) -> Bundle:
+def find(path: Path, digest: str | None, pinned: bool = True) -> Bundle:
     """Read the bundle at `path`; of a folder, the one bundle that is for this host. Files in it that are no sound bundles of this
     version, or not signed by a trusted key, are passed over, and named in the log.
+
+    Args:
+        pinned: whether the digest comes from outside, and so proves the bundle. That on which ranks agree does not.
 
     Raises:
         StoreError: the bundle cannot be read or is not signed by a trusted key, or none in the folder fits.
@@ -70,9 +73,9 @@ def find(path: Path, digest: str | None) -> Bundle:
     """
     keys = signature.trusted_keys()
     if not path.is_dir():
-        return read(path, digest, keys, prefetch=True)
+        return read(path, digest, keys, pinned, prefetch=True)
     files, untrusted = bundles_in(path), list[Path]()
-    found = _sound(files, digest, keys, untrusted)
+    found = _sound(files, digest, keys, untrusted, pinned)
     fitting = [b for b in found if not host_check.differing(host_check.parts(served(b), look_at_gpu=False))]
     if torch_capture.cuda_is_up():  # a bundle for the target cpu fits every host
         fitting = [b for b in fitting if not served(b).on_cpu] or fitting
@@ -92,7 +95,9 @@ def find(path: Path, digest: str | None) -> Bundle:
     return fitting[0]
 
 
-def read(path: Path, digest: str | None, keys: Sequence[Key] | None, prefetch: bool = False) -> Bundle:
+def read(
+    path: Path, digest: str | None, keys: Sequence[Key] | None, pinned: bool = True, prefetch: bool = False
+) -> Bundle:
     """Read a bundle; where keys are trusted, none of its objects before its signature is checked.
 
     Raises:
@@ -100,7 +105,8 @@ def read(path: Path, digest: str | None, keys: Sequence[Key] | None, prefetch: b
     """
     if keys is None:
         bundle = read_bundle(path, digest, prefetch=prefetch)
-        if digest is None:
+        if digest is None or not pinned:
+            bundle.proven = False
             trust.require_own(bundle.path, bundle.status())
         return bundle
 
@@ -111,7 +117,7 @@ def read(path: Path, digest: str | None, keys: Sequence[Key] | None, prefetch: b
 
 
 def _sound(
-    files: Iterable[Path], digest: str | None, keys: Sequence[Key] | None, untrusted: list[Path]
+    files: Iterable[Path], digest: str | None, keys: Sequence[Key] | None, untrusted: list[Path], pinned: bool
 ) -> Iterator[Bundle]:
     """The sound bundles among files that may be meant, and may be for this host. `untrusted` gets those that may be anybody's."""
     signs, ours = host_check.signs(), in_header(f'"kind":"{KIND}"')
@@ -125,7 +131,7 @@ def _sound(
         ):
             continue
         try:
-            bundle = read(file, digest, keys)
+            bundle = read(file, digest, keys, pinned)
             check_form(bundle)
         except AotCacheError as error:
             _LOG.warning("passing over %s: %s", file, error)

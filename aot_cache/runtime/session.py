@@ -44,6 +44,8 @@ class _Folder:
     path: Path
     digest: str | None
     strict: bool
+    pinned: bool
+    """Whether the caller gave the digest: the ranks of a job also agree on one that nobody has pinned."""
 
 
 class Session:
@@ -81,13 +83,14 @@ class Session:
     ) -> Report | None:
         """See `loader.load`. `together` contains the group whose ranks load the same bundle, or is empty."""
         try:
+            pinned = digest is not None
             for group in together:
                 digest = bundle_lookup.agreed(path, digest, group)
             if path.is_dir() and not torch_capture.cuda_is_up():
                 with self._lock:
-                    self._folders.append(_Folder(path, digest, strict))
+                    self._folders.append(_Folder(path, digest, strict, pinned))
                 return None
-            kernels = self._add(path, digest, strict)
+            kernels = self._add(path, digest, strict, pinned)
             if torch_capture.cuda_is_up():
                 self.prime()
             return kernels.report
@@ -236,8 +239,8 @@ class Session:
             raise Incompatible("the misses of this Dynamo cannot be explained", hint="see the warning about its hooks")
         return self._answers.explain(call)
 
-    def _add(self, path: Path, digest: str | None, strict: bool) -> KernelSet:
-        bundle = bundle_lookup.find(path, digest)
+    def _add(self, path: Path, digest: str | None, strict: bool, pinned: bool) -> KernelSet:
+        bundle = bundle_lookup.find(path, digest, pinned)
         bundle_lookup.check_form(bundle)
         bundle_lookup.check(bundle, look_at_gpu=False)
         self._heed(bundle_lookup.doubt(bundle), strict, Incompatible)
@@ -279,7 +282,7 @@ class Session:
         while self._folders:
             folder = self._folders.pop()
             try:
-                self._add(folder.path, folder.digest, folder.strict)
+                self._add(folder.path, folder.digest, folder.strict, folder.pinned)
             except Exception as error:
                 self.refuse(error, folder.strict)
 
