@@ -125,7 +125,7 @@ def in_use(root: Path) -> str:
 
 def scratch(root: Path) -> str:
     """Have a temporary folder until the parent closes our input."""
-    from aot_cache.store import scratch
+    from aot_cache.files import scratch
 
     with scratch.folder() as folder:
         (folder / "file").write_bytes(bytes(PAGE))

@@ -26,7 +26,8 @@ from store_child import blob, objects
 
 from aot_cache.cli.main import main
 from aot_cache.errors import StoreInUse, StoreUnwritable
-from aot_cache.store import Store, read_bundle, scratch, use, write_bundle
+from aot_cache.files import mounts, scratch
+from aot_cache.store import Store, read_bundle, use, write_bundle
 from aot_cache.store import gc as housekeeping
 from aot_cache.store.gc import DAY, Limits
 from aot_cache.store.objects import LAYOUT, facts_in
@@ -375,7 +376,7 @@ def test_locks_that_other_hosts_do_not_see(
     monkeypatch.setattr(
         Path, "read_text", lambda path, *a, **k: table if "mountinfo" in str(path) else real(path, *a, **k)
     )
-    assert words in use.unseen_locks(tmp_path) and bool(words) == bool(use.unseen_locks(tmp_path))
+    assert words in mounts.unseen_locks(tmp_path) and bool(words) == bool(mounts.unseen_locks(tmp_path))
     if words:
         with pytest.raises(StoreUnwritable, match="other hosts"), use.alone(tmp_path):
             pass

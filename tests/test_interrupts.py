@@ -102,6 +102,14 @@ def until_killed(building: Building) -> Iterator[Building]:
     building.process.communicate()
 
 
+@pytest.fixture(autouse=True)
+def hang_ups_arrive() -> Iterator[None]:
+    """Whoever runs the tests with `nohup` has them ignored in all children."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def kernels(tmp_path: Path) -> Iterator[Building]:
     yield from until_killed(Building(tmp_path, "of_kernels", "h200"))
@@ -181,7 +189,7 @@ def test_further_signals_do_not_cut_the_cleanup_short(tmp_path: Path) -> None:
     script = """
 import os, signal, sys
 from aot_cache.process_group import interruptible
-from aot_cache.store import scratch
+from aot_cache.files import scratch
 try:
     with interruptible() as came, scratch.folder() as folder:
         try:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from aot_cache.artifact.plan import Plan
 from aot_cache.errors import AotCacheError, BundleCorrupt, DeclarationError
-from aot_cache.store import Bundle, JsonValue, read_bundle, write_bundle
+from aot_cache.store import Bundle, JsonValue, json_in, read_bundle, write_bundle
 
 KIND = "engine caches"
 """`manifest["kind"]` of the file beside a plan."""
@@ -91,7 +91,7 @@ def factors_of(bundle: Bundle, entry: EngineCache) -> dict[str, str]:
         BundleCorrupt: the object does not hash, or is no table of texts.
     """
     try:
-        found = json.loads(bundle.object(entry.factors))
+        found = json_in(bundle.object(entry.factors))
         return {str(name): str(value) for name, value in found.items()}
     except (ValueError, AttributeError) as error:
         raise BundleCorrupt(f"bundle {bundle.path} is damaged: factors of a cache entry ({error})") from error

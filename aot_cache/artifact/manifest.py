@@ -20,7 +20,7 @@ from aot_cache.artifact.engine_cache import EngineCache
 from aot_cache.artifact.plan import CallPlan, CasePlan, Config, Encoded, Failure, Origin, Pair
 from aot_cache.artifact.reached import Reached
 from aot_cache.errors import BundleCorrupt
-from aot_cache.store import Bundle, JsonObject, JsonValue
+from aot_cache.store import Bundle, JsonObject, JsonValue, json_in
 
 KIND = "units"
 """`Manifest.kind` of a bundle of kernels and graphs."""
@@ -519,7 +519,7 @@ def whole(bundle: Bundle) -> Manifest:
         return known
     header = dict(bundle.manifest)
     try:
-        details = json.loads(bundle.object(header["details"]))
+        details = json_in(bundle.object(header["details"]))
         sets, binaries = header["metadata_sets"], header["binaries"]
         units = [
             {"kernel": kernel, "metadata": sets[metadata], "object": binaries[binary], "memory_key": key, **more}

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from aot_cache.store import Json, write_atomic
+from aot_cache.store import Json, json_in, write_atomic
 
 FORMAT = "aot-cache rehearsed"
 SCHEMA = 1
@@ -126,7 +126,7 @@ def read(bundle: Path, digest: str) -> Stamp:
 def _runs(data: bytes) -> list[Run]:
     if len(data) > _MOST_BYTES:
         raise ValueError(f"more than {_MOST_BYTES} bytes")
-    document = json.loads(data)
+    document = json_in(data)
     if document[FORMAT] != SCHEMA:
         raise ValueError(f"expected schema {SCHEMA}, found {document[FORMAT]!r}")
     return [_run(found) for found in document["runs"]]

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from aot_cache.store import scratch
+from aot_cache.files import scratch
 
 NAME = "libcuda.so.1"
 

@@ -22,12 +22,13 @@ from aot_cache.builder.engine_start import NO_START, Engine, EngineStart
 from aot_cache.builder.fingerprint import Inputs
 from aot_cache.builder.workers import BuildResult
 from aot_cache.errors import AotCacheError, DeclarationError, StoreChanged, TraceError
+from aot_cache.files import scratch
 from aot_cache.misses import file as miss_file
 from aot_cache.misses.describe import asked
 from aot_cache.misses.file import GRAPH, Misses
 from aot_cache.recipes import declare as declaring
 from aot_cache.recipes import options
-from aot_cache.store import INCOMPLETE, Store, read_bundle, scratch, signature, use, write_bundle
+from aot_cache.store import INCOMPLETE, Store, read_bundle, signature, use, write_bundle
 
 Progress = Callable[[str, int, int], None]
 STAMPS = "stamps"

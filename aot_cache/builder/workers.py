@@ -29,8 +29,9 @@ from aot_cache.builder.messages import (
 )
 from aot_cache.builder.worker_pool import Progress, WorkerPool
 from aot_cache.errors import DeclarationError
+from aot_cache.files import scratch
 from aot_cache.misses.file import Misses
-from aot_cache.store import JsonObject, scratch
+from aot_cache.store import JsonObject
 
 if TYPE_CHECKING:
     from aot_cache.builder.pipeline import Request

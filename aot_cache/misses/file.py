@@ -15,7 +15,7 @@ from pathlib import Path
 from aot_cache.artifact.plan import Tuning, Unit
 from aot_cache.errors import DeclarationError
 from aot_cache.recipes.dimensions import LARGEST
-from aot_cache.store import Json
+from aot_cache.store import Json, json_in
 
 SCHEMA = 1
 MARK = "aot-cache miss"
@@ -166,7 +166,7 @@ def _lines(path: Path) -> Iterator[dict[str, Json] | None]:
 
 def _line(text: bytes, where: str) -> dict[str, Json] | None:
     try:
-        data = json.loads(text)
+        data = json_in(text)
     except (ValueError, RecursionError) as error:
         whole = text.strip()
         if _BEGINNING in whole or _BEGINNING.startswith(whole):  # another process may have continued in the same line

@@ -14,9 +14,10 @@ from pathlib import Path
 from threading import Thread
 from typing import IO
 
+from aot_cache.files import scratch
 from aot_cache.process_group import ProcessGroup
 from aot_cache.recipes.options import CONFIG_VARIABLE
-from aot_cache.store import Json, scratch
+from aot_cache.store import Json
 
 _KEPT = (CONFIG_VARIABLE, "AOT_CACHE_DEBUG", "AOT_CACHE_MISSES", "AOT_CACHE_UNTESTED")
 

@@ -31,7 +31,7 @@ from typing import IO, Any
 
 from aot_cache.errors import BundleCorrupt
 from aot_cache.remote.description import BESIDE, Description, beside, is_bundle_name, signed
-from aot_cache.store import Bundle
+from aot_cache.store import Bundle, json_in
 
 ARTIFACT_TYPE = "application/vnd.aot-cache.bundle.v1"
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
@@ -202,7 +202,7 @@ def read_manifest(data: bytes, where: str) -> list[Packed]:
         BundleCorrupt: it is not the manifest of such an image.
     """
     try:
-        found = json.loads(data)
+        found = json_in(data)
         kind = found.get("artifactType") or found["config"]["mediaType"]
         if kind != ARTIFACT_TYPE:
             raise BundleCorrupt(

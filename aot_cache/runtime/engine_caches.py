@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from aot_cache.artifact.engine_cache import EngineCache
 from aot_cache.artifact.manifest import served
-from aot_cache.store import Bundle, scratch
+from aot_cache.files import scratch
+from aot_cache.store import Bundle
 
 
 class Cached(NamedTuple):

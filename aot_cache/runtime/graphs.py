@@ -23,7 +23,7 @@ from typing import Any
 from aot_cache.artifact.manifest import ServedGraph, graph_label, served
 from aot_cache.errors import Incompatible
 from aot_cache.runtime.ledger import Ledger
-from aot_cache.store import Bundle
+from aot_cache.store import Bundle, json_in
 from aot_cache.upstream.codec import code_bytes, dynamo_globals, gpu_number, graph_names, python_code, torch_ranks
 from aot_cache.upstream.hooks import torch_capture
 from aot_cache.upstream.hooks.dynamo_frames import Found, Frame
@@ -219,7 +219,7 @@ class GraphSet:
         return ""
 
     def _changed_settings(self, wanted: str, found: str) -> str:
-        was, now = json.loads(self.bundle.object(wanted)), json.loads(found)
+        was, now = json_in(self.bundle.object(wanted)), json.loads(found)
         names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
         return "Inductor's settings differ: " + ", ".join(f"{n} was {was.get(n)} and is {now.get(n)}" for n in names)
 

@@ -21,10 +21,10 @@ from aot_cache.artifact.engine_cache import Caches
 from aot_cache.artifact.plan import Plan
 from aot_cache.artifact.plan_of_ranks import of_processes
 from aot_cache.errors import DeclarationError
+from aot_cache.files import scratch
 from aot_cache.recordings import plans
 from aot_cache.recordings.calls import CallLog
 from aot_cache.recordings.plans import Candidates
-from aot_cache.store import scratch
 from aot_cache.upstream import after_import
 from aot_cache.upstream.codec import torch_ranks
 from aot_cache.upstream.hooks import dynamo_calls, process_end, torch_capture

@@ -17,7 +17,7 @@ from aot_cache.store.bundle import (
     read_bundle,
     write_bundle,
 )
-from aot_cache.store.json_value import Json, JsonObject, JsonValue
+from aot_cache.store.json_value import Json, JsonObject, JsonValue, json_in
 from aot_cache.store.objects import Store
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Store",
     "bundles_in",
     "in_header",
+    "json_in",
     "looks_sound",
     "peek",
     "read_bundle",

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from aot_cache.errors import StoreError
-from aot_cache.store import scratch
+from aot_cache.files import scratch
 from aot_cache.store.atomic import TEMPORARY, unwritable
 from aot_cache.store.bundle import read_bundle
 from aot_cache.store.objects import DIGEST, LAYOUT, facts_in

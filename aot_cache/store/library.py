@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from aot_cache.errors import Incompatible, one_line
-from aot_cache.store import scratch
+from aot_cache.files import scratch
 
 T = TypeVar("T")
 _EXECUTABLE = 0x10

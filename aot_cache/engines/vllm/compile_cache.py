@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from aot_cache.artifact.engine_cache import COMPILED, MODEL_INFO, Caches
 from aot_cache.errors import one_line
 from aot_cache.runtime import bundle_lookup, engine_caches
 from aot_cache.runtime.engine_caches import Cached
-from aot_cache.store import Bundle
+from aot_cache.store import Bundle, json_in
 from aot_cache.upstream.hooks import vllm_compile_cache as hook
 
 ENGINE = "vllm"
@@ -156,7 +155,7 @@ def serve_model_info() -> None:
         try:
             for bundle, entry in engine_caches.entries(bundle_lookup.of_environment(), ENGINE, MODEL_INFO):
                 if entry.key == name:
-                    found = json.loads(bundle.object(entry.files[_FILE]))
+                    found = json_in(bundle.object(entry.files[_FILE]))
                     if found["hash"] == module_hash:
                         return dict(found)
         except Exception as error:  # vLLM finds it out
@@ -213,7 +212,7 @@ def record_model_info(keep: Callable[[Caches], None]) -> None:
     def known(path: Path) -> None:
         try:
             content = path.read_bytes()
-            factors = {"hash": str(json.loads(content)["hash"])}
+            factors = {"hash": str(json_in(content)["hash"])}
             keep(engine_cache.one_entry(ENGINE, MODEL_INFO, path.name, factors, {_FILE: content}))
         except Exception as error:
             _LOG.warning("aot-cache: not recorded what vLLM knows of a model's class: %s", one_line(error))

@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+from aot_cache.files import scratch
 from aot_cache.runtime import stats_files
-from aot_cache.store import scratch
 from aot_cache.upstream.hooks import vllm_metrics
 
 

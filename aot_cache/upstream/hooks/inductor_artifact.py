@@ -34,7 +34,7 @@ from torch._inductor.codecache import FxGraphCache, PyCodeCache
 from torch._inductor.output_code import CompiledFxGraph
 from torch._inductor.triton_bundler import TritonBundler
 
-from aot_cache.store import scratch
+from aot_cache.files import scratch
 from aot_cache.upstream import patch
 from aot_cache.upstream.codec import gpu_number, inductor_source
 from aot_cache.upstream.hooks import inductor_later

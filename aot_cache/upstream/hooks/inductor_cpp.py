@@ -23,7 +23,8 @@ import torch
 from torch._inductor import codecache, cpu_vec_isa
 from torch._inductor.codecache import CppCodeCache
 
-from aot_cache.store import library, scratch
+from aot_cache.files import scratch
+from aot_cache.store import library
 from aot_cache.upstream import patch
 
 _CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"

@@ -31,7 +31,8 @@ from typing import Any
 import triton
 
 from aot_cache.errors import TargetError, one_line
-from aot_cache.store import library, scratch
+from aot_cache.files import scratch
+from aot_cache.store import library
 from aot_cache.tested import minor
 from aot_cache.upstream import patch
 from aot_cache.upstream.versions import LAUNCHER_PER_SIGNATURE

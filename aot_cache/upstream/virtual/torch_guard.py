@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from aot_cache.errors import TargetError
-from aot_cache.store import scratch
+from aot_cache.files import scratch
 
 _SOURCE = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from aot_cache.store.use import unseen_locks
+from aot_cache.files.mounts import unseen_locks
 
 PREFIX = "aot-cache-"
 _RUN = f"{PREFIX}run-"
