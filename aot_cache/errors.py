@@ -138,7 +138,7 @@ class DigestMismatch(StoreError):
 
 
 class Untrusted(StoreError):
-    """Raised when a sound bundle may be anybody's: others can have written it, or no trusted key has signed it."""
+    """Raised when a sound bundle may be anybody's: others can write it or the trusted keys, or no such key has signed it."""
 
     exit_code = 8
 

@@ -177,6 +177,7 @@ class Edited:
     project: Project
     first: Built
     same: Built
+    open_to_all: Built
     without_stamp: Built
     moved: Built
     edited: Built
@@ -191,6 +192,9 @@ def edited(tmp_path_factory: pytest.TempPathFactory) -> Edited:
     keys["first"] = project.snapshot(first)
     assert read_bundle(first.path).check_all() == [] and first.size == first.path.stat().st_size
     same = project.build()
+    project.store.chmod(0o777)
+    open_to_all = project.build()
+    project.store.chmod(0o755)
     shutil.rmtree(project.store / LAYOUT / "records" / pipeline.STAMPS)
     without_stamp = project.build()
     moved_down = "\n\n# a remark\n\n" + KERNELS.replace("\n@triton.jit", "\n\n\n@triton.jit")
@@ -200,7 +204,7 @@ def edited(tmp_path_factory: pytest.TempPathFactory) -> Edited:
     project.kernels.write_text(moved_down.replace("1.0", "1.5").replace("5.0", "5.5"))
     changed = project.build()
     keys["edited"] = project.snapshot(changed)
-    return Edited(project, first, same, without_stamp, moved, changed, keys)
+    return Edited(project, first, same, open_to_all, without_stamp, moved, changed, keys)
 
 
 def test_a_build(edited: Edited) -> None:
@@ -218,6 +222,15 @@ def test_a_build_again_has_nothing_to_do(edited: Edited) -> None:
         edited.first.units,
         edited.first.path,
     )
+
+
+def test_a_store_that_others_can_write_is_a_warning(edited: Edited) -> None:
+    """What they put there is built into bundles, which are signed afterwards."""
+    (warning,) = edited.open_to_all.warnings
+    store = edited.project.store
+    assert warning.startswith(f"the store {store} can have been written by others")
+    assert f"everybody can write {store}" in warning and "AOT_CACHE_TRUSTED_FOLDERS" in warning
+    assert edited.open_to_all.nothing_to_do and not edited.first.warnings and not edited.without_stamp.warnings
 
 
 def test_a_build_without_its_stamp_compiles_nothing(edited: Edited) -> None:

@@ -123,6 +123,18 @@ def test_without_targets_the_machine_that_builds_chooses(run: Run, builds: Prete
     assert [word for word in builds.units[0].arguments if word.startswith("--target")] == []
 
 
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_a_remote_store_is_for_all_builds(
+    run: Run, builds: Pretended, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """The variable, too: on Ray, a build has the environment of its machine."""
+    if how == "variable":
+        monkeypatch.setenv("AOT_CACHE_REMOTE_STORE", "s3://bucket/store")
+    words = ["--remote-store", "s3://bucket/store"] if how == "option" else []
+    assert run({"builds": [{"model": "a"}, {"model": "b"}]}, *words)[0] == 0
+    assert all("--remote-store=s3://bucket/store" in unit.arguments for unit in builds.units) and len(builds.units) == 2
+
+
 def test_a_command_line_is_a_matrix_on_ray(
     builds: Pretended, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -359,6 +359,17 @@ def test_a_list_with_a_bad_file_is_an_error(
         assert words in str(caught.value) and str(file) in str(caught.value)
 
 
+def test_a_key_that_others_can_exchange_is_none(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
+    """Whoever can write the file of trusted keys can add his own."""
+    trusted(monkeypatch, pair.public)
+    pair.public.chmod(0o666)
+    with pytest.raises(Untrusted, match=f"everybody can write {pair.public}") as caught:
+        signature.trusted_keys()
+    assert "AOT_CACHE_TRUSTED_FOLDERS" in caught.value.hint and "sign" not in caught.value.hint
+    monkeypatch.setenv("AOT_CACHE_TRUSTED_FOLDERS", str(pair.public.parent))
+    assert signature.trusted_keys() == [pair.key]
+
+
 def test_an_encrypted_key(run: Run, bundle: Signed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = a_pair(tmp_path, "locked", b"open sesame")
     words = ("sign", bundle.path, "--key", pair.private)

@@ -129,6 +129,20 @@ def test_a_trusted_folder_is_named(bundle: Path, monkeypatch: pytest.MonkeyPatch
         assert (refused(bundle) == "") == accepted, named
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_a_folder_to_which_others_can_add_is_theirs_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    """A store: a file that is added to it is read, so that the sticky bit is no help."""
+    folder = tmp_path / "store"
+    folder.mkdir()
+    if named:
+        monkeypatch.setenv(trust.FOLDERS, str(folder))
+    for mode, open_to_all in {0o755: False, 0o777: True, 0o1777: True}.items():
+        folder.chmod(mode)
+        assert bool(trust.why_others(folder, folder.stat())) == (open_to_all and not named)
+
+
 def test_a_relative_path_is_judged_from_where_it_starts(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(bundle.parent)
     assert refused(Path(bundle.name)) == ""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import HANGS
 from test_manifest import GRAPH_FACTS
 
 from aot_cache.artifact import target as targets
@@ -35,10 +36,30 @@ from aot_cache.builder.messages import (
 )
 from aot_cache.builder.pipeline import Request
 from aot_cache.builder.worker_pool import WorkerPool
-from aot_cache.errors import AotCacheError, TargetError
+from aot_cache.errors import AotCacheError, TargetError, UnknownName
 from aot_cache.misses.file import Miss, Misses
 
 SLEEPS = "import os, pathlib, time\npathlib.Path(os.environ['PID']).write_text(str(os.getpid()))\ntime.sleep(600)\n"
+
+
+LATER = """
+import torch
+from aot_cache import Call, Recipe, Values, declare
+
+@torch.compile
+def double(x):
+    return x * 2
+
+@declare(n=Values(2))
+def good(n):
+    return Call(double, torch.ones(n))
+
+@declare(n=Values(2))
+def bad(n):
+    raise AssertionError("it must not be run")
+
+recipe = Recipe("later", [good, bad])
+"""
 
 
 def job(stage: Stage) -> Job:
@@ -109,6 +130,42 @@ def test_no_worker_is_started_after_it(sleeping: dict[str, str]) -> None:
     assert not Path(sleeping["PID"]).exists()
 
 
+@pytest.mark.parametrize("dismissed", [True, False])
+def test_what_was_prepared_for_nothing_does_not_outlive_the_block(sleeping: dict[str, str], dismissed: bool) -> None:
+    with WorkerPool(lambda *_: None) as pool:
+        worker = pool.prepare(job("graphs"), sleeping)
+        pid = wait_for(Path(sleeping["PID"]))
+        if dismissed:
+            pool.dismiss(worker)
+            assert not alive(pid)
+    assert not alive(pid)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_prepared_worker_that_has_failed_says_why(early: bool) -> None:
+    """Whether it failed before its job came or does so now."""
+    with WorkerPool(lambda *_: None) as pool:
+        worker = pool.prepare(job("graphs"), {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+        if early:
+            worker.group.process.wait(HANGS)
+        with pytest.raises(UnknownName, match="cannot import module 'nosuch'"):
+            pool.run(job("graphs"), {}, prepared=worker)
+
+
+def test_a_prepared_worker_does_the_job_that_comes_later(tmp_path: Path) -> None:
+    """With what became known since: here, a case that another worker could not run."""
+    (tmp_path / "later.py").write_text(LATER)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    known = replace(
+        job("graphs"), recipe="later:recipe", plan_out=f"{tmp_path}/plan", calls=f"{tmp_path}/calls", show_plan=True
+    )
+    with WorkerPool(lambda *_: None) as pool:
+        worker = pool.prepare(known, environment)
+        found = pool.run(replace(known, failed_cases=[replace(FAILED, case="bad")]), {}, prepared=worker)
+    (answer,) = found
+    assert isinstance(answer, Surveyed) and [failed.case for failed in answer.failed_cases] == ["bad"]
+
+
 @pytest.mark.parametrize(("show_plan", "looked"), [(True, [0]), (False, [0, 1, 2])])
 def test_a_plan_of_graphs_is_shown_as_one_rank_sees_it(
     show_plan: bool, looked: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -116,7 +173,7 @@ def test_a_plan_of_graphs_is_shown_as_one_rank_sees_it(
     """That of the first; what others would add is found where their graphs are compiled: all are, two tell nothing of a third."""
     asked: list[int] = []
 
-    def run(_: WorkerPool, job: Job, environment: Any, then: Any = None) -> list[Answer]:
+    def run(_: WorkerPool, job: Job, environment: Any, **_others: Any) -> list[Answer]:
         asked.append(job.rank)
         Plan(recipe="r", target="cpu").write(Path(job.plan_out))
         return [Surveyed(spec="any:recipe", inputs=NO_INPUTS, failed_cases=[])]

@@ -54,6 +54,7 @@ class Job:
         also: paths of plans of other ranks, to be compiled with this one's.
         cases: the cases that call compiled functions; None if not known yet.
         neighbours: also build what is beside recorded specializations, see `builder.neighbours`.
+        waits: the whole job comes on a second line, or nothing does; until then the process only gets ready for it.
     """
 
     stage: Stage
@@ -78,6 +79,7 @@ class Job:
     also: Sequence[str] = field(default_factory=list)
     cases: Sequence[str] | None = None
     neighbours: bool = True
+    waits: bool = False
 
     def written(self) -> str:
         return json.dumps({**plain(self), "target": self.target.properties()})

@@ -28,7 +28,7 @@ from aot_cache.misses.describe import asked
 from aot_cache.misses.file import GRAPH, Misses
 from aot_cache.recipes import declare as declaring
 from aot_cache.recipes import options
-from aot_cache.store import INCOMPLETE, Store, read_bundle, signature, use, write_bundle
+from aot_cache.store import INCOMPLETE, Store, read_bundle, signature, trust, use, write_bundle
 
 Progress = Callable[[str, int, int], None]
 STAMPS = "stamps"
@@ -120,7 +120,7 @@ class Built:
     untested: str = ""
     """Why the releases of torch, Triton and transformers that built it are doubtful; empty if they are fine."""
     warnings: list[str] = field(default_factory=list)
-    """What else went wrong without changing the bundle, such as a remote store that did not answer."""
+    """What else a person should know, such as a remote store that did not answer, or a store that others can write."""
 
     def to_json(self) -> dict[str, Any]:
         return {**self.__dict__, "path": str(self.path)}
@@ -142,6 +142,7 @@ def _build(request: Request, store: Store, progress: Progress) -> Built:
     began = time.perf_counter()
     store.check_writable()
     unreached = _unreached(request)
+    warnings = [*filter(None, [unreached, _written_by_others(store)])]
     if unreached:
         request = replace(request, remote_store=None)
     if request.model is not None:
@@ -153,7 +154,7 @@ def _build(request: Request, store: Store, progress: Progress) -> Built:
     if before is not None and not fingerprint.changed(Inputs(**before["inputs"])):
         same = _still_there(before)
         if same is not None:
-            same.seconds, same.warnings = time.perf_counter() - began, [*filter(None, [unreached])]
+            same.seconds, same.warnings = time.perf_counter() - began, warnings
             return same
     with scratch.folder() as folder:
         started = _start(request, store, folder, progress)
@@ -164,12 +165,21 @@ def _build(request: Request, store: Store, progress: Progress) -> Built:
     built.untested = "; ".join(filter(None, (built.untested, started.untested)))
     inputs = fingerprint.together([result.inputs, started.inputs])
     built.misses = _became(misses, result.missed, request.target)
-    built.warnings = [*filter(None, [unreached]), *result.warnings]
+    built.warnings = [*warnings, *result.warnings]
     built.seconds = time.perf_counter() - began
     if not built.failed:
         with store.writer():
             store.put_record(STAMPS, question, {"inputs": asdict(inputs), "built": built.to_json()})
     return built
+
+
+def _written_by_others(store: Store) -> str:
+    """What is wrong with the store's place; empty if only this user and root can write there."""
+    why = trust.why_others(store.root, store.root.stat())
+    if not why:
+        return ""
+    what = f"the store {store.root} can have been written by others, and what they compiled is built into bundles"
+    return f"{what}: {why} (change that, or name its folder in {trust.FOLDERS})"
 
 
 def _unreached(request: Request) -> str:

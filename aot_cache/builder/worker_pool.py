@@ -7,6 +7,8 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from threading import Lock, Thread
 from types import TracebackType
 from typing import IO, TypeVar
@@ -21,6 +23,19 @@ T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 _MOST_AT_ONCE = 64
 """Maximum of threads, each of which reads one worker; the caller limits how many workers run at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Worker:
+    """A worker process, and what reads its stderr.
+
+    Args:
+        last_words: the last lines of it.
+    """
+
+    group: ProcessGroup
+    listener: Thread
+    last_words: deque[str]
 
 
 class WorkerPool:
@@ -38,6 +53,7 @@ class WorkerPool:
         self.warnings: dict[str, None] = {}
         self._lock = Lock()
         self._running: set[ProcessGroup] = set()
+        self._waiting: set[Worker] = set()
         self._ended = False
         self._threads = ThreadPoolExecutor(_MOST_AT_ONCE, "aot-cache-build")
 
@@ -49,21 +65,47 @@ class WorkerPool:
     ) -> None:
         with self._lock:
             self._ended = True
-            for worker in self._running:
-                worker.kill()
+            for group in self._running:
+                group.kill()
+            waiting = [*self._waiting]
+        for worker in waiting:
+            self.dismiss(worker)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def submit(self, function: Callable[[], T]) -> Future[T]:
         """Call a function in a thread. When the pool is closed, its workers are killed, so it ends, too."""
         return self._threads.submit(function)
 
+    def prepare(self, job: Job, environment: Mapping[str, str]) -> Worker:
+        """Start a worker that does what it can before the rest of its job is known, for `run` or `dismiss`.
+
+        Raises:
+            TargetError: the pool is closed.
+        """
+        worker = self._start(environment)
+        with self._lock:
+            self._waiting.add(worker)
+        _write(worker, replace(job, waits=True))
+        return worker
+
+    def dismiss(self, worker: Worker) -> None:
+        """End a prepared worker that nothing is left for."""
+        with self._lock:
+            self._waiting.discard(worker)
+        self._end(worker)
+
     def run(
-        self, job: Job | StartJob, environment: Mapping[str, str], then: Callable[[Answer], None] | None = None
+        self,
+        job: Job | StartJob,
+        environment: Mapping[str, str],
+        then: Callable[[Answer], None] | None = None,
+        prepared: Worker | None = None,
     ) -> list[Answer]:
         """Run one worker until it is done; returns its answers in order.
 
         Args:
             then: called with each answer as soon as it arrives.
+            prepared: a worker that was prepared for this job, in the same environment.
 
         Raises:
             AotCacheError: the worker raised it.
@@ -71,7 +113,7 @@ class WorkerPool:
             TargetError: the worker died.
         """
         answers: list[Answer] = []
-        for event in self._talk(job, environment):
+        for event in self._talk(job, environment, prepared):
             if isinstance(event, Progressed):
                 with self._lock:
                     self._progress(event.stage, event.done, event.total)
@@ -88,45 +130,61 @@ class WorkerPool:
                     then(event)
         return answers
 
-    def _talk(self, job: Job | StartJob, environment: Mapping[str, str]) -> Iterator[Event]:
-        """Start a worker, send it the job, and yield its events."""
-        group = self._start(environment)
-        worker = group.process
-        assert worker.stdin is not None and worker.stdout is not None and worker.stderr is not None
-        last_words: deque[str] = deque(maxlen=20)
-        listener = Thread(target=_drain, args=(worker.stderr, last_words), daemon=True)
-        listener.start()
-        finished = False
+    def _talk(self, job: Job | StartJob, environment: Mapping[str, str], prepared: Worker | None) -> Iterator[Event]:
+        """Send the job to a worker, and yield its events."""
+        worker = prepared or self._start(environment)
+        with self._lock:
+            self._waiting.discard(worker)
+        process, finished = worker.group.process, False
+        assert process.stdin is not None and process.stdout is not None
         try:
-            worker.stdin.write(job.written() + "\n")
-            worker.stdin.close()
-            for line in worker.stdout:
+            _write(worker, job)
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+            for line in process.stdout:
                 event = messages.read(line)
                 finished = finished or isinstance(event, (Raised, NeedsRanks, messages.last_of(job)))
                 yield event
         finally:
             if finished:
-                worker.wait()  # it has sent its last event, but may still be writing
-            group.end()  # also if the reader gave up (Ctrl-C, an error) or the worker died: children are not waited for
-            with self._lock:
-                self._running.discard(group)
-            listener.join()
-            worker.stdout.close()
-            worker.stderr.close()
+                process.wait()  # it has sent its last event, but may still be writing
+            self._end(worker)
         if not finished:
-            words = [w.strip() for w in last_words if w.strip()]
+            words = [w.strip() for w in worker.last_words if w.strip()]
             raise TargetError(
-                f"the build worker ended with exit code {worker.returncode}: {words[-1] if words else 'no output'}",
+                f"the build worker ended with exit code {process.returncode}: {words[-1] if words else 'no output'}",
                 hint="set AOT_CACHE_DEBUG=1 to see its output",
             )
 
-    def _start(self, environment: Mapping[str, str]) -> ProcessGroup:
+    def _start(self, environment: Mapping[str, str]) -> Worker:
         with self._lock:
             if self._ended:
                 raise TargetError("the build was cancelled")
             group = ProcessGroup([sys.executable, "-m", "aot_cache.builder.worker"], environment)
             self._running.add(group)
-            return group
+        last_words: deque[str] = deque(maxlen=20)
+        listener = Thread(target=_drain, args=(group.process.stderr, last_words), daemon=True)
+        listener.start()
+        return Worker(group, listener, last_words)
+
+    def _end(self, worker: Worker) -> None:
+        """Also if its reader gave up (Ctrl-C, an error) or it died: its children are not waited for."""
+        worker.group.end()
+        with self._lock:
+            self._running.discard(worker.group)
+        worker.listener.join()
+        for pipe in (worker.group.process.stdin, worker.group.process.stdout, worker.group.process.stderr):
+            if pipe is not None:
+                with suppress(OSError):  # what was not read any more
+                    pipe.close()
+
+
+def _write(worker: Worker, job: Job | StartJob) -> None:
+    pipe = worker.group.process.stdin
+    assert pipe is not None
+    with suppress(BrokenPipeError):  # it has ended already: it has said why, or its exit code does
+        pipe.write(job.written() + "\n")
+        pipe.flush()
 
 
 def _drain(stream: IO[str], into: deque[str]) -> None:

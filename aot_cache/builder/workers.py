@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from aot_cache.artifact.manifest import Graph, NativeModule
 from aot_cache.artifact.plan import FailedCase, Failure, Plan, each_once
-from aot_cache.builder import fingerprint, graphs_per_rank
+from aot_cache.builder import fingerprint, fork_map, graphs_per_rank
 from aot_cache.builder.fingerprint import NO_INPUTS, Inputs
 from aot_cache.builder.messages import (
     Answer,
@@ -27,7 +27,7 @@ from aot_cache.builder.messages import (
     TracedGraph,
     answer_of,
 )
-from aot_cache.builder.worker_pool import Progress, WorkerPool
+from aot_cache.builder.worker_pool import Progress, Worker, WorkerPool
 from aot_cache.errors import DeclarationError
 from aot_cache.files import scratch
 from aot_cache.misses.file import Misses
@@ -193,28 +193,45 @@ class _Build:
         calling = {case for one in kernels.values() for case in one.traced.calling}
         refused = {rank: one.traced.refused for rank, one in kernels.items()}
         early: list[Future[_Graphs]] = []
+        prepared = self._prepared()
 
         def traced(answer: Answer) -> None:
             if isinstance(answer, Traced):
                 calling.update(answer.calling)
                 refused[0] = answer.refused
+                if prepared is not None and not calling:
+                    self._pool.dismiss(prepared)
                 # Graphs need only the trace, not the compiled kernels; but with misses, the plan is changed after compiling.
                 if calling and not job.show_plan and not job.misses:
-                    early.append(self._pool.submit(lambda: self._graphs(sorted(calling), refused)))
+                    early.append(self._pool.submit(lambda: self._graphs(sorted(calling), refused, prepared)))
 
         kernels[0] = _kernels(self._pool.run(job, self._as_rank(0), traced), job)
         if early:
             return early[0].result()
-        return self._graphs(sorted(calling), refused) if calling else None
+        return self._graphs(sorted(calling), refused, prepared) if calling else None
+
+    def _prepared(self) -> Worker | None:
+        """A worker for graphs, which imports torch's compiler and the recipe while another one does so for kernels: each import
+        takes one core. Whether there are graphs is known only when the kernels are traced."""
+        job = self._job
+        if job.recipe is None or (job.workers or fork_map.cores()) < 2:
+            return None
+        return self._pool.prepare(replace(job, stage="graphs"), self._as_rank(0))
 
     # --- graphs -------------------------------------------------------------------------------------------------------
 
-    def _graphs(self, calling: Sequence[str] | None, refused: Mapping[int, Sequence[Refused]]) -> _Graphs:
+    def _graphs(
+        self,
+        calling: Sequence[str] | None,
+        refused: Mapping[int, Sequence[Refused]],
+        prepared: Worker | None = None,
+    ) -> _Graphs:
         """Trace and compile graphs as all ranks; if the plan is only shown, as the first rank.
 
         Args:
             calling: cases that call compiled functions; None if not known.
             refused: rank → the missed points at which its host code could not run.
+            prepared: the first rank's worker, if it was started before.
         """
         job = replace(self._job, stage="graphs", cases=calling)
 
@@ -222,7 +239,8 @@ class _Build:
             own = replace(self._of_rank(job, rank), failed_cases=broken, refused=refused.get(rank, ()))
             # Cache folders of its own: upstream would use what another rank left there, which may differ.
             with scratch.folder() as folder:
-                return self._pool.run(own, self._as_rank(rank, folder if rank else None))
+                environment = self._as_rank(rank, folder if rank else None)
+                return self._pool.run(own, environment, prepared=None if rank else prepared)
 
         first = run(0, job.failed_cases)
         broken = _failed_cases([first])

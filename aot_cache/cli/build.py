@@ -202,7 +202,7 @@ def build(
     The options from --spec to --dtype are those of the recipes for models; --option sets any other option of a recipe.
     """
     if plan_matrix is not None or on is not None:
-        matrix.build_matrix(context, plan_matrix, on, store, workers, show_plan, as_json)
+        matrix.build_matrix(context, plan_matrix, on, store, remote_store, workers, show_plan, as_json)
         return
     own = {"spec": spec, "num_speculative_tokens": num_speculative_tokens, "max_batch": max_batch}
     own |= {"max_model_len": max_model_len, "tp": tp, "dtype": dtype}

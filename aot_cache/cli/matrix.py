@@ -38,7 +38,7 @@ Json = Any
 ARGUMENTS = "arguments"
 """The key for what follows `--` on a command line: the engine's own."""
 _WHAT = ("model", "plan", "engine", ARGUMENTS)
-_OF_ALL = {"plan_matrix", "on", "store", "workers", "show_plan", "as_json", "verbose", "quiet", "help"}
+_OF_ALL = {"plan_matrix", "on", "store", "remote_store", "workers", "show_plan", "as_json", "verbose", "quiet", "help"}
 """Parameters of the command that hold for the whole matrix."""
 _FORM = 'write {"builds": [{"model": "NAME"}], "targets": ["h200"]}'
 
@@ -222,6 +222,7 @@ def build_matrix(
     file: Path | None,
     on: str | None,
     store: Path,
+    remote_store: str | None,
     workers: int | None,
     show_plan: bool,
     as_json: bool,
@@ -236,7 +237,11 @@ def build_matrix(
     if on is not None:
         on_ray.check(on)
         workers = workers or 1
-    more = [*([f"--workers={workers}"] if workers is not None else []), *(["--show-plan"] if show_plan else [])]
+    more = [f"--workers={workers}"] if workers is not None else []
+    more += ["--show-plan"] if show_plan else []
+    more += (
+        [f"--remote-store={remote_store}"] if remote_store else []
+    )  # also from the environment: Ray's workers have their own
     todo = units(asked, context, more, store)
     outcomes: dict[str, Outcome] = {}
     stopped: AotCacheError | KeyboardInterrupt | None = None

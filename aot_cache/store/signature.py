@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aot_cache.errors import BundleMissing, DeclarationError, StoreError, Untrusted
+from aot_cache.store import trust
 from aot_cache.store.atomic import open_regular, unwritable, write_atomic
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ def trusted_keys() -> list[Key] | None:
     Raises:
         DeclarationError: it is empty, a file has no public key or something else, or cryptography is not installed. Whoever set
             it meant to trust only some.
+        Untrusted: others can have written a file.
     """
     listed = os.environ.get("AOT_CACHE_TRUSTED_KEYS")
     if listed is None:
@@ -180,14 +182,18 @@ def trusted_keys() -> list[Key] | None:
     if not paths:
         hint = "name a PEM file with public keys, or unset it"
         raise DeclarationError("a file of public keys in AOT_CACHE_TRUSTED_KEYS", "an empty value", hint)
-    return [key for path in paths for key in public_keys(path)]
+    return [key for path in paths for key in public_keys(path, own=True)]
 
 
-def public_keys(path: Path) -> list[Key]:
+def public_keys(path: Path, own: bool = False) -> list[Key]:
     """The Ed25519 public keys in a PEM file (SubjectPublicKeyInfo), at least one.
+
+    Args:
+        own: only if nobody else can have written the file (see `trust`).
 
     Raises:
         DeclarationError: it has none or something else, cannot be read, or cryptography is not installed.
+        Untrusted: others can have written it.
     """
     _require_library()
     from cryptography.exceptions import UnsupportedAlgorithm
@@ -197,9 +203,11 @@ def public_keys(path: Path) -> list[Key]:
     expected = f"Ed25519 public keys in {path}"
     try:
         with open_regular(path, "key") as (file, _):  # never waits: a server may read it
-            data = file.read(_MOST_PEM + 1)
+            data, status = file.read(_MOST_PEM + 1), os.fstat(file.fileno())
     except StoreError as error:
         raise DeclarationError(expected, error.message, _MAKE_ONE) from error
+    if own:
+        trust.require_own(path, status, how="")
     blocks = list(_PEM.finditer(data))
     if not blocks or len(data) > _MOST_PEM:
         raise DeclarationError(expected, "no PEM", _MAKE_ONE)

@@ -2,7 +2,8 @@
 
 A bundle is code. Its hashes show that it is the one that was built only if they come from elsewhere: from a pinned digest or a
 signature. Without either, everybody who can write the file, or put another one in its place, can run code in the server. So
-these must be the server's user and root alone, as sshd and sudo ask of their files.
+these must be the server's user and root alone, as sshd and sudo ask of their files. The same holds for the files of trusted keys,
+and for a store, which bundles are made from.
 """
 
 from __future__ import annotations
@@ -18,22 +19,29 @@ FOLDERS = "AOT_CACHE_TRUSTED_FOLDERS"
 _MOST_LINKS = 40  # as in Linux; a circle of links has been refused when the file was opened
 
 
-def require_own(path: Path, status: os.stat_result) -> None:
+def require_own(path: Path, status: os.stat_result, how: str = "pin its digest (AOT_CACHE_DIGEST), sign it, ") -> None:
     """Check that only this user and root can have written a file, unless a folder of `AOT_CACHE_TRUSTED_FOLDERS` holds it.
 
     Args:
         path: the file, as it was named.
         status: of the open file, because another may be at `path` by now.
+        how: what else could be done about it, for the hint.
 
     Raises:
         Untrusted: others can have written it; the message says why.
     """
-    if os.name != "posix" or _is_named(path):
-        return
-    why = _open_to_others(path, status) or next(filter(None, map(_open_folder, _folders(path))), "")
+    why = why_others(path, status)
     if why:
-        hint = f"pin its digest (AOT_CACHE_DIGEST), sign it, change that, or name its folder in {FOLDERS}"
+        hint = f"{how}change that, or name its folder in {FOLDERS}"
         raise Untrusted(f"{path} can have been written by others: {why}", hint=hint)
+
+
+def why_others(path: Path, status: os.stat_result) -> str:
+    """Why others than this user and root can have written a file or folder. Empty if they cannot, or if a folder of
+    `AOT_CACHE_TRUSTED_FOLDERS` is or holds it."""
+    if os.name != "posix" or _is_named(path / "any file" if stat.S_ISDIR(status.st_mode) else path):
+        return ""
+    return _open_to_others(path, status) or next(filter(None, map(_open_folder, _folders(path))), "")
 
 
 def _is_named(path: Path) -> bool:
