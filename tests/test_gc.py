@@ -238,6 +238,32 @@ def test_partial_files_go(tmp_path: Path) -> None:
     assert [path.exists() for path in (inside, old, new)] == [False, False, True]
 
 
+def test_a_partial_file_of_a_killed_writer_goes_soon_and_one_that_is_written_stays(tmp_path: Path) -> None:
+    """Beside bundles, which other commands write, too, at any time."""
+    folder = tmp_path / "bundles"
+    folder.mkdir()
+    done = subprocess.run(
+        [sys.executable, CHILD, "die_at", str(tmp_path), "half written", "bundle"], env=ENVIRONMENT, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    (killed,) = tmp_path.glob(".*.tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        seen: list[Path] = []
+
+        def write(descriptor: int, data: Any) -> int:
+            seen.extend(folder.glob(".*.tmp"))
+            for path in (killed, *seen):
+                os.utime(path, (time.time() - 60,) * 2)
+            clean(tmp_path)
+            assert not killed.exists() and all(path.exists() for path in seen)
+            return real(descriptor, data)
+
+        real = os.write
+        patch.setattr(os, "write", write)
+        write_bundle(folder / "b.safetensors", {}, {})
+    assert len(seen) == 1 and [path.name for path in folder.iterdir()] == ["b.safetensors"]
+
+
 def test_old_layouts_go_and_new_ones_stay(tmp_path: Path) -> None:
     for name in ("v0", "v1", "v3", "vendor"):
         (tmp_path / name / "objects").mkdir(parents=True)

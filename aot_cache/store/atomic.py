@@ -2,12 +2,13 @@
 
 A file is written under a temporary name, flushed to disk and then renamed, so that a reader sees the old or the new bytes
 and never a part of them, even if the writer is killed. A killed writer leaves a file named `.<32 hex digits>.tmp`, which no
-reader looks at.
+reader looks at. While it is written it is locked, so that `is_abandoned` can tell.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import os
 import re
@@ -17,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from aot_cache.errors import BundleCorrupt, BundleMissing, StoreError, StoreUnwritable
+from aot_cache.files.mounts import unseen_locks
 
 PROBE_BYTES = 4096
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp", re.ASCII)
@@ -94,6 +96,7 @@ def copy_atomic(source: Path, path: Path) -> None:
     try:
         _make_folder(path.parent)
         with source.open("rb") as read, temporary.open("xb") as file:
+            _lock(file.fileno())
             while piece := read.read(_PIECE):
                 file.write(piece)
         move_atomic(temporary, path)
@@ -176,12 +179,36 @@ def _write_new(path: Path, data: bytes) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags, 0o644)  # the kernel applies the umask
     try:
+        _lock(descriptor)
         rest = memoryview(data)
         while rest:  # one call writes at most 2 GiB, and less on a disk that is nearly full
             rest = rest[os.write(descriptor, rest) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    with suppress(OSError):  # a file system without locks: then only its age tells
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # exclusive: NFS gives no other to who may only write
+
+
+def is_abandoned(temporary: Path) -> bool:
+    """Whether nobody writes this temporary file any more: its writer was killed. False where locks cannot tell.
+
+    The file must be older than a writer needs from making to locking it, and from unlocking to renaming it.
+    """
+    try:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:  # it is gone, or somebody else's
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return not unseen_locks(temporary.parent)
 
 
 def _make_folder(folder: Path) -> None:

@@ -23,12 +23,14 @@ from typing import Literal
 
 from aot_cache.errors import StoreError
 from aot_cache.files import scratch
-from aot_cache.store.atomic import TEMPORARY, unwritable
+from aot_cache.store.atomic import TEMPORARY, is_abandoned, unwritable
 from aot_cache.store.bundle import read_bundle
 from aot_cache.store.objects import DIGEST, LAYOUT, facts_in
 
 HOUR, DAY = 3600.0, 86400.0
 OLD_LAYOUT_DAYS = 30
+_JUST_MADE = 10.0
+"""Seconds. A file that was written to so recently may be one that its writer has not locked yet, or is about to rename."""
 Progress = Callable[[str, int, int], None]
 What = Literal["records", "objects", "bundles", "engine starts", "partial files", "old layouts", "temporary folders"]
 
@@ -251,7 +253,8 @@ def _leftovers(root: Path, limits: Limits, now: float) -> list[Removal]:
     partial = [path for path in _files(home) if TEMPORARY.fullmatch(path.name)]
     for folder in (root, root / "bundles", root / "starts"):
         found = [path for path in _files(folder, deep=False) if TEMPORARY.fullmatch(path.name)]
-        partial += [path for path in found if now - path.lstat().st_mtime > HOUR]
+        ages = {path: now - path.lstat().st_mtime for path in found}
+        partial += [path for path, age in ages.items() if age > HOUR or (age > _JUST_MADE and is_abandoned(path))]
     with scratch.abandoned() as folders:
         temporary = tuple(folders)
     age = OLD_LAYOUT_DAYS * DAY if limits.older_than is None else limits.older_than
