@@ -14,7 +14,7 @@
     │   ├── BundleCorrupt       a hash, the header or the layout is wrong
     │   ├── BundleMissing       no such bundle
     │   ├── DigestMismatch      the bundle is not the one that was pinned
-    │   └── Untrusted           others can have written the bundle, or no trusted key has signed it
+    │   └── Untrusted           others can have written the bundle or the trusted keys, or no such key has signed it
     ├── RemoteError             a registry or an object store cannot be reached, or does not do what was asked
     │   ├── RemoteDenied        it wants other credentials, or none may do that
     │   └── RemoteMissing       there is nothing of that name

@@ -93,7 +93,7 @@ def factors_of(bundle: Bundle, entry: EngineCache) -> dict[str, str]:
     try:
         found = json_in(bundle.object(entry.factors))
         return {str(name): str(value) for name, value in found.items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise BundleCorrupt(f"bundle {bundle.path} is damaged: factors of a cache entry ({error})") from error
 
 
