@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 from limits import HANGS
+from processes import MARK, left, marked
 
 ROOT = Path(__file__).parents[1]
-MARK = "AOT_TESTS_INTERRUPTED"
 RECIPE = """
 import torch
 import triton
@@ -43,23 +43,11 @@ of_graphs = Recipe("graphs", [case_of(number) for number in range(30)])
 """
 
 
-def marked(mark: str) -> dict[int, str]:
-    """Living processes that were begun with this mark in their environment → their command lines."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:100]
-        except OSError:  # it has ended, or is another user's
-            continue
-    return found
-
-
 class Building:
     """A build in an own folder, all processes of which bear a mark."""
 
     def __init__(self, folder: Path, recipe: str, target: str) -> None:
-        self.mark, self.folder = folder.name, folder
+        self.mark, self.folder = str(folder), folder
         (folder / "recipes.py").write_text(RECIPE)
         (folder / "tmp").mkdir()
         self.command = [
@@ -88,12 +76,7 @@ class Building:
         return any(something in line for line in marked(self.mark).values())
 
     def left(self) -> dict[int, str]:
-        """What lives two seconds after; earlier when there is nothing."""
-        for _ in range(20):
-            if not marked(self.mark):
-                return {}
-            time.sleep(0.1)
-        return marked(self.mark)
+        return left(self.mark)
 
 
 def until_killed(building: Building) -> Iterator[Building]:

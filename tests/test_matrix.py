@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from limits import HANGS
+from processes import MARK, left, marked
 
 from aot_cache.builder import matrix, on_ray
 from aot_cache.builder.matrix import Done, Outcome, Unit
@@ -308,20 +309,20 @@ def test_a_real_matrix_in_a_process(tmp_path: Path) -> None:
 
 def test_sigterm_ends_the_build_that_runs(tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text(json.dumps({"builds": [{"model": "small_kernels:small"}], "targets": ["h200"]}))
+    mark = str(tmp_path)
     with subprocess.Popen(
         [sys.executable, "-m", "aot_cache", "build", "--plan-matrix", "m.json"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools" / "workloads")])},
+        env={**os.environ, MARK: mark, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools" / "workloads")])},
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as running:
-        children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
-        while len(started := children.read_text().split()) < 2:  # the build, and the guard that would end it
+        while len(marked(mark)) < 3:  # itself, the build, and the guard that would end it
             assert running.poll() is None
             time.sleep(0.05)
         running.send_signal(signal.SIGTERM)
         assert running.wait(HANGS) == 128 + signal.SIGTERM
-    assert not [child for child in started if Path(f"/proc/{child}").exists()]
+    assert left(mark) == {}
 
 
 def test_on_ray_with_a_worker_killed(tmp_path: Path) -> None:
