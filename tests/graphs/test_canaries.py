@@ -8,6 +8,7 @@ from __future__ import annotations
 import dis
 import hashlib
 import marshal
+import os
 import pickle
 import types
 from collections.abc import Callable
@@ -27,7 +28,8 @@ with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     import aot_cache
     from serving import FACTS, call, say
-    aot_cache.load({bundle!r}, digest={digest!r})
+    for bundle, digest in {bundles!r}:
+        aot_cache.load(bundle, digest=digest)
     import torch, sample_model as m
     aot_cache.ready()
     aot_cache.seal()
@@ -49,8 +51,6 @@ class Runs:
 
 
 def shell(mark: Path) -> bytes:
-    import os
-
     return pickle.dumps(Runs(os.system, f"touch {mark}"))
 
 
@@ -131,51 +131,9 @@ def with_code(make: Callable[[types.CodeType], types.CodeType]) -> Callable[[Jso
     return change
 
 
-def outcome(built: Built, bundle: Path, digest: str | None = None, **environment: str) -> Json:
-    found = built.project.serve(SERVE.format(bundle=str(bundle), digest=digest), bundle, **environment)
-    assert found["scaled"]["error"] == "" and found["scaled"]["distance"] < 1e-5, found["scaled"]
-    return found
-
-
-def is_refused(built: Built, bundle: Path, why: str) -> None:
-    """The call is compiled as without a bundle, the bundle is refused, and the reason is said."""
-    found = outcome(built, bundle)
-    assert found["scaled"]["graph"] == 0 and found["scaled"]["frame"] == 1
-    assert found["stats"]["total"]["rejected_bundle"] == 1
-    assert any("serves without a bundle" in line and why in line for line in found["said"]), found["said"]
-
-
-@pytest.mark.parametrize("what", PICKLES)
-@pytest.mark.parametrize("where", ["guards", "artifact"])
-def test_a_pickle_that_names_something_else(built: Built, tmp_path: Path, where: str, what: str) -> None:
-    make, why = PICKLES[what]
-    mark, bundle = tmp_path / "ran", tmp_path / "forged.safetensors"
-    forged(built, bundle, (with_guards if where == "guards" else with_artifact)(make(mark)))
-    is_refused(built, bundle, why)
-    assert not mark.exists()
-
-
-def test_the_canary_sings_when_its_maker_is_trusted(built: Built, tmp_path: Path) -> None:
-    mark, bundle = tmp_path / "ran", tmp_path / "forged.safetensors"
-    digest = forged(built, bundle, with_artifact(shell(mark)))
-    outcome(built, bundle, digest)
-    assert mark.exists()
-
-
-def test_a_module_that_the_process_does_not_use(built: Built, tmp_path: Path) -> None:
-    mark, bundle = tmp_path / "ran", tmp_path / "forged.safetensors"
-    (built.project.folder / "canary_at_import.py").write_text(
-        "import os, pathlib\npathlib.Path(os.environ['MARK']).touch()\n"
-    )
-
-    def change(manifest: Json, objects: dict[str, bytes]) -> None:
-        for graph in each(manifest):
-            graph["imports"] = {**graph["imports"], "__import_canary": "canary_at_import"}
-
-    forged(built, bundle, change)
-    found = outcome(built, bundle, MARK=str(mark))
-    assert found["stats"]["total"]["rejected_bundle"] == 1 and found["scaled"]["graph"] == 0
-    assert not mark.exists()
+def with_an_import(manifest: Json, objects: dict[str, bytes]) -> None:
+    for graph in each(manifest):
+        graph["imports"] = {**graph["imports"], "__import_canary": "canary_at_import"}
 
 
 def importing(code: types.CodeType) -> types.CodeType:
@@ -200,23 +158,94 @@ def pointing_outside(code: types.CodeType) -> types.CodeType:
     return code.replace(co_code=bytes([dis.opmap["EXTENDED_ARG"], 200, dis.opmap["LOAD_CONST"], 7]) + code.co_code)
 
 
-@pytest.mark.parametrize(
-    ("make", "why"),
-    [(importing, "an import"), (naming, "exec"), (pointing_outside, "an instruction that does not fit it")],
-)
-def test_bytecode_that_is_not_dynamos(
-    built: Built, tmp_path: Path, make: Callable[[types.CodeType], types.CodeType], why: str
-) -> None:
-    bundle = tmp_path / "forged.safetensors"
-    forged(built, bundle, with_code(make))
-    is_refused(built, bundle, why)
+CODE = {
+    "importing": (importing, "an import"),
+    "naming": (naming, "exec"),
+    "pointing outside": (pointing_outside, "an instruction that does not fit it"),
+}
+OPEN = "open-to-all"
 
 
-def test_a_folder_that_others_can_write(built: Built, tmp_path: Path) -> None:
+def outcome(built: Built, bundles: list[tuple[Path, str | None]], **environment: str) -> Json:
+    """What a server says that loads these and then makes one call. Its result is right, whatever it has loaded."""
+    script = SERVE.format(bundles=[(str(path), digest) for path, digest in bundles])
+    found = built.project.serve(script, bundles[0][0], **environment)
+    assert found["scaled"]["error"] == "" and found["scaled"]["distance"] < 1e-5, found["scaled"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def refused(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Json:
+    """One server that loads every forged bundle: importing torch for each would take minutes."""
+    folder = tmp_path_factory.mktemp("forged")
+    (built.project.folder / "canary_at_import.py").write_text(
+        "import os, pathlib\npathlib.Path(os.environ['MARK'], 'an import').touch()\n"
+    )
+    changes = {"an import": with_an_import}
+    for what, (make, _) in PICKLES.items():
+        for where, change in {"guards": with_guards, "artifact": with_artifact}.items():
+            changes[f"{where} {what}"] = change(make(folder / f"{where} {what}"))
+    changes |= {what: with_code(make) for what, (make, _) in CODE.items()}
+    bundles: list[tuple[Path, str | None]] = []
+    for name, change in changes.items():
+        path = folder / name.replace(" ", "-") / "forged.safetensors"
+        forged(built, path, change)
+        bundles.append((path, None))
+    open_to_all = folder / OPEN / "forged.safetensors"
+    forged(built, open_to_all, lambda manifest, objects: None)
+    open_to_all.parent.chmod(0o777)
+    bundles.append((open_to_all, None))
+    ran = folder / "ran"
+    ran.mkdir()
+    found = outcome(built, bundles, MARK=str(ran))
+    return {
+        **found,
+        "bundles": len(bundles),
+        "ran": [path.name for path in folder.iterdir() if path.is_file()] + os.listdir(ran),
+    }
+
+
+def test_nothing_of_a_forged_bundle_runs(refused: Json) -> None:
+    """The call is compiled as without a bundle, and each bundle is refused once."""
+    assert refused["ran"] == []
+    assert refused["scaled"]["graph"] == 0 and refused["scaled"]["frame"] == 1
+    assert refused["stats"]["total"]["rejected_bundle"] == refused["bundles"]
+
+
+def is_refused(refused: Json, name: str, why: str) -> None:
+    """The reason is said, with the bundle that it is of."""
+    place = f"{name.replace(' ', '-')}/forged.safetensors"
+    lines = [line for line in refused["said"] if "serves without a bundle" in line and place in line]
+    assert len(lines) == 1 and why in lines[0], refused["said"]
+
+
+@pytest.mark.parametrize("what", PICKLES)
+@pytest.mark.parametrize("where", ["guards", "artifact"])
+def test_a_pickle_that_names_something_else(refused: Json, where: str, what: str) -> None:
+    is_refused(refused, f"{where} {what}", PICKLES[what][1])
+
+
+def test_a_module_that_the_process_does_not_use(refused: Json) -> None:
+    is_refused(refused, "an import", "canary_at_import")
+
+
+@pytest.mark.parametrize("what", CODE)
+def test_bytecode_that_is_not_dynamos(refused: Json, what: str) -> None:
+    is_refused(refused, what, CODE[what][1])
+
+
+def test_a_folder_that_others_can_write(refused: Json) -> None:
     """A library's constructor runs when it is loaded, and no check of names stops that: who can write the file is asked first."""
-    bundle = tmp_path / "open" / "forged.safetensors"
-    digest = forged(built, bundle, lambda manifest, objects: None)
+    is_refused(refused, OPEN, "can have been written by others")
+
+
+def test_a_pin_says_that_its_maker_is_trusted(built: Built, tmp_path: Path) -> None:
+    """The control: the canary sings. And a file that others can write is what it was when it was pinned."""
+    mark, bundle = tmp_path / "ran", tmp_path / "open" / "forged.safetensors"
+    digest = forged(built, bundle, with_artifact(shell(mark)))
+    whole = tmp_path / "open" / "whole.safetensors"
+    digest_of_whole = forged(built, whole, lambda manifest, objects: None)
     bundle.parent.chmod(0o777)
-    is_refused(built, bundle, "can have been written by others")
-    found = outcome(built, bundle, digest)
-    assert found["scaled"]["graph"] == 1 and found["stats"]["total"]["rejected_bundle"] == 0
+    found = outcome(built, [(bundle, digest), (whole, digest_of_whole)])
+    assert mark.exists()
+    assert found["scaled"]["graph"] == 1 and found["stats"]["total"]["rejected_bundle"] == 1, found
