@@ -27,6 +27,7 @@ from aot_cache.artifact.plan import CallPlan, Plan
 from aot_cache.builder import fingerprint, fork_map, pipeline, virtual_gpu
 from aot_cache.builder.fingerprint import Inputs
 from aot_cache.builder.pipeline import Built, Request
+from aot_cache.builder.worker_pool import WorkerPool
 from aot_cache.errors import (
     AotCacheError,
     DeclarationError,
@@ -168,6 +169,44 @@ class Project:
 ALL = {"inner", "outer", "alone", "takes", "tuned", "make.<locals>.made"}
 
 # --- building again ---------------------------------------------------------------------------------------------------
+
+
+COMPILED = """
+import torch
+from aot_cache import Call, Recipe, Values, declare, device
+
+{decorator}
+def double(x):
+    return x * 2
+
+@declare(n=Values(2))
+def case(n):
+    return Call(double, torch.ones(n, device=device()))
+
+recipe = Recipe("project", [case])
+"""
+
+
+@pytest.mark.parametrize(("decorator", "prepared"), [("@torch.compile", 1), ("", 0)])
+def test_a_worker_for_graphs_gets_ready_early_only_where_there_may_be_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decorator: str, prepared: int
+) -> None:
+    """It costs as much as tracing a small recipe: importing torch's compiler."""
+    asked: list[str] = []
+    original = WorkerPool.prepare
+
+    def prepare(self: WorkerPool, job: Any, environment: Any) -> Any:
+        asked.append(job.stage)
+        return original(self, job, environment)
+
+    monkeypatch.setattr(WorkerPool, "prepare", prepare)
+    (tmp_path / "project.py").write_text(COMPILED.format(decorator=decorator))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    request = Request(target=targets.get("h200"), store=tmp_path / "store", model="project:recipe", workers=2)
+    planned = pipeline.plan_only(request)
+    assert asked == ["graphs"] * prepared
+    assert len(planned.plan.calls) == prepared
 
 
 @dataclass

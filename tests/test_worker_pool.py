@@ -24,6 +24,7 @@ from aot_cache.builder.messages import (
     Compiled,
     Event,
     GraphsMade,
+    ImportedCompiler,
     Job,
     NeedsRanks,
     Progressed,
@@ -192,6 +193,7 @@ EVENTS = (
     Progressed(stage="graphs", done=1, total=2),
     NeedsRanks(ranks=4),
     Raised(type="TraceError", expected="a", found="b", hint=""),
+    ImportedCompiler(),
     Traced(
         spec="m:r",
         units=3,

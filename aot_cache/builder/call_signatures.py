@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,7 +18,10 @@ from aot_cache.misses.call_signature import Leaf, structure_of
 from aot_cache.misses.size_relations import AffineSize, fit
 from aot_cache.recipes.dimensions import Point
 from aot_cache.store import JsonObject
-from aot_cache.upstream.hooks.dynamo_frames import Frame
+
+if TYPE_CHECKING:  # tracing kernels does without torch's compiler
+    from aot_cache.upstream.hooks.dynamo_frames import Frame
+
 
 _SPECIAL = (0, 1)
 """Sizes for which Dynamo always makes a graph of its own."""

@@ -175,6 +175,11 @@ class Raised:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportedCompiler:
+    """The recipe's modules have imported torch's compiler, so that there are probably graphs. Kernels are not traced yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Traced:
     """Kernels are traced, and the plan is written.
 
@@ -286,13 +291,24 @@ class Started:
     inputs: Inputs
 
 
-Answer: TypeAlias = Traced | Compiled | Surveyed | GraphsMade | Started
+Answer: TypeAlias = ImportedCompiler | Traced | Compiled | Surveyed | GraphsMade | Started
 Event: TypeAlias = Answer | Progressed | Warned | NeedsRanks | Raised
 T = TypeVar("T")
 
 _EVENTS: Mapping[str, type[Event]] = {
     kind.__name__: kind
-    for kind in (Progressed, Warned, NeedsRanks, Raised, Traced, Compiled, Surveyed, GraphsMade, Started)
+    for kind in (
+        Progressed,
+        Warned,
+        NeedsRanks,
+        Raised,
+        ImportedCompiler,
+        Traced,
+        Compiled,
+        Surveyed,
+        GraphsMade,
+        Started,
+    )
 }
 
 

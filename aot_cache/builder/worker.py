@@ -20,6 +20,7 @@ from aot_cache.builder.messages import (
     Compiled,
     Event,
     GraphsMade,
+    ImportedCompiler,
     Job,
     NeedsRanks,
     OtherRanks,
@@ -139,6 +140,8 @@ def _kernels(job: Job, send: Send, progress: Progress) -> None:
     if job.recipe is not None:
         with virtual_gpu.tensors():  # models may make tensors when they are imported
             recipe, _ = _recipe(job)
+        if "torch._dynamo" in sys.modules:
+            send(ImportedCompiler())
         traced = kernels_trace.trace(recipe, job.target.id, progress, job.workers)
         plan = traced.plan
         if not traced.refused:  # if some are refused, the graph worker numbers the points differently

@@ -19,6 +19,7 @@ from aot_cache.builder.messages import (
     Answer,
     Compiled,
     GraphsMade,
+    ImportedCompiler,
     Job,
     OtherRanks,
     Refused,
@@ -193,9 +194,12 @@ class _Build:
         calling = {case for one in kernels.values() for case in one.traced.calling}
         refused = {rank: one.traced.refused for rank, one in kernels.items()}
         early: list[Future[_Graphs]] = []
-        prepared = self._prepared()
+        prepared: Worker | None = None
 
-        def traced(answer: Answer) -> None:
+        def answered(answer: Answer) -> None:
+            nonlocal prepared
+            if isinstance(answer, ImportedCompiler):
+                prepared = self._prepared()
             if isinstance(answer, Traced):
                 calling.update(answer.calling)
                 refused[0] = answer.refused
@@ -205,14 +209,14 @@ class _Build:
                 if calling and not job.show_plan and not job.misses:
                     early.append(self._pool.submit(lambda: self._graphs(sorted(calling), refused, prepared)))
 
-        kernels[0] = _kernels(self._pool.run(job, self._as_rank(0), traced), job)
+        kernels[0] = _kernels(self._pool.run(job, self._as_rank(0), answered), job)
         if early:
             return early[0].result()
         return self._graphs(sorted(calling), refused, prepared) if calling else None
 
     def _prepared(self) -> Worker | None:
-        """A worker for graphs, which imports torch's compiler and the recipe while another one does so for kernels: each import
-        takes one core. Whether there are graphs is known only when the kernels are traced."""
+        """A worker for graphs, which imports torch's compiler and the recipe while kernels are traced: each takes one core.
+        Whether there are graphs is known only when the kernels are traced."""
         job = self._job
         if job.recipe is None or (job.workers or fork_map.cores()) < 2:
             return None

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from aot_cache.artifact import key
 from aot_cache.upstream.codec import python_code
 from aot_cache.upstream.codec.real_tensors import is_parameter
-from aot_cache.upstream.hooks.dynamo_frames import Frame
+
+if TYPE_CHECKING:  # tracing kernels does without torch's compiler
+    from aot_cache.upstream.hooks.dynamo_frames import Frame
+
 
 _DEEP = 8
 
