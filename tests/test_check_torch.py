@@ -40,6 +40,7 @@ def marked(node: ast.AST) -> set[str]:
 
 
 TREES = {path.stem: ast.parse(path.read_text()) for path in TESTS if path != Path(__file__)}
+MARKED = {name: marked(tree) for name, tree in TREES.items()}
 
 
 # --- contracts --------------------------------------------------------------------------------------------------------
@@ -49,12 +50,12 @@ TREES = {path.stem: ast.parse(path.read_text()) for path in TESTS if path != Pat
 def test_a_module_says_what_it_relies_on_and_has_a_contract(module: str) -> None:
     """One more than that its names are there, which is asked of all of them."""
     assert record.relies_on(module), f'{module}.py has no paragraph "Upstream: …" in its docstring'
-    owners = [name for name, tree in TREES.items() if module in marked(tree)]
+    owners = [name for name, found in MARKED.items() if module in found]
     assert owners, f'no test has the mark pytest.mark.contract("{module}")'
 
 
 def test_contracts_are_of_modules_that_are_there() -> None:
-    named = set().union(*map(marked, TREES.values()))
+    named = set().union(*MARKED.values())
     assert named <= set(record.modules())
 
 

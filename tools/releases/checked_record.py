@@ -64,7 +64,11 @@ def _number(version: str) -> tuple[int, ...]:
 def table(runs: Sequence[dict[str, Json]]) -> dict[str, Json]:
     """What `aot_cache/tested.json` holds: see `aot_cache.tested`."""
     pairs = [same for same in _by_pair(runs) if CONTRACTS in _parts(same)]
-    return {"pairs": [_pair(same) for same in pairs], "modules": {name: _module(name, pairs) for name in modules()}}
+    served = serving()
+    return {
+        "pairs": [_pair(same) for same in pairs],
+        "modules": {name: {**_module(name, pairs), "serves": name in served} for name in modules()},
+    }
 
 
 def modules() -> list[str]:
@@ -112,7 +116,6 @@ def _module(name: str, pairs: Sequence[Sequence[dict[str, Json]]]) -> dict[str, 
     holds = [runs[0] for runs in pairs if _counts(name, runs)["passed"] and not _counts(name, runs)["failed"]]
     return {
         "relies_on": relies_on(name),
-        "serves": name in serving(),
         **{what: sorted({tested.minor(run[what]) for run in holds}, key=_number) for what in ("torch", "triton")},
     }
 
