@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import shutil
 import signal
@@ -35,6 +36,9 @@ COMPILED = "" if "AOT_TESTS_COMPILED" in os.environ else tempfile.mkdtemp(prefix
 if COMPILED:
     os.environ["AOT_TESTS_COMPILED"] = COMPILED
     os.environ["PATH"] = os.pathsep.join([str(Path(__file__).parent / "compilers"), os.environ.get("PATH", os.defpath)])
+
+    # The same for what hundreds of processes import, which may be told to write no bytecode.
+    compileall.compile_dir(Path(__file__).parents[1] / "aot_cache", quiet=2)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what runs in its background so, and all children inherit it: a Ctrl-C of a test would reach nobody.
