@@ -1080,6 +1080,36 @@ def test_operators_go_through_dispatch() -> None:
 
 
 @pytest.mark.contract("torch_fake")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("inference", [True, False])
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (7, 1, 3)])
+def test_a_fake_tensor_can_be_made_without_its_mode(device: str, inference: bool, shape: tuple[int, ...]) -> None:
+    mode = torch_fake.host_mode(device)
+    with mode, torch.inference_mode(inference):
+        like = torch.empty(2, 2, dtype=torch.bfloat16, device=device)
+        wanted = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        made = torch_fake.of_shape(like, shape)
+        products = [(one * 2).unsqueeze(0).stride() for one in (made, wanted)]
+
+    def facts(tensor: Any) -> list[Any]:
+        keys = torch._C._dispatch_keys(tensor)
+        own = [type(tensor), tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device]
+        return [
+            *own,
+            tensor.layout,
+            tensor.requires_grad,
+            tensor.is_inference(),
+            tensor.fake_mode,
+            str(keys),
+            vars(tensor).keys(),
+        ]
+
+    need(facts(made) == facts(wanted), f"FakeTensor(mode, meta, device) is not what the mode makes: {facts(made)}")
+    need(products[0] == products[1], "what is computed from it differs")
+    need(made.untyped_storage()._cdata != wanted.untyped_storage()._cdata, "it shares memory")
+
+
+@pytest.mark.contract("torch_fake")
 def test_custom_operators_run_their_own_python() -> None:
     ran = []
     library = torch.library.Library("aot_cache_fake_contract", "DEF")

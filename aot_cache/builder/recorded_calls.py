@@ -17,6 +17,7 @@ import torch
 from aot_cache.builder.call_signatures import CallSignature
 from aot_cache.upstream.codec import unwrapping
 from aot_cache.upstream.codec.real_tensors import is_parameter
+from aot_cache.upstream.virtual import torch_fake
 
 Call = tuple[str, dict[str, list[int]]]
 """`module:qualname` of a compiled function, and sizes of its arguments by their expression (`L['x']`)."""
@@ -118,7 +119,7 @@ def resized(template: Mapping[str, Any], sizes: Mapping[str, Sequence[int]]) -> 
             if not value.is_contiguous() or value.storage_offset() or value.requires_grad:
                 return None
             with torch.inference_mode(value.is_inference()):
-                given[name] = torch.empty(list(wanted), dtype=value.dtype, device=value.device)
+                given[name] = torch_fake.of_shape(value, wanted)
         elif type(value) is int:
             given[name] = wanted[0]
     return given
