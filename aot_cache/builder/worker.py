@@ -133,15 +133,16 @@ def _kernels(job: Job, send: Send, progress: Progress) -> None:
     from aot_cache.builder.missed_kernels import MissedKernels
     from aot_cache.builder.recorded_calls import written
     from aot_cache.remote.shared_store import open_store
+    from aot_cache.upstream import after_import
     from aot_cache.upstream.hooks import triton_launcher
 
     recipe, traced = None, None
     files = [Plan.read(Path(path)) for path in job.plans] if not job.rank else []  # the first rank compiles for all
     if job.recipe is not None:
+        cancel = after_import.when_dynamo_comes(lambda: send(ImportedCompiler()))
         with virtual_gpu.tensors():  # models may make tensors when they are imported
             recipe, _ = _recipe(job)
-        if "torch._dynamo" in sys.modules:
-            send(ImportedCompiler())
+        cancel()
         traced = kernels_trace.trace(recipe, job.target.id, progress, job.workers)
         plan = traced.plan
         if not traced.refused:  # if some are refused, the graph worker numbers the points differently

@@ -89,6 +89,53 @@ def test_one_operand(made: Made, name: str) -> None:
     assert same(virtual, real), f"{virtual.stride()} is not {real.stride()}"
 
 
+KNOWN: dict[str, Callable[[Any, Any], Any]] = {
+    **PAIRS,
+    "xor": lambda a, b: a ^ b,
+    "shift": lambda a, b: a >> 1,
+    "where": lambda a, b: torch.where(a > 1, a, b),
+    "masked": lambda a, b: a.masked_fill(b > 1, 5),
+    "clamp": lambda a, b: a.clamp(min=1),
+    "remainder": lambda a, b: a % 3,
+    "not": lambda a, b: a.bitwise_not(),
+    "clone": lambda a, b: a.clone(),
+    "float": lambda a, b: (a.float() * 0.5).round(),
+    "filled": lambda a, b: torch.full([2, 3], 7, device=a.device),
+    "counted": lambda a, b: torch.arange(2, 9, 3, device=a.device),
+}
+
+
+@given(pairs(), st.sampled_from(sorted(KNOWN)))
+@settings(max_examples=300, deadline=None)
+def test_values_that_are_known(pair: tuple[Made, Any], name: str) -> None:
+    one, other = pair
+    run = KNOWN[name]
+
+    def made(device: str) -> Any:
+        second = 2 if isinstance(other, float) else other(device, torch.int64) + 1
+        if not isinstance(second, torch.Tensor) and name in ("where", "masked"):
+            second = torch.full((), second, device=device)
+        first = one(device, torch.int64)
+        return run(first + first.new_tensor(2), second)
+
+    real = made("cpu")
+    with virtual_gpu.tensors():
+        virtual = made("cuda")
+    assert same(virtual, real), f"{virtual.stride()} is not {real.stride()}"
+    assert virtual.known is not None and torch.equal(virtual.known, real)
+
+
+def test_what_is_too_large_to_be_kept_is_not_computed() -> None:
+    """A causal mask: thousands of positions beside as many."""
+    with virtual_gpu.tensors():
+        positions = torch.arange(3000, device="cuda")
+        assert positions.known is not None  # type: ignore[attr-defined]
+        mask: Any = positions[:, None] >= positions
+        small: Any = positions[:5, None] >= positions
+    assert mask.known is None and mask.shape == (3000, 3000) and mask.stride() == (3000, 1)
+    assert small.known is not None and small.known.sum() == 15
+
+
 @given(st.data(), SHAPES.filter(bool))
 @settings(max_examples=150, deadline=None)
 def test_joined(data: st.DataObject, shape: list[int]) -> None:

@@ -46,6 +46,8 @@ KNOWN_FLOATS = 1 << 10
 _FIRST, _ALIGNED = 1 << 21, 512  # blocks of torch's CUDA allocator are aligned to 512 bytes
 _BUILTIN_NAMESPACES = frozenset({"aten", "prim", "prims", "_c10d_functional", "profiler"})
 
+_INDEX_FACTORIES = ("aten::arange", "aten::full", "aten::zeros", "aten::ones", "aten::scalar_tensor")
+
 _aten = torch.ops.aten
 # Inference mode does not decompose composite operators.
 _SCALARS = frozenset({_aten._local_scalar_dense.default, _aten.item.default, _aten.is_nonzero.default})
@@ -356,7 +358,10 @@ def _compute(
     known = _known(func, args, kwargs, tensors, device)
     meta_kwargs = {**kwargs, "device": "meta"} if device is not None else kwargs
     try:
-        out = func(*_swap(args, _meta_of), **_swap(meta_kwargs, _meta_of))
+        if _has_geometry_of(known, func, tensors):
+            out = torch.empty_strided(known.shape, known.stride(), dtype=known.dtype, device="meta")
+        else:
+            out = func(*_swap(args, _meta_of), **_swap(meta_kwargs, _meta_of))
     except (NotImplementedError, RuntimeError) as error:
         if known is not None:  # the shape depends on values, which are known (boolean masks, nonzero, equal)
             out = _swap_one(known, lambda tensor: tensor.to("meta"))
@@ -366,6 +371,24 @@ def _compute(
     if out_device.type == "cuda":
         out_device = this_gpu.device()
     return _wrap(out, known, tensors, out_device, func._schema.is_mutable, _is_view(func))
+
+
+def _has_geometry_of(known: Any, func: Any, tensors: list[VirtualTensor]) -> bool:
+    """Whether the result lies in memory as its values on the CPU do. Asking for its shape, too, takes half a millisecond, and
+    most of what host code computes from known values is made of these operators."""
+    if not isinstance(known, torch.Tensor):
+        return False
+    if func._schema.name in _INDEX_FACTORIES:
+        return True
+    return _is_elementwise(func) and all(
+        t.values_ is not None and t.values_.stride() == t.meta_.stride() for t in tensors
+    )
+
+
+@cache
+def _is_elementwise(func: Any) -> bool:
+    """Whether ATen's `TensorIterator` gives the result its shape and strides, on any device."""
+    return torch.Tag.pointwise in func.tags and not func._schema.is_mutable and not _is_view(func)
 
 
 @cache
@@ -416,8 +439,21 @@ def _known(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: li
         return None
     if not tensors and not others and not _is_index_factory(func, args, kwargs):
         return None
+    if _is_elementwise(func) and _is_large([*tensors, *others]):
+        return None  # no values would be kept
     cpu_kwargs = {**kwargs, "device": "cpu"} if device is not None else kwargs
     return func(*_swap(args, _known_of), **_swap(cpu_kwargs, _known_of))
+
+
+def _is_large(operands: list[Any]) -> bool:
+    """Whether what they are broadcast to has more elements than are kept."""
+    if math.prod(tensor.numel() for tensor in operands) <= KNOWN_LIMIT:
+        return False
+    try:
+        shape: tuple[int, ...] = torch.broadcast_shapes(*(tensor.shape for tensor in operands))  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        return False  # the operator reports the error
+    return math.prod(shape) > KNOWN_LIMIT
 
 
 def _forget(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -430,10 +466,12 @@ def _forget(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 def _is_index_factory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the operator creates a small integer tensor (arange, full, zeros …), whose values host code may read."""
     name = func._schema.name
-    if name not in ("aten::arange", "aten::full", "aten::zeros", "aten::ones", "aten::scalar_tensor"):
+    if name not in _INDEX_FACTORIES:
         return False
     if name != "aten::arange":
         dtype = kwargs.get("dtype")
+        if dtype is None and name == "aten::full" and type(args[1]) in (bool, int):
+            dtype = torch.int64  # or bool: the fill value decides
         if dtype is None or dtype.is_floating_point or dtype.is_complex:
             return False
         size = 1
