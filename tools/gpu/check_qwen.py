@@ -6,6 +6,7 @@
 
 `build` makes the bundle with the GPU and its driver library hidden. Each other part is a fresh process. `serve` loads it,
 captures every size of target and draft and serves 200 requests, once with the model's own drafts and once with an oracle's;
+`budget` starts the same way, and says where the milliseconds go;
 `judge` asks transformers, in float32 and in bfloat16, about every token, and holds the hidden states against float32's.
 `cold`, `mega` and `eager` are what a start takes without us: no cache; torch's mega-cache, a warm Triton folder and
 TRITON_CACHE_AUTOTUNING=1; and nothing compiled at all. `tune` tunes the bundle, `tuned` measures its steps. Exit code 0 when
@@ -32,7 +33,7 @@ Json = Any
 
 def run(name: str, options: argparse.Namespace, folder: Path, bundle: str) -> Json:
     """Run one part on one GPU with empty caches, except for the Triton folder that some parts share."""
-    variables = {"TRITON_CACHE_AUTOTUNING": "1"} | (NO_COMPILER if name in ("serve", "tuned") else {})
+    variables = {"TRITON_CACHE_AUTOTUNING": "1"} | (NO_COMPILER if name in ("serve", "budget", "tuned") else {})
     if name == "cold":  # `judge` and `eager` may have run before
         shutil.rmtree(folder / "triton", ignore_errors=True)
     if name in ("cold", "mega", "eager", "judge"):

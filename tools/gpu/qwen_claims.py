@@ -7,7 +7,7 @@ from typing import Any
 from aot_cache.runtime.ledger import HARMFUL
 
 Json = Any
-PARTS = ("build", "serve", "judge", "eager", "cold", "mega", "tune", "tuned")
+PARTS = ("build", "serve", "budget", "judge", "eager", "cold", "mega", "tune", "tuned")
 
 
 def claims(record: Json, more: float = 1.0) -> Json:

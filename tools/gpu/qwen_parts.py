@@ -1,6 +1,7 @@
 """The parts of `check_qwen.py`, each a process of its own or, with --tp, several; and how they are run.
 
-`serve` has the bundle, captures every size and serves the requests; `judge` asks transformers; `eager`, `cold` and `mega`
+`serve` has the bundle, captures every size and serves the requests; `budget` starts as it does and says where the time goes;
+`judge` asks transformers; `eager`, `cold` and `mega`
 start without us; `tuned` measures steps; `weights` writes what ranks take their parts of.
 """
 
@@ -17,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from budget import sampled
 from harness import Independent, hand_over
 
 from aot_cache.runtime.ledger import HARMFUL
@@ -228,6 +230,26 @@ def part_serve(options: argparse.Namespace) -> Json:
         "steady": steady(engine) if options.device == "cuda" else {},
         "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
     }
+
+
+def part_budget(options: argparse.Namespace) -> Json:
+    """Start as `serve` does: milliseconds of each part of importing, loading, `ready()` and capturing."""
+    rows: dict[str, list[Json]] = {"import": [], "load": [], "ready": [], "capture": []}
+    with sampled(rows["import"]):
+        import torch
+
+        import aot_cache
+        import aot_cache.models.qwen3_5.engine
+    with sampled(rows["load"]):
+        aot_cache.load(options.bundle, strict=True)
+    engine = make_engine(options)
+    wait(options)
+    with sampled(rows["ready"]):
+        aot_cache.ready(strict=True)
+    with sampled(rows["capture"]), torch.no_grad():
+        engine.capture()
+        wait(options)
+    return rows
 
 
 def part_weights(options: argparse.Namespace) -> Json:
