@@ -125,6 +125,16 @@ def test_values_that_are_known(pair: tuple[Made, Any], name: str) -> None:
     assert virtual.known is not None and torch.equal(virtual.known, real)
 
 
+def test_a_factory_called_by_names() -> None:
+    with virtual_gpu.tensors():
+        for given in ({"fill_value": 3}, {"fill_value": 3, "dtype": torch.int32}):
+            small: Any = torch.ops.aten.full.default(size=[2], device="cuda", **given)
+            large: Any = torch.ops.aten.full.default(size=[1 << 20], device="cuda", **given)
+            assert small.known.tolist() == [3, 3] and large.known is None
+        floats: Any = torch.ops.aten.full.default(size=[2], fill_value=3.0, device="cuda")
+        assert floats.known is None and floats.dtype == torch.float32
+
+
 def test_what_is_too_large_to_be_kept_is_not_computed() -> None:
     """A causal mask: thousands of positions beside as many."""
     with virtual_gpu.tensors():

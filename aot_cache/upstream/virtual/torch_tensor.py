@@ -469,15 +469,13 @@ def _is_index_factory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if name not in _INDEX_FACTORIES:
         return False
     if name != "aten::arange":
-        dtype = kwargs.get("dtype")
-        if dtype is None and name == "aten::full" and type(args[1]) in (bool, int):
+        given = {argument.name: value for argument, value in zip(func._schema.arguments, args)} | kwargs
+        dtype = given.get("dtype")
+        if dtype is None and type(given.get("fill_value")) in (bool, int):
             dtype = torch.int64  # or bool: the fill value decides
         if dtype is None or dtype.is_floating_point or dtype.is_complex:
             return False
-        size = 1
-        for extent in args[0] if args and isinstance(args[0], (list, tuple)) else ():
-            size *= extent
-        return size <= KNOWN_LIMIT
+        return math.prod(given.get("size", ())) <= KNOWN_LIMIT
     return all(abs(a) <= KNOWN_LIMIT for a in args if isinstance(a, (int, float)))
 
 
