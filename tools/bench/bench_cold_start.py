@@ -4,10 +4,13 @@
     python tools/bench/bench_cold_start.py [--device cuda|cpu] [--rounds 5] [--bundle BUNDLE] [--out RECORD.json]
 
 The model is `net.py`'s. Modes: `eager` (the floor), `cold` (torch.compile with empty caches), `inductor` (its disk cache is
-warm), `mega` (torch.compiler.load_cache_artifacts), `precompile` (the same with Dynamo's caching_precompile) and `aot`. Every
-mode is measured twice: with all imports after the model is built counted (`all`), and with torch._dynamo and
-torch._inductor imported before (`imported`). Peers make a first call outside a capture, which they need; aot-cache's first
-call is the captured one. On the CPU nothing is captured: the time is to the end of the first call.
+warm), `mega` (torch.compiler.load_cache_artifacts), `precompile` (the same with Dynamo's caching_precompile), `aoti` (a package
+of AOTInductor, which has the weights, too) and `aot`. Every mode is measured twice: with all imports after the model is built
+counted (`all`), and with torch._dynamo and torch._inductor imported before (`imported`). Peers make a first call outside a
+capture, which they need; aot-cache's first call is the captured one. On the CPU nothing is captured: the time is to the end of
+the first call.
+`prepared` is what each mode needs to have been made before: seconds of that process, and bytes. A process more for each mode
+counts, with hooks of its own, what is compiled, traced or loaded in captures, or in first calls on the CPU (`events`).
 """
 
 from __future__ import annotations
@@ -15,22 +18,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
 
-from harness import PATH, cli, commit, distance, empty_caches, finish
+from harness import PATH, Independent, cli, commit, distance, empty_caches, finish, hand_over
 
 Json = Any
-MODES = ("eager", "cold", "inductor", "mega", "precompile", "aot")
+MODES = ("eager", "cold", "inductor", "mega", "precompile", "aoti", "aot")
 SIZES = (512, 64, 8)
 REPLAYS = 200
+PACKAGE = "net.pt2"
 
 
 def serve(options: argparse.Namespace) -> Json:
@@ -42,7 +49,8 @@ def serve(options: argparse.Namespace) -> Json:
     set_device(options.device)
     import net
 
-    mode = options.mode
+    mode, watched = options.mode, Independent() if options.imports == "watched" else None
+    torch.manual_seed(0)  # a package has the weights in it
     if mode == "aot":
         import aot_cache
 
@@ -54,21 +62,30 @@ def serve(options: argparse.Namespace) -> Json:
         import torch._inductor.compile_fx
     if options.device == "cuda":
         torch.cuda.synchronize()
+        if watched is not None:
+            watched.watch_driver()
     began = time.perf_counter()
     if mode in ("mega", "precompile"):
         if mode == "precompile":
             torch._dynamo.config.caching_precompile = True  # noqa: SLF001
         torch.compiler.load_cache_artifacts(Path(options.artifacts, mode).read_bytes())
-    run = model if mode == "eager" else torch.compile(model, dynamic=True)
+    if mode == "aoti":
+        from torch._inductor import aoti_load_package
+
+        run: Any = aoti_load_package(str(Path(options.artifacts, PACKAGE)))
+    else:
+        run = model if mode == "eager" else torch.compile(model, dynamic=True)
     with torch.no_grad():
         if mode == "aot":
             aot_cache.ready(strict=True)
-        times, replay = _first_calls(run, inputs, options.device, warm=mode != "aot", began=began)
+        times, replay, events = _first_calls(run, inputs, options.device, mode != "aot", began, watched)
         with torch.compiler.set_stance("force_eager"):
             wanted = model(inputs[0])
         found = run(inputs[0])
-    answer = {"first": times[0], "all_sizes": times[-1], "replay_us": replay}
+    answer: Json = {"first": times[0], "all_sizes": times[-1], "replay_us": replay, "in_captures": events}
     answer["error"] = distance(found, wanted)
+    answer["process_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    answer["gpu_mib"] = torch.cuda.max_memory_allocated() >> 20 if options.device == "cuda" else 0
     if mode == "aot":
         answer["events"] = {k: v for k, v in aot_cache.stats()["total"].items() if v}
     if options.save:
@@ -77,16 +94,41 @@ def serve(options: argparse.Namespace) -> Json:
     return answer
 
 
-def _first_calls(run: Any, inputs: Any, device: str, warm: bool, began: float) -> tuple[list[float], float]:
-    """Seconds until each size has been replayed (or called) once, and a replay of the first size in microseconds."""
+def package() -> None:
+    """Export the net and compile it into a package for AOTInductor."""
+    import net
+    import torch
+    from torch._inductor import aoti_compile_and_package
+
+    from aot_cache.recipes.declare import set_device
+
+    options = parsed()
+    set_device(options.device)
+    torch.manual_seed(0)
+    model = net.make()
+    example = (torch.randn(SIZES[0], 1024, dtype=torch.bfloat16, device=options.device),)
+    with torch.no_grad():
+        batch = torch.export.Dim("batch", min=2, max=net.MOST)
+        program = torch.export.export(model, example, dynamic_shapes=({0: batch},))
+        aoti_compile_and_package(program, package_path=str(Path(options.artifacts, PACKAGE)))
+
+
+def _first_calls(
+    run: Any, inputs: Any, device: str, warm: bool, began: float, watched: Independent | None
+) -> tuple[list[float], float, dict[str, int]]:
+    """(seconds until each size has been replayed or called once, microseconds of a replay of the first size, what `watched` saw
+    in captures, or in the calls on the CPU)."""
     import torch
 
     times: list[float] = []
+    seen: Counter[str] = Counter()
+    if watched is not None:
+        watched.counts.clear()
     if device == "cpu":
         for x in inputs:
             run(x)
             times.append(time.perf_counter() - began)
-        return times, 0.0
+        return times, 0.0, dict(watched.counts) if watched is not None else {}
     graphs = []
     for x in inputs:
         if warm:
@@ -98,8 +140,12 @@ def _first_calls(run: Any, inputs: Any, device: str, warm: bool, began: float) -
         else:
             _prime_cublas()
         graph = torch.cuda.CUDAGraph()
+        if watched is not None:
+            watched.counts.clear()
         with torch.cuda.graph(graph):
             run(x)
+        if watched is not None:
+            seen.update(watched.counts)
         graph.replay()
         torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
@@ -113,7 +159,7 @@ def _first_calls(run: Any, inputs: Any, device: str, warm: bool, began: float) -
         end.record()
         torch.cuda.synchronize()
         spans.append(start.elapsed_time(end) / REPLAYS * 1000)
-    return times, statistics.median(spans)
+    return times, statistics.median(spans), dict(seen)
 
 
 def _prime_cublas() -> None:
@@ -154,32 +200,76 @@ def run(options: argparse.Namespace, mode: str, imports: str, folder: str, artif
     return found
 
 
-def measure(options: argparse.Namespace) -> Json:
-    """All modes, interleaved."""
+def measure(options: argparse.Namespace) -> tuple[Json, Json, Json]:
+    """(all modes, interleaved; what was made for them before; what happens in their captures)."""
+    rows: dict[str, dict[str, list[Json]]] = {mode: {"all": [], "imported": []} for mode in options.modes}
     with tempfile.TemporaryDirectory() as base:
-        if not options.bundle:
-            options.bundle = _build(options, Path(base, "store"))
-            if options.keep:
-                Path(options.keep).write_bytes(Path(options.bundle).read_bytes())
         warm = Path(base, "warm")
         warm.mkdir()
-        run(
-            options, "cold", "imported", str(warm), base, save="mega"
-        )  # fills the disk cache, and the mega-cache's file
-        with tempfile.TemporaryDirectory() as folder:
-            run(options, "cold", "imported", folder, base, save="precompile")
-        rows: dict[str, dict[str, list[Json]]] = {mode: {"all": [], "imported": []} for mode in options.modes}
+        prepared = _prepare(options, Path(base), warm)
+
+        def once(mode: str, imports: str) -> Json:
+            with tempfile.TemporaryDirectory() as folder:
+                return run(options, mode, imports, str(warm) if mode == "inductor" else folder, base)
+
         for number in range(options.rounds):
             for mode in options.modes:
                 if mode == "cold" and number >= 2:
                     continue  # takes as long as all others together, and does not scatter
                 for imports in rows[mode]:
-                    with tempfile.TemporaryDirectory() as folder:
-                        place = str(warm) if mode == "inductor" else folder
-                        found = run(options, mode, imports, place, base)
+                    found = once(mode, imports)
                     rows[mode][imports].append(found)
                     print(f"round {number + 1}, {mode}, {imports}: {found['first']:.3f} s", file=sys.stderr, flush=True)
-    return rows
+        events = {mode: once(mode, "watched")["in_captures"] for mode in options.modes}
+    return rows, prepared, events
+
+
+def _prepare(options: argparse.Namespace, base: Path, warm: Path) -> Json:
+    """Make what each mode starts from: seconds of the process that makes it, and bytes of what it leaves."""
+    out: Json = {}
+
+    def timed(mode: str, make: Callable[[], Path]) -> None:
+        began = time.perf_counter()
+        made = make()
+        files = [path for path in made.rglob("*") if path.is_file()] if made.is_dir() else [made]
+        out[mode] = {
+            "seconds": round(time.perf_counter() - began, 2),
+            "bytes": sum(file.stat().st_size for file in files),
+        }
+
+    def saved(name: str, folder: Path) -> Path:
+        run(options, "cold", "imported", str(folder), str(base), save=name)
+        return base / name
+
+    if "aot" in options.modes and not options.bundle:
+
+        def build() -> Path:
+            options.bundle = _build(options, base / "store")
+            return Path(options.bundle)
+
+        timed("aot", build)
+        if options.keep:
+            Path(options.keep).write_bytes(Path(options.bundle).read_bytes())
+    if {"mega", "inductor"} & set(options.modes):
+        timed("mega", lambda: saved("mega", warm))  # it fills the disk cache, too
+        timed("inductor", lambda: warm)
+        out["inductor"]["seconds"] = out["mega"]["seconds"]
+    if "precompile" in options.modes:
+        with tempfile.TemporaryDirectory() as folder:
+            timed("precompile", lambda: saved("precompile", Path(folder)))
+    if "aoti" in options.modes:
+        with tempfile.TemporaryDirectory() as folder:
+            timed("aoti", lambda: _package(options, base, folder))
+    return out
+
+
+def _package(options: argparse.Namespace, base: Path, folder: str) -> Path:
+    command = [sys.executable, __file__, "--mode", "package", "--artifacts", str(base), "--device", options.device]
+    environment = {**os.environ, **empty_caches(folder), "PYTHONPATH": PATH}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=500)
+    if done.returncode:
+        raise SystemExit(f"the package failed:\n{done.stderr[-3000:]}")
+    return base / PACKAGE
 
 
 def _build(options: argparse.Namespace, store: Path) -> str:
@@ -203,6 +293,8 @@ def summary(rows: Json) -> Json:
                 "all_sizes_s": round(statistics.median(r["all_sizes"] for r in found), 3),
                 "spread_s": [round(min(r["first"] for r in found), 3), round(max(r["first"] for r in found), 3)],
                 "replay_us": round(statistics.median(r["replay_us"] for r in found), 2),
+                "process_mib": max(r["process_mib"] for r in found),
+                "gpu_mib": max(r["gpu_mib"] for r in found),
                 "error": max(r["error"] for r in found),
             }
             for imports, found in kinds.items()
@@ -218,7 +310,7 @@ def summary(rows: Json) -> Json:
     return out
 
 
-def main() -> int:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--target", default="h200")
@@ -229,19 +321,28 @@ def main() -> int:
     parser.add_argument("--out")
     for hidden in ("--mode", "--imports", "--artifacts", "--save"):
         parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.mode:
-        Path(os.environ["ANSWER"]).write_text(json.dumps(serve(options)))
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parsed()
+    if options.mode == "package":
+        package()
         return 0
+    if options.mode:
+        return hand_over(serve(options))
     import torch
 
-    rows = measure(options)
+    rows, prepared, events = measure(options)
     record = {
         "what": "cold start: model built to first captured graph replayed",
         "commit": commit(),
         "machine": torch.cuda.get_device_name(0) if options.device == "cuda" else f"cpu, {os.cpu_count()} cores",
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
         "summary": summary(rows),
+        "prepared": prepared,
+        "events": events,
+        "claims": {"nothing happens in our captures": not events.get("aot")},
     }
     return finish(record, options.out)
 
