@@ -67,7 +67,7 @@ def table(runs: Sequence[dict[str, Json]]) -> dict[str, Json]:
     served = serving()
     return {
         "pairs": [_pair(same) for same in pairs],
-        "modules": {name: {**_module(name, pairs), "serves": name in served} for name in modules()},
+        "modules": {name: _module(name, name in served, pairs) for name in modules()},
     }
 
 
@@ -112,10 +112,11 @@ def _counts(module: str, runs: Iterable[dict[str, Json]]) -> dict[str, int]:
     return {what: sum(row.get(what, 0) for row in rows) for what in ("passed", "failed")}
 
 
-def _module(name: str, pairs: Sequence[Sequence[dict[str, Json]]]) -> dict[str, Json]:
+def _module(name: str, serves: bool, pairs: Sequence[Sequence[dict[str, Json]]]) -> dict[str, Json]:
     holds = [runs[0] for runs in pairs if _counts(name, runs)["passed"] and not _counts(name, runs)["failed"]]
     return {
         "relies_on": relies_on(name),
+        "serves": serves,
         **{what: sorted({tested.minor(run[what]) for run in holds}, key=_number) for what in ("torch", "triton")},
     }
 
