@@ -166,6 +166,11 @@ CODE = {
 OPEN = "open-to-all"
 
 
+def plain(name: str) -> str:
+    """As the name of a file: a canary hands its mark to a shell."""
+    return name.replace(" ", "-")
+
+
 def outcome(built: Built, bundles: list[tuple[Path, str | None]], **environment: str) -> Json:
     """What a server says that loads these and then makes one call. Its result is right, whatever it has loaded."""
     script = SERVE.format(bundles=[(str(path), digest) for path, digest in bundles])
@@ -184,14 +189,14 @@ def refused(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Json:
     changes = {"an import": with_an_import}
     for what, (make, _) in PICKLES.items():
         for where, change in {"guards": with_guards, "artifact": with_artifact}.items():
-            changes[f"{where} {what}"] = change(make(folder / f"{where} {what}"))
+            changes[f"{where} {what}"] = change(make(folder / plain(f"{where} {what}")))
     changes |= {what: with_code(make) for what, (make, _) in CODE.items()}
     bundles: list[tuple[Path, str | None]] = []
     for name, change in changes.items():
-        path = folder / name.replace(" ", "-") / "forged.safetensors"
+        path = folder / "bundles" / plain(name) / "forged.safetensors"
         forged(built, path, change)
         bundles.append((path, None))
-    open_to_all = folder / OPEN / "forged.safetensors"
+    open_to_all = folder / "bundles" / OPEN / "forged.safetensors"
     forged(built, open_to_all, lambda manifest, objects: None)
     open_to_all.parent.chmod(0o777)
     bundles.append((open_to_all, None))
@@ -214,7 +219,7 @@ def test_nothing_of_a_forged_bundle_runs(refused: Json) -> None:
 
 def is_refused(refused: Json, name: str, why: str) -> None:
     """The reason is said, with the bundle that it is of."""
-    place = f"{name.replace(' ', '-')}/forged.safetensors"
+    place = f"/{plain(name)}/forged.safetensors"
     lines = [line for line in refused["said"] if "serves without a bundle" in line and place in line]
     assert len(lines) == 1 and why in lines[0], refused["said"]
 

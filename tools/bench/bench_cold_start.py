@@ -342,7 +342,7 @@ def main() -> int:
         "summary": summary(rows),
         "prepared": prepared,
         "events": events,
-        "claims": {"nothing happens in our captures": not events.get("aot")},
+        "claims": {"nothing happens in our captures": not events["aot"]} if "aot" in events else {},
     }
     return finish(record, options.out)
 

@@ -1,8 +1,8 @@
 """The parts of `check_qwen.py`, each a process of its own or, with --tp, several; and how they are run.
 
 `serve` has the bundle, captures every size and serves the requests; `budget` starts as it does and says where the time goes;
-`judge` asks transformers; `eager`, `cold` and `mega`
-start without us; `tuned` measures steps; `weights` writes what ranks take their parts of.
+`judge` asks transformers; `eager`, `cold` and `mega` start without us; `tuned` measures steps; `weights` writes what ranks take
+their parts of.
 """
 
 from __future__ import annotations
