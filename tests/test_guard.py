@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import warnings
@@ -513,6 +514,7 @@ def primed(monkeypatch: pytest.MonkeyPatch, captures: dict[str, int]) -> Iterato
     del captures  # a CUDAGraph that can begin
     calls: list[int] = []
     monkeypatch.setattr(cuda_libraries, "prime", lambda: calls.append(1))
+    monkeypatch.setattr(cuda_libraries, "meanwhile", contextlib.nullcontext)
     with mock.patch.object(policy, "_default", None):
         aot_cache.arm("fallback")
         yield calls

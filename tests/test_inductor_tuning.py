@@ -49,9 +49,11 @@ recipe = Recipe("several", [
 
 # Loads the artifact of one function with choices, on a device that only notes what is loaded onto it.
 LOAD = """
-import json, sys
+import json, os, sys
 import torch
 from torch._dynamo import device_interface
+from torch._inductor import codecache
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.runtime import static_triton_launcher, triton_heuristics
 from aot_cache.store import read_bundle
 from aot_cache.upstream.hooks import inductor_artifact, inductor_tuning
@@ -65,16 +67,22 @@ def load_kernel(self, device):
 static_triton_launcher.StaticallyLaunchedTritonKernel.load_kernel = load_kernel
 guard = device_interface.DeviceGuard
 guard.__enter__, guard.__exit__ = lambda self: None, lambda self, *error: None
+folder, kept, hashed = inductor_artifact._folder_of(os.getpid()), [], []
+whole = codecache.build_code_hash
+codecache.build_code_hash = lambda *arguments: (hashed.append(1), whole(*arguments))[1]
 facts = []
 for digest, choices in json.loads(sys.argv[2]):
     loaded.clear()
+    before = {*folder.rglob("*")}
     with inductor_tuning.choosing(choices) as several:
-        inductor_artifact.load_graph(read_bundle(sys.argv[1]).object(digest))
+        kept.append(inductor_artifact.load_graph(read_bundle(sys.argv[1]).object(digest)))
     facts.append({
         "configs": {kernel.key: kernel.configs for kernel in several},
         "runs": {kernel.key: [str(r.config) for r in kernel._tuner.compile_results] for kernel in several},
         "files": any(kernel._tuner.inductor_meta["autotune_local_cache"] for kernel in several),
         "loaded": len(loaded), "different": len(set(loaded)),
+        "written": sorted(path.suffix for path in {*folder.rglob("*")} - before if path.is_file()),
+        "compilers": AsyncCompile.process_pool.cache_info().currsize, "hashed": len(hashed),
     })
 print(json.dumps(facts))
 """
@@ -133,6 +141,9 @@ def test_one_config_is_loaded_or_the_chosen_one_or_all(built: Built, graphs: dic
     assert first["configs"] == third["configs"] == every["configs"] == {key: configs}
     assert (first["runs"], third["runs"], every["runs"]) == ({key: configs[:1]}, {key: [configs[2]]}, {key: configs})
     assert [facts["loaded"] for facts in (first, third, every)] == [1, 1, len(configs)]
+    for number, facts in ((1, first), (1, third), (len(configs), every)):
+        assert facts["written"] == [".cubin"] * number + [".py"], "of Triton's files only the binaries that are served"
+        assert facts["compilers"] == facts["hashed"] == 0, "compile workers started, or torch's sources hashed for them"
     assert every["different"] == len(configs) and not every["files"], (
         "no file tells upstream what was fastest elsewhere"
     )

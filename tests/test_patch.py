@@ -250,7 +250,7 @@ def test_graphs_that_are_loaded_by_two_threads_leave_nothing_behind(monkeypatch:
     owners = [
         (FxGraphCache, "cache_hit_post_compile"),
         (CppCodeCache, "load_async"),
-        (TritonBundler, "load_autotuners"),
+        (TritonBundler, "read_and_emit"),
     ]
     before = [vars(owner)[name] for owner, name in owners]
     folders = {name: os.environ.get(name) for name in inductor_artifact._FOLDERS}

@@ -25,6 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from limits import HANGS
 
+from aot_cache.upstream.codec import python_code
 from aot_cache.upstream.codec.code_bytes import dump, load
 from aot_cache.upstream.codec.python_code import digest, digests, identity, place
 
@@ -608,6 +609,55 @@ def test_where_code_stands(module: ModuleType, what: str) -> None:
     name, code, outermost = PLACED[what](module)
     assert place(code, "placed_module") == (name, outermost)
     assert digest(outermost) in digests("placed_module")[name]
+
+
+@pytest.mark.parametrize("what", PLACED)
+def test_a_function_is_found_by_its_name_and_digest(module: ModuleType, what: str) -> None:
+    """As `digests` says, without a walk through the module where its name leads to it."""
+    name, _, outermost = PLACED[what](module)
+    here = python_code.Functions()
+    assert here.has("placed_module", name, digest(outermost))
+    assert not here.has("placed_module", name, "0" * 32)
+    assert not here.has("placed_module", f"{name}.other", digest(outermost))
+    assert not here.has("no_module_of_this_name", name, digest(outermost))
+
+
+def test_most_functions_are_where_their_name_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.nn.functional as module
+
+    name = module.__name__
+    walked = [(qualname, found) for qualname, every in digests(name).items() for found in every]
+    with monkeypatch.context() as patched:
+        patched.setattr(python_code, "digests", lambda _: {})
+        quick = sum(python_code.Functions().has(name, *one) for one in walked)
+    assert len(walked) > 100 and quick > 0.8 * len(walked)
+    here = python_code.Functions()
+    assert all(here.has(name, *one) for one in walked)
+
+
+def test_what_a_lazy_mapping_would_import_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' mappings import every model when they are asked for their values, and fail."""
+    lazy = ModuleType("lazy_module")
+    exec(  # noqa: S102 - the source is below
+        """
+def refuse(self, *_):
+    raise ValueError("this imports a thousand modules")
+class Mapping(dict):
+    __len__ = __iter__ = values = items = keys = refuse
+class Row(list):
+    __len__ = __iter__ = refuse
+class Pair(tuple):
+    __len__ = __iter__ = refuse
+def made():
+    return lambda x: x + 1
+mapping = dict.__new__(Mapping)
+dict.__setitem__(mapping, "one", made)
+row, pair = Row([made]), Pair([made])
+""",
+        vars(lazy),
+    )
+    monkeypatch.setitem(sys.modules, "lazy_module", lazy)
+    assert "made" in digests("lazy_module")
 
 
 def test_what_another_module_wrote_stands_there(module: Any) -> None:

@@ -9,9 +9,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -76,18 +78,55 @@ def test_which_library_calls_are_made_before_a_capture(monkeypatch: pytest.Monke
             called.append(str(func))
             return func(*args, **(kwargs or {}))
 
-    ones = torch.ones
-    monkeypatch.setattr(torch, "ones", lambda *size, device, dtype: ones(*size))
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 99)
-    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    _on_the_cpu(monkeypatch, 99)
     with Noted():
         cuda_libraries.prime()
         cuda_libraries.prime()
     wanted = ["aten.mm.default", "aten.addmm.default", "aten.convolution.default"]
     found = [name for name in called if name in wanted]
     need(found == wanted, f"a product, a product with a bias and a convolution are {called}")
+
+
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch, device: int) -> None:
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, device, dtype: ones(*size))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+
+
+@pytest.mark.contract("cuda_libraries")
+def test_libraries_are_loaded_while_something_else_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a thread that has ended when the block has; what fails there is left to `prime`. Nothing where all is done."""
+    _on_the_cpu(monkeypatch, 98)
+    used: list[int] = []
+    product, inside = torch.mm, threading.Event()
+
+    def mm(one: Any, other: Any) -> Any:
+        used.append(threading.get_ident())
+        assert inside.wait(HANGS)  # the block runs at the same time
+        if len(used) == 2:
+            raise RuntimeError("out of memory")
+        return product(one, other)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    for _ in range(2):
+        with cuda_libraries.meanwhile():
+            inside.set()
+        assert not any(thread.name == "aot-cache libraries" for thread in threading.enumerate())
+    assert len(used) == 2 and threading.get_ident() not in used
+    cuda_libraries.prime()
+    assert used[2:] == [threading.get_ident()]
+    with cuda_libraries.meanwhile():
+        pass
+    assert len(used) == 3
+    monkeypatch.setattr(torch.cuda, "current_device", mock.Mock(side_effect=RuntimeError("no driver")))
+    with cuda_libraries.meanwhile():
+        pass
+    assert len(used) == 3
 
 
 STANCE = """

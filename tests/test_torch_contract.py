@@ -19,7 +19,9 @@ import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -42,7 +44,14 @@ from aot_cache.upstream.codec import (
     guard_facts,
     real_tensors,
 )
-from aot_cache.upstream.hooks import dynamo_frames, inductor_artifact, inductor_cpp, inductor_events, second_count
+from aot_cache.upstream.hooks import (
+    dynamo_frames,
+    inductor_artifact,
+    inductor_binaries,
+    inductor_cpp,
+    inductor_events,
+    second_count,
+)
 from aot_cache.upstream.hooks.dynamo_frames import Frame
 from aot_cache.upstream.virtual import dynamo_answers, dynamo_inputs, inductor_target, torch_fake
 
@@ -596,6 +605,21 @@ def test_guards_are_read_again_for_a_living_call() -> None:
         need("grad_mode" in check(torch.ones(3), {"k": 4}), "guards hold in another grad mode")
 
 
+@pytest.mark.contract("dynamo_guards")
+def test_how_fast_new_guards_are_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream clears the processor's caches for it. Neither in a build nor when guards are built for a call; else it does."""
+    asked: list[int] = []
+    monkeypatch.setattr(guards, "profile_guard_manager", lambda *_: asked.append(1) or 0.0)
+    kept = compiled_by_dynamo(guarded, torch.ones(3), {"k": 4})
+    ((made, frame),) = kept.frames
+    given = {"x": torch.ones(3), "options": {"k": 4}}
+    facts = (kept.identities[0], kept.values[0])
+    manager, _ = dynamo_guards.build(made.guards, *facts, guarded.__code__, frame.f_globals, given)
+    need(manager is not None and not asked, "new guards are timed")
+    torch.compile(guarded, backend="eager")(torch.ones(3), {"k": 5})
+    need(asked == [1], f"upstream times new guards {len(asked)} times: is it called otherwise now?")
+
+
 def guarded(x: torch.Tensor, options: Any) -> torch.Tensor:
     return re_exported(x) * options["k"]
 
@@ -877,6 +901,103 @@ def test_a_graph_is_loaded_in_folders_of_this_thread_only(monkeypatch: pytest.Mo
         not any(Path(folder).is_dir() and any(Path(folder).rglob("*.*")) for folder in ordinary.values()), "files there"
     )
     need(codecache.cache_dir() == ordinary["TORCHINDUCTOR_CACHE_DIR"], "the folders stay replaced")
+
+
+@pytest.mark.contract("inductor_artifact")
+def test_what_is_skipped_when_a_graph_is_loaded() -> None:
+    """A copy of what was unpickled, the pool of compile workers, and torch's digest in the key of a kernel."""
+    from torch._functorch._aot_autograd import aot_autograd_result
+    from torch._inductor.async_compile import AsyncCompile, CompiledTritonKernels
+
+    entry = aot_autograd_result.deserialize_bundled_cache_entry
+    need(parameters(entry) == ["entry"], "deserialize_bundled_cache_entry(entry)")
+    text = inspect.getsource(entry)
+    need(text.count("deepcopy(entry)") == 1 and "from copy import deepcopy" in text, "it copies its entry otherwise")
+    reading = inspect.getsource(inductor_artifact.Serializable.deserialize_compile_artifacts)
+    need("deserialize_bundled_cache_entry(" in reading, "who calls it")
+    need(parameters(AsyncCompile.use_process_pool) == [], "use_process_pool()")
+    need(parameters(CompiledTritonKernels.key) == ["kernel_src"], "CompiledTritonKernels.key(kernel_src)")
+    text = inspect.getsource(AsyncCompile.triton)
+    need("self.use_process_pool()" in text and "CompiledTritonKernels.get(" in text, "a kernel is looked up otherwise")
+    need("static_triton_bundle_key=CompiledTritonKernels.key(" in text, "the key in an artifact is another one")
+    for method in (CompiledTritonKernels.get, CompiledTritonKernels.save, CompiledTritonKernels.remove_future):
+        need("CompiledTritonKernels.key(" in inspect.getsource(method), f"{method.__name__} has another key")
+    source = "a kernel's source"
+    key = inductor_artifact._key_to_find(lambda _: "upstream's", source)
+    need(key == "upstream's", "a bundle of an earlier release is not understood")
+    found: Any = CompiledTritonKernels._cache
+    own = inductor_artifact._key_of_source(None, source)
+    found[own] = None
+    try:
+        need(inductor_artifact._key_to_find(lambda _: "upstream's", source) == own, "the key is not found")
+    finally:
+        del found[own]
+
+
+@pytest.mark.contract("inductor_artifact")
+def test_a_loaded_graph_is_not_copied() -> None:
+    """A graph that was loaded runs; who wants to write it again is told why not."""
+    import copy
+
+    class Entry:
+        pass
+
+    seen: list[Any] = []
+
+    def original(entry: Any) -> Any:
+        seen.append(copy.deepcopy(entry))
+        return entry
+
+    with (
+        mock.patch.object(inductor_artifact.aot_autograd_result, "deserialize_bundled_cache_entry", original),
+        inductor_artifact._without_a_copy(),
+    ):
+        entry = inductor_artifact.aot_autograd_result.deserialize_bundled_cache_entry(Entry())  # type: ignore[arg-type]
+    need(not isinstance(seen[0], Entry) and isinstance(copy.deepcopy(entry), Entry), "it is copied, or never again")
+    with pytest.raises(TypeError, match="cannot be written again"):
+        pickle.dumps(seen[0])
+
+
+@pytest.mark.contract("inductor_binaries")
+def test_which_files_of_triton_s_are_kept_and_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A static kernel's binary, where upstream looks for it; all files of another kernel."""
+    from torch._inductor import triton_bundler
+    from torch._inductor.runtime import runtime_utils, triton_heuristics
+
+    def kernel(name: str) -> Any:
+        files = [triton_bundler.TritonKernelArtifact(f"k{suffix}", name.encode()) for suffix in (".cubin", ".json")]
+        return triton_bundler.TritonKernelArtifacts(runtime_utils.triton_hash_to_path_key(name), 0, files)
+
+    def result(name: str) -> Any:
+        return SimpleNamespace(kernel=SimpleNamespace(hash=name))
+
+    def named(bundle: Any) -> list[list[str]]:
+        return [[file.filename for file in one.artifacts] for one in bundle.kernel_artifacts]
+
+    one, other, foreign = "1" * 64, "2" * 64, "3" * 64
+    tuner = SimpleNamespace(compile_results=[result(one), result(other)])
+    entry: Any = SimpleNamespace(kernel=tuner, cache_key="c", kernel_name="k")
+    whole = triton_bundler.TritonBundle([kernel(one), kernel(other), kernel(foreign)], [entry])
+    text = "k = async_compile.triton('k', '''''', device_str='cuda')\n"
+    lean = inductor_binaries.kept(whole, text)
+    need(named(lean) == [["k.cubin"], ["k.cubin"], ["k.cubin", "k.json"]], f"kept: {named(lean)}")
+    need(
+        inductor_binaries.kept(whole, text * 2) is whole, "files are left out where a kernel is not launched statically"
+    )
+    compiled, tuner.compile_results = tuner.compile_results, [result(other)]
+    monkeypatch.setattr(triton_bundler, "triton_cache_dir", lambda device: str(tmp_path))
+    for bundle in (lean, whole):
+        left = inductor_binaries.write(bundle, compiled)
+        need(named(left) == [["k.cubin", "k.json"]], f"left for upstream: {named(left)}")
+        written = [path for path in tmp_path.rglob("*") if path.is_file()]
+        place = tmp_path / runtime_utils.triton_hash_to_path_key(other) / "k.cubin"
+        need(written == [place] and place.read_bytes() == other.encode(), f"written: {written}")
+    looking = inspect.getsource(triton_heuristics.StaticTritonCompileResult.reload_cubin_path)
+    need("triton_hash_to_path_key(self.kernel.hash)" in looking, "it is looked for elsewhere")
+    need(
+        "triton_cache_dir(" in looking and 'f"{self.kernel.name}{binary_ext}"' in looking, "it is looked for elsewhere"
+    )
+    need(parameters(triton_bundler.TritonBundler.read_and_emit) == ["bundle"], "read_and_emit(bundle)")
 
 
 @pytest.mark.contract("inductor_artifact")

@@ -117,8 +117,9 @@ class GraphSet:
     def find(self, frame: Frame) -> Found | None:
         """Code and guards for a call; None is a miss."""
         with self._lock:
+            here = python_code.Functions()
             for number in self._by_code.get(python_code.digest(frame.code), ()):
-                manager, _ = self._check(number, frame)
+                manager, _ = self._check(number, frame, here)
                 if manager is not None:
                     code = self._install(number, frame)
                     label = graph_label(number)
@@ -130,8 +131,9 @@ class GraphSet:
     def reasons(self, frame: Frame) -> list[tuple[ServedGraph, str]]:
         """For each graph of this code, why the call does not fit; empty text if it does."""
         digest = python_code.digest(frame.code)
+        here = python_code.Functions()
         if digest in self._by_code:
-            return [(self._graphs[number], self._check(number, frame)[1]) for number in self._by_code[digest]]
+            return [(self._graphs[number], self._check(number, frame, here)[1]) for number in self._by_code[digest]]
         name = (frame.module, frame.name)
         why = f"the source of {':'.join(name)} differs"
         return [(graph, why) for graph in self._graphs if (graph.module, graph.function) == name]
@@ -165,10 +167,10 @@ class GraphSet:
             self._current_gpu = torch_capture.device_number()
         return gpu_number.BUILT_FOR if self._current_gpu is None else self._current_gpu
 
-    def _check(self, number: int, frame: Frame) -> tuple[object, str]:
+    def _check(self, number: int, frame: Frame, here: python_code.Functions) -> tuple[object, str]:
         """(guard manager, "") if the call may run this graph, else (None, why not)."""
         graph = self._graphs[number]
-        why = self._differs(number, graph, frame)
+        why = self._differs(graph, frame, here)
         if why:
             return None, why
         from aot_cache.upstream.codec import dynamo_guards
@@ -182,7 +184,7 @@ class GraphSet:
         facts = (graph.identities, graph.values)
         return dynamo_guards.build(data, *facts, frame.code, frame.f_globals, frame.f_locals, self._gpu)
 
-    def _differs(self, number: int, graph: ServedGraph, frame: Frame) -> str:
+    def _differs(self, graph: ServedGraph, frame: Frame, here: python_code.Functions) -> str:
         """How the call differs from what was built, checked without guards; empty if it does not."""
         if frame.module != graph.module:
             return f"its function is of module {graph.module}, but this one is of {frame.module}"
@@ -199,11 +201,10 @@ class GraphSet:
         found = dynamo_globals.settings()
         if hashlib.sha256(found.encode()).hexdigest() != graph.settings:
             return self._changed_settings(graph.settings, found)
-        here = {module: python_code.digests(module) for module in {module for module, _, _ in graph.inlined}}
         for module, qualname, digest in graph.inlined:
             if module not in sys.modules:  # the graph of another model whose forward has the same code
                 return f"{module} is not imported"
-            if digest not in here[module].get(qualname, ()):
+            if not here.has(module, qualname, digest):
                 why = f"the source of {module}:{qualname} differs"
                 self.loaded.stale[graph.name] = why
                 return why

@@ -7,6 +7,7 @@ initialised, else before the first capture, or at the first launch that would co
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -140,12 +141,14 @@ class Session:
     def ready(self, strict: bool, constants: Mapping[str, JsonValue]) -> list[Report]:
         """See `loader.ready`."""
         self._values |= constants
-        self.prime()
-        if torch_capture.cuda_is_up():  # before that, nothing is pending
-            came = [kernels.import_pending() for kernels in self.kernels()]
-            if any(came):
-                self.prime()
-            self._compile_at_start()
+        with self._libraries_meanwhile():
+            self.prime()
+            if torch_capture.cuda_is_up():  # before that, nothing is pending
+                came = [kernels.import_pending() for kernels in self.kernels()]
+                if any(came):
+                    self.prime()
+                self._compile_at_start()
+        if torch_capture.cuda_is_up():
             self._prime_libraries()
         reports = [kernels.report for kernels in self._kernels]
         primed, units = sum(r.primed for r in reports), sum(r.units for r in reports)
@@ -413,12 +416,24 @@ class Session:
             return
         waiting = self._folders or any(graphs.waiting() for graphs in self.graphs())
         if waiting or any(kernels.report.primed < kernels.report.units for kernels in self._kernels):
-            self.prime()
+            with self._libraries_meanwhile():
+                self.prime()
         self._prime_libraries()
+
+    def _libraries_meanwhile(self) -> contextlib.AbstractContextManager[None]:
+        """Where they will be primed, load CUDA's libraries while the block runs."""
+        if not self._may_prime_libraries() or not torch_capture.cuda_is_up() or torch_capture.capturing():
+            return contextlib.nullcontext()
+        from aot_cache.upstream.hooks import cuda_libraries
+
+        return cuda_libraries.meanwhile()
+
+    def _may_prime_libraries(self) -> bool:
+        return policy.default() != "observe" and self.primes_libraries
 
     def _prime_libraries(self) -> None:
         """Create the handles of cuBLAS and cuDNN. Their first use inside a capture would break it, even in an eager fallback."""
-        if policy.default() == "observe" or not self.primes_libraries:
+        if not self._may_prime_libraries():
             return
         from aot_cache.upstream.hooks import cuda_libraries
 

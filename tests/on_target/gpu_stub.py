@@ -57,6 +57,7 @@ def serving(monkeypatch: pytest.MonkeyPatch, folder: Path, kernels: Sequence[Any
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     monkeypatch.setattr(torch_capture, "cuda_is_up", lambda: True)
     monkeypatch.setattr(cuda_libraries, "prime", lambda: None)
+    monkeypatch.setattr(cuda_libraries, "meanwhile", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     for kernel in kernels:

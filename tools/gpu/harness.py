@@ -187,10 +187,18 @@ def build(recipe: str, target: str, store: Path, *more: str, cores: str = "0,1")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
     seconds = time.perf_counter() - began
     if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-10:] + done.stdout.strip().splitlines()[-5:]}
+        return {"error": done.stderr.strip().splitlines()[-10:] + _failed(done.stdout)}
     built = json.loads(done.stdout)["bundles"][0]
     kept = {k: built[k] for k in ("units", "graphs", "compiled", "size", "points", "digest", "failed", "path")}
     return {**kept, "seconds": round(seconds, 1), "driver": done.stderr.split()[:1], "cores": cores}
+
+
+def _failed(stdout: str) -> list[str]:
+    """What a build says of each case, kernel and graph that failed."""
+    try:
+        return [json.dumps(one) for bundle in json.loads(stdout).get("bundles", []) for one in bundle["failed"]]
+    except (ValueError, KeyError, AttributeError):
+        return stdout.strip().splitlines()[-5:]
 
 
 def _library_folders() -> list[str]:

@@ -317,6 +317,48 @@ def codes(module: str) -> dict[str, list[types.CodeType]]:
     return found
 
 
+class Functions:
+    """The functions of modules, at one moment: what they hold is looked at once at most."""
+
+    def __init__(self) -> None:
+        self._digests: dict[str, dict[str, set[str]]] = {}
+
+    def has(self, module: str, qualname: str, wanted: str) -> bool:
+        """Whether `module`, as imported here, has a function with this qualified name whose code has this digest.
+
+        Most are where their name says, and cost no walk through all of the module.
+        """
+        if _where_it_says(sys.modules.get(module), qualname, wanted):
+            return True
+        if module not in self._digests:
+            self._digests[module] = digests(module)
+        return wanted in self._digests[module].get(qualname, ())
+
+
+def _where_it_says(module: types.ModuleType | None, qualname: str, wanted: str) -> bool:
+    """Whether the name, followed from the module through its classes, leads to such a function, or to a wrapper of it."""
+    value: Any = module
+    path = qualname.split(".")
+    for name in path[: _DEPTH + 1]:
+        if isinstance(value, type) and module is not None and value.__module__ != module.__name__:
+            return False
+        value = vars(value).get(name) if isinstance(value, (types.ModuleType, type)) else None
+    for _ in range(_DEPTH - len(path)):
+        if isinstance(value, (staticmethod, classmethod)):
+            value = value.__func__
+        elif isinstance(value, types.FunctionType):
+            if (
+                value.__globals__ is vars(module)
+                and value.__qualname__ == qualname
+                and digest(value.__code__) == wanted
+            ):
+                return True
+            value = inspect.getattr_static(value, "__wrapped__", None)
+        else:
+            return False
+    return False
+
+
 def _places(module: types.ModuleType) -> dict[types.CodeType, tuple[str, types.CodeType]]:
     """Every code object reachable from `module`'s functions and classes → (name, code) of its outermost function."""
     found: dict[types.CodeType, tuple[str, types.CodeType]] = {}
@@ -348,8 +390,9 @@ def _places(module: types.ModuleType) -> dict[types.CodeType, tuple[str, types.C
                 visit(other, depth + 1)
         elif isinstance(value, (functools.partial, functools.cached_property)):
             visit(value.func, depth + 1)
-        elif isinstance(value, (dict, list, tuple)) and len(value) <= _MANY:
-            for other in list(value.values() if isinstance(value, dict) else value):
+        elif isinstance(value, (dict, list, tuple)):
+            held = _held_in(value)
+            for other in held if len(held) <= _MANY else ():
                 visit(other, depth + 1)
         if callable(value) and not isinstance(value, type):
             visit(inspect.getattr_static(value, "__wrapped__", None), depth + 1)
@@ -357,6 +400,13 @@ def _places(module: types.ModuleType) -> dict[types.CodeType, tuple[str, types.C
     for value in list(vars(module).values()):
         visit(value, 0)
     return found
+
+
+def _held_in(value: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> list[Any]:
+    """What a container really holds: methods of a subclass may do anything (transformers' lazy mappings import each model)."""
+    if isinstance(value, dict):
+        return list(dict.values(value))
+    return list(list.__iter__(value) if isinstance(value, list) else tuple.__iter__(value))
 
 
 _DEPTH = 5

@@ -10,7 +10,9 @@ Upstream: `torch/backends/cudnn/__init__.py` (`is_available`, `enabled`), and wh
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,12 +27,47 @@ def prime() -> None:
 
     cuDNN is used if torch has it and it is enabled: torch uses it for convolutions, and for attention on Hopper and later.
     """
-    stream = torch.cuda.current_stream()
-    place = (torch.cuda.current_device(), stream.cuda_stream, threading.get_ident())
+    place = _place()
     with _lock:
         if place in _done:
             return
         _done.add(place)
+    _use_each()
+
+
+@contextlib.contextmanager
+def meanwhile() -> Iterator[None]:
+    """Load the libraries on another thread while the block runs, for the current device and stream; CUDA must be initialised.
+
+    Loading cuDNN takes most of a second, in C. The thread's handles go to torch's pool when it ends, and the next thread that
+    needs some takes them, so `prime` is quick after it. What fails here is left to `prime`, which reports it.
+    """
+    try:
+        done = _place() in _done
+    except RuntimeError:
+        done = True
+    if done:
+        yield
+        return
+    device, stream = torch.cuda.current_device(), torch.cuda.current_stream()
+
+    def use() -> None:
+        with contextlib.suppress(Exception), torch.cuda.device(device), torch.cuda.stream(stream):
+            _use_each()
+
+    thread = threading.Thread(target=use, name="aot-cache libraries", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def _place() -> tuple[int, int, int]:
+    return torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream, threading.get_ident()
+
+
+def _use_each() -> None:
     with torch.no_grad(), torch.autocast("cuda", enabled=False):
         small = torch.ones(16, 16, device="cuda", dtype=torch.float16)
         torch.mm(small, small)

@@ -1,7 +1,9 @@
 """Inductor's result for one graph, as bytes that another process can run.
 
 Upstream: `torch/_dynamo/aot_compile_types.py` (`BundledAOTAutogradSerializableCallable`),
-`torch/_functorch/_aot_autograd/autograd_cache.py`.
+`torch/_inductor/async_compile.py` (`AsyncCompile`, `CompiledTritonKernels`),
+`torch/_functorch/_aot_autograd/autograd_cache.py`, `torch/_functorch/_aot_autograd/aot_autograd_result.py`
+(`deserialize_bundled_cache_entry`).
 """
 
 from __future__ import annotations
@@ -28,16 +30,17 @@ import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Serializable
+from torch._functorch._aot_autograd import aot_autograd_result
 from torch._functorch._aot_autograd.aot_autograd_result import GenericAOTAutogradResult
-from torch._inductor.async_compile import CompiledTritonKernels
-from torch._inductor.codecache import FxGraphCache, PyCodeCache
+from torch._inductor.async_compile import AsyncCompile, CompiledTritonKernels
+from torch._inductor.codecache import FxGraphCache, PyCodeCache, code_hash
 from torch._inductor.output_code import CompiledFxGraph
 from torch._inductor.triton_bundler import TritonBundler
 
 from aot_cache.files import scratch
 from aot_cache.upstream import patch
 from aot_cache.upstream.codec import gpu_number, inductor_source
-from aot_cache.upstream.hooks import inductor_later
+from aot_cache.upstream.hooks import inductor_binaries, inductor_later
 
 _SETTINGS: dict[str, Any] = {
     "strict_autograd_cache": True,
@@ -81,6 +84,7 @@ def compile_graph(wrapper: Any, backend: Any, graph: Any, inputs: Any, **kwargs:
     try:
         with (
             _keys_of_their_own(),
+            patch.inside(CompiledTritonKernels, "key", _key_of_source),
             functorch_config.patch(_SETTINGS),
             inductor_config.patch(_NOT_MEASURED),
             _without_sources(),
@@ -111,14 +115,15 @@ _TIMES = ("forward_time_taken_ns", "backward_time_taken_ns")
 
 @contextlib.contextmanager
 def _without_sources() -> Iterator[None]:
-    """Inside, artifacts have no texts for logs (graphs as text, lines of user code with this machine's paths), and no
-    unneeded imports."""
+    """Inside, artifacts have no texts for logs (graphs as text, lines of user code with this machine's paths), no unneeded
+    imports, and no files that nobody reads."""
 
     def prepare_for_serialization(original: Any, self: Any) -> Any:
         for name in _TEXTS:
             setattr(self, name, "")
         self.cache_linemap = []
         result = original(self)
+        self._triton_bundle = inductor_binaries.kept(self._triton_bundle, self.source_code)
         self.source_code = inductor_source.lean(self.source_code)
         return result
 
@@ -171,7 +176,7 @@ def load_graph(data: bytes, gpu: int = gpu_number.BUILT_FOR) -> Any:
     """
     if gpu != gpu_number.BUILT_FOR and gpu_number.holds_devices(data):
         raise ValueError("its artifact holds a device")
-    with _one_at_a_time, _private_folder(data) as folder, _without_the_compiler(gpu):
+    with _one_at_a_time, _private_folder(data) as folder, _without_the_compiler(gpu), _without_a_copy():
         made = Serializable.deserialize_compile_artifacts(data)
         modules = [module for module in PyCodeCache.modules if str(module.__file__).startswith(folder)]
         forget = weakref.finalize(made, _forget, modules, folder, os.getpid())
@@ -195,8 +200,12 @@ def _forget(modules: list[ModuleType], folder: str, pid: int) -> None:
 
 @contextlib.contextmanager
 def _without_the_compiler(gpu: int) -> Iterator[None]:
-    """Skip what upstream's cache does after loading a graph: import all of `torch._inductor.graph` for a hook of its own
-    tests, and ask another cache for measurements."""
+    """Skip what upstream does for a graph that it might have to compile.
+
+    Its cache imports all of `torch._inductor.graph` for a hook of its own tests, and asks another cache for measurements. At the
+    first kernel of a module, compiled or not, it starts a pool of compile workers, as many processes as cores, and hashes all
+    sources of torch, for the pool and for the key under which it looks for the kernel (`AsyncCompile.triton`).
+    """
     inductor_later.call_without_debug()
 
     def cache_hit_post_compile(_: Any, graph: Any, cache_info: Any, constants: Any) -> Any:
@@ -207,8 +216,50 @@ def _without_the_compiler(gpu: int) -> Iterator[None]:
         graph.after_deserialization(constants)
         return graph, cache_info
 
-    with _post_compile.replaced(cache_hit_post_compile):
+    with (
+        _post_compile.replaced(cache_hit_post_compile),
+        _use_pool.replaced(lambda _original, _cls: False),
+        _key.replaced(_key_to_find),
+    ):
         yield
+
+
+def _key_of_source(_original: Any, kernel_src: str) -> str:
+    """The key of a kernel in an artifact, without the digest of the builder's torch: the binary is in the same artifact."""
+    return code_hash(kernel_src)
+
+
+def _key_to_find(original: Any, kernel_src: str) -> str:
+    own = code_hash(kernel_src)
+    # A bundle of an earlier release has upstream's keys.
+    return own if own in CompiledTritonKernels._cache else str(original(kernel_src))
+
+
+@contextlib.contextmanager
+def _without_a_copy() -> Iterator[None]:
+    """Skip the copy of all that was unpickled, which upstream keeps to write the loaded graph again.
+
+    It takes most of the time of unpickling, and its memory.
+    """
+
+    def deserialize_bundled_cache_entry(original: Any, entry: Any) -> Any:
+        entry.__deepcopy__ = lambda _memo: _NotWritten()
+        made = original(entry)
+        del entry.__deepcopy__
+        return made
+
+    with _deserialize_entry.replaced(deserialize_bundled_cache_entry):
+        yield
+
+
+_deserialize_entry = patch.OnThisThread(aot_autograd_result, "deserialize_bundled_cache_entry")
+
+
+class _NotWritten:
+    """Stands for a copy that was not made."""
+
+    def __reduce__(self) -> str:
+        raise TypeError("a graph that aot-cache loaded from a bundle cannot be written again: copy the bundle")
 
 
 def _move(graph: Any, gpu: int) -> None:
@@ -221,6 +272,8 @@ def _move(graph: Any, gpu: int) -> None:
 
 
 _post_compile = patch.OnThisThread(FxGraphCache, "cache_hit_post_compile")
+_key = patch.OnThisThread(CompiledTritonKernels, "key")
+_use_pool = patch.OnThisThread(AsyncCompile, "use_process_pool")
 
 
 _ASKS = {

@@ -20,6 +20,7 @@ from torch._inductor.triton_bundler import TritonBundler
 
 from aot_cache.upstream import patch
 from aot_cache.upstream.codec import gpu_number
+from aot_cache.upstream.hooks import inductor_binaries
 
 Json = Any
 _CACHES = ("autotune_local_cache", "autotune_remote_cache", "bundled_autotune_remote_cache")
@@ -71,8 +72,9 @@ def choosing(choices: Mapping[str, int] | None, gpu: int = gpu_number.BUILT_FOR)
     """
     kernels: list[Kernel] = []
 
-    def load_autotuners(original: Any, cls: Any, static_autotuners: Any) -> Any:
-        for entry in static_autotuners or ():
+    def read_and_emit(original: Any, bundle: Any) -> Any:
+        compiled = [result for entry in bundle.static_autotuners or () for result in entry.kernel.compile_results]
+        for entry in bundle.static_autotuners or ():
             tuner = entry.kernel
             if gpu != gpu_number.BUILT_FOR:
                 _move(tuner, gpu)
@@ -85,9 +87,9 @@ def choosing(choices: Mapping[str, int] | None, gpu: int = gpu_number.BUILT_FOR)
                 tuner.save_cache_hook = None
                 if choices is not None:
                     tuner.compile_results = [tuner.compile_results[choices.get(entry.cache_key, 0)]]
-        return original(cls, static_autotuners)
+        return original(inductor_binaries.write(bundle, compiled))
 
-    with _load_autotuners.replaced(load_autotuners):
+    with _read_and_emit.replaced(read_and_emit):
         yield kernels
 
 
@@ -99,7 +101,7 @@ def _move(tuner: Any, gpu: int) -> None:
         result.compile_meta = {**result.compile_meta, "device": gpu}
 
 
-_load_autotuners = patch.OnThisThread(TritonBundler, "load_autotuners")
+_read_and_emit = patch.OnThisThread(TritonBundler, "read_and_emit")
 
 
 @contextlib.contextmanager
