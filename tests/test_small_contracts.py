@@ -71,23 +71,30 @@ def test_the_mode_of_captures_is_exchanged_and_put_back(monkeypatch: pytest.Monk
 @pytest.mark.contract("cuda_libraries")
 def test_which_library_calls_are_made_before_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, with the device's questions answered: the operators are those that own cuBLAS, cuBLASLt and cuDNN."""
-    called = []
+    called: list[str] = []
 
     class Noted(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             called.append(str(func))
             return func(*args, **(kwargs or {}))
 
-    _on_the_cpu(monkeypatch, 99)
+    _on_the_cpu(monkeypatch, 99, called)
     with Noted():
         cuda_libraries.prime()
         cuda_libraries.prime()
-    wanted = ["aten.mm.default", "aten.addmm.default", "aten.convolution.default"]
+    wanted = ["aten.mm.default", "aten.addmm.default", "cudnn's handle"]
     found = [name for name in called if name in wanted]
-    need(found == wanted, f"a product, a product with a bias and a convolution are {called}")
+    need(found == wanted, f"a product, a product with a bias and cuDNN's handle are {called}")
+    schema = str(torch.ops.aten._cudnn_init_dropout_state.default._schema).partition(" *,")[0]
+    need(schema.endswith("(float dropout, bool train, int dropout_seed,"), f"the state of a dropout: {schema}")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 97)
+    with Noted():
+        cuda_libraries.prime()
+    need("aten.convolution.default" in called, "MIOpen gets no convolution")
 
 
-def _on_the_cpu(monkeypatch: pytest.MonkeyPatch, device: int) -> None:
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch, device: int, called: list[str]) -> None:
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *size, device, dtype: ones(*size))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
@@ -96,12 +103,13 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch, device: int) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "_cudnn_init_dropout_state", lambda *_, **__: called.append("cudnn's handle"))
 
 
 @pytest.mark.contract("cuda_libraries")
 def test_libraries_are_loaded_while_something_else_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a thread that has ended when the block has; what fails there is left to `prime`. Nothing where all is done."""
-    _on_the_cpu(monkeypatch, 98)
+    _on_the_cpu(monkeypatch, 98, [])
     used: list[int] = []
     product, inside = torch.mm, threading.Event()
 

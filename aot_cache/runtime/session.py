@@ -74,8 +74,8 @@ class Session:
         self._doubts: set[str] = set()
         """Doubts for which a warning was shown."""
         self.primes_libraries = True
-        """Whether cuBLAS and cuDNN are made ready before a capture. Not for an engine that runs each size before it captures it:
-        loading cuDNN takes about a second, also for a model that never uses it."""
+        """Whether cuBLAS and cuDNN are made ready before a capture. An engine that runs each size before it captures it does that
+        itself."""
 
     # --- bundles ------------------------------------------------------------------------------------------------------
 
