@@ -39,7 +39,7 @@ from aot_cache.recipes import dimensions
 from aot_cache.recipes.declare import Recipe
 from aot_cache.store import Store
 from aot_cache.upstream.codec import dynamo_globals, dynamo_guards
-from aot_cache.upstream.hooks import dynamo_frames
+from aot_cache.upstream.hooks import dynamo_frames, dynamo_guard_timing
 from aot_cache.upstream.hooks.dynamo_frames import Frame
 from aot_cache.upstream.virtual import dynamo_inputs
 
@@ -389,7 +389,11 @@ class GraphBuilder:
                 raise
 
         try:
-            with dynamo_inputs.session(signature.dynamic(), MOST_GRAPHS), dynamo_guards.writing() as written:
+            with (
+                dynamo_inputs.session(signature.dynamic(), MOST_GRAPHS),
+                dynamo_guard_timing.skipped(),
+                dynamo_guards.writing() as written,
+            ):
                 job.written = written
                 with job.graphs_answered():
                     for number, points in signature.points.items():

@@ -174,6 +174,7 @@ class GraphSet:
         if why:
             return None, why
         from aot_cache.upstream.codec import dynamo_guards
+        from aot_cache.upstream.hooks import dynamo_guard_timing
 
         data = self.bundle.object(graph.guard_state)
         if not self.bundle.proven:
@@ -182,7 +183,8 @@ class GraphSet:
         dynamo_globals.install_modules(graph.imports, frame.f_globals)
         dynamo_globals.prepare_modules(module for module, _, _ in graph.inlined)
         facts = (graph.identities, graph.values)
-        return dynamo_guards.build(data, *facts, frame.code, frame.f_globals, frame.f_locals, self._gpu)
+        with dynamo_guard_timing.skipped():
+            return dynamo_guards.build(data, *facts, frame.code, frame.f_globals, frame.f_locals, self._gpu)
 
     def _differs(self, graph: ServedGraph, frame: Frame, here: python_code.Functions) -> str:
         """How the call differs from what was built, checked without guards; empty if it does not."""

@@ -28,7 +28,6 @@ from torch._guards import Guard, GuardsSet, Source, TracingContext, tracing
 from torch._library import custom_ops
 from torch._subclasses.fake_tensor import FakeTensor
 
-from aot_cache.upstream import patch
 from aot_cache.upstream.codec import gpu_number, guard_facts, guard_lookups
 from aot_cache.upstream.codec.guard_facts import LIVENESS, NAMELESS
 
@@ -87,7 +86,7 @@ def writing() -> Iterator[Written]:
     manager.serialize_guards, module.pickle_guards_state = serialize_guards, pickle_guards_state
     manager.UNSUPPORTED_SERIALIZATION_GUARD_TYPES = ()
     pickler.reducer_override = _others(reduce)
-    with config.patch(strict_precompile=True), _not_timed():
+    with config.patch(strict_precompile=True):
         try:
             yield written
         finally:
@@ -193,25 +192,12 @@ def build(
     if why:
         return None, why
     try:
-        with _not_timed():
-            manager = package.load_guard_manager(state, code, f_globals)
+        manager = package.load_guard_manager(state, code, f_globals)
     except (KeyError, AttributeError, IndexError, TypeError, AssertionError) as error:
         return None, f"its arguments have a different structure ({type(error).__name__}: {error})"
     if manager.check(f_locals):
         return manager, ""
     return None, failure(manager, f_locals)
-
-
-def _not_timed() -> contextlib.AbstractContextManager[None]:
-    """Inside, upstream does not measure how long new guards take to check, which only its log and its trace would tell.
-
-    To measure, it fills 32 MB to clear the processor's caches (`profile_guard_manager`, `flush_cache_by_eviction`): 15 to 35 ms
-    for each new set of guards, more than all else of making it.
-    """
-    return _profile.replaced(lambda _original, *_arguments: 0.0)
-
-
-_profile = patch.OnThisThread(guards, "profile_guard_manager")
 
 
 def _read(data: bytes) -> Any:

@@ -83,7 +83,7 @@ def _make_cudnn_handle() -> None:
 
     The state of a dropout needs the handle alone: 9 to 30 ms on an H200. A convolution needs it, too, but loads cuDNN's engines:
     0.3 to 1.2 s, also for a model that never uses one. What a captured convolution or attention needs is loaded inside the
-    capture, which allows that (`tests/gpu/test_libraries.py`).
+    capture, which allows that (`tests/gpu/test_libraries_on_gpu.py`).
     """
     if torch.version.hip is None:
         torch._cudnn_init_dropout_state(0.5, True, 0, dtype=torch.uint8, device="cuda")
