@@ -50,6 +50,16 @@ def test_a_peer_that_is_better_is_named(bench: Any) -> None:
     assert text.endswith("Where a peer is better:\n\n- a net: mega has artifact_mb 1.0, ours 2.0\n")
 
 
+def test_a_peer_that_failed_is_named(bench: Any) -> None:
+    found = {
+        **record(bench),
+        "records": {"mlps": {"failed": {"aoti": "aoti failed with exit code -11:\nFatal Python"}}},
+    }
+    assert bench.table(found).endswith(
+        "What failed, and has no figures:\n\n- mlps, aoti: aoti failed with exit code -11:\n"
+    )
+
+
 def test_a_record_is_drawn_on_another_machine(bench: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file = tmp_path / "record.json"

@@ -34,6 +34,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
 from harness import PATH, Independent, cli, commit, distance, empty_caches, finish, hand_over
 
 Json = Any
+
+
+class Failed(Exception):
+    """A measured process of a mode failed."""
+
+
 MODES = ("eager", "cold", "inductor", "mega", "precompile", "aoti", "aot")
 SIZES = (512, 64, 8)
 REPLAYS = 200
@@ -184,6 +190,7 @@ def run(options: argparse.Namespace, mode: str, imports: str, folder: str, artif
         **empty_caches(folder),
         "PYTHONPATH": PATH,
         "ANSWER": str(answer),
+        "PYTHONFAULTHANDLER": "1",
     }
     if mode == "cold-same":  # ordinary compile under the settings that a bundle is built with
         mode = "cold"
@@ -194,15 +201,20 @@ def run(options: argparse.Namespace, mode: str, imports: str, folder: str, artif
         environment["TORCH_CACHING_PRECOMPILE"] = "1"
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=500)
     if done.returncode or not answer.exists():
-        raise SystemExit(f"{mode} failed:\n{done.stderr[-3000:]}")
+        raise Failed(f"{mode} failed with exit code {done.returncode}:\n{done.stderr[-3000:]}")
     found: Json = json.loads(answer.read_text())
     answer.unlink()
     return found
 
 
-def measure(options: argparse.Namespace) -> tuple[Json, Json, Json]:
-    """(all modes, interleaved; what was made for them before; what happens in their captures)."""
+def measure(options: argparse.Namespace) -> tuple[Json, Json, Json, dict[str, str]]:
+    """(all modes, interleaved; what was made for them before; what happens in their captures; peers that failed, and how).
+
+    Raises:
+        Failed: our own mode failed.
+    """
     rows: dict[str, dict[str, list[Json]]] = {mode: {"all": [], "imported": []} for mode in options.modes}
+    failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as base:
         warm = Path(base, "warm")
         warm.mkdir()
@@ -212,16 +224,25 @@ def measure(options: argparse.Namespace) -> tuple[Json, Json, Json]:
             with tempfile.TemporaryDirectory() as folder:
                 return run(options, mode, imports, str(warm) if mode == "inductor" else folder, base)
 
+        events = {}
+        for mode in options.modes:
+            try:
+                events[mode] = once(mode, "watched")["in_captures"]
+            except Failed as error:
+                if mode == "aot":
+                    raise
+                failed[mode] = str(error)
+                del rows[mode]
+                print(error, file=sys.stderr, flush=True)
         for number in range(options.rounds):
-            for mode in options.modes:
+            for mode in rows:
                 if mode == "cold" and number >= 2:
                     continue  # takes as long as all others together, and does not scatter
                 for imports in rows[mode]:
                     found = once(mode, imports)
                     rows[mode][imports].append(found)
                     print(f"round {number + 1}, {mode}, {imports}: {found['first']:.3f} s", file=sys.stderr, flush=True)
-        events = {mode: once(mode, "watched")["in_captures"] for mode in options.modes}
-    return rows, prepared, events
+    return rows, prepared, events, failed
 
 
 def _prepare(options: argparse.Namespace, base: Path, warm: Path) -> Json:
@@ -333,7 +354,7 @@ def main() -> int:
         return hand_over(serve(options))
     import torch
 
-    rows, prepared, events = measure(options)
+    rows, prepared, events, failed = measure(options)
     record = {
         "what": "cold start: model built to first captured graph replayed",
         "commit": commit(),
@@ -342,6 +363,7 @@ def main() -> int:
         "summary": summary(rows),
         "prepared": prepared,
         "events": events,
+        "failed": failed,
         "claims": {"nothing happens in our captures": not events["aot"]} if "aot" in events else {},
     }
     return finish(record, options.out)
