@@ -67,6 +67,22 @@ def before_capture(
     mine = {"batch": bool(batch_ok), "hits": bool(hits), "why": why}
     said = rank_agreement.of(group).gather(mine, f"capture of {key}", timeout)
     _remember(key)
+    return decide(key, said, mixed=mixed)
+
+
+def decide(key: str, said: Mapping[int, Mapping[str, Json]], *, mixed: str = "error") -> Decision:
+    """What ranks do with a shape when each of them has said whether it can.
+
+    Args:
+        key: as for `before_capture`; mixed: as there.
+        said: rank → whether it has a batch (`batch`), whether all is installed (`hits`), and the reason if not (`why`).
+
+    Raises:
+        RankDisagreement: the ranks differ and `mixed` is `error`.
+        DeclarationError: `mixed` has another value.
+    """
+    if mixed not in MIXED:
+        raise DeclarationError(f"mixed to be one of {', '.join(MIXED)}", repr(mixed))
     if not any(one["batch"] for one in said.values()):
         return Decision("skip", "no rank has a batch")
     no = {rank: _reason(one) for rank, one in said.items() if not (one["batch"] and one["hits"])}

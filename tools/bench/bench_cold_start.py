@@ -234,7 +234,12 @@ def measure(options: argparse.Namespace) -> tuple[Json, Json, Json, dict[str, st
                 failed[mode] = str(error)
                 del rows[mode]
                 print(error, file=sys.stderr, flush=True)
+        slowest = 0.0
         for number in range(options.rounds):
+            began = time.monotonic()
+            if number and began + slowest > options.started + options.seconds:
+                print(f"no time for round {number + 1}", file=sys.stderr, flush=True)
+                break
             for mode in rows:
                 if mode == "cold" and number >= 2:
                     continue  # takes as long as all others together, and does not scatter
@@ -242,6 +247,7 @@ def measure(options: argparse.Namespace) -> tuple[Json, Json, Json, dict[str, st
                     found = once(mode, imports)
                     rows[mode][imports].append(found)
                     print(f"round {number + 1}, {mode}, {imports}: {found['first']:.3f} s", file=sys.stderr, flush=True)
+            slowest = max(slowest, time.monotonic() - began)
     return rows, prepared, events, failed
 
 
@@ -336,13 +342,16 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--target", default="h200")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="no round is begun that would end after so many")
     parser.add_argument("--modes", type=lambda text: text.split(","), default=list(MODES))
     parser.add_argument("--bundle", default="")
     parser.add_argument("--keep", help="where to leave the bundle that was built")
     parser.add_argument("--out")
     for hidden in ("--mode", "--imports", "--artifacts", "--save"):
         parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.started = time.monotonic()
+    return options
 
 
 def main() -> int:

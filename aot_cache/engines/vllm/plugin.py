@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from aot_cache.upstream.after_import import after_import, when_triton_comes
 
@@ -147,9 +147,10 @@ def _seal(_worker: object) -> None:
 
     def say() -> None:
         import aot_cache
+        from aot_cache.runtime import summary
 
         aot_cache.seal()
-        _LOG.info("%s", summary(aot_cache.stats(), _seconds, _models))
+        _LOG.info("%s", summary.of(aot_cache.stats(), _seconds, _models_found(_models)))
 
     _or_warn(say)
 
@@ -159,40 +160,11 @@ def seconds() -> float:
     return _seconds
 
 
-def summary(stats: Mapping[str, Any], seconds: float, models: Served | None = None) -> str:
-    """One line for vLLM's log.
-
-    Args:
-        stats: of `aot_cache.stats()`.
-        seconds: spent in loading and installing.
-        models: what became of the models that vLLM compiles itself.
-    """
-    bundles, graphs, total = stats["bundles"], stats["graphs"], stats["total"]
-    if not bundles:
-        refused = total["rejected_bundle"]
-        return f"aot-cache serves without a bundle ({refused} refused); {_events(total)} during start-up"
-    from aot_cache.runtime.ledger import HARMFUL
-
-    primed, units = sum(one["primed"] for one in bundles), sum(one["units"] for one in bundles)
-    loaded, declared = sum(one["primed"] for one in graphs), sum(one["graphs"] for one in graphs)
-    inside = sum(stats["in_capture"][kind] for kind in HARMFUL)
-    return (
-        f"aot-cache is ready: {primed} of {units} kernel specializations and {loaded} of {declared} compiled graphs "
-        f"loaded in {seconds:.2f} s; {_models_found(models)}{_events(total)} during start-up; {inside} events inside captures"
-    )
-
-
 def _models_found(models: Served | None) -> str:
+    """Part of the line that `summary.of` makes."""
     if models is None or not models.asked:
         return ""
     return f"{models.found} of {models.asked} models that vLLM compiles were in the bundle; "
-
-
-def _events(total: Mapping[str, int]) -> str:
-    names = {"compile": "compiles", "tuning": "tunings", "gcc": "C compiler runs", "frame": "frames traced by Dynamo"}
-    other = total["other_compile"]
-    counted = [f"{total[kind]} {name}" for kind, name in names.items()]
-    return ", ".join([*counted, f"{other} kernels by other compilers"] if other else counted)
 
 
 def _timed(action: Callable[[], None]) -> None:
