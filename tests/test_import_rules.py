@@ -288,7 +288,7 @@ def test_a_bare_name_is_one_module() -> None:
         *(
             path.stem
             for path in (ROOT / "tests").rglob("*.py")
-            if not {"conftest.py", "fake_vllm", "fake_tensorrt_llm"} & {*path.parts}
+            if not {"conftest.py", "fake_vllm", "fake_sglang", "fake_tensorrt_llm"} & {*path.parts}
         ),
     ]
     twice = sorted({name for name in names if names.count(name) > 1})

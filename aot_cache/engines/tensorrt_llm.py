@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from aot_cache.runtime.engine_start import Start, asked_for
 from aot_cache.upstream.after_import import after_import
 
 if TYPE_CHECKING:  # nothing else is imported before the package is: `auto` may be imported by every Python of an image
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # nothing else is imported before the package is: `auto` may 
 TIMEOUT = 600.0
 """Seconds that a rank waits for the others: as torch.distributed's default, because one may compile for minutes meanwhile."""
 _LOG = logging.getLogger("TRT-LLM.aot_cache")  # below the engine's logger, so that its log settings apply
+_start = Start(_LOG)
 _registered = False
 _hooked: set[str] = set()
 
@@ -36,14 +37,14 @@ def register() -> None:
     if _registered:
         return
     _registered = True
-    after_import("tensorrt_llm", lambda: _or_warn(_wait))
+    after_import("tensorrt_llm", lambda: _start.or_warn(_wait))
 
 
 def _wait() -> None:
     from aot_cache.upstream.hooks import tensorrt_llm_warmup
 
     for layout in reversed(tensorrt_llm_warmup.LAYOUTS):  # the newest first, whose module the oldest's imports
-        after_import(layout.module, lambda layout=layout: _or_warn(lambda: _hook(layout)))  # type: ignore[misc]
+        after_import(layout.module, lambda layout=layout: _start.or_warn(lambda: _hook(layout)))  # type: ignore[misc]
 
 
 def _hook(layout: engine.Layout) -> None:
@@ -56,17 +57,15 @@ def _hook(layout: engine.Layout) -> None:
 
 
 def _warmup(run: Callable[[], None]) -> None:
-    if not (os.environ.get("AOT_CACHE") or os.environ.get("AOT_CACHE_POLICY")):
+    if not asked_for():
         run()
         return
-    from aot_cache.runtime import loader, summary
+    from aot_cache.runtime import loader
 
     loader.SESSION.primes_libraries = False  # each shape runs before it is captured
-    started = time.perf_counter()
-    _or_warn(loader.ready)
-    seconds = time.perf_counter() - started
+    _start.timed(loader.ready)
     run()
-    _or_warn(lambda: _LOG.info("%s", summary.of(loader.stats(), seconds)))
+    _start.or_warn(_start.say)
 
 
 def _batch(wanted: engine.Wanted) -> Any:
@@ -143,11 +142,3 @@ def _free(wanted: engine.Wanted, batch: Any) -> None:
 def _mixed() -> str:
     """What to do if ranks differ. A value that is none raises, on every rank, before a forward."""
     return os.environ.get("AOT_CACHE_MIXED") or "error"
-
-
-def _or_warn(action: Callable[[], object]) -> None:
-    """Run something of ours; TensorRT-LLM goes on whatever it raises."""
-    try:
-        action()
-    except Exception as error:
-        _LOG.warning("aot-cache: %s", error)

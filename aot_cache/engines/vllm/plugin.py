@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from aot_cache.runtime.engine_start import Start, asked_for
 from aot_cache.upstream.after_import import after_import, when_triton_comes
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 AT_START = ("num_cache_lines",)
 """Constants of vLLM's kernels that are the number of blocks of the KV cache: in 0.24, of both causal-conv kernels."""
-_LOG = logging.getLogger("vllm.aot_cache")  # below vLLM's logger, so that vLLM's log settings apply
-_seconds = 0.0
+_LOG = logging.getLogger("vllm.aot_cache")
+_start = Start(_LOG)
 _done = False
 _models: Served | None = None
 _front: list[Callable[[], None]] = []
@@ -33,36 +33,36 @@ _front: list[Callable[[], None]] = []
 def register() -> None:
     """Load the bundle, and call `ready` and `seal`, at the right steps of vLLM's worker. May be called more than once."""
     global _done
-    serving = bool(os.environ.get("AOT_CACHE") or os.environ.get("AOT_CACHE_POLICY"))
+    serving = asked_for()
     recording = bool(os.environ.get("AOT_CACHE_RECORD_TO"))
     if _done or not (serving or recording):
         return
     _done = True
     if serving:
-        _or_warn(_wait)
+        _start.or_warn(_wait)
     if recording:
-        _or_warn(_record)
+        _start.or_warn(_record)
 
 
 def _wait() -> None:
-    from aot_cache.engines.vllm import exporter
-    from aot_cache.upstream.hooks import vllm_compile_cache, vllm_worker
+    from aot_cache.engines import exporter
+    from aot_cache.upstream.hooks import vllm_compile_cache, vllm_metrics, vllm_worker
 
-    after_import(vllm_worker.MODULE, lambda: _or_warn(_begin))
-    after_import(vllm_compile_cache.REGISTRY, lambda: _or_warn(_give_model_info))
-    when_triton_comes(lambda: _or_warn(_give_c_modules))
-    exporter.publish()
+    after_import(vllm_worker.MODULE, lambda: _start.or_warn(_begin))
+    after_import(vllm_compile_cache.REGISTRY, lambda: _start.or_warn(_give_model_info))
+    when_triton_comes(lambda: _start.or_warn(_give_c_modules))
+    exporter.publish(vllm_metrics.add_collector)
 
 
 def _begin() -> None:
     """vLLM's worker is imported; no kernel was launched yet."""
     while _front:
         _front.pop()()
-    _timed(_load)
+    _start.timed(_load)
     from aot_cache.upstream.hooks import vllm_worker
 
     vllm_worker.after_steps({"load_model": _ready, "initialize_from_config": _ready, "compile_or_warm_up_model": _seal})
-    _or_warn(_serve_models)
+    _start.or_warn(_serve_models)
 
 
 def _load() -> None:
@@ -108,8 +108,8 @@ def _give_c_modules() -> None:
 def _record() -> None:
     from aot_cache.upstream.hooks import vllm_compile_cache, vllm_worker
 
-    after_import(vllm_worker.MODULE, lambda: _or_warn(_record_models))
-    after_import(vllm_compile_cache.REGISTRY, lambda: _or_warn(_record_model_info))
+    after_import(vllm_worker.MODULE, lambda: _start.or_warn(_record_models))
+    after_import(vllm_compile_cache.REGISTRY, lambda: _start.or_warn(_record_model_info))
 
 
 def _record_models() -> None:
@@ -119,7 +119,7 @@ def _record_models() -> None:
 
     recorder = compile_cache.Recorder(record.keep_caches)
     recorder.start()
-    vllm_worker.after_steps({"compile_or_warm_up_model": lambda _: _or_warn(recorder.finish)})
+    vllm_worker.after_steps({"compile_or_warm_up_model": lambda _: _start.or_warn(recorder.finish)})
 
 
 def _record_model_info() -> None:
@@ -139,7 +139,7 @@ def _ready(worker: object) -> None:
         blocks = vllm_worker.cache_blocks(worker)
         aot_cache.ready(at_start={} if blocks is None else dict.fromkeys(AT_START, blocks))
 
-    _or_warn(lambda: _timed(install))
+    _start.timed(install)
 
 
 def _seal(_worker: object) -> None:
@@ -147,38 +147,20 @@ def _seal(_worker: object) -> None:
 
     def say() -> None:
         import aot_cache
-        from aot_cache.runtime import summary
 
         aot_cache.seal()
-        _LOG.info("%s", summary.of(aot_cache.stats(), _seconds, _models_found(_models)))
+        _start.say(_models_found(_models))
 
-    _or_warn(say)
+    _start.or_warn(say)
 
 
 def seconds() -> float:
     """How long loading and installing took in this process so far."""
-    return _seconds
+    return _start.seconds
 
 
 def _models_found(models: Served | None) -> str:
-    """Part of the line that `summary.of` makes."""
+    """What `Start.say` says of them."""
     if models is None or not models.asked:
         return ""
     return f"{models.found} of {models.asked} models that vLLM compiles were in the bundle; "
-
-
-def _timed(action: Callable[[], None]) -> None:
-    global _seconds
-    started = time.perf_counter()
-    try:
-        action()
-    finally:
-        _seconds += time.perf_counter() - started
-
-
-def _or_warn(action: Callable[[], None]) -> None:
-    """Run something of ours; vLLM goes on whatever it raises."""
-    try:
-        action()
-    except Exception as error:
-        _LOG.warning("aot-cache: %s", error)

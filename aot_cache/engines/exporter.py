@@ -1,22 +1,24 @@
-"""The ledgers of vLLM's workers on the API server's `/metrics`."""
+"""The ledgers of an engine's workers on its API server's `/metrics`."""
 
 from __future__ import annotations
 
 import atexit
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from aot_cache.files import scratch
 from aot_cache.runtime import stats_files
-from aot_cache.upstream.hooks import vllm_metrics
 
 
-def publish() -> None:
-    """In vLLM's first process: make the folder in which the workers, which inherit its name, write what they count.
+def publish(add_collector: Callable[[Callable[[], Iterator[Any]]], None]) -> None:
+    """In the engine's first process: make the folder in which the workers, which inherit its name, write what they count.
 
     In each process: if it shows metrics, show what is in the folder.
+
+    Args:
+        add_collector: adds a collector's `collect` to what the engine shows.
     """
     if stats_files.VARIABLE not in os.environ:
         folder, _ = scratch.make()  # stays locked as long as this process, or a forked child, lives
@@ -28,7 +30,7 @@ def publish() -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
         atexit.register(remove)
-    vllm_metrics.add_collector(collect)
+    add_collector(collect)
 
 
 def collect() -> Iterator[Any]:

@@ -1,0 +1,42 @@
+"""A scheduler's process imports this at its start; the API server does, too, for the function's name."""
+
+from typing import Any
+
+
+class Scheduler:
+    def __init__(self, server_args: Any, port_args: Any) -> None:
+        self.init_model_worker()
+
+    def init_model_worker(self) -> None:
+        from sglang.srt.model_executor.model_runner import ModelRunner
+
+        self.said: list[str] = []
+        self.target = ModelRunner(self.said)
+        self.draft = ModelRunner(self.said, is_draft_worker=True)
+        self.target.init_cuda_graphs()
+        self.draft.init_cuda_graphs(capture_decode_cuda_graph=False)
+
+
+def run_scheduler_process(pipe_writer: Any) -> None:
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    scheduler = Scheduler("server_args", "port_args")
+    pipe_writer.send({"ready": True})
+    served = [[runner.run(size) for size in (4, 9, 16)] for runner in (scheduler.target, scheduler.draft)]
+    import sys
+
+    from torch._dynamo.utils import counters
+
+    import aot_cache
+
+    loaded = "aot_cache.runtime.session" in sys.modules
+    stats = aot_cache.stats() if loaded else {}
+    pipe_writer.send(
+        {
+            "served": served,
+            "frames": counters["stats"]["unique_graphs"],
+            "stats": {name: stats.get(name) for name in ("total", "sealed", "after_seal")},
+        }
+    )
+    pipe_writer.recv()  # the metrics are read while this process lives

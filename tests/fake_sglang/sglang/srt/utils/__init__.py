@@ -1,0 +1,1 @@
+from sglang.srt.utils.common import add_prometheus_middleware as add_prometheus_middleware

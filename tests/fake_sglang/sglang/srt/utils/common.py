@@ -1,0 +1,9 @@
+from typing import Any
+
+
+def add_prometheus_middleware(app: Any) -> None:
+    from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)
+    app.append(lambda: generate_latest(registry).decode())
