@@ -38,10 +38,18 @@ def read(path: Path = RECORD) -> list[dict[str, Json]]:
 
 
 def merged(runs: Sequence[dict[str, Json]], new: dict[str, Json]) -> list[dict[str, Json]]:
-    """The runs with `new` among them: its parts replace those of the run with the same releases."""
-    same = next((run for run in runs if _key(run) == _key(new)), None)
-    others = [run for run in runs if run is not same]
-    parts = {**(same["parts"] if same else {}), **new["parts"]}
+    """The runs with `new` among them. Its parts take the place of those that ran before under the same releases, whatever their
+    patch release; parts that it has not run stay with the patch release under which they ran."""
+    parts, others = dict(new["parts"]), []
+    for run in runs:
+        if any(tested.minor(run[name]) != tested.minor(new[name]) for name in _RELEASES):
+            others.append(run)
+            continue
+        left = {part: found for part, found in run["parts"].items() if part not in new["parts"]}
+        if all(run[name] == new[name] for name in _RELEASES):
+            parts = {**left, **parts}
+        elif left:
+            others.append({**run, "parts": left})
     return sorted([*others, {**new, "parts": parts}], key=_key)
 
 
@@ -49,13 +57,16 @@ def write(runs: Iterable[dict[str, Json]], path: Path = RECORD) -> None:
     path.write_text(json.dumps({"tool": "check_torch", "runs": list(runs)}, indent=1, ensure_ascii=False) + "\n")
 
 
+_RELEASES = ("torch", "triton", "transformers")
+
+
 def _key(run: Mapping[str, str]) -> list[tuple[int, ...]]:
-    return [_number(run[name]) for name in ("torch", "triton", "transformers")]
+    return [_number(run[name]) for name in _RELEASES]
 
 
 def _number(version: str) -> tuple[int, ...]:
-    """Major and minor."""
-    return tuple(map(int, tested.minor(version).split(".")))
+    """`2.12.1+cu130` → (2, 12, 1)."""
+    return tuple(map(int, re.findall(r"\d+", version.partition("+")[0])))
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
