@@ -74,6 +74,7 @@ SCENES: dict[str, Callable[[Any], Any]] = {
     "one raises": lambda peers: capture(peers, fails_at=4 if RANK == 1 else 0),
     "one raises, dropped": lambda peers: dropping(lambda: capture(peers, fails_at=4 if RANK == 1 else 0)),
     "the draft lacks": lambda peers: [capture(peers), dropping(lambda: capture(peers, less(3), (4, 8)))],
+    "told otherwise": lambda peers: dropping(lambda: capture(peers)) if RANK == 3 else capture(peers),
     "alone": lambda peers: capture(None, less()),
     "one shape": lambda peers: capture(peers, less(), (8,)),
     "other shapes": lambda peers: capture(peers, sizes=(8, 4) if RANK else (8, 2)),
@@ -87,6 +88,8 @@ def main() -> None:
     peers = connect()
     for name in sys.argv[1:]:
         print(json.dumps([RANK, name, SCENES[name](peers)]), flush=True)
+    if os.environ["OURS"] == "1":
+        peers.allgather("end")  # the store is in the first rank, which must not be gone while others read
 
 
 main()

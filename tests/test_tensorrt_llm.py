@@ -31,6 +31,7 @@ SCENES = (
     "one raises",
     "one raises, dropped",
     "the draft lacks",
+    "told otherwise",
     "alone",
 )
 TWICE = {"1.2": 1, "main": 2}
@@ -147,6 +148,14 @@ def test_a_draft_model_agrees_for_itself(done: Job) -> None:
     for target, draft in done.said["the draft lacks"]:
         assert target["ran"] == done.ran((8, 0), (4, 0), (2, 0)) and target["error"] == ""
         assert draft["ran"] == done.ran((4, 0)) and draft["error"] == "" and draft["leaked"] == 0
+
+
+def test_ranks_that_are_told_otherwise_say_so(done: Job) -> None:
+    """Else one would leave a shape out, and the others raise."""
+    for rank in done.said["told otherwise"]:
+        assert rank["ran"] == [] and rank["leaked"] == 0
+        assert rank["error"].startswith("RankDisagreement: expected the same AOT_CACHE_MIXED on every rank")
+        assert "rank 3: drop" in rank["error"]
 
 
 def test_an_engine_without_peers_asks_nobody(done: Job) -> None:

@@ -85,8 +85,9 @@ def _batch(wanted: engine.Wanted) -> Any:
     except Exception as error:  # the others are told, and then it goes on
         failure = error
     mine = {"batch": batch is not None, "hits": True, "why": "" if batch is not None else _why(wanted)}
+    mine |= {"failed": one_line(failure) if failure is not None else "", "mixed": _mixed()}
     try:
-        said = _gather(wanted, {**mine, "failed": one_line(failure) if failure is not None else ""})
+        said = _gather(wanted, mine)
         if failure is not None:
             raise failure
         kept = _all_have_it(wanted, said)
@@ -106,6 +107,9 @@ def _all_have_it(wanted: engine.Wanted, said: Mapping[int, Any]) -> bool:
     failed = {rank: one["failed"] for rank, one in said.items() if one["failed"]}
     if failed:
         raise RankDisagreement(f"every rank to make a batch for {wanted.shape}", rank_agreement.say(failed))
+    if len({one["mixed"] for one in said.values()}) > 1:
+        values = rank_agreement.say({rank: one["mixed"] for rank, one in said.items()})
+        raise RankDisagreement("the same AOT_CACHE_MIXED on every rank", values)
     decision = capture_loop.decide(wanted.shape, said, mixed=_mixed())
     if not decision and decision.action == "drop":
         _LOG.warning("aot-cache: all ranks leave out the graph of %s: %s", wanted.shape, decision.why)
