@@ -76,6 +76,26 @@ def test_a_server_with_the_plug_in(bundle: Path, tmp_path: Path) -> None:
     assert len([line for line in lines if "aot_cache" in line and 'kind="frame"' in line and line.endswith(" 0.0")]) > 0
 
 
+def test_what_was_recorded_is_built_and_served(tmp_path: Path) -> None:
+    """The three steps of docs/sglang.md, with no recipe: scheduler processes are recorded."""
+    plan, out = tmp_path / "server.plan.json", tmp_path / "server.safetensors"
+    record = ["record", "--out", str(plan), "--", sys.executable, str(FAKE / "sglang_server.py")]
+    build = ["build", "--plan", str(plan), "--target", "cpu", "--store", str(tmp_path), "--out", str(out)]
+    for command in (record, build):
+        done = subprocess.run(
+            [sys.executable, "-m", "aot_cache", *command],
+            env=environment(tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=HANGS,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    found, log = serve(tmp_path / "empty", AOT_CACHE=str(out), AOT_CACHE_STRICT="1")
+    assert found["frames"] == 0 and not any(found["stats"]["after_seal"].values())
+    assert len([line for line in log if OURS in line and "2 of 2 compiled graphs" in line]) == 1
+
+
 def test_nothing_happens_without_a_bundle(tmp_path: Path) -> None:
     found, log = serve(tmp_path)
     assert found["frames"] > 0 and not log and "aot_cache" not in found["metrics"]

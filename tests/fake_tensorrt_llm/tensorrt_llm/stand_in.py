@@ -13,12 +13,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+MEETING = datetime.timedelta(seconds=120)
+"""How long ranks wait for each other to start."""
+
 
 class OverTorch:
-    """Ranks of torch.distributed, as when Ray or torchrun starts them."""
+    """Ranks of torch.distributed, as when Ray or torchrun starts them. A collective of the model waits for `seconds`."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
+        dist.init_process_group("gloo", timeout=MEETING)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        dist.barrier()  # all are there, and may be impatient from now on
+        self._group = dist.new_group(timeout=datetime.timedelta(seconds=seconds))
 
     def allgather(self, obj: Any) -> list[Any]:
         out: list[Any] = [None] * self.world_size
@@ -26,7 +32,7 @@ class OverTorch:
         return out
 
     def allreduce(self, tensor: torch.Tensor) -> None:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self._group)
 
 
 class OverAnother:
@@ -35,7 +41,8 @@ class OverAnother:
     def __init__(self, port: int, seconds: float) -> None:
         self.rank, self.world_size, self._count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 0
         limit = datetime.timedelta(seconds=seconds)
-        self._store = dist.TCPStore("127.0.0.1", port, self.world_size, self.rank == 0, timeout=limit)
+        self._store = dist.TCPStore("127.0.0.1", port, self.world_size, self.rank == 0, timeout=MEETING)
+        self.allgather("here")
         inner = dist.PrefixStore("group", self._store)
         self._group: Any = dist.ProcessGroupGloo(inner, self.rank, self.world_size, limit)
 

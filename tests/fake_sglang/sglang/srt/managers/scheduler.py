@@ -10,9 +10,8 @@ class Scheduler:
     def init_model_worker(self) -> None:
         from sglang.srt.model_executor.model_runner import ModelRunner
 
-        self.said: list[str] = []
-        self.target = ModelRunner(self.said)
-        self.draft = ModelRunner(self.said, is_draft_worker=True)
+        self.target = ModelRunner()
+        self.draft = ModelRunner(is_draft_worker=True)
         self.target.init_cuda_graphs()
         self.draft.init_cuda_graphs(capture_decode_cuda_graph=False)
 

@@ -7,8 +7,8 @@ import torch
 class ModelRunner:
     """Of a target, or of a draft."""
 
-    def __init__(self, said: list[str], is_draft_worker: bool = False) -> None:
-        self.is_draft_worker, self.said = is_draft_worker, said
+    def __init__(self, is_draft_worker: bool = False) -> None:
+        self.is_draft_worker = is_draft_worker
         self.load_model()
 
     def load_model(self) -> None:
