@@ -8,7 +8,7 @@ Upstream, read in https://github.com/NVIDIA/TensorRT-LLM (`LAYOUTS` has the comm
   comes twice there.
 - `_release_batch_context(batch, resource_manager)` is a context manager that frees a batch when it ends.
 - `warmup(resource_manager)` has all of this in it. It is called for the target and for a draft model.
-- `dist` of the owner is None, or has `rank`, `world_size` and `allgather` for any object, in the order of ranks
+- `dist` of the owner is None, or has `world_size` and `allgather` for any object, in the order of ranks
   (`tensorrt_llm/_torch/distributed/communicator.py`). It blocks until all ranks call it.
 - `resource_manager.get_resource_manager(owner.kv_cache_manager_key).get_num_free_blocks()` is what decides whether there is room.
 - The engine's logger has the name `TRT-LLM` (`tensorrt_llm/logger.py`), which `engines/tensorrt_llm.py` relies on.
@@ -63,11 +63,10 @@ class Peers:
     """The ranks that run a model together, one of which is this process.
 
     Args:
-        rank: this process's number; size: how many there are.
+        size: how many there are.
         allgather: takes an object; returns that of each rank, in their order. All ranks must call it.
     """
 
-    rank: int
     size: int
     allgather: Callable[[Any], list[Any]]
 
@@ -101,7 +100,7 @@ def hook(layout: Layout, batch: Callable[[Wanted], Any], around: Callable[[Calla
     owner = getattr(importlib.import_module(layout.module), layout.owner, None)
     if owner is None or not hasattr(owner, _MAKE):
         return False
-    getattr(owner, _RELEASE)
+    getattr(owner, _RELEASE)  # raises if it is not there
     signature = inspect.signature(getattr(owner, _MAKE))
     if tuple(signature.parameters)[: len(PARAMETERS)] != PARAMETERS:
         raise AttributeError(f"{layout.owner}.{_MAKE} takes {', '.join(signature.parameters)}")
@@ -130,7 +129,7 @@ def _peers(engine: Any) -> Peers | None:
     dist = getattr(engine, "dist", None)
     if dist is None or dist.world_size <= 1:
         return None
-    return Peers(dist.rank, dist.world_size, dist.allgather)
+    return Peers(dist.world_size, dist.allgather)
 
 
 def _release(engine: Any, made: Any, resources: Any) -> None:
@@ -141,5 +140,5 @@ def _release(engine: Any, made: Any, resources: Any) -> None:
 def _free_blocks(engine: Any, resources: Any) -> int | None:
     try:
         return int(resources.get_resource_manager(engine.kv_cache_manager_key).get_num_free_blocks())
-    except (AttributeError, TypeError, ValueError):  # it is only shown to people
+    except Exception:  # it is only shown to people, and the other ranks wait for this one
         return None
