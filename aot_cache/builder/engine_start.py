@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from aot_cache.artifact import engine_cache, key, plan_of_ranks
 from aot_cache.artifact.plan import Plan, merge
 from aot_cache.artifact.target import Target
-from aot_cache.builder import fingerprint
+from aot_cache.builder import engine_names, fingerprint
 from aot_cache.builder.fingerprint import NO_INPUTS, Inputs
 from aot_cache.builder.messages import OtherRanks, Part, Started, StartJob, answer_of
 from aot_cache.builder.worker_pool import Progress, WorkerPool
@@ -87,6 +87,7 @@ def start(engine: Engine, target: Target, store: Store, scratch: Path, progress:
         DeclarationError: there is no such engine here, or it does not take its command line.
         AotCacheError: it cannot be started without a GPU.
     """
+    engine_names.module_of(engine.name)  # before a worker has imported torch for nothing
     if target.backend == "cpu":
         raise DeclarationError("a GPU target for an engine", "cpu", "name a GPU with --target")
     question = key.digest(

@@ -18,7 +18,7 @@ from aot_cache.artifact.engine_cache import Caches
 from aot_cache.artifact.key import function_of
 from aot_cache.artifact.plan import Plan
 from aot_cache.artifact.specialization import parameter_names
-from aot_cache.builder import fingerprint
+from aot_cache.builder import engine_names, fingerprint
 from aot_cache.builder.messages import Started, StartJob
 from aot_cache.errors import DeclarationError
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from aot_cache.upstream.hooks.triton_launches import LaunchLog
 
 Progress = Callable[[str, int, int], None]
-_ROOM = "aot_cache.engines"
 _CONFIGURATION = ("*.json", "*.py", "*.yaml")
 """Files of a model's folder that decide what an engine does. Weights do not."""
 
@@ -97,13 +96,13 @@ def adapter(name: str) -> Adapter:
     Raises:
         DeclarationError: there is none, or the engine is not installed.
     """
-    module = name if "." in name else f"{_ROOM}.{name}.virtual_start"
+    module = engine_names.module_of(name)
     try:
         found = cast(Adapter, importlib.import_module(module))
     except ModuleNotFoundError as error:
         if not f"{module}.".startswith(f"{error.name}."):
             raise
-        raise DeclarationError("an engine (vllm), or a module with an adapter", repr(name)) from None
+        raise engine_names.unknown(name) from None
     try:
         found.version()
     except ImportError:
