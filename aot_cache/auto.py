@@ -1,4 +1,4 @@
-"""`import aot_cache.auto` in a serving process: load what the environment names.
+"""`import aot_cache.auto` in a serving process: load what the environment names, and let ranks of TensorRT-LLM agree.
 
 AOT_CACHE         a bundle, or a folder with one bundle per GPU model; several are separated by `:`, as in PATH (on Linux);
                   unset: no bundle is loaded

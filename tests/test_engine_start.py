@@ -160,7 +160,11 @@ def test_a_recording_beside_it_adds_choices_and_functions(
             "expected an engine (vllm), or a module with an adapter, found 'tests.no_such_engine'",
         ),
         ("nothing", (), "expected an engine (vllm), or a module with an adapter, found 'nothing'"),
-        ("sglang", (), "expected an engine (vllm), or a module with an adapter, found 'sglang'"),  # a plug-in, no adapter
+        (
+            "sglang",
+            (),
+            "expected an engine (vllm), or a module with an adapter, found 'sglang'",
+        ),  # a plug-in, no adapter
         ("vllm", (), "expected vllm beside aot-cache, found none"),
         ("tests.small_engine", ("--depth=3",), "expected the option batches, found ['depth']"),
     ],

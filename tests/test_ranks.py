@@ -36,18 +36,20 @@ def write(folder: Path) -> None:
         write_bundle(folder / f"{name}.safetensors", manifest, {digest: details})
 
 
-def job(*scenes: str, seconds: float = 90, folder: Path = HERE) -> tuple[Said, list[int | None]]:
+def job(
+    *scenes: str, seconds: float = 90, script: str = "rank_child.py", path: tuple[Path, ...] = (), **variables: str
+) -> tuple[Said, list[int | None]]:
     """(what each rank said of each scene, exit codes; None for a rank that was still there at the end)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
     common |= {
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+        "PYTHONPATH": os.pathsep.join(map(str, [*path, HERE, HERE.parent])),
         "OMP_NUM_THREADS": "1",
-        "FOLDER": str(folder),
+        **variables,
     }
-    command = [sys.executable, "-W", "ignore", str(HERE / "rank_child.py"), *scenes]
+    command = [sys.executable, "-W", "ignore", str(HERE / script), *scenes]
     processes = [
         subprocess.Popen(
             command, env={**common, "RANK": str(n)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -72,7 +74,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Said:
     """One job for all scenes after which it goes on."""
     folder = tmp_path_factory.mktemp("bundles")
     write(folder)
-    found, codes = job(folder=folder)
+    found, codes = job(FOLDER=str(folder))
     assert codes == [0] * RANKS
     return found
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import Any
 
 import pytest
 from limits import HANGS
+from test_vllm_plugin import built, environment
 
-ROOT = Path(__file__).parents[1]
 FAKE = Path(__file__).parent / "fake_sglang"
 Json = Any
 OURS = "LOG sglang.aot_cache"
@@ -26,22 +25,9 @@ SERVED = [
 ]
 
 
-def environment(folder: Path, package: Path = FAKE, **more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("AOT_CACHE")}
-    caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
-    paths = os.pathsep.join(map(str, [package, ROOT]))
-    return {**kept, **caches, "PYTHONPATH": paths, "AOT_CACHE_UNTESTED": "1", **more}
-
-
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundle")
-    out = folder / "bundle.safetensors"
-    asked = ["--model", "fake_sglang_model:recipe", "--target", "cpu", "--store", str(folder), "--out", str(out)]
-    command = [sys.executable, "-m", "aot_cache", "build", *asked, "--no-rehearse"]
-    done = subprocess.run(command, env=environment(folder), capture_output=True, text=True, timeout=HANGS, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out
+    return built(tmp_path_factory.mktemp("bundle"), "fake_sglang_model:recipe", FAKE)
 
 
 def serve(folder: Path, package: Path = FAKE, **more: str) -> tuple[Json, list[str]]:
@@ -84,7 +70,7 @@ def test_what_was_recorded_is_built_and_served(tmp_path: Path) -> None:
     for command in (record, build):
         done = subprocess.run(
             [sys.executable, "-m", "aot_cache", *command],
-            env=environment(tmp_path),
+            env=environment(tmp_path, FAKE),
             capture_output=True,
             text=True,
             timeout=HANGS,

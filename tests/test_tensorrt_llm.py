@@ -4,22 +4,18 @@ calls of both layouts, whose ranks hang without us.
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_ranks
+from contracts import python
 from limits import HANGS
-from test_ranks import write
+from test_ranks import RANKS
 
-HERE = Path(__file__).parent
-RANKS = 4
+FAKE = Path(__file__).parent / "fake_tensorrt_llm"
 SHORT, LONG = 5.0, 120.0
 """Seconds that a collective waits: where it is to hang, and where it is not."""
 SCENES = (
@@ -41,33 +37,10 @@ TWICE = {"1.2": 1, "main": 2}
 def job(
     *scenes: str, layout: str, over: str, ours: bool = True, limit: float = LONG, **more: str
 ) -> tuple[dict[str, list[Any]], list[int | None]]:
-    """(scene → what each rank said of it, exit codes; None for a rank that was still there after the time limit)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = [str(HERE / "fake_tensorrt_llm"), str(HERE), str(HERE.parent)]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
-    common |= {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "FAKE_TENSORRT_LLM": layout, "OVER": over}
-    common |= {"LIMIT": str(limit), "OURS": str(int(ours)), **more}
-    command = [sys.executable, "-W", "ignore", str(HERE / "tensorrt_llm_child.py"), *scenes]
-    pipe = subprocess.PIPE
-    ranks = [
-        subprocess.Popen(command, env={**common, "RANK": str(n)}, stdout=pipe, stderr=pipe, text=True)
-        for n in range(RANKS)
-    ]
-    deadline = time.monotonic() + HANGS
-    while time.monotonic() < deadline and any(one.poll() is None for one in ranks):
-        time.sleep(0.1)
-    codes = [one.poll() for one in ranks]
-    said: dict[str, list[Any]] = {}
-    for rank in ranks:
-        rank.kill()
-        out, err = rank.communicate()
-        print(err, file=sys.stderr)
-        for line in out.splitlines():
-            _, name, facts = json.loads(line)
-            said.setdefault(name, []).append(facts)
-    return said, codes
+    """(scene → what each rank said of it, exit codes)."""
+    told = {"FAKE_TENSORRT_LLM": layout, "OVER": over, "LIMIT": str(limit), "OURS": str(int(ours)), **more}
+    said, codes = test_ranks.job(*scenes, seconds=HANGS, script="tensorrt_llm_child.py", path=(FAKE,), **told)
+    return {scene: [facts for _, facts in sorted(by_rank.items())] for scene, by_rank in said.items()}, codes
 
 
 @dataclass(frozen=True)
@@ -89,7 +62,7 @@ class Job:
 def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
     layout, over = request.param
     folder = tmp_path_factory.mktemp("bundles")
-    write(folder)
+    test_ranks.write(folder)
     bundle = {"AOT_CACHE": str(folder / "one.safetensors"), "AOT_CACHE_STRICT": "1"}
     said, codes = job(*SCENES, layout=layout, over=over, **bundle)
     assert codes == [0] * RANKS
@@ -188,17 +161,15 @@ def test_ranks_at_other_shapes_say_so(over: str) -> None:
         assert rank["ran"] == [[8, 0]] and rank["error"].startswith("RankDisagreement: ") and rank["leaked"] == 0
 
 
+def run(code: str, layout: str) -> subprocess.CompletedProcess[str]:
+    """`code` beside the stand-in."""
+    done = python(code, {"PYTHONPATH": str(FAKE), "FAKE_TENSORRT_LLM": layout})
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def test_a_release_with_another_layout_is_named() -> None:
-    code = "import aot_cache.auto, tensorrt_llm._torch.pyexecutor.model_engine"
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE / "fake_tensorrt_llm"), str(HERE.parent)])}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**variables, "FAKE_TENSORRT_LLM": "of tomorrow"},
-        capture_output=True,
-        text=True,
-        timeout=HANGS,
-        check=True,
-    )
+    done = run("import aot_cache.auto, tensorrt_llm._torch.pyexecutor.model_engine", "of tomorrow")
     assert done.stderr.count("this TensorRT-LLM has its warm-up elsewhere") == 1
 
 
@@ -208,13 +179,4 @@ def test_a_line_in_a_pth_file_is_enough(tmp_path: Path) -> None:
     code = f"import site; site.addsitedir({str(tmp_path)!r})\n"
     code += "from tensorrt_llm._torch.pyexecutor.model_engine import PyTorchModelEngine as engine\n"
     code += "print(engine.warmup.__module__)"
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE / "fake_tensorrt_llm"), str(HERE.parent)])}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**variables, "FAKE_TENSORRT_LLM": "1.2"},
-        capture_output=True,
-        text=True,
-        timeout=HANGS,
-        check=True,
-    )
-    assert done.stdout.strip() == "aot_cache.upstream.hooks.tensorrt_llm_warmup"
+    assert run(code, "1.2").stdout.strip() == "aot_cache.upstream.hooks.tensorrt_llm_warmup"

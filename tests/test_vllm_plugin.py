@@ -24,22 +24,28 @@ Json = Any
 OURS = "LOG vllm.aot_cache"
 
 
-def environment(folder: Path, **more: str) -> dict[str, str]:
+def environment(folder: Path, package: Path = FAKE, **more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AOT_CACHE")}
-    paths = os.pathsep.join(map(str, [FAKE, ROOT]))
+    paths = os.pathsep.join(map(str, [package, ROOT]))
     caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
     return {**kept, **caches, "PYTHONPATH": paths, "AOT_CACHE_UNTESTED": "1", **more}
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundle")
+def built(folder: Path, recipe: str, package: Path = FAKE) -> Path:
+    """A bundle of what a stand-in serves, for the CPU."""
     out = folder / "bundle.safetensors"
-    asked = ["--model", "fake_vllm_model:recipe", "--target", "cpu", "--store", str(folder), "--out", str(out)]
+    asked = ["--model", recipe, "--target", "cpu", "--store", str(folder), "--out", str(out)]
     command = [sys.executable, "-m", "aot_cache", "build", *asked, "--no-rehearse"]
-    done = subprocess.run(command, env=environment(folder), capture_output=True, text=True, timeout=HANGS, check=False)
+    done = subprocess.run(
+        command, env=environment(folder, package), capture_output=True, text=True, timeout=HANGS, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return out
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory.mktemp("bundle"), "fake_vllm_model:recipe")
 
 
 def serve(folder: Path, method: str, **more: str) -> tuple[Json, list[str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from pathlib import Path
 
 from aot_cache.errors import DeclarationError
@@ -16,8 +15,7 @@ ADAPTER = "virtual_start"
 def known() -> list[str]:
     """The engines with an adapter of ours."""
     room = importlib.import_module(ROOM)
-    packages = [found.name for found in pkgutil.iter_modules(room.__path__) if found.ispkg]
-    return [name for name in packages if any(Path(path, name, f"{ADAPTER}.py").exists() for path in room.__path__)]
+    return sorted(file.parent.name for path in room.__path__ for file in Path(path).glob(f"*/{ADAPTER}.py"))
 
 
 def module_of(name: str) -> str:

@@ -86,18 +86,16 @@ def _batch(wanted: engine.Wanted) -> Any:
         failure = error
     mine = {"batch": batch is not None, "hits": True, "why": "" if batch is not None else _why(wanted)}
     mine |= {"failed": one_line(failure) if failure is not None else "", "mixed": _mixed()}
+    kept = False
     try:
-        said = _gather(wanted, mine)
+        said = _gather(wanted, wanted.peers, mine)
         if failure is not None:
             raise failure
         kept = _all_have_it(wanted, said)
-    except BaseException:
-        _free(wanted, batch)
-        raise
-    if not kept:
-        _free(wanted, batch)
-        return None
-    return batch
+    finally:
+        if batch is not None and not kept:
+            wanted.release(batch)
+    return batch if kept else None
 
 
 def _all_have_it(wanted: engine.Wanted, said: Mapping[int, Any]) -> bool:
@@ -116,14 +114,12 @@ def _all_have_it(wanted: engine.Wanted, said: Mapping[int, Any]) -> bool:
     return bool(decision)
 
 
-def _gather(wanted: engine.Wanted, mine: Mapping[str, Any]) -> dict[int, Any]:
+def _gather(wanted: engine.Wanted, peers: engine.Peers, mine: Mapping[str, Any]) -> dict[int, Any]:
     """Rank → what it says of the shape."""
     from aot_cache.errors import RankDisagreement
     from aot_cache.runtime import rank_agreement
     from aot_cache.upstream.codec import torch_ranks
 
-    peers = wanted.peers
-    assert peers is not None
     if torch_ranks.up() and len(torch_ranks.ranks_of(None)) == peers.size:
         return rank_agreement.of().gather(dict(mine), f"capture of {wanted.shape}", TIMEOUT)
     texts = peers.allgather({"what": wanted.shape, **mine})
@@ -136,11 +132,6 @@ def _gather(wanted: engine.Wanted, mine: Mapping[str, Any]) -> dict[int, Any]:
 def _why(wanted: engine.Wanted) -> str:
     blocks = wanted.free_blocks()
     return "" if blocks is None else f"{blocks} free blocks in its KV cache"
-
-
-def _free(wanted: engine.Wanted, batch: Any) -> None:
-    if batch is not None:
-        wanted.release(batch)
 
 
 def _mixed() -> str:

@@ -62,8 +62,7 @@ def before_capture(
         RankDisagreement: the ranks differ and `mixed` is `error`, or a rank does not answer within `timeout` seconds.
         DeclarationError: `mixed` has another value.
     """
-    if mixed not in MIXED:
-        raise DeclarationError(f"mixed to be one of {', '.join(MIXED)}", repr(mixed))
+    _require_known(mixed)  # before the others wait for this rank
     mine = {"batch": bool(batch_ok), "hits": bool(hits), "why": why}
     said = rank_agreement.of(group).gather(mine, f"capture of {key}", timeout)
     _remember(key)
@@ -74,15 +73,14 @@ def decide(key: str, said: Mapping[int, Mapping[str, Json]], *, mixed: str = "er
     """What ranks do with a shape when each of them has said whether it can.
 
     Args:
-        key: as for `before_capture`; mixed: as there.
+        key, mixed: as for `before_capture`.
         said: rank → whether it has a batch (`batch`), whether all is installed (`hits`), and the reason if not (`why`).
 
     Raises:
         RankDisagreement: the ranks differ and `mixed` is `error`.
         DeclarationError: `mixed` has another value.
     """
-    if mixed not in MIXED:
-        raise DeclarationError(f"mixed to be one of {', '.join(MIXED)}", repr(mixed))
+    _require_known(mixed)
     if not any(one["batch"] for one in said.values()):
         return Decision("skip", "no rank has a batch")
     no = {rank: _reason(one) for rank, one in said.items() if not (one["batch"] and one["hits"])}
@@ -94,6 +92,11 @@ def decide(key: str, said: Mapping[int, Mapping[str, Json]], *, mixed: str = "er
         others = "see why on these ranks: the others could capture it" if len(no) < len(said) else ""
         raise RankDisagreement(f"every rank to capture {key}, or none", text, others)
     return Decision("drop", text)
+
+
+def _require_known(mixed: str) -> None:
+    if mixed not in MIXED:
+        raise DeclarationError(f"mixed to be one of {', '.join(MIXED)}", repr(mixed))
 
 
 def after_capture(key: str, *, group: object = None, timeout: float = rank_agreement.TIMEOUT) -> Decision:

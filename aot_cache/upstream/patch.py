@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+
+from aot_cache.upstream.after_import import after_import
 
 Undo = Callable[[], None]
 Answer = Callable[..., Any]
@@ -101,6 +104,18 @@ def replace_all(owner: Any, answers: Mapping[str, Answer]) -> Undo:
         for name, by in answers.items():
             undo.callback(replace(owner, name, by))
         return undo.pop_all().close
+
+
+def replace_in(modules: Iterable[str], name: str, by: Answer) -> None:
+    """`replace` in each of the modules that has a function of that name, once it is imported: whoever imported the function by
+    its name calls its own."""
+
+    def hook(module: str) -> None:
+        if name in vars(sys.modules[module]):
+            replace(sys.modules[module], name, by)
+
+    for module in modules:
+        after_import(module, lambda module=module: hook(module))  # type: ignore[misc]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Whether SGLang's own code, without a GPU, loads our plug-in, has the steps that it hooks, and shows our ledger; one JSON line.
+"""Whether SGLang's own code, without a GPU, loads our plug-in, has the steps that it hooks, and shows our ledger: a JSON record.
 
     pip download --no-deps --dest /tmp sglang==0.5.23; unzip -d WHEEL /tmp/sglang-*.whl
     PYTHONPATH=WHEEL:PACKAGES python tools/releases/sglang_plugin_here.py [--out RECORD.json]
@@ -14,7 +14,6 @@ import asyncio
 import importlib
 import importlib.abc
 import importlib.machinery
-import json
 import os
 import platform
 import sys
@@ -25,6 +24,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "gpu")]
+
+from harness import commit, finish
 
 BINARY = frozenset(
     "torchvision torchaudio sgl_kernel flashinfer deep_gemm cutlass tilelang flash_attn quack nvshmem sgl_deep_ep "
@@ -77,7 +80,7 @@ def hooked(module: str, owner: str, name: str) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out")
     options = parser.parse_args()
     os.environ["AOT_CACHE_POLICY"] = "observe"
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp()
@@ -95,16 +98,14 @@ def main() -> int:
     }
     record = {
         "what": "SGLang's own code loads the plug-in, without a GPU",
+        "commit": commit(),
         "versions": {"sglang": version("sglang"), "torch": version("torch"), "python": platform.python_version()},
         "imported before the plug-in": sorted(before),
         "replaced by nothing": sorted({name.partition(".")[0] for name in sys.modules} & BINARY),
         "families": families,
         "claims": claims,
     }
-    print(json.dumps(record))
-    if options.out is not None:
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
-    return 0 if all(claims.values()) else 1
+    return finish(record, options.out)
 
 
 if __name__ == "__main__":

@@ -39,15 +39,10 @@ def _begin() -> None:
     """A scheduler is about to be made; no kernel was launched yet."""
     global _loaded
     if not _loaded:
+        from aot_cache.engines import loading
+
         _loaded = True
-        _start.timed(_load)
-
-
-def _load() -> None:
-    import aot_cache.auto  # noqa: F401  # reads the environment
-    from aot_cache.runtime import loader
-
-    loader.SESSION.primes_libraries = False  # SGLang runs each size before it captures it
+        _start.timed(loading.load)
 
 
 def _ready() -> None:

@@ -58,18 +58,12 @@ def _begin() -> None:
     """vLLM's worker is imported; no kernel was launched yet."""
     while _front:
         _front.pop()()
-    _start.timed(_load)
+    from aot_cache.engines import loading
     from aot_cache.upstream.hooks import vllm_worker
 
+    _start.timed(loading.load)
     vllm_worker.after_steps({"load_model": _ready, "initialize_from_config": _ready, "compile_or_warm_up_model": _seal})
     _start.or_warn(_serve_models)
-
-
-def _load() -> None:
-    import aot_cache.auto  # noqa: F401  # reads the environment
-    from aot_cache.runtime import loader
-
-    loader.SESSION.primes_libraries = False  # vLLM runs each size before it captures it
 
 
 def _serve_models() -> None:

@@ -8,11 +8,10 @@ Upstream: SGLang's `sglang/srt/utils/common.py` (`add_prometheus_middleware`, wh
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from aot_cache.upstream import after_import, patch
+from aot_cache.upstream import patch
 
 PLACES = ("sglang.srt.utils.common", "sglang.srt.entrypoints.http_server")
 NAME = "add_prometheus_middleware"
@@ -31,10 +30,4 @@ def add_collector(collect: Callable[[], Any]) -> None:
         with patch.OnThisThread(importlib.import_module("prometheus_client"), "CollectorRegistry").replaced(registry):
             return original(*args, **kwargs)
 
-    def hook(name: str) -> None:
-        module = sys.modules[name]
-        if NAME in vars(module):
-            patch.replace(module, NAME, add_prometheus_middleware)
-
-    for name in PLACES:
-        after_import.after_import(name, lambda name=name: hook(name))  # type: ignore[misc]
+    patch.replace_in(PLACES, NAME, add_prometheus_middleware)

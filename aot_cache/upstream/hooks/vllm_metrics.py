@@ -6,11 +6,10 @@ Upstream: vLLM's `vllm/v1/metrics/prometheus.py` (`get_prometheus_registry`), ta
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from aot_cache.upstream import after_import, patch
+from aot_cache.upstream import patch
 
 _PLACES = ("vllm.v1.metrics.prometheus", "vllm.entrypoints.serve.instrumentator.metrics")
 _NAME = "get_prometheus_registry"
@@ -28,10 +27,4 @@ def add_collector(collect: Callable[[], Any]) -> None:
             registry.register(collector)
         return registry
 
-    def hook(name: str) -> None:
-        module = sys.modules[name]
-        if _NAME in vars(module):
-            patch.replace(module, _NAME, get_prometheus_registry)
-
-    for name in _PLACES:
-        after_import.after_import(name, lambda name=name: hook(name))  # type: ignore[misc]
+    patch.replace_in(_PLACES, _NAME, get_prometheus_registry)
