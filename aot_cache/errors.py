@@ -210,3 +210,14 @@ def one_line(error: BaseException) -> str:
     lines = [line for line in lines if not line.startswith(_ADVICE)] or lines
     text = " / ".join([lines[0], lines[-1]] if len(lines) > 1 else lines)
     return f"{type(error).__name__}: {text}"[:600]
+
+
+def at_line_of(package: str, error: BaseException) -> str:
+    """The error as one line, with the innermost line of `package`'s code that it went through."""
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if f"/{package}/" in file:
+            place = f" ({file.rpartition(f'/{package}/')[2]}:{trace.tb_lineno})"
+        trace = trace.tb_next
+    return f"{one_line(error)}{place}"

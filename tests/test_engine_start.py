@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import vllm_starts_page
@@ -26,8 +25,8 @@ from aot_cache.builder import pipeline
 from aot_cache.builder.engine_start import Engine
 from aot_cache.builder.pipeline import Built, Request
 from aot_cache.cli.main import app
+from aot_cache.engines.requests import Limits, waves
 from aot_cache.engines.vllm import virtual_start
-from aot_cache.engines.vllm.virtual_start import Limits
 from aot_cache.errors import AotCacheError, DeclarationError
 from aot_cache.store import read_bundle
 
@@ -157,14 +156,15 @@ def test_a_recording_beside_it_adds_choices_and_functions(
         (
             "tests.no_such_engine",
             (),
-            "expected an engine (vllm), or a module with an adapter, found 'tests.no_such_engine'",
+            "expected an engine (sglang, vllm), or a module with an adapter, found 'tests.no_such_engine'",
         ),
-        ("nothing", (), "expected an engine (vllm), or a module with an adapter, found 'nothing'"),
+        ("nothing", (), "expected an engine (sglang, vllm), or a module with an adapter, found 'nothing'"),
         (
-            "sglang",
+            "tensorrt_llm",
             (),
-            "expected an engine (vllm), or a module with an adapter, found 'sglang'",
-        ),  # a plug-in, no adapter
+            "expected an engine (sglang, vllm), or a module with an adapter, found 'tensorrt_llm'",
+        ),  # no adapter
+        ("sglang", (), "expected sglang beside aot-cache, found none"),
         ("vllm", (), "expected vllm beside aot-cache, found none"),
         ("tests.small_engine", ("--depth=3",), "expected the option batches, found ['depth']"),
     ],
@@ -216,7 +216,7 @@ def test_a_command_line(folder: Path, built: Built, monkeypatch: pytest.MonkeyPa
     assert all(first == ["start"] for first in why.values()) and len(why) == 3, "the capture comes before the requests"
 
 
-# --- vLLM's requests --------------------------------------------------------------------------------------------------
+# --- requests --------------------------------------------------------------------------------------------------------
 
 
 @given(
@@ -231,21 +231,19 @@ def test_a_command_line(folder: Path, built: Built, monkeypatch: pytest.MonkeyPa
     )
 )
 def test_requests_stay_within_the_limits(limits: Limits) -> None:
-    waves = virtual_start.waves(limits)
-    assert waves and len({wave.label for wave in waves}) == len(waves)
-    for wave in waves:
+    refused = ("min_p", "logit_bias", "min_tokens")
+    assert any(set(wave.sampling) & set(refused) for wave in waves(limits))
+    made = waves(limits, refused)
+    assert made and len({wave.label for wave in made}) == len(made)
+    for wave in made:
         lengths = [*wave.lengths, *wave.later]
         assert 0 < len(lengths) <= limits.requests and min(lengths) >= 1
         assert max(lengths) + wave.tokens <= limits.length
-        assert _takes(limits, wave.sampling)
+        assert not set(wave.sampling) & set(refused)
         assert set(wave.adapters) <= set(range(limits.adapters + 1))
-    assert {number for wave in waves for number in wave.adapters} == set(range(limits.adapters + 1))
-    assert any(len(wave.lengths) == limits.requests for wave in waves)
-    assert max(max(wave.lengths) + wave.tokens for wave in waves) <= limits.length
-
-
-def _takes(limits: Limits, sampling: Mapping[str, Any]) -> bool:
-    return not limits.drafts or not {"min_p", "logit_bias"} & set(sampling)
+    assert {number for wave in made for number in wave.adapters} == set(range(limits.adapters + 1))
+    assert any(len(wave.lengths) == limits.requests for wave in made)
+    assert max(max(wave.lengths) + wave.tokens for wave in made) <= limits.length
 
 
 def test_the_page_has_the_record_s_table() -> None:

@@ -201,6 +201,18 @@ def test_names_come_from_the_source_without_importing_it(tmp_path: Path, monkeyp
     assert "never_imported_1" not in sys.modules
 
 
+def test_names_come_from_a_package_without_init(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each depth: the first whose parent is one has made `inspect` of SGLang's kernels raise KeyError."""
+    (tmp_path / "never_imported_3" / "inner" / "deep").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    closure = {"src": sha(SOURCE.encode())[:32], "refs": {}}
+    for folder in ("", "inner", "inner/deep"):
+        tmp_path.joinpath("never_imported_3", folder, "mod.py").write_text(SOURCE)
+        kernel = ".".join(("never_imported_3", *Path(folder).parts, "mod:add"))
+        assert list(parameter_names(kernel, {kernel: closure})) == ["x", "n", "BLOCK"], kernel
+    assert "never_imported_3" not in sys.modules
+
+
 def test_names_of_other_source_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closure = a_module(tmp_path, monkeypatch, "never_imported_2", SOURCE + "# other\n")
     assert not parameter_names("never_imported_2.mod:add", closure)

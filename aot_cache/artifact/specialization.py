@@ -86,16 +86,12 @@ def closure_digest(closure: Mapping[str, Any]) -> str:
 def _module_text(module: str) -> str:
     """A module's source, found without importing it or its parent packages; empty if it is not installed."""
     path: list[str] | None = [os.getcwd(), *sys.path]  # the builder's worker looks in the working folder first, too
-    name, origin = "", None
+    origin = None
     for part in module.split("."):
-        name = f"{name}.{part}".lstrip(".")
-        spec = PathFinder.find_spec(name, path)
+        spec = PathFinder.find_spec(part, path)  # not by its whole name: a namespace package would ask for its parent
         if spec is None:
             return ""
-        try:
-            path = list(spec.submodule_search_locations or ())
-        except KeyError:  # the path of a namespace package is known only once its parent is imported
-            return ""
+        path = list(spec.submodule_search_locations or ())
         origin = spec.origin
     try:
         return Path(origin).read_text(encoding="utf-8") if origin and origin.endswith(".py") else ""

@@ -153,14 +153,14 @@ EngineName = Annotated[
     typer.Option(
         "--engine",
         metavar="NAME",
-        help="Build what an engine (vllm) launches and compiles from its own command line, which follows `--`.",
+        help="Build what an engine (vllm, sglang) launches and compiles from its own command line, which follows `--`.",
     ),
 ]
 EngineArguments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[-- MODEL OPTIONS]",
-        help="With --engine: the model, and any options of the engine's own command (`vllm serve`).",
+        help="With --engine: the model, and any options of the engine's own command (`vllm serve`, `sglang serve`).",
         show_default=False,
     ),
 ]

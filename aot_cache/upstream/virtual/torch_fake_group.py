@@ -37,7 +37,10 @@ def only_fake(rank: int, size: int) -> None:
     def broadcast_object_list(object_list: list[Any], *_: Any, **__: Any) -> None:
         pass
 
+    def monitored_barrier(*_: Any, **__: Any) -> None:
+        pass  # torch's own takes gloo only
+
     public: Any = dist
     for owner in (public, module):
-        owner.new_group = fake
+        owner.new_group, owner.monitored_barrier = fake, monitored_barrier
         owner.all_gather_object, owner.broadcast_object_list = all_gather_object, broadcast_object_list

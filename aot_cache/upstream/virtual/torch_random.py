@@ -1,6 +1,7 @@
 """Random generators of the virtual device: CPU generators in disguise, whose numbers are never seen.
 
-Upstream: `torch/_C` (`Generator`, which can be subclassed), `torch/cuda/random.py` (`torch.cuda.default_generators`).
+Upstream: `torch/_C` (`Generator`, which can be subclassed), `torch/cuda/random.py` (`torch.cuda.default_generators`),
+`aten/src/ATen/cuda/CUDAGeneratorImpl.cpp` (the state is 16 bytes in host memory: a seed and an offset, which libraries read).
 """
 
 from __future__ import annotations
@@ -24,7 +25,22 @@ class Generator(_PLAIN):  # type: ignore[misc]  # torch's class is untyped
         return super().__new__(cls)
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        pass
+        self._offset = 0
+
+    def get_state(self) -> torch.Tensor:
+        return torch.tensor([self.initial_seed(), self._offset], dtype=torch.int64).view(torch.uint8)
+
+    def set_state(self, new_state: torch.Tensor) -> Any:
+        seed, offset = new_state.view(torch.int64).tolist()
+        self.manual_seed(seed)
+        self._offset = offset
+        return self
+
+    def get_offset(self) -> int:
+        return self._offset
+
+    def set_offset(self, offset: int) -> None:
+        self._offset = offset
 
     @property
     def device(self) -> torch.device:

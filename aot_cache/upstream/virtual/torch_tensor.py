@@ -50,6 +50,7 @@ _INDEX_FACTORIES = ("aten::arange", "aten::full", "aten::zeros", "aten::ones", "
 
 _aten = torch.ops.aten
 # Inference mode does not decompose composite operators.
+_EQUAL = _aten.equal.default
 _SCALARS = frozenset({_aten._local_scalar_dense.default, _aten.item.default, _aten.is_nonzero.default})
 _TO_COPY = _aten._to_copy.default
 _TO_DEVICE = {_aten.to.device, _aten.to.prim_Device}
@@ -290,6 +291,8 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func in _SCALARS:
         value = _values(args[0], "item()").item()
         return bool(value) if func is _aten.is_nonzero.default else value
+    if func is _EQUAL:
+        return args[0].shape == args[1].shape and torch.equal(*(_values(one, "equal()") for one in args))
     if func is _RECORD_STREAM:
         return None
     if func is _PRIM_DEVICE:
