@@ -1,4 +1,5 @@
-"""What SGLang's plug-in takes for granted of SGLang, read from its source: nothing is imported, no GPU and no wheel's needs.
+"""What SGLang's plug-in and `build --engine sglang` take for granted of SGLang, read from its source: nothing is imported, no GPU
+and no wheel's needs.
 
 AOT_TESTS_SGLANG names folders, separated as in PATH, in each of which an unpacked wheel is (`pip download --no-deps sglang`).
 Without it these tests are skipped.
@@ -7,13 +8,17 @@ Without it these tests are skipped.
 from __future__ import annotations
 
 import ast
+import inspect
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from aot_cache.engines.requests import SAMPLERS
 from aot_cache.upstream.hooks import sglang_metrics, sglang_steps
+from aot_cache.upstream.virtual import sglang_compiled, sglang_engine, sglang_values
 
 SOURCES = [Path(folder) for folder in os.environ.get("AOT_TESTS_SGLANG", "").split(os.pathsep) if folder]
 
@@ -89,3 +94,80 @@ def test_the_registry_of_metrics(source: Path) -> None:
     )
     for module in sglang_metrics.PLACES[1:]:
         assert f"{sglang_metrics.NAME}(app)" in code(source, module)
+
+
+# --- what `build --engine sglang` takes for granted -------------------------------------------------------------------
+
+
+@sglang
+def test_a_scheduler_is_made_from_the_command_line(source: Path) -> None:
+    assert "['--model-path', extra_argv[0], *extra_argv[1:]]" in code(
+        source, "sglang.cli.serve", "_normalize_positional_model_path"
+    )
+    code(source, "sglang.srt.server_args", "prepare_server_args")
+    code(source, "sglang.srt.server_args", "PortArgs", "init_new")
+    run = code(source, sglang_engine.SCHEDULER, "run_scheduler_process")
+    made = ast.parse(run).body[0]
+    (call,) = [n for n in ast.walk(made) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "Scheduler"]
+    init = ast.parse(code(source, sglang_engine.SCHEDULER, "Scheduler", "__init__")).body[0]
+    assert isinstance(init, ast.FunctionDef)
+    wanted = [one.arg for one in init.args.args][1:]
+    assert len(call.args) == len(wanted) and set(wanted) <= sglang_engine.PLACE, wanted
+    if "publish(" in run:
+        in_order(run, "publish(", "role='scheduler'", "SpawnRanks(", "world_rank=spawn_world_rank(", "Scheduler(")
+
+
+@sglang
+def test_the_loop_asks_for_requests_and_can_be_left(source: Path) -> None:
+    loop = code(source, sglang_engine.SCHEDULER, "Scheduler", "event_loop_overlap")
+    in_order(loop, "while True:", "if self.gracefully_exit:", "break", "get_next_batch_to_run(", "run_batch(batch)")
+    assert "self.request_receiver.recv_requests(" in code(source, sglang_engine.SCHEDULER, "Scheduler")
+    code(source, sglang_engine.RECEIVER, "SchedulerRequestReceiver", "recv_requests")
+    for name in ("is_fully_idle", "init_running_status", "flush_cache", "run_event_loop"):
+        code(source, sglang_engine.SCHEDULER, "Scheduler", name)
+
+
+@sglang
+def test_a_request_has_these_fields(source: Path) -> None:
+    fields = code(source, sglang_engine.REQUESTS, "TokenizedGenerateReqInput")
+    needed = re.findall(r"^    (\w+): [^=\n]*$", fields, re.MULTILINE)
+    given = set(inspect_fields(sglang_engine.request)) - {"rid"}
+    assert set(needed) == given, set(needed) ^ given
+    params = code(source, sglang_engine.SAMPLING, "SamplingParams")
+    for name in {name for wanted in SAMPLERS.values() for name in wanted} - OF_A_REQUEST | {"sampling_seed"}:
+        assert f"    {name}: " in params, name
+
+
+OF_A_REQUEST = {"logprobs", "prompt_logprobs", "seed", "min_tokens"}
+"""Not SGLang's names, or not of its `SamplingParams`."""
+
+
+def inspect_fields(function: Any) -> list[str]:
+    """The names that a function gives to the last call in it."""
+    tree = ast.parse(inspect.getsource(function))
+    (last,) = [node for node in ast.walk(tree) if isinstance(node, ast.Return)]
+    assert isinstance(last.value, ast.Call)
+    return [str(keyword.arg) for keyword in last.value.keywords]
+
+
+@sglang
+def test_groups_of_ranks_say_what_they_use(source: Path) -> None:
+    init = code(source, "sglang.srt.distributed.parallel_state", "GroupCoordinator", "__init__")
+    (function,) = ast.parse(init).body
+    assert isinstance(function, ast.FunctionDef)
+    uses = [one.arg for one in function.args.args if one.arg.startswith("use_")]
+    assert {"use_pynccl", "use_custom_allreduce", "use_message_queue_broadcaster"} <= set(uses)
+    for name in uses:  # all of them are switches
+        assert f"{name}: bool" in init, name
+
+
+@sglang
+def test_other_compilers_are_where_they_were(source: Path) -> None:
+    found = [
+        module for module in sglang_compiled.LOADERS if source.joinpath(*module.split(".")).with_suffix(".py").exists()
+    ]
+    assert len(found) == 1 and "def load_jit(" in code(source, found[0], "load_jit")
+    code(source, sglang_compiled.DEEP_GEMM, "update_deep_gemm_config")
+    code(source, sglang_compiled.GRAPHS, "_is_stream_capturing")
+    if source.joinpath(*sglang_values.COPIES.split(".")).with_suffix(".py").exists():
+        assert "def try_small_copy(dsts, srcs)" in code(source, sglang_values.COPIES, "try_small_copy")

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aot_cache.upstream.codec import real_tensors
 from aot_cache.upstream.hooks import capture_mode, cuda_libraries
-from aot_cache.upstream.virtual import torch_factories
+from aot_cache.upstream.virtual import operator_rules, torch_factories
 
 
 def said(code: str) -> Any:
@@ -235,6 +235,7 @@ for group in groups:
 gathered, sent = [None] * 3, [None]
 dist.all_gather_object(gathered, {"a": 1}, group=groups[0])
 dist.broadcast_object_list(sent, src=0, group=groups[0])
+dist.monitored_barrier(group=groups[0], timeout=datetime.timedelta(seconds=1))
 objects = [gathered, sent]
 print(json.dumps([dist.get_backend(group) for group in groups] + [dist.get_world_size(groups[0]), x.tolist(), objects]))
 """
@@ -244,6 +245,93 @@ print(json.dumps([dist.get_backend(group) for group in groups] + [dist.get_world
 def test_groups_of_any_backend_are_fake() -> None:
     found, objects = said(FAKE_GROUPS), [[{"a": 1}] * 3, [None]]
     need(found == ["fake", "fake", 3, [1.0, 1.0], objects], f"a group with a backend of its own is not fake: {found}")
+
+
+RANDOM = """
+import json
+import torch
+from aot_cache.artifact import target
+from aot_cache.builder import virtual_gpu
+virtual_gpu.become(target.get("h200"))
+generator, found = torch.cuda.default_generators[0], []
+def note():
+    state = generator.get_state()
+    found.append([str(state.device), str(state.dtype), state.view(torch.int64).tolist(), generator.get_offset()])
+with virtual_gpu.tensors():
+    generator.manual_seed(5)
+    note()
+    before = torch.cuda.get_rng_state()
+    generator.set_state(torch.tensor([7, 32], dtype=torch.int64).view(torch.uint8))
+    note()
+    with torch.random.fork_rng(devices=[0]):
+        torch.rand(3, device="cuda")
+        generator.set_offset(64)
+        note()
+    note()
+    torch.cuda.set_rng_state(before)
+    note()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.contract("torch_random")
+def test_the_state_of_a_generator_is_a_seed_and_an_offset() -> None:
+    """FlashInfer reads both from the state of a CUDA generator, moves the offset, and sets it again."""
+    found = said(RANDOM)
+    wanted = [["cpu", "torch.uint8", state, state[1]] for state in ([5, 0], [7, 32], [7, 64], [7, 32], [5, 0])]
+    need(found == wanted, f"a CUDA generator's state is not 16 bytes in host memory: {found}")
+
+
+EQUAL = """
+import json
+import torch
+from aot_cache.artifact import target
+from aot_cache.builder import virtual_gpu
+from aot_cache.errors import DataDependent
+virtual_gpu.become(target.get("h200"))
+places = []
+with virtual_gpu.tensors():
+    x, unknown = torch.tensor([1, 2], device="cuda"), torch.rand(2, device="cuda").long()
+    found = [torch.equal(x, torch.tensor([1, two], device="cuda")) for two in (2, 3)]
+    found.append(torch.equal(unknown, torch.empty(3, device="cuda", dtype=torch.int64)))
+    try:
+        torch.equal(x, unknown)
+    except DataDependent as error:
+        found.append(str(error).partition(" reads")[0])
+    with virtual_gpu.assuming(lambda what, place: places.append(what)):
+        found += [torch.equal(unknown, unknown), torch.equal(x, unknown)]
+print(json.dumps([found, len(places)]))
+"""
+
+
+@pytest.mark.contract("torch_tensor")
+def test_tensors_are_compared() -> None:
+    found, places = said(EQUAL)
+    need(found == [True, False, False, "equal()", True, False], f"torch.equal is no longer one operator: {found}")
+    need(places == 3, "each unknown tensor is assumed, and said")
+
+
+@pytest.mark.contract("operator_rules")
+def test_operators_get_rules() -> None:
+    library = torch.library.Library("aot_cache_rules", "DEF")
+    try:
+        library.define("without(Tensor x) -> Tensor")
+        library.define("with_one(Tensor x) -> Tensor")
+        library.impl("without", lambda x: x * 2, "CUDA")
+        library.impl("with_one", lambda x: x.new_empty(2), "Meta")
+        rule = dict.fromkeys(("without", "with_one", "is_not_there"), operator_rules.same)
+        operator_rules.add({f"aot_cache_rules::{name}": one for name, one in rule.items()})
+        x = torch.empty(3, 5, device="meta").t()
+        made = torch.ops.aot_cache_rules.without(x)
+        need((made.shape, made.stride()) == (x.shape, x.stride()), "a rule that was registered is not used")
+        need(torch.ops.aot_cache_rules.with_one(x).shape == (2,), "an operator's own rule was replaced")
+        need(
+            operator_rules.operator("aot_cache_rules::without") is torch.ops.aot_cache_rules.without.default, "by name"
+        )
+        for name in ("aot_cache_rules::is_not_there", "no_library_of_this_name::op"):
+            need(operator_rules.operator(name) is None, "an operator that is not there is found")
+    finally:
+        library._destroy()
 
 
 CAPTURE = """

@@ -23,8 +23,9 @@ PAGE = ROOT / "docs" / "support.md"
 UPSTREAM = ROOT / "aot_cache" / "upstream"
 NO_ROOMS = ("__init__", "versions")
 """Files of upstream/ that rely on nothing of torch or Triton."""
-_ENGINES = ("vllm_", "sglang_", "tensorrt_llm_")
-"""What modules begin with that rely on an engine: `tools/check_vllm` holds vLLM's, and tests of their own the others'."""
+_ENGINES = ("vllm_", "sglang_", "tensorrt_llm_", "flash_attention")
+"""What modules begin with that rely on an engine or its kernels: `tools/check_vllm` holds vLLM's, and tests of their own the
+others'."""
 _BEGIN, _END = "<!-- written by tools/check_torch --page -->\n", "<!-- until here -->\n"
 
 

@@ -27,7 +27,8 @@ Progress = Callable[[str, int, int], None]
 PACKAGE = "sglang"
 TRIED = ("0.5.16", "0.5.23")
 ENVIRONMENT: dict[str, str] = {}
-AT_START: tuple[str, ...] = ()
+AT_START = ("num_cache_lines",)
+"""The slots of the Mamba cache, which fill the memory that is left. Two starts with other memory differ in nothing else."""
 _SPLITS = ("pp_size", "dp_size", "ep_size", "attn_cp_size")
 _REFUSED = ("min_tokens",)
 """Not without a tokenizer."""
@@ -40,8 +41,8 @@ def version() -> str:
 
 def model_folder(arguments: Sequence[str]) -> Path | None:
     """The folder with the model's configuration; None for a model that is not in a folder of this machine."""
-    folder = Path(sglang_engine.model_of(arguments))
-    return folder if folder.is_dir() else None
+    model = sglang_engine.model_of(arguments)
+    return Path(model) if model and Path(model).is_dir() else None
 
 
 def run(arguments: Sequence[str], process: Process, progress: Progress) -> Run:

@@ -31,6 +31,9 @@ _DISTRIBUTED = "sglang.srt.distributed"
 _UTILITIES = "sglang.srt.utils.common"
 _MODEL = ("--model-path", "--model")
 _OURS = ("--load-format", "dummy", "--skip-tokenizer-init")
+_OWN, _FIRST = ("gpu_id", "tp_rank"), ("pp_rank", "moe_ep_rank", "moe_dp_rank", "attn_cp_rank")
+PLACE = frozenset({"server_args", "port_args", *_OWN, *_FIRST, "dp_rank"})
+"""What a `Scheduler` may want to be made. Of these, 0.5.23 wants the first two only."""
 _LATER = 4
 """At which step the requests that come later are there."""
 _MOST_STEPS = 10_000
@@ -103,12 +106,8 @@ def scheduler_of(options: Any, rank: int) -> Any:
     given = {
         "server_args": options,
         "port_args": importlib.import_module(_SERVER).PortArgs.init_new(options),
-        "gpu_id": rank,
-        "tp_rank": rank,
-        "pp_rank": 0,
-        "moe_ep_rank": 0,
-        "moe_dp_rank": 0,
-        "attn_cp_rank": 0,
+        **dict.fromkeys(_OWN, rank),
+        **dict.fromkeys(_FIRST, 0),
         "dp_rank": None,
     }
     wanted = list(inspect.signature(module.Scheduler.__init__).parameters)[1:]

