@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import engine_starts_page
 import pytest
-import vllm_starts_page
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -26,6 +26,7 @@ from aot_cache.builder.engine_start import Engine
 from aot_cache.builder.pipeline import Built, Request
 from aot_cache.cli.main import app
 from aot_cache.engines.requests import Limits, waves
+from aot_cache.engines.sglang import virtual_start as sglang_start
 from aot_cache.engines.vllm import virtual_start
 from aot_cache.errors import AotCacheError, DeclarationError
 from aot_cache.store import read_bundle
@@ -226,7 +227,6 @@ def test_a_command_line(folder: Path, built: Built, monkeypatch: pytest.MonkeyPa
         batched_tokens=st.integers(16, 1 << 15),
         length=st.integers(2, 1 << 18),
         vocabulary=st.just(1000),
-        drafts=st.integers(0, 5),
         adapters=st.integers(0, 4),
     )
 )
@@ -246,20 +246,30 @@ def test_requests_stay_within_the_limits(limits: Limits) -> None:
     assert max(max(wave.lengths) + wave.tokens for wave in made) <= limits.length
 
 
-def test_the_page_has_the_record_s_table() -> None:
-    record = json.loads(vllm_starts_page.RECORD.read_text())
-    assert vllm_starts_page.in_page(vllm_starts_page.PAGE.read_text()) == vllm_starts_page.table(record)
+@pytest.mark.parametrize("page", engine_starts_page.PAGES, ids=lambda page: page.engine)
+def test_the_page_has_the_record_s_table(page: engine_starts_page.Page) -> None:
+    assert page.in_page() == page.table()
 
 
-def test_what_is_said_of_the_record() -> None:
-    """docs/vllm.md: both versions, every family to its end, a second build in seconds, and all that a GPU has recorded."""
-    record = json.loads(vllm_starts_page.RECORD.read_text())["vllm"]
-    assert set(record) == set(virtual_start.TRIED)
+@pytest.mark.parametrize(
+    ("page", "tried"), [(engine_starts_page.VLLM, virtual_start.TRIED), (engine_starts_page.SGLANG, sglang_start.TRIED)]
+)
+def test_what_is_said_of_all_starts(page: engine_starts_page.Page, tried: Sequence[str]) -> None:
+    """The versions that an adapter was tried with, each model to its end."""
+    record = page.read()
+    assert set(record) == set(tried)
     for models in record.values():
-        assert "qwen3.5 + mtp" in models
+        assert "qwen3.5 + mtp" in models and "llama 8b" in models
         for row in models.values():
-            assert not row.get("error") and row["failed"] == [] and row["unreached"] == [] and row["models"]
-            assert row["largest process, GiB"] < 8
+            assert not row.get("error") and row["failed"] == [] and row["unreached"] == [] and row["units"]
         again = models["qwen3.5 + mtp"]["again"]
-        assert again["nothing to do"] and again["seconds"] <= 5
+        assert again["nothing to do"] and again["seconds"] <= 10
+
+
+def test_what_is_said_of_vllm() -> None:
+    """docs/vllm.md: every family, a second build in seconds, and all that a GPU has recorded."""
+    record = engine_starts_page.VLLM.read()
+    for models in record.values():
+        assert all(row["models"] and row["largest process, GiB"] < 8 for row in models.values())
+        assert models["qwen3.5 + mtp"]["again"]["seconds"] <= 5
     assert record["0.24.0"]["qwen3.5 + mtp"]["recorded on a GPU and not built here"] == []

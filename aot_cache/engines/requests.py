@@ -23,7 +23,6 @@ class Limits:
     batched_tokens: int
     length: int
     vocabulary: int
-    drafts: int
     adapters: int = 0
 
 

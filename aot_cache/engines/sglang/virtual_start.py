@@ -110,5 +110,4 @@ def _limits(scheduler: Any) -> Limits:
         batched_tokens=scheduler.chunked_prefill_size or scheduler.max_prefill_tokens,
         length=model.context_len,
         vocabulary=model.vocab_size,
-        drafts=scheduler.server_args.speculative_num_draft_tokens or 0,
     )

@@ -78,7 +78,7 @@ def run(arguments: Sequence[str], process: Process, progress: Progress) -> Run:
         with contextlib.suppress(Exception):
             engine.abort_request([str(n) for n in range(next(number))])
 
-    wanted = waves(limits, refused=_NOT_WITH_DRAFTS if limits.drafts else ())
+    wanted = waves(limits, refused=_NOT_WITH_DRAFTS if config.speculative_config is not None else ())
     return requests.sent(wanted, send, drop, progress, PACKAGE)
 
 
@@ -118,13 +118,12 @@ def _send(engine: Any, wave: Wave, vocabulary: int, adapters: Sequence[Any], num
 
 
 def _limits(config: Any) -> Limits:
-    scheduler, drafts = config.scheduler_config, config.speculative_config
+    scheduler = config.scheduler_config
     return Limits(
         requests=scheduler.max_num_seqs,
         batched_tokens=scheduler.max_num_batched_tokens,
         length=config.model_config.max_model_len,
         vocabulary=config.model_config.get_vocab_size(),
-        drafts=drafts.num_speculative_tokens if drafts is not None else 0,
         adapters=config.lora_config.max_loras if config.lora_config is not None else 0,
     )
 

@@ -17,7 +17,6 @@ def prepare_server_args(argv: list[str]) -> argparse.Namespace:
     for split in ("tp", "pp", "dp"):
         parser.add_argument(f"--{split}", f"--{split}-size", dest=f"{split}_size", type=int, default=1)
     parsed = parser.parse_args(argv)
-    parsed.speculative_num_draft_tokens = None
     if parsed.max_running_requests < 1:
         raise ValueError("max_running_requests must be positive")
     return parsed
